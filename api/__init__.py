@@ -1,0 +1,1 @@
+"""Answer whether an image was generated, with the neighbours that say so."""

@@ -1,0 +1,1 @@
+"""Keep reference images in Postgres and their vectors in a FAISS index."""

@@ -1,0 +1,1 @@
+"""Learn the CoDE embedding and its heads."""
