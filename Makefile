@@ -1,0 +1,67 @@
+# Lineup: two commands are enough, `make demo` and `make test`; the rest is for who works on it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+SERVE ?= 1
+# A real image set instead of the simulated one: `make demo DATA=/path/to/images`.
+DATA ?=
+RECORDS ?= 240
+MINUTES ?= 3
+
+ifeq ($(DATA),)
+DEMO := lineup-data/demo
+IMAGES := $(DEMO)/images
+else
+DEMO := lineup-data/demo-$(shell printf %s '$(abspath $(DATA))' | sha256sum | cut -c1-8)
+IMAGES := $(DATA)
+endif
+demo: export LINEUP_HOME ?= $(DEMO)
+demo: export LINEUP_CHECKPOINT ?= $(DEMO)/checkpoint
+
+.PHONY: demo test check bench soak clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo         simulate, train, index, evaluate, detect, serve   (SERVE=0: end after printing, DATA=PATH: your images)"
+	@echo "make test         the whole test suite"
+	@echo "make check        lint, types, import contracts, migrations"
+	@echo "make bench        the tables of BENCHMARKS.md;  make soak: the long tests"
+
+# The lock holds hashes of CUDA 13 packages whose version pins only a current pip can read.
+$(VENV)/.locked: requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=26"
+	$(BIN)/pip install --quiet --require-hashes -r requirements.lock
+	@touch $@
+
+demo: $(VENV)/.locked
+ifeq ($(DATA),)
+	$(RUN) trainer simulate $(IMAGES) --records $(RECORDS)
+endif
+	$(RUN) trainer fit --data $(IMAGES) --split train --output $(LINEUP_CHECKPOINT) --image-size 64 --max-minutes $(MINUTES)
+	$(RUN) indexer add $(IMAGES) --split train
+	$(RUN) indexer evaluate --data $(IMAGES) --split test,unseen
+	$(RUN) api detect $$($(RUN) trainer examples $(IMAGES) --split test,unseen)
+ifneq ($(SERVE),0)
+	$(RUN) api serve
+endif
+
+test: $(VENV)/.locked
+	$(RUN) pytest -q -m "not soak"
+
+check: $(VENV)/.locked
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(RUN) pytest -q tests/test_migrations.py
+
+soak: $(VENV)/.locked
+	$(RUN) pytest -q -m soak
+
+bench: $(VENV)/.locked
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf lineup-data build *.egg-info
