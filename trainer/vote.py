@@ -1,0 +1,140 @@
+"""The weighted vote of the nearest reference images: k real and k fake neighbours in, score and weights out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+TEMPERATURE = 0.1
+"""Similarities are divided by this; the loss's own temperature until measured on real embeddings."""
+CAP = 0.5
+"""One generator counts as at most this share of the k fake neighbours, so that a large one does not drown a new one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Votes:
+    """The vote on q queries. Where one label has no neighbour, score and logit are NaN and every weight is 0."""
+
+    score: np.ndarray
+    """Weight of the fakes, shape (q,), 0..1."""
+    logit: np.ndarray
+    """log(weight of fakes / weight of reals), shape (q,), finite also where the score rounds to 0 or 1."""
+    votes_real: np.ndarray
+    """Reals among the k nearest overall, shape (q,), int."""
+    votes_fake: np.ndarray
+    """Fakes among the k nearest overall, shape (q,), int."""
+    weights_real: np.ndarray
+    """Shape (q, kr); with `weights_fake` they sum to 1 over a query's neighbours, 0 for a missing one."""
+    weights_fake: np.ndarray
+    """Shape (q, kf)."""
+    nearest_real: np.ndarray
+    """Highest similarity to a real reference, shape (q,), NaN where there is none."""
+    nearest_fake: np.ndarray
+    """Highest similarity to a fake reference, shape (q,), NaN where there is none."""
+
+
+def vote(
+    similarity_real: np.ndarray,
+    similarity_fake: np.ndarray,
+    generators_fake: np.ndarray,
+    k: int,
+    *,
+    temperature: float = TEMPERATURE,
+    cap: float = CAP,
+) -> Votes:
+    """Weigh the neighbours: softmax of similarity over both labels, each label with the same prior mass.
+
+    logit = log mean over fakes of exp(s / T) - log mean over reals of exp(s / T). The mean over fakes counts the
+    neighbours of one generator together as at most `cap` * (fakes found), at least one.
+
+    Args:
+        similarity_real: Cosine similarity of the nearest real references, shape (q, kr); NaN is missing.
+        similarity_fake: Likewise of fakes, shape (q, kf).
+        generators_fake: Generator of each fake neighbour, shape (q, kf), int; -1 is missing.
+        k: How many of the nearest overall `votes_real` and `votes_fake` count.
+        temperature: Similarities are divided by this.
+        cap: See above, 0..1; 1 is no cap.
+    """
+    real = np.asarray(similarity_real, np.float64)
+    fake = np.asarray(similarity_fake, np.float64)
+    there_real = ~np.isnan(real)
+    there_fake = ~np.isnan(fake)
+    mass_real = _normalised(there_real.astype(np.float64))  # (q, kr)
+    mass_fake = _normalised(_capped(there_fake, generators_fake, cap))  # (q, kf)
+
+    log_real = _log_weights(real, mass_real, temperature)  # (q, kr)
+    log_fake = _log_weights(fake, mass_fake, temperature)  # (q, kf)
+    both = there_real.any(1) & there_fake.any(1)  # (q,)
+    total_real, total_fake = _logsumexp(log_real), _logsumexp(log_fake)  # (q,)
+    logit = np.full(len(real), np.nan)
+    logit[both] = total_fake[both] - total_real[both]
+    whole = np.where(both, np.logaddexp(total_real, total_fake), np.inf)[:, None]  # (q, 1), inf makes all weights 0
+    weights_real, weights_fake = np.exp(log_real - whole), np.exp(log_fake - whole)
+
+    joined = np.concatenate([real, fake], axis=1)  # (q, kr + kf)
+    nearest = np.argsort(-joined, axis=1, kind="stable")[:, :k]  # NaN sorts last
+    counted = ~np.isnan(np.take_along_axis(joined, nearest, axis=1))
+    is_fake = nearest >= real.shape[1]
+    return Votes(
+        score=np.where(both, weights_fake.sum(1), np.nan),
+        logit=logit,
+        votes_real=(counted & ~is_fake).sum(1),
+        votes_fake=(counted & is_fake).sum(1),
+        weights_real=weights_real,
+        weights_fake=weights_fake,
+        nearest_real=_nearest(real),
+        nearest_fake=_nearest(fake),
+    )
+
+
+def generator_shares(weights: np.ndarray, generators: np.ndarray) -> dict[int, float]:
+    """Each generator's share of the fakes' weight for one query, largest first, summing to 1.
+
+    Args:
+        weights: One row of `Votes.weights_fake`, shape (kf,).
+        generators: The neighbours' generators, shape (kf,); -1 is missing.
+    """
+    total = float(weights[generators >= 0].sum())
+    if total <= 0:
+        return {}
+    shares = {int(g): float(weights[generators == g].sum()) / total for g in np.unique(generators[generators >= 0])}
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def _capped(there: np.ndarray, generators: np.ndarray, cap: float) -> np.ndarray:
+    """Mass of each fake neighbour, shape (q, kf): 1, or less where its generator has more than its share."""
+    same = (generators[:, :, None] == generators[:, None, :]) & there[:, None, :]  # (q, kf, kf)
+    count = same.sum(2)  # (q, kf)
+    most = np.maximum(1.0, cap * there.sum(1, keepdims=True))  # (q, 1)
+    mass: np.ndarray = np.where(there, np.minimum(1.0, most / np.maximum(count, 1)), 0.0)
+    return mass
+
+
+def _normalised(mass: np.ndarray) -> np.ndarray:
+    """Rows that sum to 1, or to 0 where nothing is there."""
+    rows: np.ndarray = mass / np.maximum(mass.sum(1, keepdims=True), 1e-300)
+    return rows
+
+
+def _log_weights(similarity: np.ndarray, mass: np.ndarray, temperature: float) -> np.ndarray:
+    """Logarithm of unnormalised weights, -inf for a missing neighbour."""
+    log_mass = np.log(mass, out=np.full_like(mass, -np.inf), where=mass > 0)
+    weights: np.ndarray = np.where(mass > 0, np.nan_to_num(similarity) / temperature, 0.0) + log_mass
+    return weights
+
+
+def _logsumexp(x: np.ndarray) -> np.ndarray:
+    """Over the last axis; -inf where a row is empty or all -inf."""
+    top = x.max(1, initial=-np.inf)
+    safe = np.where(np.isfinite(top), top, 0.0)
+    total = np.exp(x - safe[:, None]).sum(1)
+    result: np.ndarray = safe + np.log(total, out=np.full_like(total, -np.inf), where=total > 0)
+    return result
+
+
+def _nearest(similarity: np.ndarray) -> np.ndarray:
+    """Row maxima, NaN for a row without neighbours."""
+    top = np.nan_to_num(similarity, nan=-np.inf).max(1, initial=-np.inf)
+    nearest: np.ndarray = np.where(np.isfinite(top), top, np.nan)
+    return nearest
