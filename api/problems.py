@@ -1,0 +1,80 @@
+"""The errors that the API answers with: one kind per line of the table, as RFC 9457 problems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from api.schemas import Conflict, FieldError, Problem
+
+Kind = Literal[
+    "unreadable",
+    "bad-request",
+    "unauthorized",
+    "forbidden",
+    "not-found",
+    "method-not-allowed",
+    "conflict",
+    "too-large",
+    "not-an-image",
+    "bad-field",
+    "too-many-requests",
+    "not-ready",
+    "internal",
+]
+
+TABLE: dict[Kind, tuple[int, str]] = {
+    "unreadable": (400, "The image cannot be read"),
+    "bad-request": (400, "The request cannot be read"),
+    "unauthorized": (401, "An API key is needed"),
+    "forbidden": (403, "Not allowed"),
+    "not-found": (404, "Not found"),
+    "method-not-allowed": (405, "Method not allowed"),
+    "conflict": (409, "Conflict"),
+    "too-large": (413, "Too large"),
+    "not-an-image": (415, "Not an image of an accepted format"),
+    "bad-field": (422, "A field is not valid"),
+    "too-many-requests": (429, "Too many requests"),
+    "not-ready": (503, "Not ready"),
+    "internal": (500, "The server failed"),
+}
+"""Status and title of each kind."""
+
+
+@dataclass(eq=False)
+class ApiError(Exception):
+    """A problem on its way to the caller.
+
+    Args:
+        kind: A key of `TABLE`.
+        detail: What came, what was expected, and what to change.
+        retry_after: Seconds after which trying again makes sense.
+    """
+
+    kind: Kind
+    detail: str
+    retry_after: float | None = None
+    errors: list[FieldError] | None = None
+    conflicts: list[Conflict] | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.detail
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return TABLE[self.kind][0]
+
+    def problem(self, request_id: str | None = None) -> Problem:
+        """The JSON body."""
+        status, title = TABLE[self.kind]
+        return Problem(
+            type=f"urn:lineup:{self.kind}",
+            title=title,
+            status=status,
+            detail=self.detail,
+            request_id=request_id,
+            errors=self.errors,
+            conflicts=self.conflicts,
+        )

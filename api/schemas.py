@@ -1,0 +1,486 @@
+"""What the API says: one pydantic model per JSON object, shared by HTTP, the terminal and the records.
+
+Scores rise with "fake". Similarities are cosines, -1..1. Lists are best first.
+"""
+
+from __future__ import annotations
+
+from datetime import date, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Label = Literal["real", "fake"]
+Decision = Literal["fake", "real", "uncertain"]
+Scope = Literal["detect", "enrol", "admin"]
+Explanation = Literal["regions", "stability"]
+Unit = Annotated[float, Field(ge=0, le=1)]
+Similarity = Annotated[float, Field(ge=-1.001, le=1.001)]
+GeneratorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}$", examples=["SD-XL"])]
+
+
+def absent(value: object) -> bool:
+    """Whether a field that appears only when asked for was not asked for."""
+    return value is None
+
+
+class Model(BaseModel):
+    """Docstrings under fields become descriptions in OpenAPI."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True, extra="forbid")
+
+
+class Thresholds(Model):
+    """Cuts on `score`; null where the calibration images are too few to promise the rate asked for."""
+
+    fake: float | None = None
+    real: float | None = None
+
+
+class Known(Model):
+    """The reference image whose bytes the query repeats."""
+
+    id: int
+    label: Label
+    generator: str | None = None
+
+
+class Votes(Model):
+    real: int
+    fake: int
+
+
+class Nearest(Model):
+    """Similarity of the nearest reference image of each label; null where there is none."""
+
+    real: Similarity | None = None
+    fake: Similarity | None = None
+
+
+class KnnHead(Model):
+    """The vote of the k nearest reference images."""
+
+    score: Unit
+    """Weight of the fakes among the neighbours that vote."""
+    probability: Unit | None = None
+    """Calibrated, prior 0.5; null where nothing is calibrated, or for a k other than the calibrated one."""
+    label: Label
+    k: int
+    votes: Votes
+    nearest: Nearest
+
+
+class Nn1Head(Model):
+    """The single nearest reference image."""
+
+    label: Label
+    id: int
+    similarity: Similarity
+
+
+class LinearHead(Model):
+    """Logistic regression on the embedding."""
+
+    score: Unit
+    probability: Unit | None = None
+    label: Label
+
+
+class SvmHead(Model):
+    """One-class SVM on real images; the score is minus its decision function, above 0 fake."""
+
+    score: float
+    probability: Unit | None = None
+    label: Label
+
+
+class HeadAnswers(Model):
+    """The heads side by side; null for a head that cannot answer."""
+
+    knn: KnnHead | None = None
+    nn1: Nn1Head | None = None
+    linear: LinearHead | None = None
+    svm: SvmHead | None = None
+
+
+class GeneratorShare(Model):
+    """Part of the fakes' weight that one generator holds."""
+
+    name: str
+    share: Unit
+
+
+class Neighbour(Model):
+    """A reference image near the query."""
+
+    id: int
+    label: Label
+    generator: str | None = None
+    source: str | None = None
+    similarity: Similarity
+    weight: Unit | None = None
+    """Its part of the vote; 0 for one that is shown but does not vote, null in a search."""
+    thumbnail: str | None = None
+    """Path of a small WebP, null while the database is away."""
+    uri: str | None = None
+    attributes: dict[str, Any] = {}
+
+
+class Region(Model):
+    """One local crop and its own vote."""
+
+    box: tuple[int, int, int, int]
+    """x, y, width, height in pixels of the upright image."""
+    score: Unit
+    generator: str | None = None
+
+
+class Stability(Model):
+    """The score of re-encoded and rescaled copies of the image."""
+
+    scores: dict[str, float | None]
+    spread: float | None = None
+    """Highest minus lowest score, the unchanged image included."""
+    flips: bool
+    """Whether any copy gets another verdict."""
+
+
+class ContentCredentials(Model):
+    """A C2PA manifest found in the file."""
+
+    state: Literal["trusted", "intact", "invalid", "remote", "unreadable"]
+    """`intact`: the signature fits the bytes, but its signer is on no trust list.
+    `remote`: the file only links to a manifest; the link is not followed."""
+    issues: list[str] = []
+    """C2PA status codes of what failed or could not be trusted."""
+    generator: str | None = None
+    """The software that claims to have made the manifest."""
+    signer: str | None = None
+    signed_at: str | None = None
+    title: str | None = None
+    actions: list[str] = []
+    source_types: list[str] = []
+    """IPTC digital source types of the actions, last path segment."""
+    says_generated: bool = False
+    """Whether a source type says that a trained algorithm made the image."""
+
+
+class Provenance(Model):
+    """What the file says of itself. Easily removed or forged, so it never touches the score."""
+
+    c2pa: Annotated[ContentCredentials | None, Field(exclude_if=absent)] = None
+    metadata: Annotated[dict[str, str] | None, Field(exclude_if=absent)] = None
+    """Software, source type and prompt fields of EXIF, XMP, IPTC and PNG text, shortened."""
+    says_generated: Annotated[bool | None, Field(exclude_if=absent)] = None
+    """Whether a field or manifest names a generator or an AI source type; absent where nothing was found."""
+
+
+class ImageFacts(Model):
+    """The image as decoded; width and height after EXIF orientation."""
+
+    sha256: str
+    width: int
+    height: int
+    format: str
+    crop: tuple[int, int, int, int]
+    """x, y, width, height of what the model saw, in pixels of the upright image."""
+
+
+class ModelFacts(Model):
+    checkpoint: str
+    heads: str | None = None
+    name: str
+    engine: str
+
+
+class IndexFacts(Model):
+    revision: int
+    size: int
+
+
+class CalibrationFacts(Model):
+    """The calibration in use and how many images of each label it rests on."""
+
+    revision: int
+    real: int
+    fake: int
+
+
+class Verdict(Model):
+    """One image judged, with the evidence."""
+
+    id: str
+    """Names the record, where one is kept."""
+    file: str
+    verdict: Decision
+    basis: Literal["score", "known"]
+    score: Unit | None = None
+    """Calibrated combination of the heads; null where nothing is calibrated (see `reason`)."""
+    false_alarm: Unit | None = None
+    """Share of real calibration images that score at least this."""
+    reason: str | None = None
+    """Why the verdict is uncertain or a part is missing."""
+    thresholds: Thresholds
+    known: Known | None = None
+    heads: HeadAnswers
+    generators: list[GeneratorShare] = []
+    unknown_generator: bool = False
+    """A fake that is unlike the fakes of every enrolled generator."""
+    novelty: Unit | None = None
+    """Conformal p-value of the nearest similarity: small means unlike everything known. Null below 50 images."""
+    neighbours: list[Neighbour] = []
+    regions: Annotated[list[Region] | None, Field(exclude_if=absent)] = None
+    stability: Annotated[Stability | None, Field(exclude_if=absent)] = None
+    provenance: Provenance = Provenance()
+    image: ImageFacts
+    model: ModelFacts
+    index: IndexFacts
+    calibration: CalibrationFacts | None = None
+    degraded: bool = False
+    """The database is away: judged from memory, neither recorded nor compared with known hashes."""
+    timings_ms: dict[str, float] = {}
+
+
+class FieldError(Model):
+    field: str
+    message: str
+
+
+class Problem(Model):
+    """RFC 9457 problem details."""
+
+    type: str
+    """`urn:lineup:` and the kind of problem."""
+    title: str
+    status: int
+    detail: str
+    request_id: Annotated[str | None, Field(exclude_if=absent)] = None
+    errors: Annotated[list[FieldError] | None, Field(exclude_if=absent)] = None
+    conflicts: Annotated[list[Conflict] | None, Field(exclude_if=absent)] = None
+
+
+class FailedFile(Model):
+    """A file of a batch that could not be judged; the others are."""
+
+    file: str
+    error: Problem
+
+
+class Detections(Model):
+    results: list[Verdict | FailedFile]
+
+
+class Hits(Model):
+    """Neighbours of one searched image."""
+
+    file: str
+    neighbours: list[Neighbour]
+    next: int | None = None
+    """The offset of the following page; null at the end."""
+
+
+class Searches(Model):
+    results: list[Hits | FailedFile]
+
+
+class Conflict(Model):
+    """The same bytes are known with another label or generator."""
+
+    file: str
+    sha256: str
+    has: str
+    wants: str
+
+
+class Rejected(Model):
+    file: str
+    reason: str
+
+
+class Added(Model):
+    """What an enrolment did; as `indexer add --json`."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True, extra="allow")
+
+    added: int
+    known: int
+    embedded: int
+    """Images that were known, but not to this checkpoint."""
+    conflicts: list[Conflict] = []
+    rejected: list[Rejected] = []
+    revision: int
+    enrolment: int | None = None
+
+
+class ReferenceImage(Model):
+    """A reference image as stored."""
+
+    id: int
+    sha256: str
+    label: Label
+    generator: str | None = None
+    source: str | None = None
+    group: str | None = None
+    uri: str | None = None
+    file_bytes: int | None = None
+    width: int
+    height: int
+    format: str
+    jpeg_quality: int | None = None
+    thumbnail: str
+    attributes: dict[str, Any] = {}
+    enrolment: int | None = None
+    added_at: datetime
+
+
+class ReferencePage(Model):
+    references: list[ReferenceImage]
+    next: int | None = None
+    """Give it as `after` for the following page; null at the end."""
+
+
+class Removed(Model):
+    references: int
+    revision: int
+
+
+class GeneratorFacts(Model):
+    """What is known of a generator beside its images."""
+
+    family: str | None = None
+    vendor: str | None = None
+    version: str | None = None
+    released_on: date | None = None
+    notes: str | None = None
+
+
+class NewGenerator(GeneratorFacts):
+    name: GeneratorName
+
+
+class Generator(NewGenerator):
+    references: int = 0
+
+
+class Generators(Model):
+    generators: list[Generator]
+
+
+class Enrolment(Model):
+    id: int
+    at: datetime
+    generator: str | None = None
+    source: str | None = None
+    references: int | None = None
+    """Images of it that are still there."""
+    report: dict[str, Any] | None = None
+    """Null while it runs, or where it was cut off."""
+
+
+class Enrolments(Model):
+    enrolments: list[Enrolment]
+    next: int | None = None
+
+
+class Feedback(Model):
+    """A dispute or a confirmation of a verdict."""
+
+    label: Label
+    """What the image is, according to who says so."""
+    note: Annotated[str, Field(max_length=2000)] = ""
+
+
+class Detection(Model):
+    """A recorded verdict. Of the image only hash, size and embedding are kept."""
+
+    id: str
+    at: datetime
+    result: Verdict
+    feedback: dict[str, Any] | None = None
+
+
+class DetectionSummary(Model):
+    id: str
+    at: datetime
+    file: str
+    verdict: Decision
+    score: Unit | None = None
+    sha256: str
+    feedback: dict[str, Any] | None = None
+
+
+class DetectionPage(Model):
+    detections: list[DetectionSummary]
+    next: str | None = None
+    """Give it as `after` for the following page; null at the end."""
+
+
+class Change(Model):
+    field: str
+    before: Any
+    after: Any
+
+
+class Replay(Model):
+    """A recorded embedding judged at today's revision."""
+
+    before: Verdict
+    after: Verdict
+    changed: list[Change]
+
+
+class IndexState(Model):
+    kind: str
+    device: str
+    size: int
+    revision: int
+
+
+class References(Model):
+    real: int
+    fake: int
+
+
+class GeneratorCount(Model):
+    name: str
+    references: int
+
+
+class Status(Model):
+    """What is loaded, followed and calibrated."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True, extra="allow")
+
+    checkpoint: str
+    model: ModelFacts | None = None
+    revision: int
+    """The newest revision in Postgres; while it is away, the last one followed."""
+    references: References
+    generators: list[GeneratorCount]
+    index: IndexState
+    calibration: CalibrationFacts | None = None
+    reason: str | None = None
+    """Why nothing is calibrated, or how many calibration images more a promised rate would need."""
+    degraded: bool = False
+    version: str | None = None
+    k: int | None = None
+    """Neighbours that vote unless a request asks for another number."""
+
+
+class CalibrationState(Model):
+    """The calibration in use and what it promises."""
+
+    calibration: CalibrationFacts | None = None
+    thresholds: Thresholds
+    max_false_alarm: float
+    max_miss: float
+    prior: float
+    reason: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Health(Model):
+    status: Literal["live", "ready"]
+
+
+Problem.model_rebuild()
