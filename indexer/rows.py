@@ -1,0 +1,51 @@
+"""What every part of the store builds on: short transactions that are tried again when Postgres says so."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import psycopg
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+Result = TypeVar("Result")
+
+# Notifications say "<checkpoint id> <revision>"; whoever follows an index listens here.
+CHANNEL = "lineup"
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether Postgres rolled back only because of what others did at that moment: a deadlock, or reordered writes."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return isinstance(
+        cause,
+        psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure | psycopg.errors.ForeignKeyViolation,
+    )
+
+
+class Rows:
+    """Rows of one database, reached through one engine (which holds the pool of connections)."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def transaction(self, work: Callable[[Connection], Result]) -> Result:
+        """Run `work` in one transaction and commit; again, from the start, after a deadlock or a serialisation failure.
+
+        A reference to a row that someone deleted meanwhile (`ForeignKeyViolation`) counts too: `work` looks it up anew.
+
+        Raises:
+            sqlalchemy.exc.DBAPIError: Any other failure, or the eighth of these.
+        """
+        attempts = Retrying(
+            retry=retry_if_exception(is_passing),
+            stop=stop_after_attempt(8),
+            wait=wait_random_exponential(multiplier=0.02, max=1),
+            reraise=True,
+        )
+        result: Result = attempts(self._once, work)
+        return result
+
+    def _once(self, work: Callable[[Connection], Result]) -> Result:
+        with self.engine.begin() as connection:
+            return work(connection)

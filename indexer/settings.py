@@ -1,0 +1,69 @@
+"""Settings shared by every command: one class, read from the environment (`LINEUP_...`) once at start."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class SettingsError(ValueError):
+    """A setting holds a value that cannot be used. The message is one line and names the variable."""
+
+
+class Settings(BaseSettings):
+    """What an installation may change. Each field is the environment variable `LINEUP_` plus its name."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LINEUP_", env_ignore_empty=True, use_attribute_docstrings=True, frozen=True, extra="forbid"
+    )
+
+    home: Path = Path("lineup-data")
+    """Folder for the embedded database, index snapshots and the default checkpoint."""
+    database_url: str | None = Field(default=None, repr=False)
+    """PostgreSQL to use, `postgresql://user:password@host:port/name`; unset: an embedded one under the home folder."""
+    checkpoint: Path | None = None
+    """Checkpoint folder; unset: `checkpoint` in the home folder."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where embeddings and searches are computed; `auto` takes a GPU where there is one."""
+    host: str = "127.0.0.1"
+    """Address that `api serve` listens on; anything but loopback needs API keys."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """TCP port that `api serve` listens on; 0 picks a free one."""
+    k: int = Field(default=10, ge=1, le=1000)
+    """Neighbours that vote, a count."""
+    max_false_alarm: float = Field(default=0.05, gt=0, lt=1)
+    """Share of real images that may be called fake, 0..1."""
+    max_miss: float = Field(default=0.05, gt=0, lt=1)
+    """Share of fake images that may be called real, 0..1."""
+    prior: float = Field(default=0.5, gt=0, lt=1)
+    """Probability, 0..1, that an image is fake before looking at it; shifts the probabilities, not the thresholds."""
+    unknown: float = Field(default=0.05, ge=0, lt=1)
+    """p-value, 0..1, below which a fake is said to come from an unknown generator."""
+    max_upload_bytes: int = Field(default=20 * 1024 * 1024, ge=1)
+    """Largest uploaded image, bytes."""
+    max_pixels: int = Field(default=50_000_000, ge=1)
+    """Largest image that is decoded, width times height in pixels."""
+    record: bool = True
+    """Keep each verdict in the table `detection`: hash, embedding and result, never the image. true or false."""
+    keep_uploads: bool = True
+    """Keep the bytes of references added over HTTP, so that a new checkpoint can embed them again. true or false."""
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """The checkpoint folder in use."""
+        return self.checkpoint or self.home / "checkpoint"
+
+
+def read_settings(**overrides: Any) -> Settings:
+    """Read the environment; `overrides` that are not None win, as command-line options do.
+
+    Raises:
+        SettingsError: A value is out of range or of the wrong type.
+    """
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "_".join(["LINEUP", *(str(part).upper() for part in first["loc"])])
+        raise SettingsError(f"{name} is {first['input']!r}: {first['msg'].lower()}") from error

@@ -1,0 +1,48 @@
+"""The store: everything that is kept in Postgres, behind one object. Each noun has its own module."""
+
+from indexer.changes import Additions, Changes, Removals
+from indexer.checkpoints import Checkpoint, Checkpoints, SavedCalibration, UnknownCheckpoint
+from indexer.generators import (
+    BadGeneratorName,
+    Enrolment,
+    Generator,
+    GeneratorExists,
+    Generators,
+    UnknownGenerator,
+    check_generator_name,
+)
+from indexer.records import ApiKey, Detection, KeyExists, Records
+from indexer.references import LABELS, Known, Reference, References
+from indexer.rows import CHANNEL
+from indexer.writing import Added, BadVector, Conflict, NewReference, Removed, Writing
+
+__all__ = [
+    "CHANNEL",
+    "LABELS",
+    "Added",
+    "Additions",
+    "ApiKey",
+    "BadGeneratorName",
+    "BadVector",
+    "Checkpoint",
+    "Conflict",
+    "Detection",
+    "Enrolment",
+    "Generator",
+    "GeneratorExists",
+    "KeyExists",
+    "Known",
+    "NewReference",
+    "Reference",
+    "Removals",
+    "Removed",
+    "SavedCalibration",
+    "Store",
+    "UnknownCheckpoint",
+    "UnknownGenerator",
+    "check_generator_name",
+]
+
+
+class Store(Checkpoints, Generators, References, Writing, Changes, Records):
+    """Reference images, embeddings, revisions, calibrations and verdicts. Safe to share between threads."""

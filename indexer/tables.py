@@ -1,0 +1,235 @@
+"""The tables in Postgres. Rows are the truth; every index is derived from them."""
+
+from datetime import date, datetime
+from typing import Any, ClassVar
+from uuid import UUID
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Text,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class Base(DeclarativeBase):
+    """Base of all tables; constraints get their names by rule, so that migrations can name them."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map: ClassVar = {
+        str: Text,
+        bytes: LargeBinary,
+        datetime: DateTime(timezone=True),
+        dict[str, Any]: JSONB,
+        dict[str, str]: JSONB,
+        list[str]: ARRAY(Text),
+    }
+
+
+class StoreRow(Base):
+    """One row: which store this is, so that a snapshot of another one is never mistaken for it."""
+
+    __tablename__ = "store"
+    __table_args__ = (CheckConstraint("only", name="only"),)
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, server_default=text("gen_random_uuid()"))
+    only: Mapped[bool] = mapped_column(Boolean, unique=True, server_default=text("true"))
+
+
+class CheckpointRow(Base):
+    """A checkpoint that has embeddings here; at most one is active."""
+
+    __tablename__ = "checkpoint"
+    __table_args__ = (Index("uq_checkpoint_active", "active", unique=True, postgresql_where=text("active")),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    dim: Mapped[int]
+    config: Mapped[dict[str, Any]]
+    active: Mapped[bool] = mapped_column(server_default=text("false"))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class GeneratorRow(Base):
+    """A named source of fake images."""
+
+    __tablename__ = "generator"
+    __table_args__ = (Index("uq_generator_name", func.lower(text("name")), unique=True),)
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    name: Mapped[str]
+    family: Mapped[str | None]
+    vendor: Mapped[str | None]
+    version: Mapped[str | None]
+    released_on: Mapped[date | None]
+    notes: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class EnrolmentRow(Base):
+    """One call of `indexer add` or of `POST /v1/references` that added something."""
+
+    __tablename__ = "enrolment"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    at: Mapped[datetime] = mapped_column(server_default=func.now())
+    generator_id: Mapped[int | None] = mapped_column(ForeignKey("generator.id", ondelete="SET NULL"))
+    source: Mapped[str | None]
+    report: Mapped[dict[str, Any] | None]
+
+
+class ReferenceRow(Base):
+    """A known image. Its id is the FAISS id and is never given again."""
+
+    __tablename__ = "reference_image"
+    __table_args__ = (
+        CheckConstraint("label in (0, 1)", name="label"),
+        CheckConstraint("label = 1 or generator_id is null", name="real_has_no_generator"),
+        Index(None, "label", "generator_id"),
+        Index(None, "generator_id", "id"),
+        Index(None, "source", "id"),
+        Index(None, "enrolment_id"),
+        # A path may be longer than a b-tree entry can be.
+        Index(None, "uri", postgresql_using="hash"),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    sha256: Mapped[bytes] = mapped_column(unique=True)
+    label: Mapped[int] = mapped_column(SmallInteger)
+    generator_id: Mapped[int | None] = mapped_column(ForeignKey("generator.id"))
+    source: Mapped[str]
+    group: Mapped[str]
+    uri: Mapped[str | None]
+    file_bytes: Mapped[int] = mapped_column(BigInteger)
+    mtime: Mapped[float | None]
+    width: Mapped[int]
+    height: Mapped[int]
+    format: Mapped[str]
+    jpeg_quality: Mapped[int | None] = mapped_column(SmallInteger)
+    fingerprint: Mapped[int | None] = mapped_column(BigInteger)
+    thumbnail: Mapped[bytes]
+    attributes: Mapped[dict[str, str]]
+    enrolment_id: Mapped[int | None] = mapped_column(ForeignKey("enrolment.id", ondelete="SET NULL"))
+    added_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class ReferenceFileRow(Base):
+    """The bytes of a reference that came over HTTP, for a later checkpoint to embed."""
+
+    __tablename__ = "reference_file"
+
+    image_id: Mapped[int] = mapped_column(
+        BigInteger, ForeignKey("reference_image.id", ondelete="CASCADE"), primary_key=True
+    )
+    bytes: Mapped[bytes]
+
+
+class BlockedHashRow(Base):
+    """Images that were removed with `--forget` and may not come back."""
+
+    __tablename__ = "blocked_hash"
+
+    sha256: Mapped[bytes] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class RevisionRow(Base):
+    """The revision that followers of a checkpoint have to reach. Its row lock orders the writers."""
+
+    __tablename__ = "index_revision"
+
+    checkpoint_id: Mapped[str] = mapped_column(ForeignKey("checkpoint.id", ondelete="CASCADE"), primary_key=True)
+    revision: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+
+
+class EmbeddingRow(Base):
+    """What a checkpoint made of an image: raw float32, little-endian."""
+
+    __tablename__ = "embedding"
+    __table_args__ = (Index(None, "checkpoint_id", "revision", "image_id"),)
+
+    image_id: Mapped[int] = mapped_column(
+        BigInteger, ForeignKey("reference_image.id", ondelete="CASCADE"), primary_key=True
+    )
+    checkpoint_id: Mapped[str] = mapped_column(ForeignKey("checkpoint.id", ondelete="CASCADE"), primary_key=True)
+    vector: Mapped[bytes]
+    revision: Mapped[int] = mapped_column(BigInteger)
+
+
+class RemovalRow(Base):
+    """An image that a follower of this checkpoint has to drop. Never pruned: ids are never reused."""
+
+    __tablename__ = "removal"
+    __table_args__ = (Index(None, "checkpoint_id", "revision"),)
+
+    checkpoint_id: Mapped[str] = mapped_column(ForeignKey("checkpoint.id", ondelete="CASCADE"), primary_key=True)
+    image_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    revision: Mapped[int] = mapped_column(BigInteger)
+
+
+class CalibrationRow(Base):
+    """Score maps and thresholds that were fitted at one revision of the index."""
+
+    __tablename__ = "calibration"
+
+    checkpoint_id: Mapped[str] = mapped_column(ForeignKey("checkpoint.id", ondelete="CASCADE"), primary_key=True)
+    heads_id: Mapped[str] = mapped_column(primary_key=True)
+    revision: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    params: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class ApiKeyRow(Base):
+    """A key for the HTTP interface; only its hash is kept."""
+
+    __tablename__ = "api_key"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    hash: Mapped[bytes] = mapped_column(unique=True)
+    scopes: Mapped[list[str]]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
+class DetectionRow(Base):
+    """A verdict as it was given. It outlives the references and checkpoint it names, hence no foreign keys to them."""
+
+    __tablename__ = "detection"
+    __table_args__ = (Index(None, "at", "id"), Index(None, "sha256"))
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(server_default=func.now())
+    sha256: Mapped[bytes]
+    file_bytes: Mapped[int] = mapped_column(BigInteger)
+    width: Mapped[int] = mapped_column(Integer)
+    height: Mapped[int] = mapped_column(Integer)
+    vector: Mapped[bytes]
+    result: Mapped[dict[str, Any]]
+    checkpoint_id: Mapped[str]
+    heads_id: Mapped[str | None]
+    revision: Mapped[int] = mapped_column(BigInteger)
+    api_key_id: Mapped[int | None] = mapped_column(ForeignKey("api_key.id", ondelete="SET NULL"))
+    feedback: Mapped[dict[str, Any] | None]
