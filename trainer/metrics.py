@@ -1,0 +1,247 @@
+"""What is measured of scores: accuracy, AUROC, average precision, recall at a false-alarm rate, and their intervals.
+
+Numpy only, and shared by the trainer's and the indexer's `evaluate`. Every measure takes weights, so that a bootstrap
+is one more call with the resampled counts as weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 1000
+"""Bootstrap resamples."""
+LEVEL = 0.95
+"""Of the bootstrap intervals."""
+BLOCK = 4_000_000
+"""Entries of one block of bootstrap weights, which bounds memory."""
+
+
+def accuracy(correct: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Share of correct answers, 0..1.
+
+    Args:
+        correct: Shape (n,), bool.
+        weights: Shape (n,) or (r, n); one by default.
+
+    Returns:
+        Shape () or (r,).
+    """
+    weights = np.ones(len(correct)) if weights is None else weights
+    share: np.ndarray = (weights @ correct.astype(np.float64)) / weights.sum(-1)
+    return share
+
+
+def auroc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Probability that a fake scores above a real, ties counting half; 0..1, NaN without one of the labels.
+
+    Args:
+        scores: Shape (n,), finite.
+        labels: 0 real, 1 fake, shape (n,).
+        weights: Shape (n,) or (r, n); one by default.
+
+    Returns:
+        Shape () or (r,).
+    """
+    real, fake = _by_score(scores, labels, weights)  # (..., u), ascending score
+    below = np.cumsum(real, -1) - 0.5 * real
+    pairs = real.sum(-1) * fake.sum(-1)
+    area: np.ndarray = np.divide((fake * below).sum(-1), pairs, out=np.full(pairs.shape, np.nan), where=pairs > 0)
+    return area
+
+
+def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Precision averaged over the recall it is reached at, 0..1; NaN without a fake. Arguments as `auroc`."""
+    real, fake = _by_score(scores, labels, weights)
+    fakes = np.cumsum(fake[..., ::-1], -1)  # found at each threshold, descending
+    found = fakes + np.cumsum(real[..., ::-1], -1)
+    precision = np.divide(fakes, found, out=np.zeros_like(found), where=found > 0)
+    total = fake.sum(-1)
+    area = (fake[..., ::-1] * precision).sum(-1)
+    mean: np.ndarray = np.divide(area, total, out=np.full(total.shape, np.nan), where=total > 0)
+    return mean
+
+
+def recall_at(
+    scores: np.ndarray, labels: np.ndarray, false_alarms: float, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Largest share of fakes found by a threshold that at most this share of the reals reaches; arguments as `auroc`.
+
+    Args:
+        scores: See `auroc`.
+        labels: See `auroc`.
+        false_alarms: Share of the reals, 0..1.
+        weights: See `auroc`.
+    """
+    real, fake = _by_score(scores, labels, weights)
+    reals, fakes = real.sum(-1, keepdims=True), fake.sum(-1, keepdims=True)
+    alarms = np.cumsum(real[..., ::-1], -1) / np.maximum(reals, 1e-300)
+    found = np.cumsum(fake[..., ::-1], -1) / np.maximum(fakes, 1e-300)
+    best = np.where(alarms <= false_alarms + 1e-12, found, 0.0).max(-1)
+    recall: np.ndarray = np.where((reals[..., 0] > 0) & (fakes[..., 0] > 0), best, np.nan)
+    return recall
+
+
+def roc_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """False-alarm rates and recalls of every threshold, both ascending from 0 to 1, shape (u + 1,)."""
+    real, fake = _by_score(scores, labels, None)
+    points = [np.r_[0.0, np.cumsum(side[::-1]) / max(1.0, side.sum())] for side in (real, fake)]
+    return points[0], points[1]
+
+
+def resampled_weights(
+    labels: np.ndarray, groups: Sequence[str], resamples: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Counts of a bootstrap by whole groups within each label, shape (r, n), float64.
+
+    Args:
+        labels: 0 real, 1 fake, shape (n,): each resample draws as many groups of a label as there are.
+        groups: n of them; images of one group are drawn together.
+        resamples: r.
+        rng: Source of the draw.
+    """
+    weights = np.zeros((resamples, len(labels)))
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        names, inverse = np.unique(np.asarray(groups, dtype=str)[rows], return_inverse=True)
+        counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)  # (r, groups)
+        weights[:, rows] = counts[:, inverse]
+    return weights
+
+
+def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """The middle `level` of bootstrap values (percentiles); NaN where there are none."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def expected_calibration_error(
+    probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None, bins: int = 10
+) -> np.ndarray:
+    """Mean distance between probability and share of fakes over equally filled bins, 0..1.
+
+    Args:
+        probabilities: Shape (n,), 0..1.
+        labels: 0 real, 1 fake, shape (n,).
+        weights: Shape (n,) or (r, n); `balanced_weights` for probabilities at prior 0.5.
+        bins: How many.
+
+    Returns:
+        Shape () or (r,).
+    """
+    weights = np.ones(len(labels)) if weights is None else weights
+    order = np.argsort(probabilities, kind="stable")
+    gaps = np.zeros(weights.shape[:-1])
+    for rows in np.array_split(order, bins):
+        gaps = gaps + np.abs(weights[..., rows] @ (labels[rows] - probabilities[rows]))
+    error: np.ndarray = gaps / weights.sum(-1)
+    return error
+
+
+def measure(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    generators: Sequence[str],
+    groups: Sequence[str],
+    threshold: float,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    **fields: str,
+) -> list[dict[str, Any]]:
+    """Rows of design section 9: one for all images, one for the reals, one for each generator.
+
+    A generator's accuracy is its recall; its AUROC, AP and recall at 1 % and 5 % false alarms are against all reals.
+    `balanced` is the mean of real and fake accuracy. Each measure has `_low` and `_high`, a 95 % bootstrap interval
+    by groups. What cannot be measured is None.
+
+    Args:
+        scores: Shape (n,), above `threshold` for fake; NaN where the head could not answer: such images are left out.
+        labels: 0 real, 1 fake, shape (n,).
+        generators: n names, empty for a real image.
+        groups: n names.
+        threshold: Of the raw decision.
+        resamples: Of the bootstrap; 0 leaves the intervals out.
+        seed: Of the bootstrap.
+        fields: Put first in every row: split, transform, head.
+    """
+    answered = ~np.isnan(scores)
+    scores, labels = np.asarray(scores)[answered], np.asarray(labels)[answered]
+    names, groups = np.asarray(generators, dtype=str)[answered], np.asarray(groups, dtype=str)[answered]
+    rows = []
+    for name in ["all", "real", *sorted(set(names[labels == 1].tolist()))]:
+        # A generator's row needs the reals too, for what ranks it against them.
+        chosen = np.full(len(labels), name == "all") | (labels == 0) | (names == name)
+        of = _Images(scores[chosen], labels[chosen], threshold, None if name == "all" else int(name != "real"))
+        if not of.counted.any():
+            continue
+        row: dict[str, Any] = {**fields, "generator": name, "images": int(of.counted.sum())}
+        point = of.values(np.ones((1, len(of.labels))))
+        draws = _bootstrap(of, list(groups[chosen]), resamples, seed)
+        for key in ("accuracy", "balanced", "auroc", "ap", "recall_at_1", "recall_at_5"):
+            row[key] = _plain(point[key][0]) if key in point else None
+            low, high = interval(draws[key]) if key in draws else (np.nan, np.nan)
+            row[f"{key}_low"], row[f"{key}_high"] = _plain(low), _plain(high)
+        rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Images:
+    """The images behind one row; `only` is the label whose accuracy counts, None for both."""
+
+    scores: np.ndarray
+    labels: np.ndarray
+    threshold: float
+    only: int | None
+
+    @property
+    def counted(self) -> np.ndarray:
+        return np.ones(len(self.labels), dtype=bool) if self.only is None else self.labels == self.only
+
+    def values(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Every measure that these images allow, each of shape (r,), for weights (r, n)."""
+        correct = (self.scores > self.threshold) == (self.labels == 1)
+        values = {"accuracy": accuracy(correct[self.counted], weights[:, self.counted])}
+        if self.only == 0 or len(np.unique(self.labels)) < 2:
+            return values
+        if self.only is None:
+            sides = [self.labels == label for label in (0, 1)]
+            values["balanced"] = np.mean([accuracy(correct[side], weights[:, side]) for side in sides], axis=0)
+        values["auroc"] = auroc(self.scores, self.labels, weights)
+        values["ap"] = average_precision(self.scores, self.labels, weights)
+        values["recall_at_1"] = recall_at(self.scores, self.labels, 0.01, weights)
+        values["recall_at_5"] = recall_at(self.scores, self.labels, 0.05, weights)
+        return values
+
+
+def _bootstrap(images: _Images, groups: Sequence[str], resamples: int, seed: int) -> dict[str, np.ndarray]:
+    """Every measure of every resample, shape (r,), in blocks that bound memory."""
+    rng = np.random.default_rng(seed)
+    size = max(1, BLOCK // max(1, len(groups)))
+    sizes = [min(size, resamples - start) for start in range(0, resamples, size)]
+    blocks = [images.values(resampled_weights(images.labels, groups, count, rng)) for count in sizes]
+    return {key: np.concatenate([block[key] for block in blocks]) for key in (blocks[0] if blocks else ())}
+
+
+def _by_score(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Weight of reals and of fakes at each distinct score, ascending; each (u,) or (r, u)."""
+    weights = np.ones(len(labels)) if weights is None else weights
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) > 0])[: len(order)]
+    is_fake = (np.asarray(labels)[order] == 1).astype(np.float64)
+    sorted_weights = weights[..., order]
+    real: np.ndarray = np.add.reduceat(sorted_weights * (1 - is_fake), starts, axis=-1)
+    fake: np.ndarray = np.add.reduceat(sorted_weights * is_fake, starts, axis=-1)
+    return real, fake
+
+
+def _plain(value: float) -> float | None:
+    """A JSON number: six digits, None for NaN."""
+    return None if np.isnan(value) else round(float(value), 6)
