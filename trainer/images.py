@@ -1,15 +1,32 @@
-"""Image bytes to upright RGB pixels and facts about the file, and pixels to what the backbone reads."""
+"""Image bytes to upright RGB pixels and facts about the file, and pixels to what the backbone reads.
+
+Every image of the project comes through `decode_image`. It refuses with one of three exceptions:
+
+    UnreadableImage        empty, truncated or broken
+    ├── ImageTooLarge      the header promises more pixels than allowed
+    └── UnsupportedFormat  no image, or an image of another format
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import io
+import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
-from PIL import Image
-
-FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+from PIL import Image, ImageFile
+from PIL.AvifImagePlugin import AvifImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.ExifTags import Base
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import jpeg_factory
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 
 class UnreadableImage(ValueError):
@@ -24,9 +41,46 @@ class UnsupportedFormat(UnreadableImage):
     """The bytes are no image, or one of a format outside `FORMATS`."""
 
 
+# The plugins are called by signature instead of through `Image.open`: that tries every format whose prefix could fit,
+# and only warns (process-wide) between its own two size limits.
+_PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
+    "JPEG": jpeg_factory,
+    "PNG": PngImageFile,
+    "WEBP": WebPImageFile,
+    "GIF": GifImageFile,
+    "BMP": BmpImageFile,
+    "TIFF": TiffImageFile,
+    "AVIF": AvifImageFile,
+}
+FORMATS: tuple[str, ...] = tuple(_PLUGINS)
+
+# What EXIF tag 274 asks for; 1 and values outside the standard leave the image as it is.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# The luminance table of ITU-T T.81, annex K.1, row by row.
+_LUMINANCE = (
+    *(16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55),
+    *(14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87, 80, 62),
+    *(18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92),
+    *(49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """What the file says without its pixels. `width` and `height` are those of the upright image."""
+    """What the file says without its pixels.
+
+    `width` and `height` are those of the upright image. `jpeg_quality` is the setting of the Independent JPEG Group's
+    encoder (1-100) whose quantisation table is nearest, null for other formats.
+    """
 
     sha256: str
     bytes: int
@@ -37,32 +91,207 @@ class FileFacts:
 
 
 def decode_image(data: bytes, *, max_pixels: int = 50_000_000) -> tuple[Image.Image, FileFacts]:
-    """Decode to an upright RGB image, checking the size in the header before any pixel is decompressed."""
-    raise NotImplementedError
+    """Decode to an upright RGB image, checking the size in the header before any pixel is decompressed.
+
+    Of an animation the first frame counts. Transparency is laid on white, 16 bits are scaled to 8, CMYK is converted
+    without its colour profile. Names of files and bytes behind the end of the image mean nothing.
+
+    Raises:
+        UnsupportedFormat: Not an image, or of a format outside `FORMATS`.
+        ImageTooLarge: Width times height exceed `max_pixels`.
+        UnreadableImage: Empty, truncated or broken.
+    """
+    if not data:
+        raise UnreadableImage("the file is empty")
+    name = _sniff(data)
+    if name is None:
+        raise UnsupportedFormat(f"not an image of an accepted format ({', '.join(FORMATS)})")
+    if name == "WEBP":
+        _check_size(_webp_size(data), max_pixels)  # this plugin allocates its canvas on opening
+    try:
+        image = _PLUGINS[name](io.BytesIO(data))
+        size = image.size
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # a GIF frame outside its screen
+        raise ImageTooLarge(f"image is too large for {max_pixels:,} pixels ({_reason(error)})") from error
+    except Exception as error:  # hostile bytes make the plugins raise nearly anything, SyntaxError included
+        raise UnreadableImage(f"broken {name} header ({_reason(error)})") from error
+    _check_size(size, max_pixels)
+    try:
+        image.load()
+        upright = _upright(image)
+        rgb = _rgb(upright)
+    except Exception as error:
+        raise UnreadableImage(f"truncated or broken {name} file ({_reason(error)})") from error
+    quality = _jpeg_quality(getattr(image, "quantization", None)) if name == "JPEG" else None
+    return rgb, FileFacts(hashlib.sha256(data).hexdigest(), len(data), rgb.width, rgb.height, name, quality)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _sniff(data: bytes) -> str | None:
+    """The accepted format whose signature opens the file; a file has at most one."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if data[:2] == b"BM" and data[6:10] == bytes(4):  # two letters alone would take a text for an image
+        return "BMP"
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"mif1", b"msf1"):
+        brands = data[8 : struct.unpack(">I", data[:4])[0]]
+        return "AVIF" if b"avif" in brands or b"avis" in brands else None  # HEIC shares the container
+    return None
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height of the canvas (RFC 9649); zeros where the header is cut short or unknown."""
+    head, body = data[12:16], data[20:30].ljust(10, b"\0")
+    if head == b"VP8X":
+        return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
+    if head == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        raise ImageTooLarge(f"image is {size[0]}x{size[1]}; LINEUP_MAX_PIXELS allows {max_pixels:,} pixels in all")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(Base.Orientation)
+    except Exception:  # metadata that no reader understands do not make the pixels unreadable
+        return image
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Eight-bit RGB without Pillow's silent losses: `convert` clips deep grey at 255 and forgets transparency."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_eight_bit(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bit(grey: np.ndarray) -> np.ndarray:
+    """Deep grey values to 0..255, shape (h, w), uint8.
+
+    Sixteen bits are divided by 257. Wider integers and floats name no range: it is taken as 0..1, 0..255, 0..65535 or
+    0..largest value, the first that holds them all.
+    """
+    if grey.dtype.itemsize == 2:
+        return ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    values = np.nan_to_num(grey.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    largest = float(values.max(initial=0.0))
+    ranges = (1.0, 255.0, 65535.0) if grey.dtype.kind == "f" else (255.0, 65535.0)
+    white = next((r for r in ranges if largest <= r), largest)
+    return np.rint(values.clip(0) * (255.0 / white)).astype(np.uint8)
+
+
+@cache
+def _ijg_tables() -> np.ndarray:
+    """The luminance tables of qualities 1 to 100, shape (100, 64), by libjpeg's `jpeg_quality_scaling`."""
+    quality = np.arange(1, 101)
+    scale = np.where(quality < 50, 5000 // quality, 200 - 2 * quality)
+    return ((np.array(_LUMINANCE) * scale[:, None] + 50) // 100).clip(1, 255)  # (100, 64)
+
+
+def _jpeg_quality(tables: dict[int, list[int]] | None) -> int | None:
+    table = np.array((tables or {}).get(0, ()))
+    if table.shape != (64,):
+        return None
+    return int(np.abs(_ijg_tables() - table).sum(1).argmin()) + 1
 
 
 def thumbnail(image: Image.Image, size: int = 256) -> bytes:
-    """A WebP whose longest side is at most `size` pixels."""
-    raise NotImplementedError
+    """A WebP whose longest side is at most `size` pixels; smaller images keep their size."""
+    scale = min(1.0, size / max(image.size))
+    side = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    small = image if side == image.size else image.resize(side, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    out = io.BytesIO()
+    small.save(out, "WEBP", quality=80)
+    return out.getvalue()
+
+
+def _offset(length: int, side: int) -> int:
+    """Where a centred window of `side` pixels begins; negative where it is the longer one."""
+    return round((length - side) / 2) if length >= side else -((side - length) // 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Preprocess:
-    """How an RGB image becomes the backbone's input. Saved next to the weights."""
+    """How an RGB image becomes the backbone's input. Saved next to the weights.
+
+    `resize_crop` brings the shorter side to round(image_size * 248 / 224) bicubic and takes the centre. `center_crop`
+    takes the centre as it is, with black around smaller images. Both round as torchvision does.
+    """
 
     mode: Literal["center_crop", "resize_crop"] = "resize_crop"
     image_size: int = 224
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
+    def __post_init__(self) -> None:
+        if self.mode not in ("center_crop", "resize_crop"):
+            raise ValueError(f"preprocessing mode is {self.mode!r}; expected center_crop or resize_crop")
+        if self.image_size < 1:
+            raise ValueError(f"image_size is {self.image_size}; expected at least 1 pixel")
+        for name in ("mean", "std"):  # JSON gives lists
+            values = tuple(float(value) for value in getattr(self, name))
+            if len(values) != 3 or (name == "std" and min(values) <= 0):
+                raise ValueError(f"preprocessing {name} is {values}; expected three numbers, std above 0")
+            object.__setattr__(self, name, values)
+
+    def _source(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of the square to take, in pixels of the image; may lie outside of it."""
+        s = self.image_size
+        if self.mode == "center_crop":
+            left, top = _offset(width, s), _offset(height, s)
+            return left, top, left + s, top + s
+        shorter, side = min(width, height), round(s * 248 / 224)
+        wide, high = side * width // shorter, side * height // shorter  # the size after the resize
+        left, top = _offset(wide, s), _offset(high, s)
+        x, y = width / wide, height / high
+        return left * x, top * y, min((left + s) * x, width), min((top + s) * y, height)
+
     def box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """What is judged of an image of this size: x, y, width, height in its pixels."""
-        raise NotImplementedError
+        """What is judged of an image of this size: x, y, width, height in its pixels, at least one of each."""
+        left, top, right, bottom = self._source(width, height)
+        x, y = min(max(0, round(left)), width - 1), min(max(0, round(top)), height - 1)
+        return x, y, max(1, min(round(right), width) - x), max(1, min(round(bottom), height) - y)
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """What is judged, as an image of `image_size` by `image_size` pixels."""
-        raise NotImplementedError
+        """What is judged, as an image of `image_size` by `image_size` pixels.
+
+        The resize reads only what the crop needs: a picture one pixel high would otherwise swell to gigabytes.
+        """
+        if image.mode != "RGB":
+            raise ValueError(f"image mode is {image.mode}; expected RGB, as decode_image gives it")
+        left, top, right, bottom = self._source(*image.size)
+        if self.mode == "center_crop":
+            return image.crop((int(left), int(top), int(right), int(bottom)))
+        side = (self.image_size, self.image_size)
+        return image.resize(side, Image.Resampling.BICUBIC, box=(left, top, right, bottom))
 
     def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Normalised pixels, shape (n, 3, s, s), float32."""
-        raise NotImplementedError
+        s = self.image_size
+        pixels = np.empty((len(images), 3, s, s), np.float32)
+        scale = np.float32(1 / 255) / np.array(self.std, np.float32)
+        shift = np.array(self.mean, np.float32) / np.array(self.std, np.float32)
+        for row, image in zip(pixels, images, strict=True):
+            row[:] = (np.asarray(self.crop(image), np.float32) * scale - shift).transpose(2, 0, 1)  # (3, s, s)
+        return pixels
