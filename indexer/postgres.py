@@ -1,8 +1,21 @@
 """Reach the database: the server of `LINEUP_DATABASE_URL`, or an embedded one under `LINEUP_HOME`."""
 
-from sqlalchemy import Engine
+from pathlib import Path
 
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError
+
+import migrations
+from indexer.embedded import EmbeddedFailure, EmbeddedServer
 from indexer.settings import Settings
+
+OLDEST_SERVER = 14
+# Any constant; whoever holds this advisory lock may change the schema.
+MIGRATION_LOCK = 0x11_E0_B0
 
 
 class DatabaseUnreachable(RuntimeError):
@@ -21,17 +34,82 @@ def connect(settings: Settings, *, check: bool = True) -> Engine:
         check: Refuse a database whose schema is not this code's (`indexer migrate` itself does not).
 
     Raises:
-        DatabaseUnreachable: Nothing answers there.
+        DatabaseUnreachable: Nothing usable answers there.
         DatabaseBehind: Its schema is another one.
     """
-    raise NotImplementedError
+    if settings.database_url is None:
+        try:
+            url = EmbeddedServer(settings.home).start()
+        except EmbeddedFailure as error:
+            raise DatabaseUnreachable(str(error)) from error
+    else:
+        url = make_url(settings.database_url).set(drivername="postgresql+psycopg")
+    engine = create_engine(
+        url, pool_pre_ping=True, max_overflow=30, connect_args={"connect_timeout": 10, "application_name": "lineup"}
+    )
+    try:
+        with engine.connect() as connection:
+            version = int(connection.scalar(text("show server_version_num")) or 0) // 10_000
+            current = schema_revision(connection)
+    except DBAPIError as error:
+        engine.dispose()
+        where = url.render_as_string(hide_password=True)
+        reason = " ".join(str(error.orig).split())
+        raise DatabaseUnreachable(f"no database at {where} ({reason}): look at LINEUP_DATABASE_URL") from error
+    if version < OLDEST_SERVER:
+        engine.dispose()
+        raise DatabaseUnreachable(f"LINEUP_DATABASE_URL is PostgreSQL {version}; {OLDEST_SERVER} or newer is needed")
+    if settings.database_url is None and (current is None or current in _older()):
+        migrate(engine)
+    elif check:
+        _require(current)
+    return engine
 
 
 def migrate(engine: Engine, revision: str = "head") -> None:
-    """Bring the schema to `revision`, up or down; several processes may try at once."""
-    raise NotImplementedError
+    """Bring the schema to `revision`, up or down, in one transaction; several processes may try at once."""
+    config = alembic_config()
+    with engine.begin() as connection:
+        connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+        config.attributes["connection"] = connection
+        current = schema_revision(connection)
+        downward = revision == "base" or (current is not None and revision in _lineage(current))
+        (command.downgrade if downward else command.upgrade)(config, revision)
 
 
 def stop(settings: Settings) -> bool:
     """Stop the embedded server of this home, whoever uses it; False where none runs."""
-    raise NotImplementedError
+    return EmbeddedServer(settings.home).stop()
+
+
+def schema_revision(connection: Connection) -> str | None:
+    """The schema revision of this database; None where Lineup has no tables yet."""
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def alembic_config() -> Config:
+    """Where the migrations are; `attributes["connection"]` is what they run on."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent).replace("%", "%%"))
+    return config
+
+
+def _require(current: str | None) -> None:
+    head = ScriptDirectory.from_config(alembic_config()).get_current_head()
+    if current == head:
+        return
+    if current is None or current in _older():
+        raise DatabaseBehind(
+            f"the database is at schema {current or 'none'}, this version needs {head}: run python -m indexer migrate"
+        )
+    raise DatabaseBehind(f"the database is at schema {current}, which this version does not know: update Lineup")
+
+
+def _older() -> set[str]:
+    return _lineage("heads") - {str(ScriptDirectory.from_config(alembic_config()).get_current_head())}
+
+
+def _lineage(revision: str) -> set[str]:
+    """A revision and all that it builds on."""
+    scripts = ScriptDirectory.from_config(alembic_config())
+    return {script.revision for script in scripts.iterate_revisions(revision, "base")}

@@ -1,9 +1,10 @@
 """Settings shared by every command: one class, read from the environment (`LINEUP_...`) once at start."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -49,6 +50,13 @@ class Settings(BaseSettings):
     keep_uploads: bool = True
     """Keep the bytes of references added over HTTP, so that a new checkpoint can embed them again. true or false."""
 
+    @field_validator("database_url")
+    @classmethod
+    def _is_postgres(cls, url: str | None) -> str | None:
+        if url is not None and not re.match(r"postgres(ql)?(\+psycopg)?://", url):
+            raise ValueError("not a URL like postgresql://user:password@host:5432/name")
+        return url
+
     @property
     def checkpoint_folder(self) -> Path:
         """The checkpoint folder in use."""
@@ -66,4 +74,7 @@ def read_settings(**overrides: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = "_".join(["LINEUP", *(str(part).upper() for part in first["loc"])])
-        raise SettingsError(f"{name} is {first['input']!r}: {first['msg'].lower()}") from error
+        # A database URL may hold a password.
+        value = "is wrong" if name == "LINEUP_DATABASE_URL" else f"is {first['input']!r}"
+        reason = first["msg"].removeprefix("Value error, ").lower()
+        raise SettingsError(f"{name} {value}: {reason}") from None

@@ -51,10 +51,10 @@ class StoreRow(Base):
     """One row: which store this is, so that a snapshot of another one is never mistaken for it."""
 
     __tablename__ = "store"
-    __table_args__ = (CheckConstraint("only", name="only"),)
+    __table_args__ = (CheckConstraint("single", name="single"),)
 
     id: Mapped[UUID] = mapped_column(primary_key=True, server_default=text("gen_random_uuid()"))
-    only: Mapped[bool] = mapped_column(Boolean, unique=True, server_default=text("true"))
+    single: Mapped[bool] = mapped_column(Boolean, unique=True, server_default=text("true"))
 
 
 class CheckpointRow(Base):

@@ -1,10 +1,19 @@
 """Shared fixtures: small images, a tiny random checkpoint, and a real Postgres."""
 
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
+from sqlalchemy import URL, create_engine, text
+
+from indexer.embedded import EmbeddedServer
+from indexer.postgres import migrate
+from indexer.settings import Settings
 
 
 def small_image(seed: int, fake: bool, size: int = 48) -> Image.Image:
@@ -27,3 +36,43 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image = small_image(1000 * number + i, fake)
             image.save(root / name / f"{i:03d}.{'png' if i % 2 else 'jpg'}")
     return root
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[URL]:
+    """One server for the whole run; its database `template` is migrated and never connected to again."""
+    home = Path(tempfile.mkdtemp(prefix="lineup-"))  # a short path, as a unix socket needs
+    server = EmbeddedServer(home)
+    url = server.start()
+    admin = create_engine(url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text("alter system set fsync = off"))
+        connection.execute(text("select pg_reload_conf()"))
+        connection.execute(text("create database template"))
+    template = create_engine(url.set(database="template"))
+    migrate(template)
+    template.dispose()
+    admin.dispose()
+    yield url
+    server.leave()
+    shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture
+def database_url(postgres_server: URL) -> Iterator[str]:
+    """A migrated, empty database of this test's own."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    admin = create_engine(postgres_server, isolation_level="AUTOCOMMIT")
+    url = postgres_server.set(drivername="postgresql", database=name)
+    with admin.connect() as connection:
+        connection.execute(text(f"create database {name} template template"))
+    yield url.render_as_string(hide_password=False)
+    with admin.connect() as connection:
+        connection.execute(text(f"drop database {name} with (force)"))
+    admin.dispose()
+
+
+@pytest.fixture
+def settings(database_url: str, tmp_path: Path) -> Settings:
+    """Settings of a fresh home and a fresh database."""
+    return Settings(home=tmp_path / "home", database_url=database_url)

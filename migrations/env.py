@@ -1,0 +1,24 @@
+"""Alembic's entry: runs on the connection it is handed, or on the database of the settings."""
+
+from alembic import context
+from sqlalchemy import Connection
+
+from indexer.tables import Base
+
+
+def run(connection: Connection) -> None:
+    """Run the chosen migrations inside the connection's transaction."""
+    context.configure(connection=connection, target_metadata=Base.metadata)
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+handed: Connection | None = context.config.attributes.get("connection")
+if handed is not None:
+    run(handed)
+else:
+    from indexer.postgres import connect
+    from indexer.settings import read_settings
+
+    with connect(read_settings(), check=False).connect() as own:
+        run(own)
