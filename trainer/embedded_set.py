@@ -14,7 +14,7 @@ import numpy as np
 
 from trainer.calibration_set import CalibrationSet
 from trainer.datasets import Entry
-from trainer.embedder import CheckpointError, Embedder, write_atomically
+from trainer.embedder import Embedder, write_atomically
 from trainer.images import FileFacts, UnreadableImage, decode_image
 from trainer.transforms import Transform
 
@@ -48,9 +48,27 @@ class EmbeddedSet:
     def take(self, rows: np.ndarray) -> EmbeddedSet:
         """Some rows, by mask or number, shape (n,) or (m,)."""
         numbers = np.flatnonzero(rows) if rows.dtype == bool else rows
-        texts = ([values[i] for i in numbers] for values in (self.generators, self.sources, self.groups, self.splits))
         return EmbeddedSet(
-            self.embeddings[numbers], self.labels[numbers], *texts, facts=[self.facts[i] for i in numbers]
+            embeddings=self.embeddings[numbers],
+            labels=self.labels[numbers],
+            generators=[self.generators[i] for i in numbers],
+            sources=[self.sources[i] for i in numbers],
+            groups=[self.groups[i] for i in numbers],
+            splits=[self.splits[i] for i in numbers],
+            facts=[self.facts[i] for i in numbers],
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[EmbeddedSet]) -> EmbeddedSet:
+        """Several sets in one, in order."""
+        return cls(
+            embeddings=np.concatenate([part.embeddings for part in parts]),
+            labels=np.concatenate([part.labels for part in parts]),
+            generators=[name for part in parts for name in part.generators],
+            sources=[name for part in parts for name in part.sources],
+            groups=[name for part in parts for name in part.groups],
+            splits=[name for part in parts for name in part.splits],
+            facts=[facts for part in parts for facts in part.facts],
         )
 
     def calibration_set(self) -> CalibrationSet:
@@ -58,43 +76,35 @@ class EmbeddedSet:
         hashes = [facts.sha256 for facts in self.facts]
         return CalibrationSet(self.embeddings, self.labels, self.generators, self.sources, hashes, self.groups)
 
-    def save(self, path: Path, checkpoint: str) -> None:
+    def save(self, path: Path, origin: str) -> None:
         """Write to a safetensors file, atomically.
 
         Args:
             path: The file.
-            checkpoint: Id of the checkpoint that made the embeddings.
+            origin: What the embeddings depend on (checkpoint, data, settings), compared by `load`.
         """
         from safetensors.numpy import save
 
         texts = {key: getattr(self, key) for key in ("generators", "sources", "groups", "splits")}
         texts["facts"] = [asdict(facts) for facts in self.facts]
         arrays: dict[str, np.ndarray] = {"embeddings": self.embeddings, "labels": self.labels}
-        write_atomically(path, save(arrays, {"checkpoint": checkpoint, "texts": json.dumps(texts)}))
+        write_atomically(path, save(arrays, {"origin": origin, "texts": json.dumps(texts)}))
 
     @classmethod
-    def load(cls, path: Path, checkpoint: str) -> EmbeddedSet:
-        """Read `save` back.
-
-        Raises:
-            CheckpointError: The file is broken, or of another checkpoint.
-        """
+    def load(cls, path: Path, origin: str) -> EmbeddedSet | None:
+        """Read `save` back; None when there is no such file, it is broken, or its origin is another."""
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, "numpy") as file:
-                metadata = file.metadata()
+                if file.metadata()["origin"] != origin:
+                    return None
                 arrays = {key: file.get_tensor(key) for key in ("embeddings", "labels")}
-            texts = json.loads(metadata["texts"])
+                texts = json.loads(file.metadata()["texts"])
             texts["facts"] = [FileFacts(**facts) for facts in texts["facts"]]
-            loaded = cls(**arrays, **texts)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} holds no cached embeddings ({error}): delete it") from error
-        if metadata["checkpoint"] != checkpoint:
-            raise CheckpointError(
-                f"{path} was made by checkpoint {metadata['checkpoint']}, not {checkpoint}: delete it"
-            )
-        return loaded
+            return cls(**arrays, **texts)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            return None
 
 
 @dataclass(frozen=True, slots=True)

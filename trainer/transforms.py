@@ -1,7 +1,7 @@
 """What an image goes through before it is judged in an evaluation: nothing, augmentations, recompression, decay.
 
 A transform maps an RGB image to an RGB image before the checkpoint's own preprocessing. Its random choices are seeded
-by the evaluation's seed and the image's content, so that every checkpoint sees the same transformed set in any order.
+by seed, transform and image content, so that every checkpoint sees the same transformed set in any order.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from zlib import crc32
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -36,7 +37,7 @@ class Transform:
             seed: The evaluation's.
             sha256: Of the image's file, hexadecimal.
         """
-        return self.apply(image, np.random.default_rng([seed, int(sha256[:16], 16)]))
+        return self.apply(image, np.random.default_rng([seed, crc32(self.name.encode()), int(sha256[:16], 16)]))
 
 
 def unchanged(image: Image.Image, rng: np.random.Generator) -> Image.Image:

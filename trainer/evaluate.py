@@ -1,0 +1,214 @@
+"""Measuring a checkpoint and its own heads on images that trained neither (CoDE, section 5)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.calibration import Calibration, fit_calibration
+from trainer.calibration_set import CalibrationSet
+from trainer.datasets import Entry, read_dataset
+from trainer.embedded_set import EmbeddedSet, Rejected, embed_entries
+from trainer.embedder import CheckpointError, Embedder
+from trainer.heads import Heads
+from trainer.metrics import RESAMPLES, measure
+from trainer.transforms import Transform, basic, curves
+
+UNSEEN = "unseen"
+"""The split of generators that trained nothing; its fakes are paired with the real images of the split `test`."""
+THRESHOLDS = {"linear": 0.0, "svm": 0.0, "nn1": 0.0, "combined": 0.5}
+"""Of the raw decision by head, on the scale that `Scorer` gives."""
+CURVE_IMAGES = 200
+"""Images of each split and generator (or of the reals) that a robustness curve is measured on, at most."""
+
+
+class EvaluationError(ValueError):
+    """There is nothing to evaluate; the message says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """Scores of a checkpoint's own heads: what needs no index."""
+
+    heads: Heads
+    calibration: Calibration | None
+    """Of linear and svm together, from the checkpoint's calibration set; None without one."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Scorer:
+        """Heads and calibration set of a checkpoint folder.
+
+        Raises:
+            CheckpointError: The heads are missing or broken.
+        """
+        heads = Heads.load(folder)
+        try:
+            held = CalibrationSet.load(folder)
+        except CheckpointError:
+            return cls(heads, None)
+        missing = np.full(len(held), np.nan)
+        calibration = fit_calibration(heads.logits(held.embeddings), missing, missing, held.labels, held.groups)
+        return cls(heads, calibration if calibration.maps else None)
+
+    def __call__(self, embeddings: np.ndarray) -> dict[str, np.ndarray]:
+        """Scores by head, each of shape (n,), higher for fake: linear logit, SVM score, 1-NN margin, combined 0..1.
+
+        Args:
+            embeddings: Raw, shape (n, d).
+        """
+        scores = self.heads.logits(embeddings)
+        if self.calibration:
+            scores["combined"] = self.calibration.combine_many(scores)
+        if self.heads.nearest:
+            scores["nn1"] = self.heads.nearest.margin(embeddings)
+        return scores
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was measured, and the embeddings it was measured on."""
+
+    checkpoint: str
+    name: str
+    rows: list[dict[str, Any]]
+    """See `metrics.measure`."""
+    curves: list[dict[str, Any]]
+    """Rows likewise, with `curve` and `strength`."""
+    sets: dict[str, EmbeddedSet]
+    """By transform: none, transformed, equalised; every split together."""
+    scores: dict[str, dict[str, np.ndarray]]
+    """By transform and head, in the order of the set."""
+    scorer: Scorer
+    rejected: list[Rejected] = field(default_factory=list)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether any image says that it was simulated by `trainer simulate`."""
+        names = {*self.sets["none"].generators, *self.sets["none"].sources}
+        return any(name.startswith("sim-") for name in names)
+
+
+def evaluate(
+    checkpoint: Path,
+    data: Path,
+    *,
+    split: str = "test,unseen",
+    device: str = "auto",
+    seed: int = 0,
+    with_curves: bool = False,
+    resamples: int = RESAMPLES,
+    on_image: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Measure every head on every split, plain, augmented and with both labels recompressed alike.
+
+    Args:
+        checkpoint: The folder.
+        data: A data set of any layout.
+        split: Comma list. The unseen split borrows the real images of `test`, which are read even if not listed.
+        device: auto, cpu or cuda.
+        seed: Fixes transforms and bootstraps.
+        with_curves: Also measure robustness curves, on at most 200 images of each split and generator.
+        resamples: Of the bootstraps.
+        on_image: Called after each image.
+
+    Raises:
+        CheckpointError: The checkpoint or its heads cannot be loaded.
+        DatasetError: The data cannot be read.
+        EvaluationError: No image could be read, or one label is missing.
+    """
+    splits = [part.strip() for part in split.split(",") if part.strip()]
+    embedder, scorer = Embedder.load(checkpoint, device=device), Scorer.load(checkpoint)
+    tables = basic(embedder.preprocess.image_size)
+    strengths = {t.name: (name, x) for name, points in curves().items() for x, t in points} if with_curves else {}
+    extra = [t for points in curves().values() for _, t in points] if with_curves else []
+    sets, rejected = embed_entries(embedder, _work(data, splits, tables, extra), seed=seed, on_image=on_image)
+    if not sets:
+        reason = (
+            f" ({len(rejected)} unreadable, the first: {rejected[0].file}: {rejected[0].reason})" if rejected else ""
+        )
+        raise EvaluationError(f"{data} holds no readable image of split {split}{reason}: change --data or --split")
+    if len(np.unique(sets["none"].labels)) < 2:
+        raise EvaluationError(f"{data} holds one label only in split {split}: both real and fake images are needed")
+    scores = {name: scorer(images.embeddings) for name, images in sets.items()}
+    rows, curve_rows = [], []
+    for name, images in sets.items():
+        measured = measure_splits(images, scores[name], splits, name, resamples if name not in strengths else 0, seed)
+        if name in strengths:
+            curve, strength = strengths[name]
+            curve_rows += [{"curve": curve, "strength": strength} | row for row in measured]
+        else:
+            rows += measured
+    kept = {table.name: sets[table.name] for table in tables}
+    kept_scores = {table.name: scores[table.name] for table in tables}
+    return Evaluation(embedder.id, embedder.name, rows, curve_rows, kept, kept_scores, scorer, rejected)
+
+
+def measure_splits(
+    images: EmbeddedSet,
+    scores: dict[str, np.ndarray],
+    splits: Sequence[str],
+    transform: str,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Rows of every split and head for one transform.
+
+    Args:
+        images: Of all splits, n of them.
+        scores: By head, each of shape (n,).
+        splits: Their names; images without a split count as the first.
+        transform: Its name.
+        resamples: Of the bootstraps.
+        seed: Of the bootstraps.
+    """
+    rows = []
+    for split in splits:
+        chosen = np.flatnonzero(rows_of(images, split, splits[0]))
+        part = images.take(chosen)
+        for head, values in scores.items():
+            rows += measure(
+                values[chosen],
+                part.labels,
+                part.generators,
+                part.groups,
+                THRESHOLDS[head],
+                resamples=resamples,
+                seed=seed,
+                split=split,
+                transform=transform,
+                head=head,
+            )
+    return rows
+
+
+def rows_of(images: EmbeddedSet, split: str, default: str) -> np.ndarray:
+    """Which images a split is measured on, shape (n,), bool; the unseen split borrows the reals of `test`.
+
+    Args:
+        images: n of them.
+        split: Its name.
+        default: The split of images that name none.
+    """
+    names = np.array([name or default for name in images.splits])
+    rows: np.ndarray = names == split
+    if split == UNSEEN and not (rows & (images.labels == 0)).any():
+        rows |= (images.labels == 0) & (names != UNSEEN)
+    return rows
+
+
+def _work(
+    data: Path, splits: Sequence[str], tables: Sequence[Transform], extra: Sequence[Transform]
+) -> Iterator[tuple[Entry, Sequence[Transform]]]:
+    """Entries with their transforms: those of the tables, and of the curves for the first of each kind."""
+    borrowed = [] if UNSEEN not in splits or "test" in splits else ["test"]
+    seen: Counter[tuple[str | None, str | None]] = Counter()
+    for entry in read_dataset(data, split=",".join([*splits, *borrowed])):
+        if entry.split in borrowed and entry.label == 1:
+            continue
+        seen[entry.split, entry.generator] += 1
+        yield entry, [*tables, *extra] if seen[entry.split, entry.generator] <= CURVE_IMAGES else tables

@@ -1,0 +1,96 @@
+"""Fitting the heads of a checkpoint again: augmented embeddings of training images, plain ones for calibration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from trainer.calibration_set import LIMIT
+from trainer.datasets import FIT_FORBIDDEN_SPLITS, Entry, read_dataset, role
+from trainer.embedded_set import EmbeddedSet, Rejected, embed_entries
+from trainer.embedder import Embedder
+from trainer.heads import Heads, HeadsError, fit_heads
+from trainer.transforms import Transform, augmented, unchanged
+
+IMAGES = 50_000
+"""Augmented images that the heads are fitted on (the paper: 10,000 records of five images)."""
+VIEWS = 4
+"""Augmented copies of an image, at most: a small data set does not fill the 50,000."""
+
+
+def refit(
+    checkpoint: Path,
+    data: Path,
+    *,
+    split: str | None = None,
+    images: int = IMAGES,
+    views: int = VIEWS,
+    seed: int = 42,
+    device: str = "auto",
+    cache: Path | None = None,
+    on_image: Callable[[], None] = lambda: None,
+) -> tuple[Heads, list[Rejected]]:
+    """Fit heads and calibration set, and write both into the checkpoint folder.
+
+    Args:
+        checkpoint: The folder.
+        data: A data set of any layout; images of the role "validation" are not used.
+        split: Comma list; test and unseen are refused.
+        images: Augmented embeddings to fit on, at most.
+        views: Augmented copies per image, at most.
+        seed: Of the augmentations.
+        device: auto, cpu or cuda.
+        cache: Folder of embeddings that a second call with the same checkpoint, data and settings reads instead.
+        on_image: Called after each image that is embedded.
+
+    Raises:
+        HeadsError: A forbidden split, or too few images.
+        CheckpointError: The checkpoint cannot be loaded.
+        DatasetError: The data cannot be read.
+    """
+    if forbidden := set((split or "").replace(" ", "").split(",")) & set(FIT_FORBIDDEN_SPLITS):
+        raise HeadsError(f"split {', '.join(sorted(forbidden))} must not fit heads: set --split to another, as train")
+    embedder = Embedder.load(checkpoint, device=device)
+    origin = json.dumps([embedder.id, str(data.resolve()), split, images, views, seed])
+    training = cache and EmbeddedSet.load(cache / "training.safetensors", origin)
+    calibration = cache and EmbeddedSet.load(cache / "calibration.safetensors", origin)
+    rejected: list[Rejected] = []
+    if not training or not calibration:
+        size = embedder.preprocess.image_size
+        copies = [Transform(f"augmented-{i}", partial(augmented, image_size=size)) for i in range(views)]
+        work = _work(data, split, copies, images)
+        sets, rejected = embed_entries(embedder, work, seed=seed, on_image=on_image)
+        parts = [sets[copy.name] for copy in copies if copy.name in sets]
+        if not parts:
+            raise HeadsError(f"{data} (split {split or 'any'}) holds no image of the role training: add images")
+        training = EmbeddedSet.joined(parts)
+        calibration = sets.get("none") or training.take(training.labels > 1)  # none at all: an empty set
+        if cache:
+            training.save(cache / "training.safetensors", origin)
+            calibration.save(cache / "calibration.safetensors", origin)
+    held = calibration.calibration_set()
+    heads = fit_heads(training.embeddings, training.labels, seed=seed, calibration=held)
+    held.save(checkpoint)
+    heads.save(checkpoint)
+    return heads, rejected
+
+
+def _work(
+    data: Path, split: str | None, copies: list[Transform], images: int
+) -> Iterator[tuple[Entry, list[Transform]]]:
+    """Entries with what they are embedded under; either label gets at most half of the images."""
+    left = {0: images // 2, 1: images - images // 2}
+    held = {0: LIMIT // 2, 1: LIMIT // 2}
+    for entry in read_dataset(data, split=split):
+        if entry.split in FIT_FORBIDDEN_SPLITS:
+            continue
+        part = role(entry.group)
+        if part == "calibration" and held[entry.label] > 0:
+            held[entry.label] -= 1
+            yield entry, [Transform("none", unchanged)]
+        if part == "training" and left[entry.label] > 0:
+            chosen = copies[: left[entry.label]]
+            left[entry.label] -= len(chosen)
+            yield entry, chosen
