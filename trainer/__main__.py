@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True)
@@ -36,6 +39,75 @@ def simulate(
         raise fail(error) from None
     if as_json:
         print(json.dumps(report))
+
+
+@app.command()
+def fit(
+    data: Annotated[Path, typer.Option(help="Data set of any layout, or D3 shards.")],
+    output: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    split: Annotated[str | None, typer.Option(help="Comma list of splits; test and unseen are refused.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the checkpoint.")] = "code",
+    image_size: Annotated[int, typer.Option(help="Side in pixels of what the backbone reads.")] = 224,
+    local_size: Annotated[int | None, typer.Option(help="Side of local crops; default 96 at 224.")] = None,
+    architecture: Annotated[str, typer.Option(help="A timm vision transformer.")] = "vit_tiny_patch16_224",
+    architecture_args: Annotated[str, typer.Option(help='JSON passed to timm, e.g. {"depth": 2}.')] = "{}",
+    pretrained: Annotated[bool, typer.Option(help="Start from timm's weights (ablation).")] = False,
+    preprocess: Annotated[str, typer.Option(help="resize_crop, or center_crop at native resolution.")] = "resize_crop",
+    scale: Annotated[str, typer.Option(help="Crops: resized (the paper) or native windows.")] = "resized",
+    augmentations: Annotated[int, typer.Option(help="At most so many per view.")] = 2,
+    recompress: Annotated[float, typer.Option(help="Chance that an image is recompressed before its views.")] = 0.0,
+    batch_size: Annotated[int, typer.Option(help="Records per step and process.")] = 32,
+    epoch_steps: Annotated[int | None, typer.Option(help="Updates per epoch; default 1,700 or fewer.")] = None,
+    epochs: Annotated[int, typer.Option(help="At most.")] = 150,
+    warmup_epochs: Annotated[float, typer.Option(help="Of linear warm-up.")] = 5,
+    learning_rate: Annotated[float, typer.Option(help="At 1,024 records per step.")] = 2e-3,
+    weight_decay: Annotated[float, typer.Option()] = 2e-5,
+    temperature: Annotated[float, typer.Option()] = 0.1,
+    terms: Annotated[str, typer.Option(help="both, global or multi-scale (ablation).")] = "both",
+    anchors: Annotated[str, typer.Option(help="both or real (ablation).")] = "both",
+    loss: Annotated[str, typer.Option(help="infonce or bce (ablation).")] = "infonce",
+    gather: Annotated[bool, typer.Option(help="Negatives of all processes.")] = True,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 = any.")] = 1.0,
+    ema: Annotated[float, typer.Option(help="Decay of the weights' average; 0 = none.")] = 0.0,
+    patience: Annotated[int, typer.Option(help="Epochs without improvement before stopping; 0 = never.")] = 6,
+    max_minutes: Annotated[float | None, typer.Option(help="Wall time, heads included.")] = None,
+    seed: Annotated[int, typer.Option()] = 42,
+    precision: Annotated[str, typer.Option(help="bf16 or float32.")] = "bf16",
+    workers: Annotated[int | None, typer.Option(help="Processes that make views.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint of other settings.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Train the embedding and its heads. Interrupted, the same command resumes; finished, it changes nothing."""
+    arguments = {key: value for key, value in locals().items() if key not in ("overwrite", "as_json")}
+    from trainer.recipe import FitSettings
+    from trainer.train import fit as train
+
+    try:
+        arguments["architecture_args"] = tuple(sorted(json.loads(architecture_args).items()))
+        settings = FitSettings(**arguments)
+        metrics = train(settings, overwrite=overwrite, show=training_bar, say=console.log)
+    except (ValueError, OSError) as error:
+        raise fail(error) from None
+    except KeyboardInterrupt:
+        console.print("interrupted: the same command resumes at the last finished epoch")
+        raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps({"output": str(output)} | metrics))
+        return
+    scores = ", ".join(f"{head} {values['auroc']:.3f}" for head, values in metrics["validation"].items())
+    console.print(f"{'reused' if metrics['reused'] else 'wrote'} {output}; validation AUROC: {scores or 'no images'}")
+
+
+@contextmanager
+def training_bar() -> Iterator[Callable[[float, int, float], None]]:
+    """A bar over the schedule, with updates and loss."""
+    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda done, updates, loss: bar.update(
+            task, completed=done, description=f"update {updates}, loss {loss:.3f}"
+        )
 
 
 if __name__ == "__main__":

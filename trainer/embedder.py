@@ -70,8 +70,7 @@ class CheckpointConfig:
             for key in ("mean", "std"):
                 if key in shaped:
                     shaped[key] = tuple(shaped[key])
-            config = cls(**(known | {"preprocess": Preprocess(**shaped)}))
-            return config
+            return cls(**(known | {"preprocess": Preprocess(**shaped)}))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{CONFIG_FILE} is not a checkpoint's configuration: {error}") from error
 
@@ -95,7 +94,8 @@ def build_backbone(config: CheckpointConfig) -> nn.Module:
         raise CheckpointError(f"timm cannot build {config.architecture!r} with {args}: {error}") from error
     if backbone.num_features != config.dim:
         raise CheckpointError(
-            f"{config.architecture} with {args} gives {backbone.num_features} dimensions, {CONFIG_FILE} says {config.dim}"
+            f"{config.architecture} with {args} gives {backbone.num_features} dimensions, "
+            f"{CONFIG_FILE} says {config.dim}"
         )
     if eps is not None:
         for module in backbone.modules():

@@ -1,0 +1,90 @@
+"""The state of an unfinished training run, in a folder beside the checkpoint it will become."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.embedder import write_atomically
+
+STATE_FILE = "last.pt"
+SUMMARY_FILE = "summary.csv"
+
+
+def state_folder(output: Path) -> Path:
+    """Where the state of the run lies that will write this checkpoint folder."""
+    return output.with_name(output.name + ".state")
+
+
+@dataclass(frozen=True, slots=True)
+class EpochSummary:
+    """One line of `summary.csv`."""
+
+    epoch: int
+    updates: int
+    seconds: float
+    """Training time since the first start."""
+    progress: float
+    """Share of the schedule done, 0..1."""
+    learning_rate: float
+    loss: float
+    """Mean over the epoch, in nats."""
+    records_per_second: float
+    accuracy: float
+    """Balanced accuracy of a linear head on validation images, 0..1; NaN without any."""
+    auroc: float
+
+
+@dataclass(slots=True)
+class RunState:
+    """Everything that a run needs to go on after an epoch as if it had never stopped."""
+
+    settings: dict[str, Any]
+    """`FitSettings.record()` of the run."""
+    epoch: int = 0
+    """Epochs done."""
+    updates: int = 0
+    seconds: float = 0.0
+    """Training time used."""
+    best: float = float("-inf")
+    best_epoch: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    tensors: dict[str, Any] = field(default_factory=dict)
+    """State dicts of model, optimiser, average and best weights."""
+
+    def save(self, folder: Path) -> None:
+        """Write `last.pt` and `summary.csv`, each atomically."""
+        buffer = io.BytesIO()
+        torch.save({name: getattr(self, name) for name in self.__dataclass_fields__}, buffer)
+        write_atomically(folder / STATE_FILE, buffer.getvalue())
+        write_summary(folder / SUMMARY_FILE, self.history)
+
+    @classmethod
+    def load(cls, folder: Path) -> RunState | None:
+        """Read the state back, or None where there is none. Only tensors and plain values are ever unpickled."""
+        path = folder / STATE_FILE
+        if not path.is_file():
+            return None
+        return cls(**torch.load(path, map_location="cpu", weights_only=True))
+
+    def add(self, summary: EpochSummary) -> bool:
+        """Record an epoch; whether it is the best so far (ties go to the later one)."""
+        self.history.append(asdict(summary))
+        better = summary.accuracy >= self.best
+        if better:
+            self.best, self.best_epoch = summary.accuracy, summary.epoch
+        return better
+
+
+def write_summary(path: Path, history: list[dict[str, Any]]) -> None:
+    """One line per epoch."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(EpochSummary.__dataclass_fields__), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_atomically(path, text.getvalue().encode())
