@@ -198,7 +198,7 @@ def fit_calibration(
     """
     labels = np.asarray(labels)
     columns = {head: np.asarray(logits[head], np.float64) for head in HEADS if head in logits}
-    folds = _folds(groups, labels)
+    folds = group_folds(groups, labels)
     maps: dict[str, LogisticMap] = {}
     real: dict[str, np.ndarray] = {}
     fake: dict[str, np.ndarray] = {}
@@ -237,7 +237,7 @@ def _cross_fitted(heads: tuple[str, ...], table: np.ndarray, labels: np.ndarray,
     return scores
 
 
-def _folds(groups: Sequence[str], labels: np.ndarray) -> np.ndarray:
+def group_folds(groups: Sequence[str], labels: np.ndarray) -> np.ndarray:
     """Fold of each image, shape (n,): groups stay whole, and are dealt out in hash order for each mix of labels."""
     mixes: dict[str, set[int]] = {}
     for group, label in zip(groups, labels, strict=True):

@@ -1,0 +1,188 @@
+"""Heads: numpy agrees with scikit-learn, stored arrays come back, and what does not fit is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.svm import OneClassSVM
+
+from trainer.calibration_set import CalibrationSet
+from trainer.embedder import CheckpointError
+from trainer.heads import Heads, HeadsError, NearestHead, fit_heads, unit_length
+
+DIM = 16
+
+
+def embeddings(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Raw embeddings with a shift between the labels, and the labels; two thirds are fake."""
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(n) % 3 > 0).astype(np.uint8)
+    x = rng.normal(size=(n, DIM)) + labels[:, None] * np.linspace(0, 1, DIM)
+    return x.astype(np.float32), labels
+
+
+def calibration_set(n: int, seed: int) -> CalibrationSet:
+    x, labels = embeddings(n, seed)
+    return CalibrationSet(
+        embeddings=x,
+        labels=labels,
+        generators=["gen-a" if label else "" for label in labels],
+        sources=["test"] * n,
+        sha256=[f"{i:064x}" for i in range(n)],
+        groups=[str(i) for i in range(n)],
+    )
+
+
+@pytest.fixture(scope="module")
+def heads() -> Heads:
+    return fit_heads(*embeddings(300, 0), calibration=calibration_set(90, 1))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({"name": "kept", "dim": DIM}))
+    return tmp_path
+
+
+def test_linear_head_equals_scikit_learn(heads: Heads) -> None:
+    x, labels = embeddings(300, 0)
+    queries = embeddings(50, 2)[0].astype(np.float64)
+    oracle = LogisticRegression(C=0.316, class_weight="balanced", max_iter=10_000).fit(x.astype(np.float64), labels)
+    np.testing.assert_allclose(heads.linear.logit(queries), oracle.decision_function(queries), rtol=1e-5)
+    np.testing.assert_allclose(heads.linear.probability(queries), oracle.predict_proba(queries)[:, 1], rtol=1e-5)
+
+
+def test_one_class_head_equals_minus_scikit_learns_decision(heads: Heads) -> None:
+    x, labels = embeddings(300, 0)
+    queries = embeddings(50, 2)[0].astype(np.float64)
+    oracle = OneClassSVM(kernel="poly", degree=3, gamma="auto", nu=0.1).fit(x[labels == 0].astype(np.float64))
+    assert heads.svm is not None
+    np.testing.assert_allclose(heads.svm.score(queries), -oracle.decision_function(queries), rtol=1e-5)
+
+
+def test_one_class_head_scores_in_blocks_alike(heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries = embeddings(50, 2)[0]
+    assert heads.svm is not None
+    whole = heads.svm.score(queries)
+    monkeypatch.setattr("trainer.heads.BLOCK", 1)
+    np.testing.assert_allclose(heads.svm.score(queries), whole, rtol=1e-12)
+
+
+def test_nearest_head_equals_scikit_learn(heads: Heads) -> None:
+    x, labels = embeddings(300, 0)
+    queries = embeddings(50, 2)[0]
+    oracle = KNeighborsClassifier(1, metric="cosine").fit(x, labels)
+    assert heads.nearest is not None
+    distance, row = (values[:, 0] for values in oracle.kneighbors(queries))
+    found, similarity = heads.nearest.nearest(queries)
+    np.testing.assert_array_equal(found, row)
+    np.testing.assert_allclose(similarity, 1 - distance, atol=1e-3)
+    np.testing.assert_array_equal(heads.nearest.label(queries), oracle.predict(queries))
+    np.testing.assert_array_equal(heads.nearest.margin(queries) > 0, oracle.predict(queries) == 1)
+
+
+def test_margin_by_hand() -> None:
+    head = NearestHead(np.array([[1, 0], [0, 1]], np.float16), np.array([0, 1], np.uint8))
+    np.testing.assert_allclose(head.margin(np.array([[3.0, 4.0]])), [0.8 - 0.6], atol=1e-6)
+
+
+def test_unit_length_keeps_a_zero_row() -> None:
+    np.testing.assert_allclose(unit_length(np.array([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0.0, 0.0]], rtol=1e-6)
+
+
+def test_saved_heads_come_back_equal(heads: Heads, folder: Path) -> None:
+    heads.save(folder)
+    loaded = Heads.load(folder)
+    assert loaded.id == heads.id
+    assert loaded.maps == heads.maps
+    assert loaded.settings == heads.settings
+    queries = embeddings(50, 2)[0]
+    for name, scores in heads.logits(queries).items():
+        np.testing.assert_array_equal(loaded.logits(queries)[name], scores)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["name"] == "kept"
+    assert config["heads"]["images"] == {"real": 100, "fake": 200}
+
+
+def test_heads_without_svm_and_neighbours_come_back(heads: Heads, folder: Path) -> None:
+    Heads(heads.linear, None, None, {}, {}).save(folder)
+    loaded = Heads.load(folder)
+    assert loaded.svm is None
+    assert loaded.nearest is None
+    assert list(loaded.logits(embeddings(5, 2)[0])) == ["linear"]
+
+
+def test_id_follows_heads_and_calibration(heads: Heads) -> None:
+    x, labels = embeddings(300, 0)
+    assert fit_heads(x, labels, calibration=calibration_set(90, 1)).id == heads.id
+    assert fit_heads(x, labels, calibration=calibration_set(90, 3)).id != heads.id
+    assert fit_heads(x + 0.1, labels, calibration=calibration_set(90, 1)).id != heads.id
+
+
+def test_maps_need_ten_of_each_label() -> None:
+    x, labels = embeddings(60, 0)
+    assert fit_heads(x, labels, calibration=calibration_set(27, 1)).maps == {}
+    assert set(fit_heads(x, labels, calibration=calibration_set(30, 1)).maps) == {"linear", "svm"}
+
+
+def test_heads_of_another_dimension_are_refused(heads: Heads, folder: Path) -> None:
+    heads.save(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dim": 192}))
+    with pytest.raises(HeadsError, match=r"16-dimensional embeddings, the checkpoint in .* gives 192"):
+        Heads.load(folder)
+    with pytest.raises(HeadsError, match="192"):
+        heads.save(folder)
+
+
+def test_missing_broken_and_foreign_heads_are_refused(heads: Heads, folder: Path) -> None:
+    with pytest.raises(HeadsError, match="missing: run `python -m trainer heads"):
+        Heads.load(folder)
+    heads.save(folder)
+    other = json.loads((folder / "config.json").read_text())
+    other["heads"]["id"] = "0" * 32
+    (folder / "config.json").write_text(json.dumps(other))
+    with pytest.raises(HeadsError, match="do not belong together"):
+        Heads.load(folder)
+    (folder / "heads.safetensors").write_bytes(b"nothing")
+    with pytest.raises(HeadsError, match="broken"):
+        Heads.load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(HeadsError, match=r"config\.json is missing"):
+        Heads.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"), [([1] * 9 + [0], "at least 2 images of each label"), ([0] * 10, "fake")]
+)
+def test_too_few_images_are_refused(labels: list[int], message: str) -> None:
+    with pytest.raises(HeadsError, match=message):
+        fit_heads(np.ones((10, DIM)), np.array(labels))
+
+
+def test_embeddings_that_are_not_finite_are_refused() -> None:
+    x, labels = embeddings(30, 0)
+    x[3, 3] = np.nan
+    with pytest.raises(HeadsError, match="not finite"):
+        fit_heads(x, labels)
+
+
+def test_calibration_set_comes_back(folder: Path) -> None:
+    held = calibration_set(12, 5)
+    held.save(folder)
+    loaded = CalibrationSet.load(folder)
+    np.testing.assert_array_equal(loaded.embeddings, held.embeddings)
+    np.testing.assert_array_equal(loaded.labels, held.labels)
+    assert (loaded.generators, loaded.sources) == (held.generators, held.sources)
+    assert (loaded.sha256, loaded.groups, loaded.digest) == (held.sha256, held.groups, held.digest)
+
+
+def test_missing_and_broken_calibration_sets_are_refused(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="missing"):
+        CalibrationSet.load(folder)
+    (folder / "calibration.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="broken"):
+        CalibrationSet.load(folder)

@@ -1,0 +1,91 @@
+"""The vote: values by hand, missing neighbours, balance of labels and of generators."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.vote import generator_shares, vote
+
+
+def test_two_neighbours_by_hand() -> None:
+    result = vote(np.array([[0.5]]), np.array([[0.7]]), np.array([[3]]), k=1, temperature=0.1)
+    assert result.logit[0] == pytest.approx(2.0)
+    assert result.score[0] == pytest.approx(1 / (1 + math.exp(-2)))
+    assert (result.votes_real[0], result.votes_fake[0]) == (0, 1)
+    assert result.weights_fake[0, 0] == pytest.approx(result.score[0])
+    assert (result.nearest_real[0], result.nearest_fake[0]) == (0.5, 0.7)
+
+
+def test_votes_count_the_k_nearest_overall() -> None:
+    real, fake = np.array([[0.9, 0.2, 0.1]]), np.array([[0.8, 0.7, 0.0]])
+    result = vote(real, fake, np.array([[0, 1, 2]]), k=3)
+    assert (result.votes_real[0], result.votes_fake[0]) == (1, 2)
+
+
+def test_one_label_with_fewer_references_is_not_outvoted() -> None:
+    few = vote(np.full((1, 10), 0.5), np.full((1, 3), 0.5), np.array([[0, 1, 2]]), k=10)
+    assert few.score[0] == pytest.approx(0.5)
+
+
+def test_missing_neighbours_have_no_weight() -> None:
+    full = vote(np.array([[0.5, 0.4]]), np.array([[0.6]]), np.array([[0]]), k=2)
+    padded = vote(np.array([[0.5, 0.4, np.nan]]), np.array([[0.6, np.nan, np.nan]]), np.array([[0, -1, -1]]), k=2)
+    assert padded.logit[0] == pytest.approx(full.logit[0])
+    assert padded.weights_real[0, 2] == 0
+    assert padded.weights_fake[0, 1:].sum() == 0
+    assert (padded.votes_real[0], padded.votes_fake[0]) == (1, 1)
+
+
+@pytest.mark.parametrize("width", [0, 2])
+def test_without_references_of_a_label_the_vote_is_nan(width: int) -> None:
+    none = vote(np.array([[0.5, 0.4]]), np.full((1, width), np.nan), np.full((1, width), -1), k=2)
+    assert np.isnan(none.score[0])
+    assert np.isnan(none.logit[0])
+    assert np.isnan(none.nearest_fake[0])
+    assert none.weights_real.sum() == 0
+    assert (none.votes_real[0], none.votes_fake[0]) == (2, 0)
+
+
+def test_logit_stays_finite_where_the_score_saturates() -> None:
+    result = vote(np.array([[-1.0]]), np.array([[1.0]]), np.array([[0]]), k=1, temperature=0.01)
+    assert result.logit[0] == pytest.approx(200.0)
+    assert result.score[0] == 1.0
+
+
+def test_a_large_generator_does_not_drown_a_new_one() -> None:
+    """Nine neighbours of one generator and one of another: the one counts more once the nine are capped."""
+    fake = np.full((1, 10), 0.6)
+    generators = np.array([[0] * 9 + [1]])
+    free = vote(np.full((1, 10), 0.5), fake, generators, k=10, cap=1.0)
+    capped = vote(np.full((1, 10), 0.5), fake, generators, k=10, cap=0.5)
+    assert generator_shares(free.weights_fake[0], generators[0])[1] == pytest.approx(1 / 10)
+    assert generator_shares(capped.weights_fake[0], generators[0])[1] == pytest.approx(1 / 6)
+    assert capped.score[0] == pytest.approx(free.score[0])
+
+
+def test_shares_are_sorted_and_empty_without_fakes() -> None:
+    shares = generator_shares(np.array([0.1, 0.2, 0.0, 0.3]), np.array([4, 7, -1, 4]))
+    assert list(shares) == [4, 7]
+    assert list(shares.values()) == pytest.approx([2 / 3, 1 / 3])
+    assert generator_shares(np.zeros(2), np.array([-1, -1])) == {}
+
+
+similarities = st.lists(st.one_of(st.floats(-1, 1), st.just(float("nan"))), min_size=1, max_size=6)
+
+
+@given(similarities, similarities, st.lists(st.integers(0, 3), min_size=6, max_size=6))
+def test_weights_sum_to_one_and_their_log_odds_are_the_logit(
+    real: list[float], fake: list[float], generators: list[int]
+) -> None:
+    missing = np.isnan(fake)
+    result = vote(np.array([real]), np.array([fake]), np.where(missing, -1, generators[: len(fake)])[None], k=3)
+    if np.isnan(real).all() or missing.all():
+        assert np.isnan(result.score[0])
+        return
+    assert result.weights_real.sum() + result.weights_fake.sum() == pytest.approx(1.0)
+    assert result.score[0] == pytest.approx(result.weights_fake.sum())
+    assert result.logit[0] == pytest.approx(math.log(result.weights_fake.sum() / result.weights_real.sum()))
+    assert result.votes_real[0] + result.votes_fake[0] == min(3, (~np.isnan(real)).sum() + (~missing).sum())
