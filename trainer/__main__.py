@@ -1,11 +1,13 @@
-"""Commands of the trainer: `python -m trainer simulate | fit`."""
+"""Commands of the trainer: `python -m trainer simulate | fit | heads | evaluate`."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True)
+
+
+def default_checkpoint() -> Path:
+    """`LINEUP_HOME/checkpoint`, for where neither --checkpoint nor LINEUP_CHECKPOINT is given."""
+    return Path(os.environ.get("LINEUP_HOME", "lineup-data")) / "checkpoint"
 
 
 def fail(error: Exception) -> typer.Exit:
@@ -97,6 +104,89 @@ def fit(
         return
     scores = ", ".join(f"{head} {values['auroc']:.3f}" for head, values in metrics["validation"].items())
     console.print(f"{'reused' if metrics['reused'] else 'wrote'} {output}; validation AUROC: {scores or 'no images'}")
+
+
+Checkpoint = Annotated[
+    Path, typer.Option(envvar="LINEUP_CHECKPOINT", default_factory=default_checkpoint, help="Checkpoint folder.")
+]
+
+
+@app.command()
+def heads(
+    data: Annotated[Path, typer.Option(help="Data set of any layout.")],
+    checkpoint: Checkpoint,
+    split: Annotated[str | None, typer.Option(help="Comma list of splits; test and unseen are refused.")] = None,
+    images: Annotated[int, typer.Option(min=4, help="Embeddings to fit on, at most.")] = 50_000,
+    views: Annotated[int, typer.Option(min=1, help="Embeddings per image, at most, the plain one included.")] = 8,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps the embeddings for the next call.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the augmentations.")] = 42,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Fit heads and calibration of a checkpoint again, from training and calibration images."""
+    from trainer.refit import refit
+
+    try:
+        with counting_bar("embedding") as advance:
+            fitted, rejected = refit(
+                checkpoint,
+                data,
+                split=split,
+                images=images,
+                views=views,
+                seed=seed,
+                device=device,
+                cache=cache,
+                on_image=advance,
+            )
+    except (ValueError, OSError) as error:
+        raise fail(error) from None
+    report = {"heads": fitted.id, "images": fitted.settings["images"], "rejected": [asdict(r) for r in rejected]}
+    if as_json:
+        print(json.dumps(report))
+        return
+    console.print(f"wrote heads {fitted.id} to {checkpoint}, fitted on {report['images']}; {len(rejected)} rejected")
+
+
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Data set of any layout.")],
+    checkpoint: Checkpoint,
+    split: Annotated[str, typer.Option(help="Comma list of splits.")] = "test,unseen",
+    output: Annotated[Path | None, typer.Option(help="Folder for the report.")] = None,
+    seed: Annotated[int, typer.Option(help="Fixes transforms and bootstraps.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Measure the checkpoint's own heads: plain, augmented, and with both labels recompressed alike."""
+    from trainer.evaluate import evaluate as measure_heads
+
+    try:
+        with counting_bar("embedding") as advance:
+            result = measure_heads(
+                checkpoint,
+                data,
+                split=split,
+                device=device,
+                seed=seed,
+                with_curves=output is not None,
+                on_image=advance,
+            )
+    except (ValueError, OSError) as error:
+        raise fail(error) from None
+    for rejected in result.rejected:
+        console.print(f"rejected {rejected.file}: {rejected.reason}", highlight=False)
+    if as_json:
+        print(json.dumps({"rows": result.rows}))
+
+
+@contextmanager
+def counting_bar(description: str) -> Iterator[Callable[[], None]]:
+    """A bar for work of unknown length; each call counts one."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} images"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda: bar.advance(task)
 
 
 @contextmanager

@@ -6,16 +6,17 @@ import json
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from PIL import Image
 
 from trainer.calibration_set import CalibrationSet
 from trainer.datasets import Entry
 from trainer.embedder import Embedder, write_atomically
-from trainer.images import FileFacts, UnreadableImage, decode_image
+from trainer.images import FileFacts, Preprocess, UnreadableImage, decode_image
 from trainer.transforms import Transform
 
 BATCH = 32
@@ -142,7 +143,7 @@ def embed_entries(
             image, facts = decode_image(entry.read())
         except (UnreadableImage, OSError) as error:
             return str(error), {}
-        return facts, {t.name: embedder.preprocess([t(image, seed, facts.sha256)])[0] for t in transforms}
+        return facts, {t.name: _pixels(embedder.preprocess, t, t(image, seed, facts.sha256)) for t in transforms}
 
     with ThreadPoolExecutor(THREADS) as pool:
         for (entry, _), (facts, pixels) in _in_order(pool, prepare, work):
@@ -153,6 +154,14 @@ def embed_entries(
                 for name, values in pixels.items():
                     sets[name].add(entry, facts, values)
     return {name: growing.finish() for name, growing in sets.items()}, rejected
+
+
+def _pixels(preprocess: Preprocess, transform: Transform, image: Image.Image) -> np.ndarray:
+    """What the backbone reads, shape (3, s, s), float32."""
+    if transform.finished:
+        preprocess = replace(preprocess, mode="center_crop")  # leaves an image of size s as it is
+    pixels: np.ndarray = preprocess([image])[0]
+    return pixels
 
 
 class _Growing:

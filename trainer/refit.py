@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from trainer.calibration_set import LIMIT
 from trainer.datasets import FIT_FORBIDDEN_SPLITS, Entry, read_dataset, role
 from trainer.embedded_set import EmbeddedSet, Rejected, embed_entries
-from trainer.embedder import Embedder
+from trainer.embedder import CheckpointConfig, Embedder
 from trainer.heads import Heads, HeadsError, fit_heads
-from trainer.transforms import Transform, augmented, unchanged
+from trainer.transforms import Transform, unchanged
 
 IMAGES = 50_000
-"""Augmented images that the heads are fitted on (the paper: 10,000 records of five images)."""
-VIEWS = 4
-"""Augmented copies of an image, at most: a small data set does not fill the 50,000."""
+"""Embeddings that the heads are fitted on (the paper: 10,000 records of five images)."""
+VIEWS = 8
+"""Embeddings of an image, at most, the plain one included: a small data set does not fill the 50,000."""
 
 
 def refit(
@@ -38,8 +40,8 @@ def refit(
         checkpoint: The folder.
         data: A data set of any layout; images of the role "validation" are not used.
         split: Comma list; test and unseen are refused.
-        images: Augmented embeddings to fit on, at most.
-        views: Augmented copies per image, at most.
+        images: Embeddings to fit on, at most.
+        views: Embeddings per image, at most.
         seed: Of the augmentations.
         device: auto, cpu or cuda.
         cache: Folder of embeddings that a second call with the same checkpoint, data and settings reads instead.
@@ -58,8 +60,7 @@ def refit(
     calibration = cache and EmbeddedSet.load(cache / "calibration.safetensors", origin)
     rejected: list[Rejected] = []
     if not training or not calibration:
-        size = embedder.preprocess.image_size
-        copies = [Transform(f"augmented-{i}", partial(augmented, image_size=size)) for i in range(views)]
+        copies = training_views(embedder.config, views)
         work = _work(data, split, copies, images)
         sets, rejected = embed_entries(embedder, work, seed=seed, on_image=on_image)
         parts = [sets[copy.name] for copy in copies if copy.name in sets]
@@ -75,6 +76,31 @@ def refit(
     held.save(checkpoint)
     heads.save(checkpoint)
     return heads, rejected
+
+
+def training_views(config: CheckpointConfig, count: int) -> list[Transform]:
+    """What an image's embeddings for the heads are made of: the plain image, then augmented views as in training.
+
+    Args:
+        config: Of the checkpoint; its training settings decide the views.
+        count: How many, the plain one included.
+    """
+    from trainer.augmentations import Augmenter
+    from trainer.views import Views
+
+    settings = config.training
+    views = Views(
+        preprocess=config.preprocess,
+        augmenter=Augmenter(config.preprocess.image_size, most=int(settings.get("augmentations", 2))),
+        scale=settings.get("scale", "resized"),
+        recompress=float(settings.get("recompress", 0.0)),
+    )
+
+    def augmented(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        return Image.fromarray(views.augmented(np.asarray(image), rng))
+
+    copies = [Transform(f"augmented-{i}", augmented, finished=True) for i in range(1, count)]
+    return [Transform("plain", unchanged), *copies]
 
 
 def _work(

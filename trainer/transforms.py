@@ -28,6 +28,8 @@ class Transform:
 
     name: str
     apply: Callable[[Image.Image, np.random.Generator], Image.Image]
+    finished: bool = False
+    """The result has the checkpoint's size already: preprocessing only normalises it."""
 
     def __call__(self, image: Image.Image, seed: int, sha256: str) -> Image.Image:
         """The transformed image.
