@@ -97,8 +97,6 @@ class Batcher:
             patience = self._max_wait if len(batch) > 1 else 0.0
             self._answer(batch)
             if last:
-                if left_over:
-                    self._answer([left_over])
                 return
 
     def _gather(self, first: Job, patience: float) -> tuple[list[Job], Job | None, bool]:

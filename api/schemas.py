@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Label = Literal["real", "fake"]
+LABELS: tuple[Label, Label] = ("real", "fake")
+"""By the number that stands for each in index and tables."""
 Decision = Literal["fake", "real", "uncertain"]
 Scope = Literal["detect", "enrol", "admin"]
 Explanation = Literal["regions", "stability"]
@@ -61,9 +63,9 @@ class KnnHead(Model):
     """The vote of the k nearest reference images."""
 
     score: Unit
-    """Weight of the fakes among the neighbours that vote."""
+    """Weight of the fakes among the neighbours."""
     probability: Unit | None = None
-    """Calibrated, prior 0.5; null where nothing is calibrated, or for a k other than the calibrated one."""
+    """Calibrated; null where nothing is calibrated, or for a k other than the calibrated one."""
     label: Label
     k: int
     votes: Votes
@@ -215,7 +217,9 @@ class Verdict(Model):
     verdict: Decision
     basis: Literal["score", "known"]
     score: Unit | None = None
-    """Calibrated combination of the heads; null where nothing is calibrated (see `reason`)."""
+    """Calibrated combination of the heads, prior 0.5; null where nothing is calibrated (see `reason`)."""
+    probability: Unit | None = None
+    """The score moved to the operator's prior (`LINEUP_PRIOR`), as the heads' probabilities are."""
     false_alarm: Unit | None = None
     """Share of real calibration images that score at least this."""
     reason: str | None = None

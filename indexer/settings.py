@@ -47,8 +47,22 @@ class Settings(BaseSettings):
     """Largest image that is decoded, width times height in pixels."""
     record: bool = True
     """Keep each verdict in the table `detection`: hash, embedding and result, never the image. true or false."""
+    record_days: int = Field(default=0, ge=0)
+    """Days after which a kept verdict is deleted; 0 keeps it for ever."""
     keep_uploads: bool = True
     """Keep the bytes of references added over HTTP, so that a new checkpoint can embed them again. true or false."""
+    flip_uncertain: bool = False
+    """Call a verdict uncertain when it flips under re-encoding (asked for by `explain=stability`). true or false."""
+    max_files: int = Field(default=32, ge=1, le=1000)
+    """Images in one request, a count."""
+    max_request_bytes: int = Field(default=256 * 1024 * 1024, ge=1)
+    """Largest request body, bytes."""
+    request_seconds: float = Field(default=60.0, gt=0)
+    """Time a request may take, upload included, seconds."""
+    rate_limit: int = Field(default=0, ge=0)
+    """Requests that one API key may make per minute; 0 is no limit."""
+    cors_origins: str = ""
+    """Origins of web pages that may call the API with a key, `https://a.example,https://b.example`; empty: none."""
 
     @field_validator("database_url")
     @classmethod

@@ -1,0 +1,221 @@
+"""Journey 3: an upload becomes an embedding, neighbours and scores, and those a verdict that shows its evidence."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from uuid import UUID, uuid4
+
+import numpy as np
+
+from api import judgement
+from api.calibrator import Calibrator
+from api.evidence import Evidence, gather
+from api.neighbours import DATABASE_AWAY, Neighbourhood
+from api.problems import ApiError
+from api.schemas import LABELS, FailedFile, IndexFacts, Known, ModelFacts, Region, Verdict
+from api.uploads import Prepared, Question, Upload, prepare
+from indexer.follower import Follower
+from indexer.postgres import connect
+from indexer.settings import Settings
+from indexer.store import Detection as Record
+from indexer.store import Store
+from trainer.calibration_set import CalibrationSet
+from trainer.embedder import CheckpointError, Embedder
+from trainer.heads import HEADS_FILE, Heads
+
+
+@dataclass(slots=True)
+class Detector:
+    """A checkpoint, the index that it follows, and the calibration of both. Threads may share it once it is loaded.
+
+    Args:
+        settings: Which checkpoint and which database.
+    """
+
+    settings: Settings
+    embedder: Embedder = field(init=False)
+    heads: Heads | None = field(init=False, default=None)
+    store: Store = field(init=False)
+    follower: Follower = field(init=False)
+    neighbourhood: Neighbourhood = field(init=False)
+    calibrator: Calibrator = field(init=False)
+
+    def load(self) -> Detector:
+        """Load the checkpoint, reach the database, follow its index. A calibration comes by `calibrate` or `start`.
+
+        Raises:
+            CheckpointError: The checkpoint is missing, broken, or known to the database with another dimension.
+            DatabaseUnreachable: No database answers.
+            DatabaseBehind: Its schema is another one.
+        """
+        folder = self.settings.checkpoint_folder
+        self.embedder = Embedder.load(folder, device=self.settings.device)
+        self.heads = Heads.load(folder) if (folder / HEADS_FILE).exists() else None
+        images = None
+        with suppress(CheckpointError):  # then nothing is calibrated, and every verdict says so
+            images = CalibrationSet.load(folder)
+        self.store = Store(connect(self.settings))
+        checkpoint = self.embedder
+        try:
+            self.store.register_checkpoint(checkpoint.id, checkpoint.name, checkpoint.dim, checkpoint.config.to_json())
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        self.follower = Follower(self.settings, self.store, checkpoint.id, checkpoint.dim)
+        self.follower.load()
+        self.neighbourhood = Neighbourhood(self.store, self.follower)
+        self.calibrator = Calibrator(self.store, self.follower, self.heads, images, checkpoint.id, self.settings.k)
+        return self
+
+    def calibrate(self) -> None:
+        """Load or fit the calibration of the index as it is now; seconds where it is new."""
+        self.calibrator.refresh()
+
+    def start(self) -> None:
+        """Follow changes and keep the calibration fresh in the background, until `close`."""
+        self.follower.start()
+        self.calibrator.start()
+
+    def close(self) -> None:
+        """Stop the background work and let go of the database."""
+        self.calibrator.stop()
+        self.follower.stop()  # writes the snapshot where that is out of date
+        self.store.engine.dispose()
+
+    def prepare(self, upload: Upload, question: Question = Question()) -> Prepared:
+        """Check, decode and preprocess one upload.
+
+        Raises:
+            ApiError: too-large, not-an-image or unreadable.
+        """
+        return prepare(upload, question, self.embedder.preprocess, self.settings)
+
+    def judge(
+        self, prepared: Prepared, embeddings: np.ndarray, question: Question = Question(), embed_ms: float = 0.0
+    ) -> Verdict:
+        """The verdict on an image from the embeddings of its pixels.
+
+        A `k` other than the setting changes the neighbours shown and the vote among them; score and verdict stay
+        those of the k that was calibrated.
+
+        Args:
+            prepared: What `prepare` made.
+            embeddings: Of `prepared.pixels`, shape (1 + regions + variants, d).
+            question: As given to `prepare`.
+            embed_ms: How long embedding took.
+        """
+        reference, degraded = self.neighbourhood.known(prepared.image.sha256)
+        exclude = reference.id if reference else None
+        fitted, settings = self.calibrator.current, self.settings
+        calibration = fitted.calibration if fitted else None
+        evidence = shown = gather(embeddings, settings.k, self.follower, self.heads, calibration, exclude)
+        if question.k not in (None, settings.k):
+            shown = gather(embeddings[:1], question.k, self.follower, self.heads, calibration, exclude)
+        neighbours, away = self.neighbourhood.voters(shown, degraded)
+        ruling = judgement.rule(evidence, fitted, self.calibrator.reason, settings, question.max_false_alarm)
+        verdict = Verdict(
+            id=str(uuid4()),
+            file=prepared.file,
+            verdict=ruling.verdict,
+            basis="score",
+            score=ruling.score,
+            probability=ruling.probability,
+            false_alarm=ruling.false_alarm,
+            reason=ruling.reason,
+            thresholds=ruling.thresholds,
+            heads=judgement.heads_side_by_side(shown, fitted, self.heads, settings),
+            generators=judgement.shares(shown, self.follower.generator_names),
+            unknown_generator=ruling.unknown_generator,
+            novelty=ruling.novelty,
+            neighbours=neighbours,
+            provenance=prepared.provenance,
+            image=prepared.image,
+            model=self.model_facts,
+            index=self.index_facts,
+            calibration=judgement.calibration_facts(fitted),
+            degraded=degraded or away,
+        )
+        self._explain(verdict, prepared, evidence)
+        if reference:
+            label = LABELS[reference.label]
+            verdict.known = Known(id=reference.id, label=label, generator=reference.generator)
+            verdict.verdict, verdict.basis, verdict.reason, verdict.unknown_generator = label, "known", None, False
+        times = {"decode": prepared.decode_ms, "embed": embed_ms, "search": shown.search_ms, "heads": shown.heads_ms}
+        verdict.timings_ms = {stage: round(value, 3) for stage, value in times.items()}
+        return verdict
+
+    def detect(self, uploads: Iterable[Upload], question: Question = Question()) -> Iterator[Verdict | FailedFile]:
+        """Judge files one after the other, and record them; one that cannot be judged is named with its problem."""
+        for upload in uploads:
+            try:
+                prepared = self.prepare(upload, question)
+            except ApiError as error:
+                yield FailedFile(file=upload.file, error=error.problem())
+                continue
+            start = time.perf_counter()
+            embeddings = self.embedder.embed_pixels(prepared.pixels)
+            verdict = self.judge(prepared, embeddings, question, 1000 * (time.perf_counter() - start))
+            self.record(verdict, prepared, embeddings[0])
+            yield verdict
+
+    def record(self, verdict: Verdict, prepared: Prepared, vector: np.ndarray, api_key_id: int | None = None) -> None:
+        """Keep a verdict where settings and database allow it; where the database is away, the verdict says so.
+
+        Args:
+            verdict: As the caller gets it.
+            prepared: Of the image nothing is kept but hash and sizes.
+            vector: The plain view's raw embedding, shape (d,).
+            api_key_id: Who asked.
+        """
+        if not self.settings.record or verdict.degraded:
+            return
+        image = prepared.image
+        record = Record(
+            id=UUID(verdict.id),
+            sha256=image.sha256,
+            file_bytes=prepared.file_bytes,
+            width=image.width,
+            height=image.height,
+            vector=vector,
+            result=verdict.model_dump(mode="json"),
+            checkpoint_id=verdict.model.checkpoint,
+            heads_id=verdict.model.heads,
+            revision=verdict.index.revision,
+            api_key_id=api_key_id,
+        )
+        try:
+            self.store.record_detection(record)
+        except DATABASE_AWAY:
+            verdict.degraded = True
+
+    @property
+    def model_facts(self) -> ModelFacts:
+        """Which checkpoint judges."""
+        heads = self.heads.id if self.heads else None
+        embedder = self.embedder
+        return ModelFacts(checkpoint=embedder.id, heads=heads, name=embedder.name, engine=embedder.engine)
+
+    @property
+    def index_facts(self) -> IndexFacts:
+        """What is searched."""
+        return IndexFacts(revision=self.follower.revision, size=len(self.follower.index))
+
+    def _explain(self, verdict: Verdict, prepared: Prepared, evidence: Evidence) -> None:
+        """Add regions and stability, whose embeddings follow the plain view's in the evidence."""
+        ends = 1 + len(prepared.boxes)
+        names = self.follower.generator_names
+        if prepared.boxes:
+            verdict.regions = [
+                Region(
+                    box=box,
+                    score=judgement.region_score(evidence, row),
+                    generator=judgement.best_generator(evidence, row, names),
+                )
+                for row, box in enumerate(prepared.boxes, start=1)
+            ]
+        if prepared.variants:
+            verdict.stability = judgement.stability(prepared.variants, evidence.scores[ends:], verdict)
+            if verdict.stability.flips and self.settings.flip_uncertain:
+                verdict.verdict, verdict.reason = "uncertain", "the verdict flips under re-encoding or rescaling"

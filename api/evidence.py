@@ -1,0 +1,67 @@
+"""What the index and the heads say of embeddings: neighbours of each label, their vote, and the combined score."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from indexer.follower import Follower
+from indexer.vector_index import Neighbours
+from trainer.calibration import Calibration
+from trainer.heads import Heads
+from trainer.vote import Votes, vote
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Neighbours, raw scores and combined scores of q embeddings at one revision and calibration."""
+
+    k: int
+    """How many neighbours vote."""
+    real: Neighbours
+    """The k nearest reals: ids (q, k), -1 for missing, and similarities, NaN for missing."""
+    fake: Neighbours
+    """The k nearest fakes."""
+    votes: Votes
+    logits: dict[str, np.ndarray]
+    """Raw logit or score by head, each (q,); NaN where the head cannot answer."""
+    scores: np.ndarray
+    """Calibrated combination, shape (q,), 0..1; NaN where nothing is calibrated."""
+    search_ms: float
+    heads_ms: float
+
+    @property
+    def answering(self) -> list[str]:
+        """Heads that answered for the first embedding."""
+        return [head for head, values in self.logits.items() if not np.isnan(values[0])]
+
+
+def gather(
+    embeddings: np.ndarray,
+    k: int,
+    follower: Follower,
+    heads: Heads | None,
+    calibration: Calibration | None,
+    exclude: int | None = None,
+) -> Evidence:
+    """Ask the index and the heads about q embeddings.
+
+    Args:
+        embeddings: Raw, shape (q, d), float32.
+        k: Neighbours of each label.
+        follower: Where the references are.
+        heads: Linear and SVM, where the checkpoint has them.
+        calibration: Maps logits to the combined score.
+        exclude: A reference that may not vote: the query itself.
+    """
+    start = time.perf_counter()
+    excluded = None if exclude is None else np.array([exclude], np.int64)
+    real, fake = follower.search_both(embeddings, k, exclude_ids=excluded)  # (q, k) each
+    votes = vote(real.similarities, fake.similarities, fake.generators, k)
+    searched = time.perf_counter()
+    logits = {"knn": votes.logit} | (heads.logits(embeddings) if heads else {})
+    scores = calibration.combine_many(logits) if calibration else np.full(len(embeddings), np.nan)
+    done = time.perf_counter()
+    return Evidence(k, real, fake, votes, logits, scores, 1000 * (searched - start), 1000 * (done - searched))

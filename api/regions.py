@@ -1,0 +1,109 @@
+"""Where in an image a verdict comes from (regions), and whether it survives re-encoding (stability)."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from api.schemas import Region
+from trainer.images import Preprocess
+
+MOST_REGIONS = 64
+Box = tuple[int, int, int, int]
+
+
+def grid(width: int, height: int, size: int, most: int = MOST_REGIONS) -> list[Box]:
+    """Boxes (x, y, width, height) of `size` pixels spread evenly over an image, row by row, at most `most` of them.
+
+    They overlap where the image is no multiple of `size`, and leave gaps where `most` would be exceeded. A side shorter
+    than `size` is covered whole.
+    """
+    columns, rows = math.ceil(width / size), math.ceil(height / size)
+    if columns * rows > most:
+        shrink = math.sqrt(most / (columns * rows))
+        columns = min(max(1, int(columns * shrink)), most)
+        rows = min(max(1, int(rows * shrink)), most // columns)
+    return [
+        (x, y, min(size, width), min(size, height))
+        for y in _starts(height, size, rows)
+        for x in _starts(width, size, columns)
+    ]
+
+
+def _starts(length: int, size: int, count: int) -> list[int]:
+    """First pixels of `count` intervals of `size`, the first at the start and the last at the end; one is centred."""
+    room = max(0, length - size)
+    return [room // 2] if count == 1 else [round(i * room / (count - 1)) for i in range(count)]
+
+
+def region_pixels(image: Image.Image, boxes: Sequence[Box], preprocess: Preprocess) -> np.ndarray:
+    """The boxes' pixels at native resolution as the backbone reads them, shape (n, 3, s, s)."""
+    native = replace(preprocess, mode="center_crop")
+    return native([image.crop((x, y, x + w, y + h)) for x, y, w, h in boxes])
+
+
+def _encoded(**options: object) -> Callable[[Image.Image], Image.Image]:
+    def encode(image: Image.Image) -> Image.Image:
+        buffer = io.BytesIO()
+        image.save(buffer, **options)  # type: ignore[arg-type]
+        return Image.open(buffer).convert("RGB")
+
+    return encode
+
+
+def _scaled(factor: float) -> Callable[[Image.Image], Image.Image]:
+    def scale(image: Image.Image) -> Image.Image:
+        size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+        return image.resize(size, Image.Resampling.BICUBIC)
+
+    return scale
+
+
+VARIANTS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "jpeg-90": _encoded(format="JPEG", quality=90),
+    "jpeg-70": _encoded(format="JPEG", quality=70),
+    "jpeg-50": _encoded(format="JPEG", quality=50),
+    "webp-80": _encoded(format="WEBP", quality=80),
+    "scale-0.5": _scaled(0.5),
+    "scale-0.75": _scaled(0.75),
+    "scale-1.25": _scaled(1.25),
+}
+"""What platforms do to an image between its maker and its reader."""
+LARGEST_SIDE = 2048
+"""Pixels; a larger image is scaled down to this first, as platforms do, which also bounds the work."""
+
+
+def variant_pixels(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+    """The image after each of `VARIANTS`, in their order, as the backbone reads it, shape (n, 3, s, s)."""
+    if max(image.size) > LARGEST_SIDE:
+        image = _scaled(LARGEST_SIDE / max(image.size))(image)
+    return preprocess([change(image) for change in VARIANTS.values()])
+
+
+def overlay(width: int, height: int, regions: Sequence[Region], side: int = LARGEST_SIDE) -> bytes:
+    """Regions as a transparent PNG to lay over the image: red where fake, blue where real, clearer near 0.5.
+
+    Args:
+        width: Of the upright image, pixels.
+        height: Of the upright image, pixels.
+        regions: Drawn in their order.
+        side: The PNG is smaller than the image where this is its longest side.
+    """
+    scale = min(1.0, side / max(width, height))
+    canvas = Image.new("RGBA", (max(1, round(width * scale)), max(1, round(height * scale))))
+    for region in regions:
+        layer = Image.new("RGBA", canvas.size)
+        x, y, w, h = (value * scale for value in region.box)
+        colour = (214, 39, 40) if region.score >= 0.5 else (31, 119, 180)
+        strength = round(150 * abs(region.score - 0.5) * 2)
+        corners = (x, y, max(x, x + w - 1), max(y, y + h - 1))
+        ImageDraw.Draw(layer).rectangle(corners, fill=(*colour, strength), outline=(*colour, 255))
+        canvas = Image.alpha_composite(canvas, layer)
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="PNG")
+    return buffer.getvalue()
