@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -53,7 +53,7 @@ class Entry:
     size: int | None
     mtime: float | None
     attributes: dict[str, str]
-    read: Callable[[], bytes]
+    read: Callable[[], bytes] = field(compare=False)
 
 
 def role(group: str) -> Role:
