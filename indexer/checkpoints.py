@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Connection, func, select, update
+from sqlalchemy.dialects.postgresql import insert
 
 from indexer.rows import Rows
-from indexer.tables import StoreRow
+from indexer.tables import CalibrationRow, CheckpointRow, RevisionRow, StoreRow
 
 
 class UnknownCheckpoint(LookupError):
@@ -50,7 +51,23 @@ class Checkpoints(Rows):
         Raises:
             ValueError: It is known with another dimension.
         """
-        raise NotImplementedError
+
+        def work(connection: Connection) -> None:
+            _one_at_a_time(connection)
+            row = {"id": checkpoint_id, "name": name, "dim": dim, "config": dict(config)}
+            connection.execute(insert(CheckpointRow).values(row).on_conflict_do_nothing())
+            connection.execute(insert(RevisionRow).values(checkpoint_id=checkpoint_id).on_conflict_do_nothing())
+            if connection.scalar(select(CheckpointRow.id).where(CheckpointRow.active)) is None:
+                connection.execute(update(CheckpointRow).where(CheckpointRow.id == checkpoint_id).values(active=True))
+
+        try:
+            known = self.get_checkpoint(checkpoint_id)
+        except UnknownCheckpoint:
+            self.transaction(work)
+            known = self.get_checkpoint(checkpoint_id)
+        if known.dim != dim:
+            raise ValueError(f"checkpoint {checkpoint_id} is stored with {known.dim} dimensions, this one has {dim}")
+        return known
 
     def activate(self, checkpoint_id: str) -> None:
         """Make this checkpoint the active one.
@@ -58,11 +75,19 @@ class Checkpoints(Rows):
         Raises:
             UnknownCheckpoint: It was never registered.
         """
-        raise NotImplementedError
+
+        def work(connection: Connection) -> int:
+            _one_at_a_time(connection)
+            connection.execute(update(CheckpointRow).where(CheckpointRow.active).values(active=False))
+            chosen = update(CheckpointRow).where(CheckpointRow.id == checkpoint_id).values(active=True)
+            return connection.execute(chosen).rowcount
+
+        self.get_checkpoint(checkpoint_id)
+        self.transaction(work)
 
     def active_checkpoint(self) -> Checkpoint | None:
         """The active checkpoint, or None in a new store."""
-        raise NotImplementedError
+        return next((checkpoint for checkpoint in self.checkpoints() if checkpoint.active), None)
 
     def get_checkpoint(self, checkpoint_id: str) -> Checkpoint:
         """One checkpoint by id.
@@ -70,11 +95,16 @@ class Checkpoints(Rows):
         Raises:
             UnknownCheckpoint: It was never registered.
         """
-        raise NotImplementedError
+        for checkpoint in self.checkpoints():
+            if checkpoint.id == checkpoint_id:
+                return checkpoint
+        raise UnknownCheckpoint(f"the store has no embeddings of checkpoint {checkpoint_id}: run indexer add with it")
 
     def checkpoints(self) -> list[Checkpoint]:
         """All checkpoints, oldest first."""
-        raise NotImplementedError
+        query = select(CheckpointRow.__table__).order_by(CheckpointRow.created_at, CheckpointRow.id)
+        with self.engine.connect() as connection:
+            return [Checkpoint(**row) for row in connection.execute(query).mappings()]
 
     def revision(self, checkpoint_id: str) -> int:
         """The latest committed revision of a checkpoint's index; 0 before the first reference.
@@ -82,14 +112,39 @@ class Checkpoints(Rows):
         Raises:
             UnknownCheckpoint: It was never registered.
         """
-        raise NotImplementedError
+        query = select(RevisionRow.revision).where(RevisionRow.checkpoint_id == checkpoint_id)
+        with self.engine.connect() as connection:
+            revision = connection.scalar(query)
+        if revision is None:
+            raise UnknownCheckpoint(f"the store has no embeddings of checkpoint {checkpoint_id}")
+        return revision
 
     def save_calibration(self, checkpoint_id: str, heads_id: str, revision: int, params: Mapping[str, Any]) -> None:
         """Keep the calibration of one revision; a second one for the same revision replaces it."""
-        raise NotImplementedError
+        row = {"checkpoint_id": checkpoint_id, "heads_id": heads_id, "revision": revision, "params": dict(params)}
+        query = insert(CalibrationRow).values(row)
+        replace = {"params": query.excluded.params, "created_at": func.now()}
+        keys = ["checkpoint_id", "heads_id", "revision"]
+        query = query.on_conflict_do_update(index_elements=keys, set_=replace)
+        self.transaction(lambda connection: connection.execute(query))
 
     def load_calibration(
         self, checkpoint_id: str, heads_id: str, revision: int | None = None
     ) -> SavedCalibration | None:
         """The calibration of that revision, or of the latest that has one; None where there is none."""
-        raise NotImplementedError
+        query = (
+            select(CalibrationRow.revision, CalibrationRow.params, CalibrationRow.created_at)
+            .where(CalibrationRow.checkpoint_id == checkpoint_id, CalibrationRow.heads_id == heads_id)
+            .order_by(CalibrationRow.revision.desc())
+            .limit(1)
+        )
+        if revision is not None:
+            query = query.where(CalibrationRow.revision == revision)
+        with self.engine.connect() as connection:
+            row = connection.execute(query).mappings().first()
+        return None if row is None else SavedCalibration(**row)
+
+
+def _one_at_a_time(connection: Connection) -> None:
+    """Two that choose the active checkpoint at once would break its uniqueness: the store's row is their lock."""
+    connection.execute(select(StoreRow.id).with_for_update())

@@ -1,15 +1,21 @@
 """Generators, and the enrolments that brought references of them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any
 
-from indexer.rows import Rows
+from sqlalchemy import ColumnElement, Connection, Select, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import IntegrityError
+
+from indexer.rows import Rows, notify
+from indexer.tables import EnrolmentRow, GeneratorRow, ReferenceRow
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}")
 RESERVED = frozenset({"real", "all", "unknown", "none"})
+FACTS = frozenset({"name", "family", "vendor", "version", "released_on", "notes"})
 
 
 class BadGeneratorName(ValueError):
@@ -84,19 +90,28 @@ class Generators(Rows):
             BadGeneratorName: The name breaks the rule.
             GeneratorExists: It exists already.
         """
-        raise NotImplementedError
+        facts = {"family": family, "vendor": vendor, "version": version, "released_on": released_on, "notes": notes}
+        query = insert(GeneratorRow).values(name=check_generator_name(name), **facts).on_conflict_do_nothing()
+        created = self.transaction(lambda connection: connection.scalar(query.returning(GeneratorRow.id)))
+        if created is None:
+            raise GeneratorExists(f"there is a generator {name!r} already")
+        return self.known_generator(name)
 
     def get_generator(self, name: str) -> Generator | None:
         """One generator with its number of references, by name without regard to case."""
-        raise NotImplementedError
+        with self.engine.connect() as connection:
+            row = connection.execute(_generators().where(_named(name))).mappings().first()
+        return None if row is None else Generator(**row)
 
     def generators(self) -> list[Generator]:
         """All generators with their numbers of references, by name."""
-        raise NotImplementedError
+        with self.engine.connect() as connection:
+            return [Generator(**row) for row in connection.execute(_generators()).mappings()]
 
     def generator_names(self) -> dict[int, str]:
         """Names by id."""
-        raise NotImplementedError
+        with self.engine.connect() as connection:
+            return {row.id: row.name for row in connection.execute(select(GeneratorRow.id, GeneratorRow.name))}
 
     def update_generator(self, name: str, facts: Mapping[str, Any]) -> Generator:
         """Change name, family, vendor, version, released_on or notes.
@@ -105,21 +120,108 @@ class Generators(Rows):
             UnknownGenerator: No generator has this name.
             BadGeneratorName: The new name breaks the rule.
             GeneratorExists: The new name is taken.
+            ValueError: Another fact.
         """
-        raise NotImplementedError
+        if odd := facts.keys() - FACTS:
+            raise ValueError(f"a generator has no {', '.join(sorted(odd))}; it has {', '.join(sorted(FACTS))}")
+        new_name = check_generator_name(facts.get("name", name))
+        generator = self.known_generator(name)
+
+        def work(connection: Connection) -> None:
+            connection.execute(update(GeneratorRow).where(GeneratorRow.id == generator.id).values(**facts))
+            notify(connection, "generators")  # followers keep the names
+
+        try:
+            if facts:
+                self.transaction(work)
+        except IntegrityError as error:
+            raise GeneratorExists(f"there is a generator {new_name!r} already") from error
+        return self.known_generator(new_name)
 
     def open_enrolment(self, generator: str | None, source: str | None) -> int:
         """Begin an enrolment; `generator` is given when all its images are of one, and is created if new."""
-        raise NotImplementedError
+
+        def work(connection: Connection) -> int:
+            generator_id = None if generator is None else generator_ids(connection, [generator])[generator.lower()]
+            query = insert(EnrolmentRow).values(generator_id=generator_id, source=source)
+            return connection.execute(query.returning(EnrolmentRow.id)).scalar_one()
+
+        return self.transaction(work)
 
     def finish_enrolment(self, enrolment_id: int, report: Mapping[str, Any]) -> None:
         """Keep what the enrolment changed."""
-        raise NotImplementedError
+        query = update(EnrolmentRow).where(EnrolmentRow.id == enrolment_id).values(report=dict(report))
+        self.transaction(lambda connection: connection.execute(query))
 
     def get_enrolment(self, enrolment_id: int) -> Enrolment | None:
         """One enrolment."""
-        raise NotImplementedError
+        with self.engine.connect() as connection:
+            row = connection.execute(_enrolments().where(EnrolmentRow.id == enrolment_id)).mappings().first()
+        return None if row is None else Enrolment(**row)
 
     def enrolments(self, *, before: int | None = None, limit: int = 50) -> list[Enrolment]:
         """Enrolments, newest first; `before` is the last id of the page before."""
-        raise NotImplementedError
+        query = _enrolments().order_by(EnrolmentRow.id.desc()).limit(limit)
+        if before is not None:
+            query = query.where(EnrolmentRow.id < before)
+        with self.engine.connect() as connection:
+            return [Enrolment(**row) for row in connection.execute(query).mappings()]
+
+    def known_generator(self, name: str) -> Generator:
+        """One generator with its number of references.
+
+        Raises:
+            UnknownGenerator: No generator has this name.
+        """
+        generator = self.get_generator(name)
+        if generator is None:
+            raise UnknownGenerator(f"there is no generator {name!r}")
+        return generator
+
+
+def generator_ids(connection: Connection, names: Iterable[str]) -> dict[str, int]:
+    """Ids by lower-case name, new generators created, none of them deletable until the transaction ends.
+
+    Raises:
+        BadGeneratorName: A name breaks the rule.
+    """
+    wanted = {check_generator_name(name).lower(): name for name in names}
+    rows = [{"name": wanted[key]} for key in sorted(wanted)]
+    if not rows:
+        return {}
+    key = func.lower(GeneratorRow.name)
+    query = select(key.label("key"), GeneratorRow.id).where(key.in_(list(wanted)))
+    query = query.with_for_update(read=True, key_share=True)
+    found = {row.key: row.id for row in connection.execute(query)}
+    if len(found) < len(wanted):
+        connection.execute(insert(GeneratorRow).values(rows).on_conflict_do_nothing())
+        found = {row.key: row.id for row in connection.execute(query)}
+    return found
+
+
+def _named(name: str) -> ColumnElement[bool]:
+    return func.lower(GeneratorRow.name) == name.lower()
+
+
+def _generators() -> Select[Any]:
+    counted = (
+        select(ReferenceRow.generator_id, func.count().label("references"))
+        .where(ReferenceRow.label == 1)
+        .group_by(ReferenceRow.generator_id)
+        .subquery()
+    )
+    return (
+        select(GeneratorRow.__table__, func.coalesce(counted.c.references, 0).label("references"))
+        .outerjoin(counted, counted.c.generator_id == GeneratorRow.id)
+        .order_by(func.lower(GeneratorRow.name))
+    )
+
+
+def _enrolments() -> Select[Any]:
+    return select(
+        EnrolmentRow.id,
+        EnrolmentRow.at,
+        GeneratorRow.name.label("generator"),
+        EnrolmentRow.source,
+        EnrolmentRow.report,
+    ).outerjoin(GeneratorRow, GeneratorRow.id == EnrolmentRow.generator_id)

@@ -7,8 +7,20 @@ from typing import Any
 from uuid import UUID
 
 import numpy as np
+from sqlalchemy import RowMapping, func, select, tuple_, update
+from sqlalchemy.dialects.postgresql import insert
 
 from indexer.rows import Rows
+from indexer.tables import ApiKeyRow, DetectionRow
+
+KEY = (
+    ApiKeyRow.id,
+    ApiKeyRow.name,
+    ApiKeyRow.scopes,
+    ApiKeyRow.created_at,
+    ApiKeyRow.expires_at,
+    ApiKeyRow.revoked_at,
+)
 
 
 class KeyExists(ValueError):
@@ -51,19 +63,32 @@ class Records(Rows):
 
     def record_detection(self, detection: Detection) -> None:
         """Keep a verdict; `at` is set by the database."""
-        raise NotImplementedError
+        row = {name: getattr(detection, name) for name in Detection.__slots__ if name != "at"}
+        row["sha256"] = bytes.fromhex(detection.sha256)
+        row["vector"] = np.asarray(detection.vector, "<f4").tobytes()
+        self.transaction(lambda connection: connection.execute(insert(DetectionRow).values(row)))
 
     def get_detection(self, detection_id: UUID) -> Detection | None:
         """One verdict."""
-        raise NotImplementedError
+        query = select(DetectionRow.__table__).where(DetectionRow.id == detection_id)
+        with self.engine.connect() as connection:
+            row = connection.execute(query).mappings().first()
+        return None if row is None else _detection(row)
 
     def list_detections(self, *, before: UUID | None = None, limit: int = 50) -> list[Detection]:
         """Verdicts, newest first; `before` is the last id of the page before."""
-        raise NotImplementedError
+        place = tuple_(DetectionRow.at, DetectionRow.id)
+        query = select(DetectionRow.__table__).order_by(DetectionRow.at.desc(), DetectionRow.id.desc()).limit(limit)
+        if before is not None:
+            last = select(DetectionRow.at, DetectionRow.id).where(DetectionRow.id == before)
+            query = query.where(place < last.scalar_subquery())
+        with self.engine.connect() as connection:
+            return [_detection(row) for row in connection.execute(query).mappings()]
 
     def set_feedback(self, detection_id: UUID, feedback: Mapping[str, Any]) -> bool:
         """Attach what a person said of the verdict; False where it is not known."""
-        raise NotImplementedError
+        query = update(DetectionRow).where(DetectionRow.id == detection_id).values(feedback=dict(feedback))
+        return self.transaction(lambda connection: connection.execute(query).rowcount) == 1
 
     def create_key(self, name: str, hash: bytes, scopes: list[str], *, expires_at: datetime | None = None) -> ApiKey:
         """Keep a new key's hash.
@@ -71,16 +96,30 @@ class Records(Rows):
         Raises:
             KeyExists: The name is taken.
         """
-        raise NotImplementedError
+        row = {"name": name, "hash": hash, "scopes": scopes, "expires_at": expires_at}
+        query = insert(ApiKeyRow).values(row).on_conflict_do_nothing(index_elements=["name"]).returning(ApiKeyRow.id)
+        if self.transaction(lambda connection: connection.scalar(query)) is None:
+            raise KeyExists(f"there is an API key {name!r} already")
+        return next(key for key in self.list_keys() if key.name == name)
 
     def find_key(self, hash: bytes) -> ApiKey | None:
         """The key with this hash, revoked and expired ones included."""
-        raise NotImplementedError
+        with self.engine.connect() as connection:
+            row = connection.execute(select(*KEY).where(ApiKeyRow.hash == hash)).mappings().first()
+        return None if row is None else ApiKey(**row)
 
     def list_keys(self) -> list[ApiKey]:
         """All keys, oldest first."""
-        raise NotImplementedError
+        with self.engine.connect() as connection:
+            return [ApiKey(**row) for row in connection.execute(select(*KEY).order_by(ApiKeyRow.id)).mappings()]
 
     def revoke_key(self, name: str) -> bool:
         """End a key; False where no key in force has this name."""
-        raise NotImplementedError
+        in_force = (ApiKeyRow.name == name) & ApiKeyRow.revoked_at.is_(None)
+        query = update(ApiKeyRow).where(in_force).values(revoked_at=func.now())
+        return self.transaction(lambda connection: connection.execute(query).rowcount) == 1
+
+
+def _detection(row: RowMapping) -> Detection:
+    vector = np.frombuffer(row["vector"], "<f4")
+    return Detection(**{**row, "sha256": row["sha256"].hex(), "vector": vector})

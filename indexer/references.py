@@ -3,8 +3,12 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any, cast
+
+from sqlalchemy import ARRAY, LargeBinary, Row, Select, Text, any_, func, literal, select
 
 from indexer.rows import Rows
+from indexer.tables import EmbeddingRow, GeneratorRow, ReferenceFileRow, ReferenceRow
 
 LABELS = ("real", "fake")
 
@@ -52,12 +56,54 @@ class References(Rows):
 
     def get_many(self, image_ids: Iterable[int]) -> dict[int, Reference]:
         """References by id; unknown ids are left out."""
-        raise NotImplementedError
+        ids = [int(image_id) for image_id in image_ids]
+        return {reference.id: reference for reference in self._select(_references().where(ReferenceRow.id.in_(ids)))}
 
     def find(self, sha256: str) -> Reference | None:
         """The reference with exactly these bytes (hexadecimal hash)."""
-        raise NotImplementedError
+        query = _references().where(ReferenceRow.sha256 == bytes.fromhex(sha256))
+        return next(iter(self._select(query)), None)
 
+    def thumbnail(self, image_id: int) -> bytes | None:
+        """WebP bytes, longest side at most 256."""
+        with self.engine.connect() as connection:
+            return connection.scalar(select(ReferenceRow.thumbnail).where(ReferenceRow.id == image_id))
+
+    def file(self, image_id: int) -> bytes | None:
+        """The bytes of an image that came over HTTP, where they were kept."""
+        with self.engine.connect() as connection:
+            return connection.scalar(select(ReferenceFileRow.bytes).where(ReferenceFileRow.image_id == image_id))
+
+    def counts(self) -> dict[str, int]:
+        """How many references there are: {"real": n, "fake": n}."""
+        query = select(ReferenceRow.label, func.count().label("images")).group_by(ReferenceRow.label)
+        with self.engine.connect() as connection:
+            found = {row.label: row.images for row in connection.execute(query)}
+        return {name: found.get(label, 0) for label, name in enumerate(LABELS)}
+
+    def sources(self) -> dict[str, int]:
+        """How many references each source has."""
+        counted = select(ReferenceRow.source, func.count().label("images"))
+        query = counted.group_by(ReferenceRow.source).order_by(ReferenceRow.source)
+        with self.engine.connect() as connection:
+            return {row.source: row.images for row in connection.execute(query)}
+
+    def known_files(self, uris: Sequence[str], checkpoint_id: str) -> dict[tuple[str, int | None, float | None], Known]:
+        """Rows of these uris, by (uri, size in bytes, mtime)."""
+        query = _known(checkpoint_id).where(ReferenceRow.uri == any_(literal(list(uris), ARRAY(Text))))
+        with self.engine.connect() as connection:
+            rows = connection.execute(query).all()
+        return {(row.uri, row.file_bytes, row.mtime): _as_known(row) for row in rows}
+
+    def known_hashes(self, hashes: Sequence[str], checkpoint_id: str) -> dict[str, Known]:
+        """Rows of these hashes (hexadecimal)."""
+        wanted = literal([bytes.fromhex(sha256) for sha256 in hashes], ARRAY(LargeBinary))
+        query = _known(checkpoint_id).where(ReferenceRow.sha256 == any_(wanted))
+        with self.engine.connect() as connection:
+            rows = connection.execute(query).all()
+        return {row.sha256.hex(): _as_known(row) for row in rows}
+
+    # Last in its class: below it, `list` would mean this method.
     def list(
         self,
         *,
@@ -67,29 +113,49 @@ class References(Rows):
         after: int = 0,
         limit: int = 100,
     ) -> Sequence[Reference]:
-        """References with ids above `after`, in order of id."""
-        raise NotImplementedError
+        """References with ids above `after`, in order of id; filters narrow them down."""
+        query = _references().where(ReferenceRow.id > after).order_by(ReferenceRow.id).limit(limit)
+        if label is not None:
+            query = query.where(ReferenceRow.label == label)
+        if generator is not None:
+            named = select(GeneratorRow.id).where(func.lower(GeneratorRow.name) == generator.lower())
+            query = query.where(ReferenceRow.generator_id == named.scalar_subquery())
+        if source is not None:
+            query = query.where(ReferenceRow.source == source)
+        return self._select(query)
 
-    def thumbnail(self, image_id: int) -> bytes | None:
-        """WebP bytes, longest side at most 256."""
-        raise NotImplementedError
+    def _select(self, query: Select[Any]) -> Sequence[Reference]:
+        with self.engine.connect() as connection:
+            rows = connection.execute(query).mappings().all()
+        return [Reference(**{**row, "sha256": row["sha256"].hex()}) for row in rows]
 
-    def file(self, image_id: int) -> bytes | None:
-        """The bytes of an image that came over HTTP, where they were kept."""
-        raise NotImplementedError
 
-    def counts(self) -> dict[str, int]:
-        """How many references there are: {"real": n, "fake": n}."""
-        raise NotImplementedError
+def _references() -> Select[Any]:
+    left_out = {"thumbnail", "generator_id"}
+    columns = [column for column in ReferenceRow.__table__.columns if column.name not in left_out]
+    return select(*columns, GeneratorRow.name.label("generator")).outerjoin(
+        GeneratorRow, GeneratorRow.id == ReferenceRow.generator_id
+    )
 
-    def sources(self) -> dict[str, int]:
-        """How many references each source has."""
-        raise NotImplementedError
 
-    def known_files(self, uris: Sequence[str], checkpoint_id: str) -> dict[tuple[str, int | None, float | None], Known]:
-        """Rows of these uris, by (uri, size in bytes, mtime)."""
-        raise NotImplementedError
+def _known(checkpoint_id: str) -> Select[Any]:
+    embedded = (EmbeddingRow.image_id == ReferenceRow.id) & (EmbeddingRow.checkpoint_id == checkpoint_id)
+    query = (
+        select(
+            ReferenceRow.id,
+            ReferenceRow.sha256,
+            ReferenceRow.label,
+            ReferenceRow.uri,
+            ReferenceRow.file_bytes,
+            ReferenceRow.mtime,
+            GeneratorRow.name.label("generator"),
+            EmbeddingRow.image_id.is_not(None).label("embedded"),
+        )
+        .outerjoin(GeneratorRow, GeneratorRow.id == ReferenceRow.generator_id)
+        .outerjoin(EmbeddingRow, embedded)
+    )
+    return cast("Select[Any]", query)
 
-    def known_hashes(self, hashes: Sequence[str], checkpoint_id: str) -> dict[str, Known]:
-        """Rows of these hashes (hexadecimal)."""
-        raise NotImplementedError
+
+def _as_known(row: Row[Any]) -> Known:
+    return Known(row.id, row.sha256.hex(), row.label, row.generator, row.embedded)

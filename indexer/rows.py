@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import psycopg
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, func, select
 from sqlalchemy.exc import DBAPIError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
@@ -17,10 +17,7 @@ CHANNEL = "lineup"
 def is_passing(error: BaseException) -> bool:
     """Whether Postgres rolled back only because of what others did at that moment: a deadlock, or reordered writes."""
     cause = error.orig if isinstance(error, DBAPIError) else error
-    return isinstance(
-        cause,
-        psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure | psycopg.errors.ForeignKeyViolation,
-    )
+    return isinstance(cause, psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure)
 
 
 class Rows:
@@ -31,8 +28,6 @@ class Rows:
 
     def transaction(self, work: Callable[[Connection], Result]) -> Result:
         """Run `work` in one transaction and commit; again, from the start, after a deadlock or a serialisation failure.
-
-        A reference to a row that someone deleted meanwhile (`ForeignKeyViolation`) counts too: `work` looks it up anew.
 
         Raises:
             sqlalchemy.exc.DBAPIError: Any other failure, or the eighth of these.
@@ -49,3 +44,8 @@ class Rows:
     def _once(self, work: Callable[[Connection], Result]) -> Result:
         with self.engine.begin() as connection:
             return work(connection)
+
+
+def notify(connection: Connection, message: str) -> None:
+    """Tell whoever listens, when this transaction commits."""
+    connection.execute(select(func.pg_notify(CHANNEL, message)))

@@ -1,20 +1,20 @@
 """The store: everything that is kept in Postgres, behind one object. Each noun has its own module."""
 
+from indexer.adding import Added, Adding, BadVector, Conflict, NewReference
 from indexer.changes import Additions, Changes, Removals
-from indexer.checkpoints import Checkpoint, Checkpoints, SavedCalibration, UnknownCheckpoint
+from indexer.checkpoints import Checkpoint, SavedCalibration, UnknownCheckpoint
 from indexer.generators import (
     BadGeneratorName,
     Enrolment,
     Generator,
     GeneratorExists,
-    Generators,
     UnknownGenerator,
     check_generator_name,
 )
 from indexer.records import ApiKey, Detection, KeyExists, Records
 from indexer.references import LABELS, Known, Reference, References
+from indexer.removing import Removed, Removing
 from indexer.rows import CHANNEL
-from indexer.writing import Added, BadVector, Conflict, NewReference, Removed, Writing
 
 __all__ = [
     "CHANNEL",
@@ -44,5 +44,5 @@ __all__ = [
 ]
 
 
-class Store(Checkpoints, Generators, References, Writing, Changes, Records):
+class Store(Adding, Removing, References, Changes, Records):
     """Reference images, embeddings, revisions, calibrations and verdicts. Safe to share between threads."""

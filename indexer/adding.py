@@ -1,0 +1,250 @@
+"""Adding references: one short transaction each, revisions in the order of their commits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import psycopg
+from psycopg.types.json import Jsonb
+from sqlalchemy import Connection, text
+
+from indexer.checkpoints import Checkpoints
+from indexer.generators import generator_ids
+from indexer.references import LABELS
+from indexer.rows import notify
+
+BATCH = 1000
+# The columns of the temporary table that a batch is copied to, and their types.
+INCOMING = {
+    "position": "int4",
+    "sha256": "bytea",
+    "label": "int2",
+    "generator_id": "int8",
+    "source": "text",
+    "group": "text",
+    "uri": "text",
+    "file_bytes": "int8",
+    "mtime": "float8",
+    "width": "int4",
+    "height": "int4",
+    "format": "text",
+    "jpeg_quality": "int2",
+    "fingerprint": "int8",
+    "thumbnail": "bytea",
+    "attributes": "jsonb",
+    "vector": "bytea",
+    "bytes": "bytea",
+}
+ROW_COLUMNS = ", ".join(f'"{name}"' for name in INCOMING if name not in {"position", "vector", "bytes"})
+CREATE = f"""create temporary table incoming ({", ".join(f'"{name}" {kind}' for name, kind in INCOMING.items())})
+on commit drop"""
+BLOCK = "delete from incoming i using blocked_hash b where b.sha256 = i.sha256 returning i.position, i.sha256"
+# The same order everywhere, so that two writers of the same images wait for each other instead of deadlocking.
+INSERT = f"""insert into reference_image ({ROW_COLUMNS}, enrolment_id)
+select distinct on (sha256) {ROW_COLUMNS}, cast(:enrolment as bigint) from incoming order by sha256, position
+on conflict (sha256) do nothing returning id"""
+KEEP = """insert into reference_file (image_id, bytes)
+select distinct on (r.id) r.id, i.bytes from incoming i join reference_image r using (sha256)
+where i.bytes is not null order by r.id, i.position on conflict do nothing"""
+MATCH = """select i.position, r.id, r.sha256, r.label, r.generator_id, g.name as generator,
+       i.label = r.label and i.generator_id is not distinct from r.generator_id as agrees
+from incoming i join reference_image r using (sha256) left join generator g on g.id = r.generator_id
+order by i.position"""
+EMBED = """insert into embedding (image_id, checkpoint_id, vector, revision)
+select distinct on (r.id) r.id, :checkpoint, i.vector, :revision from incoming i join reference_image r using (sha256)
+where i.label = r.label and i.generator_id is not distinct from r.generator_id
+order by r.id, i.position on conflict do nothing returning image_id"""
+
+
+class BadVector(ValueError):
+    """An embedding that may not be stored: wrong length, not finite, or zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewReference:
+    """An image with its embedding, ready to be stored.
+
+    Attributes:
+        sha256: Of the file's bytes, hexadecimal.
+        label: 0 real, 1 fake.
+        generator: Name, None for real images (and for fakes of which it is not known); created if new.
+        source: The data set or feed it came from.
+        group: Images that must not be split apart share it.
+        uri: Where the bytes can be read again; None for uploads.
+        file_bytes: Size of the file.
+        mtime: Modification time of the file in seconds, for skipping it next time.
+        width: Of the upright image, pixels.
+        height: Of the upright image, pixels.
+        format: As Pillow names it.
+        jpeg_quality: Estimate 1..100, None for other formats.
+        thumbnail: WebP.
+        attributes: Anything else that is known.
+        vector: Raw embedding, shape (d,), float32.
+        data: The file itself, to be kept (uploads).
+        fingerprint: 64-bit difference hash of the pixels as a signed integer; near duplicates differ in few bits.
+    """
+
+    sha256: str
+    label: int
+    generator: str | None
+    source: str
+    group: str
+    uri: str | None
+    file_bytes: int
+    mtime: float | None
+    width: int
+    height: int
+    format: str
+    jpeg_quality: int | None
+    thumbnail: bytes
+    attributes: dict[str, str]
+    vector: np.ndarray
+    data: bytes | None = None
+    fingerprint: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """The same bytes are stored with another label or generator; `position` counts from 0 in the batch."""
+
+    position: int
+    sha256: str
+    id: int
+    has: str
+    wants: str
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What one `add` did.
+
+    Attributes:
+        ids: Row of each item of the batch, None where its hash is blocked; of a conflict the row that stands.
+        added: Rows that are new.
+        known: Rows that were there, embedded by this checkpoint already.
+        embedded: Rows that were there, but not embedded by this checkpoint until now.
+        conflicts: Same bytes, other label or generator; nothing was changed.
+        blocked: Hashes that were removed for good.
+        revision: Of the checkpoint's index after this.
+    """
+
+    ids: list[int | None]
+    added: int
+    known: int
+    embedded: int
+    conflicts: list[Conflict]
+    blocked: list[str]
+    revision: int
+
+
+class Adding(Checkpoints):
+    """The only code that writes references and embeddings."""
+
+    def add(self, batch: Sequence[NewReference], checkpoint_id: str, enrolment: int | None = None) -> Added:
+        """Store images with their embeddings; the same bytes twice change nothing.
+
+        Raises:
+            BadVector: A vector is not finite, zero, or not of the checkpoint's dimension.
+            BadGeneratorName: A new generator's name breaks the rule.
+            UnknownCheckpoint: The checkpoint was never registered.
+            ValueError: More than 1,000 images.
+        """
+        if len(batch) > BATCH:
+            raise ValueError(f"{len(batch)} images in one transaction; {BATCH} are allowed")
+        dim = self.get_checkpoint(checkpoint_id).dim
+        vectors = [_stored(reference.vector, dim) for reference in batch]
+        return self.transaction(lambda connection: _add(connection, batch, vectors, checkpoint_id, enrolment))
+
+
+def _add(
+    connection: Connection,
+    batch: Sequence[NewReference],
+    vectors: Sequence[bytes],
+    checkpoint_id: str,
+    enrolment: int | None,
+) -> Added:
+    generators = generator_ids(connection, {item.generator for item in batch if item.generator is not None})
+    _copy(connection, batch, vectors, generators)
+    # From here on the lock is held: revisions become visible in the order of commits, and nothing is removed meanwhile.
+    lock = text("select revision from index_revision where checkpoint_id = :checkpoint for update")
+    revision: int = connection.execute(lock, {"checkpoint": checkpoint_id}).scalar_one()
+    blocked = {row.position: row.sha256.hex() for row in connection.execute(text(BLOCK))}
+    inserted = {row.id for row in connection.execute(text(INSERT), {"enrolment": enrolment})}
+    connection.execute(text(KEEP))
+    new = {"checkpoint": checkpoint_id, "revision": revision + 1}
+    embedded = {row.image_id for row in connection.execute(text(EMBED), new)}
+    matches = connection.execute(text(MATCH)).all()
+    if embedded:
+        revision += 1
+        stamp = text("update index_revision set revision = :revision where checkpoint_id = :checkpoint")
+        connection.execute(stamp, new)
+        notify(connection, f"{checkpoint_id} {revision}")
+    ids: list[int | None] = [None] * len(batch)
+    conflicts = []
+    for match in matches:
+        ids[match.position] = match.id
+        if not match.agrees:
+            item = batch[match.position]
+            has, wants = _kind(match.label, match.generator), _kind(item.label, item.generator)
+            conflicts.append(Conflict(match.position, match.sha256.hex(), match.id, has, wants))
+    return Added(
+        ids=ids,
+        added=len(inserted),
+        embedded=len(embedded - inserted),
+        known=len(batch) - len(blocked) - len(conflicts) - len(embedded | inserted),
+        conflicts=conflicts,
+        blocked=sorted(set(blocked.values())),
+        revision=revision,
+    )
+
+
+def _copy(
+    connection: Connection, batch: Sequence[NewReference], vectors: Sequence[bytes], generators: dict[str, int]
+) -> None:
+    connection.execute(text(CREATE))
+    driver = cast("psycopg.Connection[Any]", connection.connection.driver_connection)
+    with driver.cursor() as cursor, cursor.copy("copy incoming from stdin (format binary)") as copy:
+        copy.set_types(list(INCOMING.values()))
+        for position, (item, vector) in enumerate(zip(batch, vectors, strict=True)):
+            copy.write_row(
+                (
+                    position,
+                    bytes.fromhex(item.sha256),
+                    item.label,
+                    None if item.generator is None else generators[item.generator.lower()],
+                    _clean(item.source),
+                    _clean(item.group),
+                    None if item.uri is None else _clean(item.uri),
+                    item.file_bytes,
+                    item.mtime,
+                    item.width,
+                    item.height,
+                    item.format,
+                    item.jpeg_quality,
+                    item.fingerprint,
+                    item.thumbnail,
+                    Jsonb({_clean(key): _clean(value) for key, value in item.attributes.items()}),
+                    vector,
+                    item.data,
+                )
+            )
+    connection.execute(text("analyze incoming (sha256)"))
+
+
+def _stored(vector: np.ndarray, dim: int) -> bytes:
+    array = np.asarray(vector, "<f4")
+    if array.shape != (dim,):
+        raise BadVector(f"an embedding of shape {array.shape}; this checkpoint's have ({dim},)")
+    if not np.isfinite(array).all() or not array.any():
+        raise BadVector("an embedding that is zero or not finite")
+    return array.tobytes()
+
+
+def _kind(label: int, generator: str | None) -> str:
+    return LABELS[label] if generator is None else f"{LABELS[label]} ({generator})"
+
+
+def _clean(value: str) -> str:
+    """Without what Postgres cannot hold: NUL, and the stand-ins for bytes of a file name that are not UTF-8."""
+    return value.encode("utf-8", "backslashreplace").decode().replace("\0", "")
