@@ -1,38 +1,29 @@
-"""The vectors of one checkpoint in memory: exact nearest neighbours of each label, by cosine similarity."""
+"""The vectors of one checkpoint in memory: nearest neighbours of each label by cosine similarity, exact by default."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+
+from indexer.engines import Flat, new_engine
+from indexer.lock import ReadWriteLock
+from indexer.neighbours import Neighbours
+from indexer.shelf import Shelf
+from indexer.snapshot import BadSnapshot, read_snapshot, write_snapshot
+
+__all__ = ["BadSnapshot", "BadVectors", "IndexChanged", "Neighbours", "VectorIndex"]
+
+BLOCK = 65_536
+"""Rows that are copied under the lock at a time while a snapshot is written."""
 
 
 class BadVectors(ValueError):
     """Vectors, ids or labels that the index refuses; nothing of the call was done."""
 
 
-class BadSnapshot(ValueError):
-    """A snapshot that is missing, damaged, or of something else."""
-
-
-@dataclass(frozen=True, slots=True)
-class Neighbours:
-    """The nearest references of q queries, nearest first; short answers are padded at the end.
-
-    Attributes:
-        ids: Shape (q, k), int64, -1 where there is none.
-        similarities: Cosine, -1..1, shape (q, k), float32, NaN where there is none.
-        labels: 0 real, 1 fake, shape (q, k), int8, -1 where there is none.
-        generators: Generator ids, shape (q, k), int64, -1 for real images, unnamed generators and padding.
-        sources: Source numbers, shape (q, k), int64, -1 where there is none.
-    """
-
-    ids: np.ndarray
-    similarities: np.ndarray
-    labels: np.ndarray
-    generators: np.ndarray
-    sources: np.ndarray
+class IndexChanged(RuntimeError):
+    """The index changed while its snapshot was written; the old snapshot stays, try again later."""
 
 
 class VectorIndex:
@@ -44,33 +35,59 @@ class VectorIndex:
     """
 
     def __init__(self, dim: int, device: str = "auto") -> None:
-        raise NotImplementedError
+        self.dim = dim
+        self._lock = ReadWriteLock()
+        self._version = 0
+        self._shelves = (Shelf(0, new_engine(dim, device)), Shelf(1, new_engine(dim, device)))
 
     @property
     def kind(self) -> str:
-        """How vectors are kept and searched, such as "flat-fp16" or "ivf-fp16"."""
-        raise NotImplementedError
+        """How vectors are kept and searched: "flat-fp16", or "ivf-fp16" once a label has outgrown that."""
+        return max(shelf.engine.kind for shelf in self._shelves)
 
     @property
     def device(self) -> str:
         """Where searches run: "cpu" or "cuda"."""
-        raise NotImplementedError
+        return self._shelves[0].engine.device
 
     @property
     def recall(self) -> float:
         """Share of the exact 20 nearest that a search finds, 0..1, as measured; 1.0 for exact kinds."""
-        raise NotImplementedError
+        return min(shelf.engine.recall for shelf in self._shelves)
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return sum(self.counts())
 
     def counts(self) -> tuple[int, int]:
         """How many real and how many fake references."""
-        raise NotImplementedError
+        with self._lock.read():
+            return len(self._shelves[0]), len(self._shelves[1])
 
     def ids(self) -> np.ndarray:
         """All ids, ascending, shape (n,), int64."""
-        raise NotImplementedError
+        with self._lock.read():
+            return np.sort(np.concatenate([shelf.ids for shelf in self._shelves]))
+
+    def metadata(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Labels, generators and sources of n ids, each (n,), int64; -1 for an id that is not in the index."""
+        labels, generators, sources = (np.full(len(ids), -1) for _ in range(3))
+        with self._lock.read():
+            for shelf in self._shelves:
+                rows = shelf.rows(np.asarray(ids))
+                here = rows >= 0
+                labels[here] = shelf.label
+                generators[here], sources[here] = shelf.generators[rows[here]], shelf.sources[rows[here]]
+        return labels, generators, sources
+
+    def vectors(self) -> tuple[np.ndarray, np.ndarray]:
+        """A copy of everything: ids (n,), int64, and unit vectors (n, dim), float16, in the same order."""
+        ids, vectors = [np.empty(0, np.int64)], [np.empty((0, self.dim), np.float16)]
+        with self._lock.read():
+            for shelf in self._shelves:
+                for rows, block in shelf.engine.blocks(BLOCK):
+                    ids.append(shelf.ids[rows])
+                    vectors.append(block.copy())
+        return np.concatenate(ids), np.concatenate(vectors)
 
     def add(
         self, ids: np.ndarray, vectors: np.ndarray, labels: np.ndarray, generators: np.ndarray, sources: np.ndarray
@@ -87,7 +104,27 @@ class VectorIndex:
         Raises:
             BadVectors: See above; nothing is added.
         """
-        raise NotImplementedError
+        unit = self._unit(vectors)
+        ids, labels, generators, sources = (np.asarray(column) for column in (ids, labels, generators, sources))
+        if {column.shape for column in (ids, labels, generators, sources)} != {(len(unit),)}:
+            raise BadVectors(f"{len(unit)} vectors came with another number of ids, labels, generators or sources")
+        if not np.isin(labels, (0, 1)).all():
+            raise BadVectors("labels must be 0 (real) or 1 (fake)")
+        if len(ids) and (not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0):
+            raise BadVectors(f"ids must be integers from 0 up, not {ids.dtype} from {ids.min()}")
+        unique, counts = np.unique(ids, return_counts=True)
+        if len(unique) < len(ids):
+            raise BadVectors(f"id {unique[counts.argmax()]} comes twice in one call")
+        with self._lock.write():
+            known = [ids[shelf.rows(ids) >= 0] for shelf in self._shelves]
+            if any(map(len, known)):
+                raise BadVectors(f"id {np.concatenate(known)[0]} is in the index already: remove it first")
+            for shelf in self._shelves:
+                chosen = labels == shelf.label
+                if chosen.any():
+                    shelf.engine.add(unit[chosen])
+                    shelf.add(ids[chosen], generators[chosen], sources[chosen])
+            self._version += 1
 
     def remove(self, ids: np.ndarray) -> int:
         """Remove references; unknown ids are passed over. Each call moves memory: remove many at once.
@@ -95,7 +132,16 @@ class VectorIndex:
         Returns:
             How many there were.
         """
-        raise NotImplementedError
+        removed = 0
+        with self._lock.write():
+            for shelf in self._shelves:
+                rows = np.unique(shelf.rows(np.asarray(ids, np.int64)))
+                rows = rows[rows >= 0]
+                if len(rows):
+                    shelf.remove(rows)
+                    removed += len(rows)
+            self._version += removed > 0
+        return removed
 
     def search(
         self,
@@ -120,14 +166,20 @@ class VectorIndex:
         Raises:
             BadVectors: Vectors of another length, not finite, or zero; or k below 1.
         """
-        raise NotImplementedError
+        queries = self._queries(vectors, k)
+        with self._lock.read():
+            found = [
+                shelf.nearest(queries, k, shelf.allowed(generator, source, exclude_ids))
+                for shelf in self._shelves
+                if label is None or label == shelf.label
+            ]
+        return found[0] if len(found) == 1 else found[0].merge(found[1], k)
 
     def search_both(
         self,
         vectors: np.ndarray,
         k: int,
         *,
-        generator: int | None = None,
         source: int | None = None,
         exclude_ids: np.ndarray | None = None,
         exclude_each: Sequence[np.ndarray] | None = None,
@@ -137,26 +189,84 @@ class VectorIndex:
         Args:
             vectors: See `search`.
             k: See `search`; of each label.
-            generator: Only fakes of this generator; real references are not asked for theirs.
             source: See `search`.
             exclude_ids: See `search`.
-            exclude_each: Per query, ids that it must not find; q arrays.
+            exclude_each: Ids that one query must not find though others may, q arrays of any length.
         """
-        raise NotImplementedError
-
-    def metadata(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Labels, generators and sources of ids, each of the same shape; -1 for an id that is not in the index."""
-        raise NotImplementedError
+        queries = self._queries(vectors, k)
+        if exclude_each is not None and len(exclude_each) != len(queries):
+            raise BadVectors(f"{len(queries)} queries came with {len(exclude_each)} exclusions")
+        with self._lock.read():
+            real, fake = (
+                shelf.nearest(queries, k, shelf.allowed(None, source, exclude_ids))
+                if exclude_each is None
+                else shelf.nearest_without(queries, k, shelf.allowed(None, source, exclude_ids), exclude_each)
+                for shelf in self._shelves
+            )
+        return real, fake
 
     def save(self, path: Path, header: dict[str, Any]) -> None:
-        """Write a snapshot aside, checksummed, then rename it to `path`; `header` is any JSON."""
-        raise NotImplementedError
+        """Write a snapshot aside, checksummed, then rename it to `path`; searches and changes go on meanwhile.
+
+        Args:
+            path: The file.
+            header: Any JSON, for `load` to give back.
+
+        Raises:
+            IndexChanged: Something was added or removed meanwhile.
+        """
+        with self._lock.read():
+            version = self._version
+            columns: list[list[np.ndarray]] = [[x.ids, x.generators, x.sources] for x in self._shelves]
+        counts = [len(ids) for ids, _, _ in columns]
+        write_snapshot(path, {"dim": self.dim, "counts": counts, "header": header}, self._parts(columns, version))
+
+    def _parts(self, columns: Sequence[Sequence[np.ndarray]], version: int) -> Iterator[np.ndarray]:
+        for shelf, arrays in zip(self._shelves, columns, strict=True):
+            yield from arrays
+            blocks = shelf.engine.blocks(BLOCK)
+            while True:
+                with self._lock.read():
+                    if self._version != version:
+                        raise IndexChanged("the index changed while its snapshot was written")
+                    block = next(blocks, None)
+                    part = None if block is None else block[1].copy()
+                if part is None:
+                    break
+                yield part
 
     @classmethod
     def load(cls, path: Path, device: str = "auto") -> tuple[Self, dict[str, Any]]:
-        """Read a snapshot and its header.
+        """Read a snapshot: the index, and the header it was saved with.
 
         Raises:
             BadSnapshot: It is missing or damaged.
         """
-        raise NotImplementedError
+        with read_snapshot(path) as (header, fill):
+            index = cls(int(header["dim"]), device)
+            for shelf, n in zip(index._shelves, header["counts"], strict=True):
+                shelf.add(*(fill(np.empty(n, dtype)) for dtype in (np.int64, np.int32, np.int32)))
+                if isinstance(shelf.engine, Flat):
+                    fill(shelf.engine.extend(n))
+                else:
+                    for first in range(0, n, BLOCK):
+                        shelf.engine.add(fill(np.empty((min(BLOCK, n - first), index.dim), np.float16)))
+        return index, header["header"]
+
+    def _queries(self, vectors: np.ndarray, k: int) -> np.ndarray:
+        if k < 1:
+            raise BadVectors(f"k is {k}, must be at least 1")
+        return self._unit(vectors)
+
+    def _unit(self, vectors: np.ndarray) -> np.ndarray:
+        """Unit vectors, shape (n, dim), float32."""
+        x = np.asarray(vectors, np.float32)
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise BadVectors(f"vectors have shape {x.shape}, this index holds (n, {self.dim}): another checkpoint's?")
+        with np.errstate(over="ignore"):
+            length = np.sqrt(np.einsum("nd,nd->n", x, x))  # (n,)
+        if not (np.isfinite(length) & (length > 0)).all():
+            row = int(np.argmin(np.isfinite(length) & (length > 0)))
+            raise BadVectors(f"vector {row} is zero or not finite: the checkpoint or its input is broken")
+        unit: np.ndarray = x / length[:, None]  # (n, d)
+        return unit

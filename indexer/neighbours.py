@@ -1,0 +1,34 @@
+"""What a search of the index finds, as arrays."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The nearest references of q queries, nearest first; short answers are padded at the end.
+
+    Attributes:
+        ids: Shape (q, k), int64, -1 where there is none.
+        similarities: Cosine, -1..1, shape (q, k), float32, NaN where there is none.
+        labels: 0 real, 1 fake, shape (q, k), int8, -1 where there is none.
+        generators: Generator ids, shape (q, k), int32, -1 for real images, unnamed generators and padding.
+        sources: Source numbers, shape (q, k), int32, -1 where there is none.
+    """
+
+    ids: np.ndarray
+    similarities: np.ndarray
+    labels: np.ndarray
+    generators: np.ndarray
+    sources: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def merge(self, other: "Neighbours", k: int) -> "Neighbours":
+        """The k nearest of both."""
+        similarities = np.concatenate([self.similarities, other.similarities], axis=1)
+        order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]  # (q, k), NaN sorts last
+        columns = [np.concatenate([getattr(x, field.name) for x in (self, other)], axis=1) for field in fields(self)]
+        return Neighbours(*(np.take_along_axis(column, order, axis=1) for column in columns))
