@@ -153,13 +153,16 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Data set of any layout.")],
     checkpoint: Checkpoint,
     split: Annotated[str, typer.Option(help="Comma list of splits.")] = "test,unseen",
-    output: Annotated[Path | None, typer.Option(help="Folder for the report.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the report, which adds curves and plots.")] = None,
+    beside: Annotated[list[Path] | None, typer.Option(help="report.json of another checkpoint; repeatable.")] = None,
+    published: Annotated[bool, typer.Option(help="Print the paper's figures: right on D3's test set only.")] = False,
     seed: Annotated[int, typer.Option(help="Fixes transforms and bootstraps.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Measure the checkpoint's own heads: plain, augmented, and with both labels recompressed alike."""
     from trainer.evaluate import evaluate as measure_heads
+    from trainer.report import print_summary, write_report
 
     try:
         with counting_bar("embedding") as advance:
@@ -172,19 +175,25 @@ def evaluate(
                 with_curves=output is not None,
                 on_image=advance,
             )
+        if output is not None:
+            write_report(result, output, beside=beside or [], published=published)
     except (ValueError, OSError) as error:
         raise fail(error) from None
     for rejected in result.rejected:
         console.print(f"rejected {rejected.file}: {rejected.reason}", highlight=False)
     if as_json:
         print(json.dumps({"rows": result.rows}))
+        return
+    print_summary(result, console)
+    if output is not None:
+        console.print(f"wrote {output / 'report.html'} and the tables beside it")
 
 
 @contextmanager
 def counting_bar(description: str) -> Iterator[Callable[[], None]]:
     """A bar for work of unknown length; each call counts one."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} images"))
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=None)
         yield lambda: bar.advance(task)
 

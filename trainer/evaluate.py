@@ -87,6 +87,11 @@ class Evaluation:
     rejected: list[Rejected] = field(default_factory=list)
 
     @property
+    def splits(self) -> list[str]:
+        """Splits that were measured, in the order asked for."""
+        return list(dict.fromkeys(row["split"] for row in self.rows))
+
+    @property
     def simulated(self) -> bool:
         """Whether any image says that it was simulated by `trainer simulate`."""
         names = {*self.sets["none"].generators, *self.sets["none"].sources}

@@ -158,8 +158,8 @@ def measure(
     """Rows of design section 9: one for all images, one for the reals, one for each generator.
 
     A generator's accuracy is its recall; its AUROC, AP and recall at 1 % and 5 % false alarms are against all reals.
-    `balanced` is the mean of real and fake accuracy. Each measure has `_low` and `_high`, a 95 % bootstrap interval
-    by groups. What cannot be measured is None.
+    `balanced` is the mean of the accuracies on reals and on the row's fakes. Each measure has `_low` and `_high`, a
+    95 % bootstrap interval by groups. What cannot be measured is None.
 
     Args:
         scores: Shape (n,), above `threshold` for fake; NaN where the head could not answer: such images are left out.
@@ -211,9 +211,8 @@ class _Images:
         values = {"accuracy": accuracy(correct[self.counted], weights[:, self.counted])}
         if self.only == 0 or len(np.unique(self.labels)) < 2:
             return values
-        if self.only is None:
-            sides = [self.labels == label for label in (0, 1)]
-            values["balanced"] = np.mean([accuracy(correct[side], weights[:, side]) for side in sides], axis=0)
+        sides = [self.labels == label for label in (0, 1)]
+        values["balanced"] = np.mean([accuracy(correct[side], weights[:, side]) for side in sides], axis=0)
         values["auroc"] = auroc(self.scores, self.labels, weights)
         values["ap"] = average_precision(self.scores, self.labels, weights)
         values["recall_at_1"] = recall_at(self.scores, self.labels, 0.01, weights)
