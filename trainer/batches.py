@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -171,9 +170,3 @@ def collate(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, list
         torch.from_numpy(np.stack(local)),
         [line for lines in failed for line in lines],
     )
-
-
-def one_thread(_: int = 0) -> None:
-    """Each worker computes on one core; more would fight over them with the training step."""
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)

@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import cv2
+import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from trainer.augmentations import Augmenter, Pixels
-from trainer.batches import Pairs, Pictures, RecordBatches, collate, one_thread
+from trainer.batches import Pairs, Pictures, RecordBatches, collate
 from trainer.datasets import read_dataset, role
 from trainer.embedder import CheckpointConfig, CheckpointError, build_backbone, pick_device, read_config
 from trainer.loss import derangement
@@ -245,13 +247,13 @@ def loader_of(
     workers = settings.workers
     if workers is None:
         workers = max(1, cores // 2 if device == "cpu" else cores // processes.world - 1)
+    cv2.setNumThreads(0)  # here, not in the workers: a forked process waits for ever for OpenCV's pool of threads
     batches = _Epochs(RecordBatches(0, steps, settings.batch_size, processes.rank, processes.world))
     loader: DataLoader[Any] = DataLoader(
         Pairs(pictures, views, settings.seed),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=one_thread,
         persistent_workers=workers > 0,
         prefetch_factor=2 if workers else None,
         pin_memory=device.startswith("cuda"),
@@ -299,6 +301,7 @@ def fit(
         FitError: The data or the output folder do not allow it.
     """
     begin = time.monotonic()
+    cv2.setNumThreads(1)  # a worker does one view at a time, and OpenCV's own threads would not survive the fork
     folder = state_folder(settings.output)
     device = pick_device(settings.device)
     processes = Processes.join(device)
