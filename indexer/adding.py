@@ -11,7 +11,7 @@ from sqlalchemy import Connection, text
 
 from indexer.checkpoints import Checkpoints
 from indexer.generators import generator_ids
-from indexer.references import LABELS
+from indexer.references import kind
 from indexer.rows import notify
 
 BATCH = 1000
@@ -122,6 +122,7 @@ class Added:
     Attributes:
         ids: Row of each item of the batch, None where its hash is blocked; of a conflict the row that stands.
         added: Rows that are new.
+        new: Where in the batch they are, each once.
         known: Rows that were there, embedded by this checkpoint already.
         embedded: Rows that were there, but not embedded by this checkpoint until now.
         conflicts: Same bytes, other label or generator; nothing was changed.
@@ -131,6 +132,7 @@ class Added:
 
     ids: list[int | None]
     added: int
+    new: list[int]
     known: int
     embedded: int
     conflicts: list[Conflict]
@@ -186,11 +188,13 @@ def _add(
         ids[match.position] = match.id
         if not match.agrees:
             item = batch[match.position]
-            has, wants = _kind(match.label, match.generator), _kind(item.label, item.generator)
+            has, wants = kind(match.label, match.generator), kind(item.label, item.generator)
             conflicts.append(Conflict(match.position, match.sha256.hex(), match.id, has, wants))
+    first = {image_id: position for position, image_id in reversed(list(enumerate(ids)))}
     return Added(
         ids=ids,
         added=len(inserted),
+        new=sorted(first[image_id] for image_id in inserted),
         embedded=len(embedded - inserted),
         known=len(batch) - len(blocked) - len(conflicts) - len(embedded | inserted),
         conflicts=conflicts,
@@ -239,10 +243,6 @@ def _stored(vector: np.ndarray, dim: int) -> bytes:
     if not np.isfinite(array).all() or not array.any():
         raise BadVector("an embedding that is zero or not finite")
     return array.tobytes()
-
-
-def _kind(label: int, generator: str | None) -> str:
-    return LABELS[label] if generator is None else f"{LABELS[label]} ({generator})"
 
 
 def _clean(value: str) -> str:

@@ -13,6 +13,11 @@ from indexer.tables import EmbeddingRow, GeneratorRow, ReferenceFileRow, Referen
 LABELS = ("real", "fake")
 
 
+def kind(label: int, generator: str | None) -> str:
+    """A label in words, with the generator where there is one."""
+    return LABELS[label] if generator is None else f"{LABELS[label]} ({generator})"
+
+
 @dataclass(frozen=True, slots=True)
 class Reference:
     """A known image, without its thumbnail. `label` is 0 for real and 1 for fake; `sha256` is hexadecimal."""

@@ -12,7 +12,7 @@ from indexer.generators import (
     check_generator_name,
 )
 from indexer.records import ApiKey, Detection, KeyExists, Records
-from indexer.references import LABELS, Known, Reference, References
+from indexer.references import LABELS, Known, Reference, References, kind
 from indexer.removing import Removed, Removing
 from indexer.rows import CHANNEL
 
@@ -41,6 +41,7 @@ __all__ = [
     "UnknownCheckpoint",
     "UnknownGenerator",
     "check_generator_name",
+    "kind",
 ]
 
 

@@ -1,0 +1,61 @@
+"""An embedder without a network, for tests: the vector is drawn from a hash of the pixels.
+
+Run as a program it is the indexer's command line with this embedder in the place of every checkpoint.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from trainer.embedder import CheckpointConfig
+from trainer.images import Preprocess
+
+
+class HashingEmbedder:
+    """Equal pixels get equal vectors, others unrelated ones; `calls` counts the images it was given."""
+
+    def __init__(self, name: str = "hashing", dim: int = 8, image_size: int = 16) -> None:
+        self.name, self.dim = name, dim
+        self.id = hashlib.md5(name.encode()).hexdigest()
+        self.preprocess = Preprocess(image_size=image_size)
+        self.config = CheckpointConfig(
+            name=name,
+            architecture="none",
+            image_size=image_size,
+            dim=dim,
+            preprocess=self.preprocess,
+            architecture_args={},
+            training={},
+            provenance={},
+            licence="none",
+        )
+        self.engine, self.device, self.calls = "hashing", "cpu", 0
+
+    @classmethod
+    def load(cls, folder: Path, **_: Any) -> "HashingEmbedder":
+        return cls(folder.name)
+
+    def embed(self, images: Sequence[Image.Image], batch_size: int = 32) -> np.ndarray:
+        return self.embed_pixels(self.preprocess(images), batch_size)
+
+    def embed_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray:
+        assert len(pixels) <= batch_size
+        self.calls += len(pixels)
+        vectors = []
+        for image in pixels:
+            seed = hashlib.blake2b(self.name.encode() + image.tobytes(), digest_size=8).digest()
+            vectors.append(np.random.default_rng(int.from_bytes(seed, "big")).normal(size=self.dim))
+        return np.array(vectors, np.float32)  # (n, d)
+
+
+if __name__ == "__main__":
+    from indexer.__main__ import app
+
+    import trainer.embedder
+
+    trainer.embedder.Embedder = HashingEmbedder  # type: ignore[misc,assignment]
+    app()
