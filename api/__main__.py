@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
+from api.access import SCOPES, Keys, hash_secret, is_loopback, new_secret
 from api.detector import Detector
+from api.logs import log_as_json
+from api.neighbours import DATABASE_AWAY
 from api.problems import ApiError
 from api.schemas import Explanation, FailedFile, Verdict
 from api.terminal import show
 from api.uploads import Question, Upload
-from indexer.postgres import DatabaseBehind, DatabaseUnreachable
+from indexer.postgres import DatabaseBehind, DatabaseUnreachable, connect
 from indexer.settings import SettingsError, read_settings
+from indexer.store import ApiKey, KeyExists, Store
 from trainer.embedder import CheckpointError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+keys = typer.Typer(help="API keys: who may call, and for what.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+EXPECTED = (SettingsError, CheckpointError, DatabaseUnreachable, DatabaseBehind, *DATABASE_AWAY)
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 
 
@@ -27,6 +37,14 @@ def fail(error: Exception) -> typer.Exit:
     """Print an expected failure as one line on stderr; raise what comes back."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return typer.Exit(1)
+
+
+def load(**options: Any) -> Detector:
+    """A loaded detector; what is wrong with settings, checkpoint or database ends the command with one line."""
+    try:
+        return Detector(read_settings(**options)).load()
+    except EXPECTED as error:
+        raise fail(error) from None
 
 
 def image_files(paths: Iterable[Path]) -> Iterator[Path]:
@@ -53,6 +71,26 @@ def judge_file(detector: Detector, path: Path, question: Question) -> Verdict | 
 
 
 @app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; anything but loopback needs a key.")] = None,
+    port: Annotated[int | None, typer.Option(help="TCP port; 0 picks a free one.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+) -> None:
+    """Serve the HTTP interface and the page."""
+    from api.app import run
+
+    detector = load(host=host, port=port, checkpoint=checkpoint, device=device)
+    address = detector.settings.host
+    if not is_loopback(address) and not Keys(detector.store).exist():
+        detector.close()
+        advice = "make one with `python -m api keys create NAME --scope admin`, or listen on 127.0.0.1"
+        raise fail(SettingsError(f"LINEUP_HOST is {address}, which needs an API key: {advice}"))
+    log_as_json()
+    run(detector)
+
+
+@app.command()
 def detect(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder.")] = None,
@@ -69,10 +107,7 @@ def detect(
     if not asked <= {"regions", "stability"}:
         raise typer.BadParameter(f"{explain!r} is not regions, stability or both", param_hint="--explain")
     question = Question(k, max_false_alarm, cast("frozenset[Explanation]", asked))
-    try:
-        detector = Detector(read_settings(checkpoint=checkpoint, device=device)).load()
-    except (SettingsError, CheckpointError, DatabaseUnreachable, DatabaseBehind) as error:
-        raise fail(error) from None
+    detector = load(checkpoint=checkpoint, device=device)
     judged, failed, console = 0, 0, Console()
     try:
         detector.calibrate()
@@ -95,6 +130,78 @@ def detect(
         print(f"{judged} judged, {failed} rejected", file=sys.stderr)
     if not judged:
         raise typer.Exit(1)
+
+
+@keys.command()
+def create(
+    name: Annotated[str, typer.Argument(help="What to call the key; unique.")],
+    scope: Annotated[list[str], typer.Option(help="detect, enrol or admin; may be given several times.")] = ["detect"],
+    days: Annotated[
+        int | None, typer.Option(min=1, max=36500, help="Days until it expires; never when not given.")
+    ] = None,
+    unless_exists: Annotated[bool, typer.Option(help="Do nothing when a key has this name.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Make a key and print it, once: only its hash is kept."""
+    scopes = sorted(set(scope or ["detect"]))
+    if not set(scopes) <= set(SCOPES):
+        raise typer.BadParameter(f"{', '.join(scopes)} is not of {', '.join(SCOPES)}", param_hint="--scope")
+    store, secret = open_store(), new_secret()
+    expires_at = None if days is None else datetime.now(UTC) + timedelta(days=days)
+    try:
+        made = store.create_key(name, hash_secret(secret), scopes, expires_at=expires_at)
+    except KeyExists as error:
+        if unless_exists:
+            print(f"there is a key {name} already; it cannot be shown again", file=sys.stderr)
+            return
+        raise fail(error) from None
+    finally:
+        store.engine.dispose()
+    if as_json:
+        print(json.dumps(key_json(made) | {"key": secret}))
+    else:
+        print(secret)
+        print("Keep it: it cannot be shown again. Send it as `Authorization: Bearer ...`.", file=sys.stderr)
+
+
+@keys.command("list")
+def list_keys(as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False) -> None:
+    """Show all keys, without their secrets."""
+    store = open_store()
+    rows = [key_json(key) for key in store.list_keys()]
+    store.engine.dispose()
+    if as_json:
+        print(json.dumps({"keys": rows}))
+        return
+    table = Table("name", "scopes", "created", "expires", "revoked")
+    for row in rows:
+        table.add_row(row["name"], " ".join(row["scopes"]), row["created_at"], row["expires_at"], row["revoked_at"])
+    Console().print(table)
+
+
+@keys.command()
+def revoke(name: Annotated[str, typer.Argument(help="The key to end; within seconds, everywhere.")]) -> None:
+    """End a key."""
+    store = open_store()
+    revoked = store.revoke_key(name)
+    store.engine.dispose()
+    if not revoked:
+        raise fail(LookupError(f"no key in force is called {name!r}; see `python -m api keys list`"))
+
+
+def open_store() -> Store:
+    """The store of the settings; what is wrong with it ends the command with one line."""
+    try:
+        return Store(connect(read_settings()))
+    except EXPECTED as error:
+        raise fail(error) from None
+
+
+def key_json(key: ApiKey) -> dict[str, Any]:
+    """A key without its secret, as JSON."""
+    times = {name: getattr(key, name) for name in ("created_at", "expires_at", "revoked_at")}
+    shown = {name: time.isoformat(timespec="seconds") if time else None for name, time in times.items()}
+    return {"name": key.name, "scopes": key.scopes, **shown}
 
 
 if __name__ == "__main__":

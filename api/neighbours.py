@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from api.evidence import Evidence
@@ -17,7 +17,7 @@ from indexer.follower import Neighbour as Nearby
 from indexer.postgres import DatabaseUnreachable
 from indexer.store import Reference, Store
 
-DATABASE_AWAY = (DatabaseUnreachable, DBAPIError, PoolTimeout)
+DATABASE_AWAY = (DatabaseUnreachable, OperationalError, InterfaceError, PoolTimeout)
 """What the store raises while Postgres does not answer."""
 Found = tuple[Nearby, float | None]
 """A neighbour and its weight."""
@@ -99,7 +99,7 @@ class Neighbourhood:
                     similarity=neighbour.similarity,
                     weight=weight,
                     thumbnail=f"/v1/references/{neighbour.id}/thumbnail" if row else None,
-                    uri=row.uri if row else None,
+                    uri=(row.uri or None) if row else None,
                     attributes=dict(row.attributes) if row else {},
                 )
             )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from api.schemas import Conflict, FieldError, Problem
 
@@ -56,7 +57,6 @@ class ApiError(Exception):
     retry_after: float | None = None
     errors: list[FieldError] | None = None
     conflicts: list[Conflict] | None = None
-    headers: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.detail
@@ -65,6 +65,12 @@ class ApiError(Exception):
     def status(self) -> int:
         """The HTTP status."""
         return TABLE[self.kind][0]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What goes with it into the response's head."""
+        headers = {} if self.retry_after is None else {"retry-after": str(max(1, math.ceil(self.retry_after)))}
+        return headers | ({"www-authenticate": "Bearer"} if self.kind == "unauthorized" else {})
 
     def problem(self, request_id: str | None = None) -> Problem:
         """The JSON body."""
@@ -78,3 +84,23 @@ class ApiError(Exception):
             errors=self.errors,
             conflicts=self.conflicts,
         )
+
+
+def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's account of the problems that a call may answer with, beside those that any call may."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    for kind in (*kinds, "unauthorized", "forbidden", "bad-field", "too-many-requests", "not-ready"):
+        status, title = TABLE[kind]
+        example = ApiError(kind, title).problem("4f6c0a2e").model_dump()
+        schema = {"$ref": "#/components/schemas/Problem"}
+        responses[status] = {
+            "description": title,
+            "content": {"application/problem+json": {"schema": schema, "example": example}},
+        }
+    return responses
+
+
+def from_status(status: int, detail: str) -> ApiError:
+    """A problem for a status that the web framework chose."""
+    kinds: dict[int, Kind] = {number: kind for kind, (number, _) in reversed(TABLE.items())}
+    return ApiError(kinds.get(status, "internal" if status >= 500 else "bad-request"), detail)

@@ -18,6 +18,7 @@ Scope = Literal["detect", "enrol", "admin"]
 Explanation = Literal["regions", "stability"]
 Unit = Annotated[float, Field(ge=0, le=1)]
 Similarity = Annotated[float, Field(ge=-1.001, le=1.001)]
+Text = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00]*$")]
 GeneratorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}$", examples=["SD-XL"])]
 
 
@@ -351,15 +352,21 @@ class Removed(Model):
 class GeneratorFacts(Model):
     """What is known of a generator beside its images."""
 
-    family: str | None = None
-    vendor: str | None = None
-    version: str | None = None
+    family: Text | None = None
+    vendor: Text | None = None
+    version: Text | None = None
     released_on: date | None = None
-    notes: str | None = None
+    notes: Annotated[str, Field(max_length=4000, pattern=r"^[^\x00]*$")] | None = None
 
 
 class NewGenerator(GeneratorFacts):
     name: GeneratorName
+
+
+class GeneratorChange(GeneratorFacts):
+    """Only what is given is changed."""
+
+    name: GeneratorName = ""
 
 
 class Generator(NewGenerator):
@@ -391,7 +398,7 @@ class Feedback(Model):
 
     label: Label
     """What the image is, according to who says so."""
-    note: Annotated[str, Field(max_length=2000)] = ""
+    note: Annotated[str, Field(max_length=2000, pattern=r"^[^\x00]*$")] = ""
 
 
 class Detection(Model):
@@ -480,7 +487,8 @@ class CalibrationState(Model):
     max_miss: float
     prior: float
     reason: str | None = None
-    parameters: dict[str, Any] | None = None
+    maps: dict[str, Any] = {}
+    """The logistic maps from raw head scores to calibrated logits, by the heads that answer."""
 
 
 class Health(Model):

@@ -49,6 +49,11 @@ class Prepared:
     decode_ms: float
 
 
+def file_name(name: str | None) -> str:
+    """What a caller called a file, fit for answers, logs and tables."""
+    return "".join(c if c.isprintable() else "?" for c in (name or "")[:255]) or "unnamed"
+
+
 def decode(upload: Upload, settings: Settings) -> tuple[Image.Image, FileFacts]:
     """The upright RGB image of an upload, within the limits of the settings.
 

@@ -1,0 +1,199 @@
+"""Who may call: API keys with scopes, or, while there is none, only programs and pages of this very machine."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from api.neighbours import DATABASE_AWAY
+from api.problems import ApiError
+from api.schemas import Scope
+from indexer.store import ApiKey, Store
+
+SCOPES: tuple[Scope, ...] = ("detect", "enrol", "admin")
+PREFIX = "lineup_"
+FRESH = 2.0
+"""Seconds that an answer about a key is believed: a revocation counts after these at the latest."""
+STALE = 300.0
+"""Seconds that a key which was good goes on being honoured while the database is away."""
+MOST_REMEMBERED = 4096
+"""Keys kept in memory, good or bad."""
+FORWARDING = ("forwarded", "via", "x-real-ip")
+"""Headers, beside `x-forwarded-*`, that show that a proxy stands between; then the peer's address proves nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sent a request. Without keys it is whoever sits at this machine, who may do everything."""
+
+    key_id: int | None = None
+    name: str = "loopback"
+    scopes: frozenset[str] = frozenset({"admin"})
+
+    def may(self, scope: Scope) -> bool:
+        """Whether this caller holds a scope; admin includes the others."""
+        return "admin" in self.scopes or scope in self.scopes
+
+
+def new_secret() -> str:
+    """A key as its owner gets it, 256 random bits. Only its hash is kept, so it cannot be shown again."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def hash_secret(secret: str) -> bytes:
+    """SHA-256; a slow hash would add nothing, for the secret is random and long."""
+    return sha256(secret.encode()).digest()
+
+
+def in_force(key: ApiKey, now: datetime) -> bool:
+    """Whether a key is neither revoked nor expired."""
+    return key.revoked_at is None and (key.expires_at is None or key.expires_at > now)
+
+
+@dataclass(slots=True)
+class Keys:
+    """Looks keys up, remembering each answer for two seconds, and for longer while the database is away."""
+
+    store: Store
+    _seen: OrderedDict[bytes, tuple[float, ApiKey | None]] = field(default_factory=OrderedDict)
+    _any: tuple[float, bool] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def exist(self) -> bool:
+        """Whether any key was ever made. Revoked ones count: revoking the last key must not open the door.
+
+        Raises:
+            ApiError: not-ready, when the database is away and was never asked.
+        """
+        now, known = time.monotonic(), self._any
+        if known is not None and (known[1] or now - known[0] < FRESH):
+            return known[1]
+        try:
+            self._any = (now, bool(self.store.list_keys()))
+        except DATABASE_AWAY as error:
+            if known is None:
+                raise ApiError("not-ready", "the database does not answer", retry_after=2) from error
+            return known[1]
+        return self._any[1]
+
+    def authenticate(self, secret: str) -> Caller:
+        """The owner of a key.
+
+        Raises:
+            ApiError: unauthorized for an unknown, revoked or expired key; not-ready when that cannot be found out.
+        """
+        key = self._find(hash_secret(secret))
+        if key is None or not in_force(key, datetime.now(UTC)):
+            raise ApiError("unauthorized", "this API key is unknown, revoked or expired")
+        return Caller(key.id, key.name, frozenset(key.scopes))
+
+    def _find(self, digest: bytes) -> ApiKey | None:
+        now = time.monotonic()
+        with self._lock:
+            seen = self._seen.get(digest)
+        if seen is not None and now - seen[0] < FRESH:
+            return seen[1]
+        try:
+            key = self.store.find_key(digest)
+        except DATABASE_AWAY as error:
+            if seen is not None and now - seen[0] < STALE:
+                return seen[1]
+            detail = "the database does not answer, so this key cannot be checked"
+            raise ApiError("not-ready", detail, retry_after=2) from error
+        with self._lock:
+            self._seen[digest] = (now, key)
+            self._seen.move_to_end(digest)
+            if len(self._seen) > MOST_REMEMBERED:
+                self._seen.popitem(last=False)
+        return key
+
+
+@dataclass(slots=True)
+class RateLimit:
+    """A bucket of tokens per key: a minute's worth may come at once, then they drip.
+
+    Args:
+        per_minute: Requests per key; 0 is no limit.
+    """
+
+    per_minute: int
+    _buckets: dict[int, tuple[float, float]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def spend(self, key_id: int, now: float) -> None:
+        """Take one token.
+
+        Args:
+            key_id: Whose bucket.
+            now: Seconds of a clock that never goes back.
+
+        Raises:
+            ApiError: too-many-requests, with the seconds until the next token.
+        """
+        if not self.per_minute:
+            return
+        with self._lock:
+            tokens, last = self._buckets.get(key_id, (float(self.per_minute), now))
+            tokens = min(float(self.per_minute), tokens + (now - last) * self.per_minute / 60)
+            if tokens >= 1:
+                self._buckets[key_id] = (tokens - 1, now)
+                return
+            self._buckets[key_id] = (tokens, now)
+        wait = math.ceil((1 - tokens) * 60 / self.per_minute)
+        raise ApiError(
+            "too-many-requests", f"this key may make {self.per_minute} requests per minute", retry_after=wait
+        )
+
+
+def check_loopback(client: str | None, headers: Mapping[str, str]) -> None:
+    """Refuse what may come from elsewhere: any web page that a browser here shows can post to 127.0.0.1.
+
+    Args:
+        client: The peer's address.
+        headers: By lower-case name.
+
+    Raises:
+        ApiError: forbidden, saying which rule was broken.
+    """
+    advice = "; make an API key (`python -m api keys create`) to call from elsewhere"
+    if client is None or not is_loopback(client):
+        raise ApiError("forbidden", f"without API keys only this machine may call, not {client}{advice}")
+    if any(name in FORWARDING or name.startswith("x-forwarded-") for name in headers):
+        raise ApiError("forbidden", f"without API keys no proxy may stand between (forwarding header){advice}")
+    host = headers.get("host", "")
+    if not is_loopback(_hostname(f"//{host}")):
+        raise ApiError("forbidden", f"without API keys the Host header must name this machine, not {host!r}{advice}")
+    origin = headers.get("origin")
+    if origin is not None and origin.lower() != f"http://{host}".lower():
+        raise ApiError("forbidden", f"without API keys pages of another origin may not call: {origin!r}{advice}")
+    site = headers.get("sec-fetch-site", "none")
+    if site not in ("none", "same-origin"):
+        raise ApiError("forbidden", f"without API keys pages of another site may not call{advice}")
+
+
+def _hostname(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or name means this very machine."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback

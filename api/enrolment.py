@@ -1,0 +1,90 @@
+"""Reference images that come over HTTP, on the way that every reference image takes: `indexer.ingest`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+
+from api.detector import Detector
+from api.problems import ApiError
+from api.schemas import LABELS, Added, FieldError, Label
+from api.uploads import Upload, decode
+from indexer.ingest import ingest
+from indexer.store import check_generator_name
+from trainer.entry import Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What the images of one request are.
+
+    Raises:
+        ApiError: bad-field, for a generator of real images or a name that no generator may have.
+    """
+
+    label: Label
+    generator: str | None
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.label == "real" and self.generator:
+            raise _bad_generator("a real image has no generator: leave it out, or send label=fake")
+        if self.generator:
+            try:
+                check_generator_name(self.generator)
+            except ValueError as error:
+                raise _bad_generator(str(error)) from error
+
+    def entry(self, upload: Upload) -> Entry:
+        """An upload as `ingest` takes it: there is nowhere to read it again, and each file is a group of its own."""
+        return Entry(
+            key=upload.file,
+            group=sha256(upload.data).hexdigest(),
+            label=LABELS.index(self.label),
+            generator=self.generator,
+            source=self.source,
+            uri="",
+            split=None,
+            size=None,
+            mtime=None,
+            attributes={},
+            read=partial(bytes, upload.data),
+        )
+
+
+def enrol(detector: Detector, uploads: Sequence[Upload], batch: Batch) -> Added:
+    """Store uploads as references, and bring this process's index up to date.
+
+    Raises:
+        ApiError: conflict, when all are known with another label or generator; the first file's own problem, when
+            none can be read.
+    """
+    settings = detector.settings
+    small = [upload for upload in uploads if len(upload.data) <= settings.max_upload_bytes]
+    report = ingest(
+        map(batch.entry, small),
+        detector.embedder,
+        detector.store,
+        max_pixels=settings.max_pixels,
+        generator=batch.generator,
+        source=batch.source,
+        keep_bytes=settings.keep_uploads,
+    )
+    limit = f"larger than LINEUP_MAX_UPLOAD_BYTES allows ({settings.max_upload_bytes:,} bytes)"
+    large = [{"file": upload.file, "reason": limit} for upload in uploads if upload not in small]
+    added = Added.model_validate(report | {"rejected": [*report["rejected"], *large]})
+    if not (added.added or added.known or added.embedded):
+        if added.conflicts and not added.rejected:
+            detail = "every image is known with another label or generator; remove those references first"
+            raise ApiError("conflict", detail, conflicts=added.conflicts)
+        if not added.conflicts:
+            decode(uploads[0], settings)  # raises what is wrong with it
+            raise ApiError("conflict", f"{added.rejected[0].file}: {added.rejected[0].reason}")
+    detector.follower.catch_up()
+    return added
+
+
+def _bad_generator(message: str) -> ApiError:
+    return ApiError("bad-field", message, errors=[FieldError(field="generator", message=message)])

@@ -1,0 +1,161 @@
+"""What happens around every request: an id, a time limit, access, headers, a log line and its numbers. Plain ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from uuid import uuid4
+
+from api.access import Caller, RateLimit, check_loopback
+from api.metrics import Metrics
+from api.problems import ApiError
+from api.service import Service
+
+ASGIScope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
+
+log = logging.getLogger("lineup.request")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+GUARDED = ("/v1/", "/metrics")
+"""Paths that need a key, or loopback where there is none. Page, documentation and health hold nothing secret."""
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+def headers_of(scope: ASGIScope) -> dict[str, str]:
+    """Request headers by lower-case name; of a repeated one the last."""
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+async def send_problem(send: Send, error: ApiError, request_id: str) -> None:
+    """Answer with problem details."""
+    body = error.problem(request_id).model_dump_json().encode()
+    headers = {"content-type": "application/problem+json", "content-length": str(len(body)), **error.headers}
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+class Around:
+    """The outermost layer: request id, time limit, security headers, log line, metrics, and a last resort for bugs.
+
+    Args:
+        app: What it wraps.
+        metrics: Where requests are counted.
+        seconds: How long a request may take, its upload included.
+        body: Bytes that a request may announce; what comes without announcement is counted by the web framework.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, seconds: float, body: int) -> None:
+        self.app, self.metrics, self.seconds, self.body = app, metrics, seconds, body
+
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), 0
+        given = headers_of(scope).get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                present = {name.lower() for name, _ in message.get("headers", [])}
+                own = HEADERS | {"x-request-id": request_id}
+                message["headers"] = [
+                    *message.get("headers", []),
+                    *((k.encode(), v.encode()) for k, v in own.items() if k.encode() not in present),
+                ]
+            await send(message)
+
+        try:
+            length = headers_of(scope).get("content-length", "")
+            if length.isdigit() and int(length) > self.body:
+                raise ApiError(
+                    "too-large", f"the request has {length} bytes; LINEUP_MAX_REQUEST_BYTES allows {self.body}"
+                )
+            async with asyncio.timeout(self.seconds):
+                await self.app(scope, receive, send_with_headers)
+        except TimeoutError:
+            if not status:
+                detail = f"the request took longer than LINEUP_REQUEST_SECONDS allows ({self.seconds:g})"
+                await send_problem(send_with_headers, ApiError("not-ready", detail, retry_after=5), request_id)
+        except ApiError as error:
+            if status:
+                raise
+            await send_problem(send_with_headers, error, request_id)
+        except Exception:
+            log.exception("unexpected", extra={"request_id": request_id})
+            if status:
+                raise
+            problem = ApiError("internal", "a bug; the log holds more under this request id")
+            await send_problem(send_with_headers, problem, request_id)
+        finally:
+            seconds = time.perf_counter() - start
+            route = getattr(scope.get("route"), "path", "none")
+            self.metrics.requests.labels(scope["method"], route, str(status)).inc()
+            self.metrics.request_seconds.labels(route).observe(seconds)
+            caller: Caller | None = scope["state"].get("caller")
+            fields = {"request_id": request_id, "method": scope["method"], "route": route, "status": status}
+            fields |= {"ms": round(1000 * seconds, 1), "caller": caller.name if caller else None}
+            log.info("request", extra=fields)
+
+
+class Guard:
+    """Lets a request through to the guarded paths when its caller may come in, and notes who it is.
+
+    Args:
+        app: What it wraps.
+        service: Holds the keys.
+        limit: Per key.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, limit: RateLimit) -> None:
+        self.app, self.service, self.limit = app, service, limit
+
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "http" and scope["path"].startswith(GUARDED):
+            try:
+                scope["state"]["caller"] = await self.admit(scope)
+            except ApiError as error:
+                await send_problem(send, error, scope["state"]["request_id"])
+                return
+        await self.app(scope, receive, send)
+
+    async def admit(self, scope: ASGIScope) -> Caller:
+        """Who this is.
+
+        Raises:
+            ApiError: unauthorized, forbidden, too-many-requests or not-ready.
+        """
+        headers = headers_of(scope)
+        if not await self.service.keys_exist():
+            check_loopback(scope["client"][0] if scope.get("client") else None, headers)
+            return Caller()
+        scheme, _, secret = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not secret:
+            raise ApiError("unauthorized", "send an API key as `Authorization: Bearer lineup_...`")
+        caller = await self.service.authenticate(secret.strip())
+        if caller.key_id is not None:
+            self.limit.spend(caller.key_id, time.monotonic())
+        return caller

@@ -1,0 +1,135 @@
+"""Verdicts that were given: shown again, recomputed at today's revision, and drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+
+from api.access import Caller
+from api.detector import Detector
+from api.problems import ApiError
+from api.regions import overlay
+from api.schemas import Change, Detection, DetectionPage, DetectionSummary, Feedback, Replay, Verdict
+from api.uploads import Prepared
+from indexer import store
+
+COMPARED = (
+    "verdict",
+    "basis",
+    "score",
+    "thresholds.fake",
+    "thresholds.real",
+    "heads.knn.score",
+    "heads.knn.label",
+    "heads.nn1.id",
+    "heads.nn1.label",
+    "heads.linear.score",
+    "heads.svm.score",
+    "generators.0.name",
+    "unknown_generator",
+    "novelty",
+    "known.id",
+    "model.heads",
+    "index.revision",
+    "index.size",
+    "calibration.revision",
+)
+"""What a replay reports, as paths into the verdict's JSON."""
+
+
+def find(detector: Detector, caller: Caller, detection_id: UUID) -> store.Detection:
+    """A record, for who made it or holds the scope admin.
+
+    Raises:
+        ApiError: not-found, also for a record that is someone else's.
+    """
+    row = detector.store.get_detection(detection_id)
+    if row is None or not (caller.may("admin") or row.api_key_id == caller.key_id):
+        raise ApiError("not-found", f"there is no detection {detection_id}")
+    return row
+
+
+def shown(row: store.Detection) -> Detection:
+    """A record with its whole verdict."""
+    assert row.at is not None  # the database sets it
+    return Detection(id=str(row.id), at=row.at, result=Verdict.model_validate(row.result), feedback=row.feedback)
+
+
+def page(rows: list[store.Detection], limit: int) -> DetectionPage:
+    """A page of records, newest first."""
+    summaries = []
+    for row in rows:
+        full = shown(row)
+        summaries.append(
+            DetectionSummary(
+                id=full.id,
+                at=full.at,
+                file=full.result.file,
+                verdict=full.result.verdict,
+                score=full.result.score,
+                sha256=row.sha256,
+                feedback=row.feedback,
+            )
+        )
+    return DetectionPage(detections=summaries, next=summaries[-1].id if len(rows) == limit else None)
+
+
+def drawn(row: store.Detection) -> bytes:
+    """The regions of a record as a transparent PNG.
+
+    Raises:
+        ApiError: not-found, for a verdict without regions.
+    """
+    verdict = Verdict.model_validate(row.result)
+    if verdict.regions is None:
+        raise ApiError("not-found", f"detection {row.id} has no regions; detect with explain=regions")
+    return overlay(verdict.image.width, verdict.image.height, verdict.regions)
+
+
+def replay(detector: Detector, row: store.Detection) -> Replay:
+    """Vote and heads again on the embedding that was kept, against the index and the calibration of now.
+
+    Raises:
+        ApiError: conflict, when another checkpoint made the embedding.
+    """
+    if row.checkpoint_id != detector.embedder.id:
+        detail = f"detection {row.id} was embedded by checkpoint {row.checkpoint_id}; serving {detector.embedder.id}"
+        raise ApiError("conflict", detail)
+    before = Verdict.model_validate(row.result)
+    prepared = Prepared(
+        file=before.file,
+        file_bytes=row.file_bytes,
+        image=before.image,
+        pixels=np.empty((0, 3, 0, 0), np.float32),
+        boxes=[],
+        variants=(),
+        provenance=before.provenance,
+        decode_ms=0.0,
+    )
+    after = detector.judge(prepared, row.vector[None])  # (1, d)
+    after.id = before.id
+    return Replay(before=before, after=after, changed=changes(before, after))
+
+
+def changes(before: Verdict, after: Verdict) -> list[Change]:
+    """Where two verdicts on one image differ."""
+    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    pairs = [(path, _at(old, path), _at(new, path)) for path in COMPARED]
+    return [Change(field=path, before=was, after=now) for path, was, now in pairs if was != now]
+
+
+def dispute(detector: Detector, row: store.Detection, feedback: Feedback, caller: Caller) -> Detection:
+    """Keep what a person says of a verdict; a second time replaces the first."""
+    detector.store.set_feedback(row.id, feedback.model_dump(mode="json") | {"by": caller.name})
+    return shown(find(detector, caller, row.id))
+
+
+def _at(value: Any, path: str) -> Any:
+    for part in path.split("."):
+        if isinstance(value, list):
+            value = value[int(part)] if int(part) < len(value) else None
+        else:
+            value = value.get(part) if isinstance(value, dict) else None
+    return value

@@ -1,0 +1,201 @@
+"""The detector for many callers at once: image work in threads, a shared forward pass, nothing on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+
+from api.access import Caller, Keys
+from api.batcher import Batcher, BatcherFull
+from api.detector import Detector
+from api.enrolment import Batch, enrol
+from api.metrics import Metrics
+from api.neighbours import DATABASE_AWAY
+from api.problems import ApiError
+from api.schemas import Added, FailedFile, Hits, Label, Verdict
+from api.uploads import Prepared, Question, Upload
+from indexer.postgres import DatabaseBehind
+from indexer.settings import Settings
+
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+DATABASE_THREADS = 16
+
+
+class Service:
+    """What the routes call. Until `start` has returned, everything but `ready` answers not-ready.
+
+    Args:
+        settings: Of the detector.
+        metrics: Told of batches and verdicts.
+        detector: A loaded one; without it `start` loads one.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics, detector: Detector | None = None) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.failure: str | None = None
+        self._detector = detector
+        self._ready = False
+        self._decoders = ThreadPoolExecutor(os.cpu_count() or 2, "decode")
+        self._workers = ThreadPoolExecutor(DATABASE_THREADS, "work")
+        self._keys: Keys
+        self._batcher: Batcher
+
+    @property
+    def detector(self) -> Detector:
+        """The loaded detector.
+
+        Raises:
+            ApiError: not-ready.
+        """
+        if not self._ready or self._detector is None:
+            raise ApiError("not-ready", self.failure or "the checkpoint and the index are being loaded", retry_after=1)
+        return self._detector
+
+    async def load(self) -> None:
+        """`start` off the event loop, again and again until the database answers.
+
+        What else goes wrong is kept in `failure`, and readiness tells it: restarting might help, waiting will not.
+        """
+        while not self._ready:
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._workers, self.start)
+            except (*DATABASE_AWAY, DatabaseBehind) as error:
+                self.failure = " ".join(str(error).split())
+                log.warning("waiting for the database", extra={"reason": self.failure})
+                await asyncio.sleep(2)
+            except Exception as error:
+                self.failure = " ".join(str(error).split())
+                log.exception("loading failed")
+                return
+
+    def start(self) -> None:
+        """Load what is not loaded, and begin to follow, calibrate and compute. Blocks; raises what loading raises."""
+        if self._detector is None:
+            self._detector = Detector(self.settings).load()
+        detector = self._detector
+        self._keys = Keys(detector.store)
+        self._keys.exist()
+        self._batcher = Batcher(detector.embedder.embed_pixels, observe=self.metrics.batch.observe)
+        detector.start()
+        self._watch(detector)
+        self._ready = True
+
+    def close(self) -> None:
+        """Finish what was begun, then stop every thread."""
+        was_ready, self._ready = self._ready, False
+        self._decoders.shutdown(cancel_futures=True)
+        if was_ready:
+            self._batcher.close()
+        self._workers.shutdown()
+        if self._detector is not None:
+            self._detector.close()
+
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call something that waits for the database, off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, lambda: work(*args, **kwargs))
+
+    async def keys_exist(self) -> bool:
+        """See `Keys.exist`."""
+        self.detector  # noqa: B018 - not ready before there are keys to ask
+        return await self.run(self._keys.exist)
+
+    async def authenticate(self, secret: str) -> Caller:
+        """See `Keys.authenticate`."""
+        return await self.run(self._keys.authenticate, secret)
+
+    async def detect(self, uploads: Sequence[Upload], question: Question, caller: Caller) -> list[Verdict | FailedFile]:
+        """Judge the images of one request, side by side; answers are in the order of the uploads."""
+        results = await asyncio.gather(*(self._detect_one(upload, question, caller) for upload in uploads))
+        self.metrics.judged(results)
+        return results
+
+    async def _detect_one(self, upload: Upload, question: Question, caller: Caller) -> Verdict | FailedFile:
+        detector = self.detector
+        try:
+            prepared = await self._decode(detector.prepare, upload, question)
+        except ApiError as error:
+            return FailedFile(file=upload.file, error=error.problem())
+        start = time.perf_counter()
+        embeddings = await self._embed(prepared.pixels)
+        waited = 1000 * (time.perf_counter() - start)
+        return await self.run(self._finish, detector, prepared, embeddings, question, waited, caller)
+
+    @staticmethod
+    def _finish(
+        detector: Detector,
+        prepared: Prepared,
+        embeddings: np.ndarray,
+        question: Question,
+        waited: float,
+        caller: Caller,
+    ) -> Verdict:
+        verdict = detector.judge(prepared, embeddings, question, waited)
+        detector.record(verdict, prepared, embeddings[0], caller.key_id)
+        return verdict
+
+    async def search(
+        self,
+        uploads: Sequence[Upload],
+        *,
+        label: Label | None,
+        generator: str | None,
+        source: str | None,
+        limit: int,
+        offset: int,
+    ) -> list[Hits | FailedFile]:
+        """The references nearest to each image of one request."""
+        detector = self.detector
+
+        async def one(upload: Upload) -> Hits | FailedFile:
+            try:
+                prepared = await self._decode(detector.prepare, upload, Question())
+            except ApiError as error:
+                return FailedFile(file=upload.file, error=error.problem())
+            embedding = (await self._embed(prepared.pixels))[0]  # (d,)
+            neighbours, following = await self.run(
+                detector.neighbourhood.search,
+                embedding,
+                label=label,
+                generator=generator,
+                source=source,
+                limit=limit,
+                offset=offset,
+            )
+            return Hits(file=upload.file, neighbours=neighbours, next=following)
+
+        return await asyncio.gather(*(one(upload) for upload in uploads))
+
+    async def enrol(self, uploads: Sequence[Upload], batch: Batch) -> Added:
+        """See `enrolment.enrol`."""
+        return await self.run(enrol, self.detector, uploads, batch)
+
+    async def _decode(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, lambda: work(*args, **kwargs))
+
+    async def _embed(self, pixels: np.ndarray) -> np.ndarray:
+        try:
+            return await asyncio.wrap_future(self._batcher.submit(pixels))
+        except BatcherFull as error:
+            raise ApiError("not-ready", str(error), retry_after=1) from error
+
+    def _watch(self, detector: Detector) -> None:
+        """Let the gauges read what they show when they are asked."""
+        follower, calibrator, metrics = detector.follower, detector.calibrator, self.metrics
+        metrics.queue.set_function(lambda: self._batcher.waiting)
+        metrics.revision.set_function(lambda: follower.revision)
+        metrics.lag.set_function(lambda: follower.lag)
+        metrics.degraded.set_function(lambda: float(follower.degraded))
+        metrics.calibration.set_function(lambda: calibrator.current.revision if calibrator.current else 0)
+        metrics.index_size.labels("real").set_function(lambda: follower.index.counts()[0])
+        metrics.index_size.labels("fake").set_function(lambda: follower.index.counts()[1])
