@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {"linear": "#0072B2", "nn1": "#D55E00", "svm": "#009E73", "combined": "#000000", "knn": "#CC79A7"}
+COLOURS = {"combined": "#b5b5b5", "linear": "#0072B2", "nn1": "#D55E00", "svm": "#009E73", "knn": "#CC79A7"}
 """Of the heads (Okabe and Ito's palette, told apart by colour-blind readers)."""
 NAMES = {"linear": "linear", "nn1": "1-NN", "svm": "one-class SVM", "combined": "linear + SVM", "knn": "k-NN"}
+WIDTHS = {"combined": 3.2}
+"""In points, 1.4 for the others: the combination often lies under one of its heads, and is drawn first."""
 MARKERS = "osv^DP*Xh<>p"
 TSNE_IMAGES = 1500
 """Points of a map, at most."""
@@ -34,20 +36,25 @@ def figure(columns: int = 1, rows: int = 1, width: float = 4.2, height: float = 
     return made, list(axes.flat)
 
 
+def in_order(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Heads in the order in which they are drawn."""
+    return {head: scores[head] for head in COLOURS if head in scores}
+
+
 def roc(panels: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]]) -> Figure:
     """ROC curves of every head.
 
     Args:
         panels: By title: labels (n,) and scores by head, each (n,).
     """
-    made, axes = figure(len(panels))
-    for ax, (title, (labels, scores)) in zip(axes, panels.items(), strict=True):
+    made, axes = figure(min(2, len(panels)), -(-len(panels) // 2))
+    for ax, (title, (labels, scores)) in zip(axes, panels.items(), strict=False):
         ax.plot([0, 1], [0, 1], color="0.8", lw=1)
-        for head, values in scores.items():
+        for head, values in in_order(scores).items():
             ax.plot(
                 *roc_curve(values, labels),
                 color=COLOURS[head],
-                lw=1.6,
+                lw=WIDTHS.get(head, 1.4),
                 label=f"{NAMES[head]} {float(auroc(values, labels)):.3f}",
             )
         ax.set(title=title, xlabel="false alarms", ylabel="recall", xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
@@ -85,7 +92,16 @@ def robustness(rows: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, A
                 ]
                 x = range(1, len(strengths) + 1) if named else strengths
                 y = [np.nan if (value := points.get(s)) is None else value for s in strengths]
-                ax.plot(x, y, style, color=COLOURS[head], marker="o", ms=3, lw=1.4, label=f"{NAMES[head]}, {split}")
+                ax.plot(
+                    x,
+                    y,
+                    style,
+                    color=COLOURS[head],
+                    marker="o",
+                    ms=3,
+                    lw=WIDTHS.get(head, 1.4),
+                    label=f"{NAMES[head]}, {split}",
+                )
                 if base and base[0] is not None:
                     ax.axhline(base[0], color=COLOURS[head], ls=style, lw=0.5, alpha=0.5)
         ax.set(title=curve, ylabel="AUROC", ylim=(0.35, 1.01))
@@ -188,6 +204,7 @@ def enrolment(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 ax.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
             ax.plot(x, [row["false_alarms"] for row in points], color=colour, ls=":", label=f"false alarms, {name}")
         ax.set(title=f"{NAMES[head]}", xlabel="images enrolled", ylabel="share", ylim=(0, 1.01))
+        ax.set_xticks(sorted({row["enrolled"] for row in rows}))
     handles, labels = axes[0].get_legend_handles_labels()
     made.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=min(4, len(labels)))
     return made
@@ -200,15 +217,15 @@ def reliability(panels: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]
         panels: By title: labels (n,) and probabilities by head, each (n,).
         bins: Points of a curve.
     """
-    made, axes = figure(len(panels))
-    for ax, (title, (labels, probabilities)) in zip(axes, panels.items(), strict=True):
+    made, axes = figure(min(2, len(panels)), -(-len(panels) // 2))
+    for ax, (title, (labels, probabilities)) in zip(axes, panels.items(), strict=False):
         ax.plot([0, 1], [0, 1], color="0.8", lw=1)
         weights = np.where(labels == 1, 0.5 / max(1, labels.sum()), 0.5 / max(1, (labels == 0).sum()))
-        for head, values in probabilities.items():
+        for head, values in in_order(probabilities).items():
             parts = [part for part in np.array_split(np.argsort(values, kind="stable"), bins) if len(part)]
             x = [np.average(values[part], weights=weights[part]) for part in parts]
             y = [np.average(labels[part], weights=weights[part]) for part in parts]
-            ax.plot(x, y, color=COLOURS[head], marker="o", ms=4, lw=1.4, label=NAMES[head])
+            ax.plot(x, y, color=COLOURS[head], marker="o", ms=4, lw=WIDTHS.get(head, 1.4), label=NAMES[head])
         ax.set(
             title=title, xlabel="probability of fake", ylabel="share of fakes", xlim=(0, 1), ylim=(0, 1), aspect="equal"
         )
