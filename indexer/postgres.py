@@ -48,22 +48,28 @@ def connect(settings: Settings, *, check: bool = True) -> Engine:
         url, pool_pre_ping=True, max_overflow=30, connect_args={"connect_timeout": 10, "application_name": "lineup"}
     )
     try:
-        with engine.connect() as connection:
-            version = int(connection.scalar(text("show server_version_num")) or 0) // 10_000
-            current = schema_revision(connection)
+        _make_ready(engine, settings.database_url is None, check)
     except DBAPIError as error:
         engine.dispose()
         where = url.render_as_string(hide_password=True)
         reason = " ".join(str(error.orig).split())
         raise DatabaseUnreachable(f"no database at {where} ({reason}): look at LINEUP_DATABASE_URL") from error
-    if version < OLDEST_SERVER:
+    except (DatabaseUnreachable, DatabaseBehind):
         engine.dispose()
+        raise
+    return engine
+
+
+def _make_ready(engine: Engine, embedded: bool, check: bool) -> None:
+    with engine.connect() as connection:
+        version = int(connection.scalar(text("show server_version_num")) or 0) // 10_000
+        current = schema_revision(connection)
+    if version < OLDEST_SERVER:
         raise DatabaseUnreachable(f"LINEUP_DATABASE_URL is PostgreSQL {version}; {OLDEST_SERVER} or newer is needed")
-    if settings.database_url is None and (current is None or current in _older()):
+    if embedded and (current is None or current in _older()):
         migrate(engine)
     elif check:
         _require(current)
-    return engine
 
 
 def migrate(engine: Engine, revision: str = "head") -> None:
