@@ -135,7 +135,9 @@ def detect(
 @keys.command()
 def create(
     name: Annotated[str, typer.Argument(help="What to call the key; unique.")],
-    scope: Annotated[list[str], typer.Option(help="detect, enrol or admin; may be given several times.")] = ["detect"],
+    scope: Annotated[
+        list[str] | None, typer.Option(help="detect (when not given), enrol or admin; may be given several times.")
+    ] = None,
     days: Annotated[
         int | None, typer.Option(min=1, max=36500, help="Days until it expires; never when not given.")
     ] = None,

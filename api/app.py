@@ -30,8 +30,8 @@ from api.enrolment import Batch
 from api.metrics import CONTENT_TYPE, Metrics
 from api.middleware import Around, Guard
 from api.neighbours import DATABASE_AWAY
-from api.problems import TABLE, ApiError, Kind, documented, from_status
-from api.schemas import FailedFile, FieldError, Label, Problem, Removed, Scope, Text
+from api.problems import ApiError, Kind, documented, from_status
+from api.schemas import FailedFile, FieldError, Label, Removed, Scope, Text
 from api.service import Service
 from api.uploads import Question, Upload, file_name
 from indexer import store
@@ -432,7 +432,7 @@ def create_app(settings: Settings | None = None, detector: Detector | None = Non
         redoc_url=None,
         max_body_size=settings.max_request_bytes,
         form_limits={"max_files": 1000, "max_fields": 20, "max_part_size": 4096},
-        responses={500: {"model": Problem, "description": TABLE["internal"][1]}},
+        responses=documented("internal"),
     )
     app.state.service = service
     app.include_router(router)
