@@ -18,8 +18,7 @@ class ReadWriteLock:
     def read(self) -> Iterator[None]:
         """Hold it together with other readers."""
         with self._changed:
-            while self._writing or self._writers_waiting:
-                self._changed.wait()
+            self._changed.wait_for(lambda: not self._writing and not self._writers_waiting)
             self._readers += 1
         try:
             yield
@@ -34,9 +33,10 @@ class ReadWriteLock:
         """Hold it alone."""
         with self._changed:
             self._writers_waiting += 1
-            while self._writing or self._readers:
-                self._changed.wait()
-            self._writers_waiting -= 1
+            try:
+                self._changed.wait_for(lambda: not self._writing and not self._readers)
+            finally:
+                self._writers_waiting -= 1
             self._writing = True
         try:
             yield
