@@ -1,4 +1,4 @@
-"""Commands of the trainer: `python -m trainer simulate | fit | heads | evaluate`."""
+"""Commands of the trainer: `python -m trainer simulate | fit | heads | evaluate | import | export`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -187,6 +187,60 @@ def evaluate(
     print_summary(result, console)
     if output is not None:
         console.print(f"wrote {output / 'report.html'} and the tables beside it")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="Folder of a transformers ViTModel, or a hub id: aimagelab/CoDE.")],
+    output: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    name: Annotated[str | None, typer.Option(help="Of the checkpoint; default: the source's.")] = None,
+    preprocess: Annotated[
+        Literal["center_crop", "resize_crop"], typer.Option(help="Of images; center_crop is the official inference.")
+    ] = "center_crop",
+    trust_pickles: Annotated[bool, typer.Option(help="Load pickled heads: they can run any code.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Turn weights in the hub's layout, the official ones among them, into a checkpoint."""
+    from trainer.hub import import_checkpoint
+
+    try:
+        imported = import_checkpoint(source, output, name=name, preprocess=preprocess, trust_pickles=trust_pickles)
+    except (ValueError, OSError) as error:
+        raise fail(error) from None
+    if as_json:
+        print(json.dumps({"output": str(output)} | asdict(imported)))
+        return
+    console.print(f"wrote checkpoint {imported.checkpoint} to {output}")
+    if imported.heads is None:
+        console.print(f"no heads: fit them with `python -m trainer heads --checkpoint {output} --data PATH`")
+    if imported.refused:
+        console.print(f"left out pickled heads ({', '.join(imported.refused)}); --trust-pickles would run them")
+
+
+@app.command()
+def export(
+    output: Annotated[Path, typer.Option(help="Folder to write; gets onnx/, openvino/ and hub/.")],
+    checkpoint: Checkpoint,
+    kinds: Annotated[str, typer.Option("--format", help="Comma list of onnx, openvino, hub.")] = "onnx,openvino,hub",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Write the backbone for other runtimes."""
+    from trainer.hub import export_hub
+    from trainer.runtimes import export_onnx, export_openvino
+
+    writers = {"onnx": export_onnx, "openvino": export_openvino, "hub": export_hub}
+    chosen = [kind.strip() for kind in kinds.split(",")]
+    if unknown := [kind for kind in chosen if kind not in writers]:
+        raise typer.BadParameter(f"{', '.join(unknown)} is not known; expected onnx, openvino or hub")
+    try:
+        for kind in chosen:
+            writers[kind](checkpoint, output / kind)
+    except (ValueError, OSError, ImportError) as error:
+        raise fail(error) from None
+    if as_json:
+        print(json.dumps({kind: str(output / kind) for kind in chosen}))
+        return
+    console.print(f"wrote {', '.join(str(output / kind) for kind in chosen)}")
 
 
 @contextmanager
