@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +39,14 @@ def normalised(pixels: Pixels, preprocess: Preprocess) -> np.ndarray:
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))  # (n, 3, s, s)
 
 
-def embed_fixed(embedder: Embedder, pixels: Pixels, block: int = 256) -> np.ndarray:
-    """Embeddings (n, d) of pixels (n, s, s, 3), a block at a time so that float copies stay small."""
-    blocks = [
-        embedder.embed_pixels(normalised(pixels[start : start + block], embedder.preprocess), batch_size=block)
-        for start in range(0, len(pixels), block)
-    ]
+def embed_fixed(embedder: Embedder, pixels: Pixels, block: int = 64) -> np.ndarray:
+    """Embeddings (n, d) of pixels (n, s, s, 3), a block per thread at a time."""
+
+    def embed(start: int) -> np.ndarray:
+        return embedder.embed_pixels(normalised(pixels[start : start + block], embedder.preprocess), batch_size=block)
+
+    with ThreadPoolExecutor(os.cpu_count() if embedder.device == "cpu" else 1) as pool:
+        blocks = list(pool.map(embed, range(0, len(pixels), block)))
     return np.concatenate(blocks) if blocks else np.empty((0, embedder.dim), np.float32)  # (n, d)
 
 
@@ -57,6 +64,16 @@ def calibration_set(embedder: Embedder, pictures: Pictures, views: Views, seed: 
     )
 
 
+def augmented_round(pictures: Pictures, views: Views, seed: int, number: int, limit: int) -> tuple[Pixels, np.ndarray]:
+    """One more augmented view of each image (at most `limit`): pixels (n, s, s, 3) uint8 and labels (n,).
+
+    Round 0 holds the plain views, every later one augmented views of its own.
+    """
+    per_image = 2 if number else 1
+    pixels, labels, _ = fixed_views(pictures, views, per_image=per_image, seed=seed + 1000 * number, limit=limit)
+    return pixels[per_image - 1 :: per_image], labels[per_image - 1 :: per_image]
+
+
 def release(
     folder: Path,
     weights: Mapping[str, torch.Tensor],
@@ -67,6 +84,7 @@ def release(
     seed: int,
     head_images: int,
     device: str = "cpu",
+    deadline: float = math.inf,
     classifier: LinearHead | None = None,
     report: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -81,6 +99,7 @@ def release(
         seed: Decides those views.
         head_images: The most views that the heads are fitted on.
         device: Where embeddings are computed.
+        deadline: On the clock `time.monotonic()`; the heads get fewer views where it comes near.
         classifier: The linear head where the training itself made one (loss `bce`).
         report: Of the training, kept in `metrics.json`.
 
@@ -92,7 +111,7 @@ def release(
         aside = Path(scratch) / "new"
         save_checkpoint(aside, weights, config)
         embedder = Embedder.load(aside, device=device)
-        heads = _heads(embedder, roles, views, seed, head_images, classifier)
+        heads = _heads(embedder, roles, views, seed, head_images, classifier, deadline)
         heads.save(aside)
         metrics = {
             "checkpoint": embedder.id,
@@ -116,16 +135,22 @@ def _heads(
     seed: int,
     limit: int,
     classifier: LinearHead | None,
+    deadline: float,
 ) -> Heads:
     """Heads on augmented views of the training images, with calibration; its set is saved beside the checkpoint."""
-    from dataclasses import replace
-
     calibration = calibration_set(embedder, roles["calibration"], views, seed)
     calibration.save(embedder.folder)
     training = roles["training"]
-    per_image = min(MOST_VIEWS, max(1, limit // max(1, len(training))))
-    pixels, labels, _ = fixed_views(training, views, per_image=per_image, seed=seed, limit=limit // per_image)
-    heads = fit_heads(embed_fixed(embedder, pixels), labels, seed=seed, calibration=calibration)
+    rounds, x, y = 0, [], []
+    while rounds < max(1, min(MOST_VIEWS, limit // max(1, len(training)))):
+        started = time.monotonic()
+        pixels, labels = augmented_round(training, views, seed, rounds, limit)
+        x.append(embed_fixed(embedder, pixels))
+        y.append(labels)
+        rounds += 1
+        if time.monotonic() + 1.5 * (time.monotonic() - started) > deadline:
+            break
+    heads = fit_heads(np.concatenate(x), np.concatenate(y), seed=seed, calibration=calibration)
     return heads if classifier is None else replace(heads, linear=classifier)
 
 

@@ -8,11 +8,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import cv2
 import cv2
 import numpy as np
 import torch
@@ -25,10 +25,10 @@ from trainer.batches import Pairs, Pictures, RecordBatches, collate
 from trainer.datasets import read_dataset, role
 from trainer.embedder import CheckpointConfig, CheckpointError, build_backbone, pick_device, read_config
 from trainer.loss import derangement
-from trainer.objective import Objective, plain_attention
+from trainer.objective import Objective, Slices, plain_attention
 from trainer.probe import Probe
 from trainer.recipe import FitError, FitSettings, learning_rate
-from trainer.release import MOST_VIEWS, release
+from trainer.release import release
 from trainer.state import SUMMARY_FILE, EpochSummary, RunState, state_folder, write_summary
 from trainer.views import Views
 
@@ -138,6 +138,7 @@ class Run:
     model: nn.Module = field(init=False)
     optimiser: torch.optim.AdamW = field(init=False)
     average: Objective | None = field(init=False, default=None)
+    slices: Slices | None = field(init=False, default=None)
     unreadable: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -147,6 +148,8 @@ class Run:
         self.optimiser = torch.optim.AdamW(
             self.objective.parameters(), lr=1e-6, weight_decay=settings.weight_decay, fused=True
         )
+        if self.device == "cpu" and self.processes.world == 1:
+            self.slices = Slices(self.objective, min(os.cpu_count() or 1, settings.batch_size))
         if settings.ema:
             self.average = copy.deepcopy(self.objective).requires_grad_(False)
 
@@ -168,8 +171,11 @@ class Run:
             group["lr"] = rate
         whole, local = (views.to(self.device, non_blocking=True) for views in (whole, local))
         other = derangement(len(whole), order).to(self.device)
-        loss: Tensor = self.model(whole, local, other)
-        torch.autograd.backward(loss)
+        if self.slices is not None:
+            loss = self.slices(whole, local, other)
+        else:
+            loss = self.model(whole, local, other)
+            torch.autograd.backward(loss)
         if self.settings.clip:
             nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.clip)
         self.optimiser.step()
@@ -207,15 +213,17 @@ class Run:
             "records_per_second": len(losses) * settings.batch_size * self.processes.world / max(elapsed, 1e-9),
         }
 
-    @torch.inference_mode()
-    def embed(self, pixels: Pixels, block: int = 128) -> np.ndarray:
+    def embed(self, pixels: Pixels, block: int = 64) -> np.ndarray:
         """Embeddings (n, d) of pixels (n, s, s, 3), uint8, by the weights that are kept."""
         self.kept.eval()
-        blocks = [
-            self.kept.embed(torch.from_numpy(pixels[start : start + block]).to(self.device)).cpu().numpy()
-            for start in range(0, len(pixels), block)
-        ]
-        return np.concatenate(blocks)  # (n, d)
+
+        def embed(start: int) -> np.ndarray:
+            with torch.inference_mode():
+                views = torch.from_numpy(pixels[start : start + block]).to(self.device)
+                return self.kept.embed(views).cpu().numpy()
+
+        with ThreadPoolExecutor(self.slices.threads if self.slices else 1) as pool:
+            return np.concatenate(list(pool.map(embed, range(0, len(pixels), block))))  # (n, d)
 
     def capture(self) -> None:
         """Put the tensors into the state."""
@@ -301,7 +309,6 @@ def fit(
         FitError: The data or the output folder do not allow it.
     """
     begin = time.monotonic()
-    cv2.setNumThreads(1)  # a worker does one view at a time, and OpenCV's own threads would not survive the fork
     folder = state_folder(settings.output)
     device = pick_device(settings.device)
     processes = Processes.join(device)
@@ -332,15 +339,9 @@ def fit(
         run.restore(state)
         say(f"resuming after epoch {state.epoch}, {state.updates} updates")
     probe = Probe.of(roles["training"], roles["validation"], views, settings.seed)
+    deadline = begin + 60 * (settings.max_minutes or math.inf)
     if settings.max_minutes is not None:
-        started = time.monotonic()
-        run.embed(probe.training[:128])
-        per_view = (time.monotonic() - started) / 128
-        count = sum(len(pictures) for pictures in roles.values()) * MOST_VIEWS
-        reserve = 5 + 3 * per_view * min(count, settings.head_images)
-        run.window = max(
-            1.0, 60 * settings.max_minutes - (time.monotonic() - begin) - min(reserve, 18 * settings.max_minutes)
-        )
+        run.window = run.state.seconds + deadline - time.monotonic() - finishing_seconds(run, probe, roles)
     with show() as advance:
         while not run.finished():
             summary = run.epoch(advance)
@@ -391,6 +392,18 @@ def fit(
     if processes.world > 1:
         dist.barrier()
     return metrics | {"reused": False}
+
+
+def finishing_seconds(run: Run, probe: Probe, roles: dict[str, Pictures]) -> float:
+    """Time to keep for heads and calibration: three views of each training image, at most a quarter of all time."""
+    sample = probe.training[:128]
+    started = time.monotonic()
+    run.embed(sample)
+    per_view = 3 * (time.monotonic() - started) / len(sample)  # the heads' embeddings are made in float32
+    images = (
+        min(3 * len(roles["training"]), run.settings.head_images) + len(roles["calibration"]) + len(roles["validation"])
+    )
+    return min(5 + per_view * images, 15 * (run.settings.max_minutes or math.inf))
 
 
 def finished_checkpoint(settings: FitSettings) -> dict[str, Any] | None:
