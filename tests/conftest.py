@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,10 @@ from sqlalchemy import URL, create_engine, text
 from indexer.embedded import EmbeddedServer
 from indexer.postgres import migrate
 from indexer.settings import Settings
+from trainer.calibration_set import CalibrationSet
+from trainer.embedder import CheckpointConfig, Embedder, build_backbone, save_checkpoint
+from trainer.heads import fit_heads
+from trainer.images import Preprocess
 
 
 def small_image(seed: int, fake: bool, size: int = 48) -> Image.Image:
@@ -36,6 +41,33 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image = small_image(1000 * number + i, fake)
             image.save(root / name / f"{i:03d}.{'png' if i % 2 else 'jpg'}")
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random ViT of depth 2 for 32 pixels, dimension 48, with heads and 60 calibration images of each label."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    config = CheckpointConfig(
+        name="tiny",
+        image_size=32,
+        dim=48,
+        preprocess=Preprocess(image_size=32),
+        architecture_args={"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8},
+    )
+    save_checkpoint(folder, build_backbone(config), config)
+    labels = np.arange(120) % 2
+    images = [small_image(90_000 + number, bool(label)) for number, label in enumerate(labels)]
+    embeddings = Embedder.load(folder, device="cpu").embed(images)
+    names = [f"calibration-{number}" for number in range(len(labels))]
+    generators = ["gen-a" if label else "" for label in labels]
+    hashes = [sha256(image.tobytes()).hexdigest() for image in images]
+    calibration = CalibrationSet(embeddings, labels.astype(np.uint8), generators, ["tests"] * 120, hashes, names)
+    calibration.save(folder)
+    fit_heads(embeddings, labels, calibration=calibration).save(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
