@@ -395,15 +395,19 @@ def fit(
 
 
 def finishing_seconds(run: Run, probe: Probe, roles: dict[str, Pictures]) -> float:
-    """Time to keep for heads and calibration: three views of each training image, at most a quarter of all time."""
+    """Time to keep for the last look at validation images and for heads on three views of each training image.
+
+    At most a third of all time.
+    """
     sample = probe.training[:128]
     started = time.monotonic()
     run.embed(sample)
-    per_view = 3 * (time.monotonic() - started) / len(sample)  # the heads' embeddings are made in float32
+    per_view = (time.monotonic() - started) / len(sample)
     images = (
         min(3 * len(roles["training"]), run.settings.head_images) + len(roles["calibration"]) + len(roles["validation"])
     )
-    return min(5 + per_view * images, 15 * (run.settings.max_minutes or math.inf))
+    float32 = 3  # the heads' embeddings are not made in bf16, and take so many times as long
+    return min(6 + per_view * (len(probe) + float32 * images), 20 * (run.settings.max_minutes or math.inf))
 
 
 def finished_checkpoint(settings: FitSettings) -> dict[str, Any] | None:
