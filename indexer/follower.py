@@ -1,13 +1,32 @@
 """Keep a VectorIndex equal to the rows in Postgres, whoever writes them."""
 
+import logging
+import threading
+import time
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import psycopg
+from sqlalchemy.exc import SQLAlchemyError
 
+from indexer.embedded import EmbeddedFailure, EmbeddedServer
+from indexer.landmark import landmark, stands
 from indexer.settings import Settings
-from indexer.store import Store
-from indexer.vector_index import Neighbours, VectorIndex
+from indexer.store import CHANNEL, Additions, Store
+from indexer.vector_index import BadSnapshot, IndexChanged, Neighbours, VectorIndex
+
+log = logging.getLogger(__name__)
+
+POLL = 1.0
+"""Seconds after which the database is asked even when it has not called."""
+QUIET = 10.0
+"""Seconds without a change before the snapshot is written, so that an enrolment is not written at each step."""
+LATEST = 300.0
+"""Seconds after which the snapshot is written even while changes go on."""
+AWAY = (SQLAlchemyError, psycopg.Error, OSError)
+"""What a database raises that cannot be reached or breaks off."""
 
 
 class Neighbour(NamedTuple):
@@ -35,57 +54,97 @@ class Follower:
         store: The rows.
         checkpoint_id: Whose embeddings.
         dim: Their length.
-        on_change: Called after the index has changed, from the thread that changed it; must return at once.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        store: Store,
-        checkpoint_id: str,
-        dim: int,
-        *,
-        on_change: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.index: VectorIndex
-        self.revision: int
-        self.degraded: bool
-        self.generator_names: dict[int, str]
-        self.source_names: dict[int, str]
-        raise NotImplementedError
+    def __init__(self, settings: Settings, store: Store, checkpoint_id: str, dim: int) -> None:
+        self.settings, self.store, self.checkpoint_id, self.dim = settings, store, checkpoint_id, dim
+        self.index = VectorIndex(dim, settings.device)
+        self.revision = 0
+        self.degraded = False
+        self.generator_names: dict[int, str] = {}
+        self.source_names: dict[int, str] = {}
+        self._store_id = ""
+        self._landmark: dict[str, Any] = {"revision": 0, "added": [], "removed": []}
+        self._saved: tuple[str, int] | None = None  # store and revision of the snapshot on disk
+        self._complete_at = time.monotonic()
+        self._following = threading.Lock()
+        self._end = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     @property
     def lag(self) -> float:
         """Seconds since the index was last known to be complete."""
-        raise NotImplementedError
+        return time.monotonic() - self._complete_at
+
+    @property
+    def snapshot(self) -> Path:
+        """The snapshot's file."""
+        return self.settings.home / "index" / self._store_id / self.checkpoint_id / "snapshot"
 
     def load(self) -> int:
         """Read the snapshot where it is good, then the rest from Postgres; returns the revision reached.
 
         Raises:
             sqlalchemy.exc.DBAPIError: The database cannot be reached.
+            UnknownCheckpoint: The store has never heard of the checkpoint.
         """
-        raise NotImplementedError
+        with self._following:
+            self._store_id = self.store.store_id()
+            try:
+                index, header = VectorIndex.load(self.snapshot, self.settings.device)
+                self._check(header, index)
+                self.index, self.revision, self._landmark = index, header["revision"], header["landmark"]
+                self.source_names = dict(enumerate(header["sources"]))
+                self._saved = self._store_id, self.revision
+            except BadSnapshot as error:
+                log.info("reading the index from the database: %s", error)
+            return self._catch_up()
 
     def catch_up(self) -> int:
         """Apply what was written since; returns the revision reached.
 
         Raises:
-            sqlalchemy.exc.DBAPIError: The database cannot be reached; the index is as it was.
+            sqlalchemy.exc.DBAPIError: The database cannot be reached; searches go on, the next call goes on from here.
         """
-        raise NotImplementedError
+        with self._following:
+            try:
+                return self._catch_up()
+            except AWAY as error:
+                self._lose(error)
+                raise
 
     def save(self) -> None:
-        """Write the snapshot now; commands that change references end with it."""
-        raise NotImplementedError
+        """Write the snapshot if it is out of date; commands that change references end with it.
+
+        Raises:
+            OSError: It cannot be written. Nothing is lost: the next start reads Postgres instead.
+        """
+        with self._following:
+            revision, path = self.revision, self.snapshot
+            header = {
+                "store": self._store_id,
+                "checkpoint": self.checkpoint_id,
+                "revision": revision,
+                "landmark": self._landmark,
+                "sources": [self.source_names[number] for number in range(len(self.source_names))],
+            }
+            index = self.index
+        if self._saved != (header["store"], revision):
+            index.save(path, header)
+            self._saved = str(header["store"]), revision
 
     def start(self) -> None:
         """Follow in the background: on notification, and each second anyway. Call `load` before."""
-        raise NotImplementedError
+        for work in (self._follow, self._keep_snapshot):
+            self._threads.append(threading.Thread(target=work, name=f"follower{work.__name__}", daemon=True))
+            self._threads[-1].start()
 
     def stop(self) -> None:
-        """End the background threads; the snapshot is written when it is out of date."""
-        raise NotImplementedError
+        """End the background threads; the snapshot is written where it is out of date."""
+        self._end.set()
+        for thread in self._threads:
+            thread.join()
+        self._try_to_save()
 
     def search(
         self,
@@ -97,15 +156,144 @@ class Follower:
         source: str | None = None,
         exclude_ids: np.ndarray | None = None,
     ) -> list[list[Neighbour]]:
-        """The k nearest of each of q raw vectors (q, dim); filters by name, see `VectorIndex.search`."""
-        raise NotImplementedError
+        """The k nearest of each of q raw vectors (q, dim), see `VectorIndex.search`; filters by name.
+
+        Generators' names match in upper and lower case. A name that is not known finds nothing.
+        """
+        found = self.index.search(
+            vectors,
+            k,
+            label=label,
+            generator=_number(self.generator_names, generator, str.casefold),
+            source=_number(self.source_names, source, str),
+            exclude_ids=exclude_ids,
+        )
+        return self.neighbours(found)
 
     def search_both(
         self, vectors: np.ndarray, k: int, *, exclude_ids: np.ndarray | None = None
     ) -> tuple[Neighbours, Neighbours]:
         """The k nearest real and the k nearest fake references as arrays, for the vote."""
-        raise NotImplementedError
+        return self.index.search_both(vectors, k, exclude_ids=exclude_ids)
 
     def neighbours(self, found: Neighbours) -> list[list[Neighbour]]:
         """What arrays from the index say, with names; padding is left out."""
-        raise NotImplementedError
+        generators, sources = self.generator_names, self.source_names
+        columns = (found.ids, found.labels, found.generators, found.sources, found.similarities)
+        return [
+            [
+                Neighbour(number, label, generators.get(generator), sources[source], similarity)
+                for number, label, generator, source, similarity in zip(*row, strict=True)
+                if number >= 0
+            ]
+            for row in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+
+    def _check(self, header: dict[str, Any], index: VectorIndex) -> None:
+        """Refuse a snapshot of something else, or of a history that the database has not had."""
+        if (header["store"], header["checkpoint"], index.dim) != (self._store_id, self.checkpoint_id, self.dim):
+            raise BadSnapshot(f"{self.snapshot} is of another store or checkpoint")
+        if not stands(self.store, self.checkpoint_id, header["landmark"]):
+            raise BadSnapshot(f"{self.snapshot} is of another history: the database was restored from a backup")
+
+    def _catch_up(self) -> int:
+        asked = time.monotonic()
+        store_id = self.store.store_id()
+        target = self.store.revision(self.checkpoint_id)  # first: what commits later is for the next time
+        names = self.store.generator_names()
+        if store_id != self._store_id or target < self.revision or (self.degraded and not self._stands()):
+            log.warning("the database is another one, or was restored from a backup: loading all of it")
+            index = VectorIndex(self.dim, self.settings.device)
+            self._apply(index, 0, target)
+            self.index, self._store_id = index, store_id
+            self._landmark = landmark(self.store, self.checkpoint_id, target)
+        elif target > self.revision:
+            self._apply(self.index, self.revision, target)
+            self._landmark = landmark(self.store, self.checkpoint_id, target)
+        if self.degraded:
+            log.warning("the database is back")
+        self.revision, self.generator_names = target, names
+        self._complete_at, self.degraded = asked, False
+        return target
+
+    def _stands(self) -> bool:
+        return stands(self.store, self.checkpoint_id, self._landmark)
+
+    def _apply(self, index: VectorIndex, seen: int, target: int) -> None:
+        """Bring an index from one revision to another. Repeating it after a failure half-way does no harm."""
+        numbers = {name: number for number, name in self.source_names.items()}
+        for change in self.store.changes(self.checkpoint_id, seen, target):
+            if not isinstance(change, Additions):
+                index.remove(change.ids)
+                continue
+            for name in sorted(set(change.sources) - numbers.keys()):
+                numbers[name] = len(numbers)
+                self.source_names = self.source_names | {numbers[name]: name}  # replaced: a search may be reading it
+            index.remove(change.ids)  # of an earlier try, or embedded anew
+            sources = np.array([numbers[name] for name in change.sources])
+            index.add(change.ids, change.vectors, change.labels, change.generators, sources)
+
+    def _lose(self, error: Exception) -> None:
+        if not self.degraded:
+            log.warning("the database is away, searches go on from memory: %s", " ".join(str(error).split()))
+        self.degraded = True
+
+    def _follow(self) -> None:
+        while not self._end.is_set():
+            try:
+                with self._listen() as connection:  # before catching up, so that nothing falls between
+                    while not self._end.is_set():
+                        self.catch_up()
+                        next(connection.notifies(timeout=POLL, stop_after=1), None)
+            except AWAY as error:
+                self._lose(error)
+                self._end.wait(POLL)
+                self._revive()
+            except Exception:  # a fault of ours must not end the following; `lag` tells
+                log.exception("following failed, trying again")
+                self._end.wait(POLL)
+
+    def _listen(self) -> psycopg.Connection[Any]:
+        """A connection of our own: one from the pool would be handed on, and must not be in a transaction."""
+        engine = self.store.engine
+        arguments, options = engine.dialect.create_connect_args(engine.url)
+        connection: psycopg.Connection[Any] = psycopg.connect(
+            *arguments, **options, autocommit=True, connect_timeout=10, application_name="lineup follower"
+        )
+        connection.execute(f"listen {CHANNEL}")
+        return connection
+
+    def _revive(self) -> None:
+        """Start the embedded server again after a crash; one that was stopped leaves no pid file, and stays down."""
+        server = EmbeddedServer(self.settings.home)
+        if self.settings.database_url is None and (server.data / "postmaster.pid").exists():
+            try:
+                server.start()
+            except EmbeddedFailure as error:
+                log.warning("%s", error)
+
+    def _keep_snapshot(self) -> None:
+        revision, changed, stale = self.revision, time.monotonic(), time.monotonic()
+        while not self._end.wait(POLL):
+            now = time.monotonic()
+            if self._saved == (self._store_id, self.revision):
+                stale = now
+            elif self.revision != revision:
+                revision, changed = self.revision, now
+            if now - stale > 0 and (now - changed >= QUIET or now - stale >= LATEST):
+                self._try_to_save()
+
+    def _try_to_save(self) -> None:
+        try:
+            self.save()
+        except IndexChanged as error:
+            log.debug("%s", error)
+        except OSError as error:
+            log.warning("the snapshot was not written, the next start reads the database: %s", error)
+
+
+def _number(names: dict[int, str], name: str | None, key: Callable[[str], str]) -> int | None:
+    """The number of a name, -2 (which nothing has) for one that is not known; None for None."""
+    if name is None:
+        return None
+    return next((number for number, known in names.items() if key(known) == key(name)), -2)
