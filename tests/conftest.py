@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from PIL import Image, ImageFilter
 from sqlalchemy import URL, create_engine, text
 
 from indexer.embedded import EmbeddedServer
-from indexer.postgres import migrate
+from indexer.ingest import ingest
+from indexer.postgres import connect, migrate
 from indexer.settings import Settings
+from indexer.store import Store
 from trainer.calibration_set import CalibrationSet
+from trainer.datasets import read_dataset
 from trainer.embedder import CheckpointConfig, Embedder, build_backbone, save_checkpoint
 from trainer.heads import fit_heads
 from trainer.images import Preprocess
@@ -90,18 +94,39 @@ def postgres_server() -> Iterator[URL]:
     shutil.rmtree(home, ignore_errors=True)
 
 
-@pytest.fixture
-def database_url(postgres_server: URL) -> Iterator[str]:
-    """A migrated, empty database of this test's own."""
+@contextmanager
+def new_database(server: URL) -> Iterator[str]:
+    """A migrated, empty database, dropped afterwards."""
     name = f"test_{uuid.uuid4().hex[:12]}"
-    admin = create_engine(postgres_server, isolation_level="AUTOCOMMIT")
-    url = postgres_server.set(drivername="postgresql", database=name)
+    admin = create_engine(server, isolation_level="AUTOCOMMIT")
+    url = server.set(drivername="postgresql", database=name)
     with admin.connect() as connection:
         connection.execute(text(f"create database {name} template template"))
     yield url.render_as_string(hide_password=False)
     with admin.connect() as connection:
         connection.execute(text(f"drop database {name} with (force)"))
     admin.dispose()
+
+
+@pytest.fixture
+def database_url(postgres_server: URL) -> Iterator[str]:
+    """A migrated, empty database of this test's own."""
+    with new_database(postgres_server) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def populated(
+    postgres_server: URL, tiny_checkpoint: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Settings]:
+    """Settings of a database that holds the image folder; the module's tests leave those references as they are."""
+    with new_database(postgres_server) as url:
+        home = tmp_path_factory.mktemp("populated")
+        settings = Settings(home=home, database_url=url, checkpoint=tiny_checkpoint, device="cpu", k=5)
+        store = Store(connect(settings))
+        ingest(read_dataset(image_folder, source="tests"), Embedder.load(tiny_checkpoint, device="cpu"), store)
+        store.engine.dispose()
+        yield settings
 
 
 @pytest.fixture
