@@ -385,6 +385,7 @@ def fit(
             seed=settings.seed,
             head_images=settings.head_images,
             device=device,
+            deadline=deadline - 3,
             report=report | {"history": run.state.history},
         )
         write_summary(settings.output / SUMMARY_FILE, run.state.history)
