@@ -81,6 +81,11 @@ class Follower:
         """The snapshot's file."""
         return self.settings.home / "index" / self._store_id / self.checkpoint_id / "snapshot"
 
+    @property
+    def saved_revision(self) -> int | None:
+        """Revision of the snapshot as it was read or written here; None where there is no good one."""
+        return None if self._saved is None else self._saved[1]
+
     def load(self) -> int:
         """Read the snapshot where it is good, then the rest from Postgres; returns the revision reached.
 
@@ -112,6 +117,11 @@ class Follower:
             except AWAY as error:
                 self._lose(error)
                 raise
+
+    def forget_snapshot(self) -> None:
+        """Delete the snapshot, so that the next `load` reads everything from Postgres."""
+        self._store_id = self.store.store_id()
+        self.snapshot.unlink(missing_ok=True)
 
     def save(self) -> None:
         """Write the snapshot if it is out of date; commands that change references end with it.

@@ -1,6 +1,5 @@
 """A follower's index equals the rows, through concurrent writers, outages, restored backups and damaged snapshots."""
 
-import hashlib
 import os
 import random
 import signal
@@ -14,61 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numbered import CHECKPOINT, DIM, add, following, opened, vector
 from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from indexer import follower as module
 from indexer.embedded import EmbeddedServer
 from indexer.follower import Follower
-from indexer.postgres import connect
 from indexer.settings import Settings
-from indexer.store import Additions, NewReference, Store
+from indexer.store import Additions, Store
 from indexer.vector_index import VectorIndex
-
-DIM = 6
-CHECKPOINT = "c" * 32
-
-
-def vector(number: int) -> np.ndarray:
-    """A direction of its own for each number, shape (DIM,), float32, not of unit length."""
-    return np.random.default_rng(number).standard_normal(DIM).astype(np.float32)
-
-
-def new(number: int, generator: str | None = None, source: str = "tests") -> NewReference:
-    """Reference number `number`; with a generator it is fake."""
-    return NewReference(
-        sha256=hashlib.sha256(str(number).encode()).hexdigest(),
-        label=int(generator is not None),
-        generator=generator,
-        source=source,
-        group=f"group {number}",
-        uri=None,
-        file_bytes=100,
-        mtime=None,
-        width=64,
-        height=48,
-        format="PNG",
-        jpeg_quality=None,
-        thumbnail=b"webp",
-        attributes={},
-        vector=vector(number),
-    )
-
-
-def add(store: Store, *numbers: int, generator: str | None = None, source: str = "tests") -> list[int]:
-    """Add references in one transaction; their ids."""
-    ids = store.add([new(number, generator, source) for number in numbers], CHECKPOINT).ids
-    return [number for number in ids if number is not None]
-
-
-def opened(settings: Settings) -> Store:
-    store = Store(connect(settings))
-    store.register_checkpoint(CHECKPOINT, "tiny", DIM, {})
-    return store
-
-
-def following(store: Store, settings: Settings) -> Follower:
-    return Follower(settings, store, CHECKPOINT, DIM)
 
 
 def until(condition: Callable[[], bool], seconds: float = 20) -> None:

@@ -1,0 +1,69 @@
+"""References for tests of the index: numbers as images, with a direction of its own for each."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from indexer.follower import Follower
+from indexer.postgres import connect
+from indexer.settings import Settings
+from indexer.store import NewReference, Store
+
+DIM = 6
+CHECKPOINT = "c" * 32
+
+
+def sha256(number: int) -> str:
+    """Of the bytes of image `number`."""
+    return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+def vector(number: int) -> np.ndarray:
+    """Shape (DIM,), float32, not of unit length."""
+    return np.random.default_rng(number).standard_normal(DIM).astype(np.float32)
+
+
+def new(number: int, generator: str | None = None, source: str = "tests", **others: Any) -> NewReference:
+    """Reference number `number`; with a generator it is fake."""
+    values: dict[str, Any] = {
+        "sha256": sha256(number),
+        "label": int(generator is not None),
+        "generator": generator,
+        "source": source,
+        "group": f"group {number}",
+        "uri": None,
+        "file_bytes": 100,
+        "mtime": None,
+        "width": 64,
+        "height": 48,
+        "format": "PNG",
+        "jpeg_quality": None,
+        "thumbnail": b"webp",
+        "attributes": {},
+        "vector": vector(number),
+    }
+    return NewReference(**(values | others))
+
+
+def add(store: Store, *numbers: int, generator: str | None = None, source: str = "tests") -> list[int]:
+    """Add references in one transaction; their ids."""
+    return add_all(store, [new(number, generator, source) for number in numbers])
+
+
+def add_all(store: Store, batch: Sequence[NewReference]) -> list[int]:
+    """Add a batch; its ids."""
+    return [number for number in store.add(batch, CHECKPOINT).ids if number is not None]
+
+
+def opened(settings: Settings) -> Store:
+    """The store, which knows the tests' checkpoint."""
+    store = Store(connect(settings))
+    store.register_checkpoint(CHECKPOINT, "tiny", DIM, {})
+    return store
+
+
+def following(store: Store, settings: Settings) -> Follower:
+    """A follower of the tests' checkpoint, not loaded."""
+    return Follower(settings, store, CHECKPOINT, DIM)
