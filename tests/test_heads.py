@@ -50,7 +50,8 @@ def folder(tmp_path: Path) -> Path:
 def test_linear_head_equals_scikit_learn(heads: Heads) -> None:
     x, labels = embeddings(300, 0)
     queries = embeddings(50, 2)[0].astype(np.float64)
-    oracle = LogisticRegression(C=0.316, class_weight="balanced", max_iter=10_000).fit(x.astype(np.float64), labels)
+    oracle = LogisticRegression(C=0.316, class_weight="balanced", solver="newton-cg", tol=1e-10, max_iter=10_000)
+    oracle.fit(x.astype(np.float64), labels)
     np.testing.assert_allclose(heads.linear.logit(queries), oracle.decision_function(queries), rtol=1e-5)
     np.testing.assert_allclose(heads.linear.probability(queries), oracle.predict_proba(queries)[:, 1], rtol=1e-5)
 

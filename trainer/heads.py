@@ -259,7 +259,7 @@ def fit_heads(
         raise HeadsError(f"heads need at least 2 images of each label, got {counts}: add images or change --split")
     if not np.isfinite(embeddings).all():
         raise HeadsError("embeddings hold values that are not finite: the checkpoint diverged, train it again")
-    logistic = LogisticRegression(C=C, class_weight="balanced", solver="newton-cholesky", max_iter=1000)
+    logistic = LogisticRegression(C=C, class_weight="balanced", solver="newton-cholesky", tol=1e-10, max_iter=1000)
     logistic.fit(embeddings.astype(np.float64), labels)
     svm = OneClassSVM(kernel="poly", degree=DEGREE, gamma="auto", nu=NU)
     svm.fit(embeddings[labels == 0].astype(np.float64))
