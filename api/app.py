@@ -227,8 +227,7 @@ async def change_generator(
     service: Served, detector: Loaded, caller: Enrolling, name: Name, change: schemas.GeneratorChange
 ) -> schemas.Generator:
     """Change what is known of a generator, its name included."""
-    facts = change.model_dump(exclude_unset=True)
-    return catalogue.generator(await service.run(detector.store.update_generator, name, facts))
+    return await service.run(catalogue.change_generator, detector, name, change.model_dump(exclude_unset=True))
 
 
 @router.delete("/generators/{name}", tags=["generators"], responses=documented("not-found"))
@@ -430,7 +429,6 @@ def create_app(settings: Settings | None = None, detector: Detector | None = Non
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        max_body_size=settings.max_request_bytes,
         form_limits={"max_files": 1000, "max_fields": 20, "max_part_size": 4096},
         responses=documented("internal"),
     )
@@ -459,7 +457,14 @@ def create_app(settings: Settings | None = None, detector: Detector | None = Non
             allow_headers=["authorization", "content-type", "x-request-id"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(Around, metrics=metrics, seconds=settings.request_seconds, body=settings.max_request_bytes)
+    app.add_middleware(
+        Around,
+        metrics=metrics,
+        seconds=settings.request_seconds,
+        body=settings.max_request_bytes,
+        # The framework hides what reading a body raises, except for its own exception.
+        excess=partial(HTTPException, 413),
+    )
     return app
 
 

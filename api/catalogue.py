@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from api.detector import Detector
 from api.judgement import calibration_facts, shortage, thresholds_of
@@ -56,6 +57,13 @@ def generator(row: store.Generator) -> Generator:
         notes=row.notes,
         references=row.references,
     )
+
+
+def change_generator(detector: Detector, name: str, facts: Mapping[str, Any]) -> Generator:
+    """Change what is known of a generator, in this process's neighbours too."""
+    changed = detector.store.update_generator(name, facts)
+    detector.follower.catch_up()
+    return generator(changed)
 
 
 def enrolment(row: store.Enrolment) -> Enrolment:

@@ -59,18 +59,26 @@ class Around:
         app: What it wraps.
         metrics: Where requests are counted.
         seconds: How long a request may take, its upload included.
-        body: Bytes that a request may announce; what comes without announcement is counted by the web framework.
+        body: Bytes that a request may have, announced or not.
+        excess: Makes what is raised where a body is read that turns out larger than that.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, seconds: float, body: int) -> None:
-        self.app, self.metrics, self.seconds, self.body = app, metrics, seconds, body
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, seconds: float, body: int, excess: Callable[[str], Exception]
+    ) -> None:
+        self.app, self.metrics, self.seconds, self.body, self.excess = app, metrics, seconds, body, excess
+
+    @property
+    def too_large(self) -> str:
+        """What is wrong with such a body."""
+        return f"the request is too large; LINEUP_MAX_REQUEST_BYTES allows {self.body:,} bytes"
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status = time.perf_counter(), 0
+        start, status, size = time.perf_counter(), 0, 0
         given = headers_of(scope).get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
@@ -87,14 +95,20 @@ class Around:
                 ]
             await send(message)
 
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.body:
+                raise self.excess(self.too_large)
+            return message
+
         try:
             length = headers_of(scope).get("content-length", "")
             if length.isdigit() and int(length) > self.body:
-                raise ApiError(
-                    "too-large", f"the request has {length} bytes; LINEUP_MAX_REQUEST_BYTES allows {self.body}"
-                )
+                raise ApiError("too-large", self.too_large)
             async with asyncio.timeout(self.seconds):
-                await self.app(scope, receive, send_with_headers)
+                await self.app(scope, counted, send_with_headers)
         except TimeoutError:
             if not status:
                 detail = f"the request took longer than LINEUP_REQUEST_SECONDS allows ({self.seconds:g})"

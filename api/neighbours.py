@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import psycopg
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -17,7 +18,14 @@ from indexer.follower import Neighbour as Nearby
 from indexer.postgres import DatabaseUnreachable
 from indexer.store import Reference, Store
 
-DATABASE_AWAY = (DatabaseUnreachable, OperationalError, InterfaceError, PoolTimeout)
+DATABASE_AWAY = (
+    DatabaseUnreachable,
+    OperationalError,
+    InterfaceError,
+    PoolTimeout,
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+)
 """What the store raises while Postgres does not answer."""
 Found = tuple[Nearby, float | None]
 """A neighbour and its weight."""

@@ -102,5 +102,5 @@ def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
 
 def from_status(status: int, detail: str) -> ApiError:
     """A problem for a status that the web framework chose."""
-    kinds: dict[int, Kind] = {number: kind for kind, (number, _) in reversed(TABLE.items())}
+    kinds: dict[int, Kind] = {number: kind for kind, (number, _) in TABLE.items() if kind != "unreadable"}
     return ApiError(kinds.get(status, "internal" if status >= 500 else "bad-request"), detail)

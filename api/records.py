@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 from uuid import UUID
 
@@ -117,13 +118,20 @@ def changes(before: Verdict, after: Verdict) -> list[Change]:
     """Where two verdicts on one image differ."""
     old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
     pairs = [(path, _at(old, path), _at(new, path)) for path in COMPARED]
-    return [Change(field=path, before=was, after=now) for path, was, now in pairs if was != now]
+    return [Change(field=path, before=was, after=now) for path, was, now in pairs if not _same(was, now)]
 
 
 def dispute(detector: Detector, row: store.Detection, feedback: Feedback, caller: Caller) -> Detection:
     """Keep what a person says of a verdict; a second time replaces the first."""
     detector.store.set_feedback(row.id, feedback.model_dump(mode="json") | {"by": caller.name})
     return shown(find(detector, caller, row.id))
+
+
+def _same(was: Any, now: Any) -> bool:
+    """Equal, but for what sums in another order may differ by."""
+    if isinstance(was, float) and isinstance(now, float):
+        return math.isclose(was, now, rel_tol=1e-6, abs_tol=1e-9)
+    return bool(was == now)
 
 
 def _at(value: Any, path: str) -> Any:
