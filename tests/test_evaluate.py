@@ -123,6 +123,7 @@ def test_unseen_generators_are_paired_with_the_reals_of_test(evaluation: Evaluat
 def test_the_unseen_split_alone_still_borrows_the_reals(checkpoint: Path, data: Path, evaluation: Evaluation) -> None:
     alone = evaluate(checkpoint, data, split="unseen", resamples=50)
     assert [row for row in evaluation.rows if row["split"] == "unseen"] == alone.rows
+    assert set(alone.sets["none"].generators) == {"", "gan-b"}
 
 
 def test_unreadable_images_are_named(evaluation: Evaluation) -> None:
@@ -270,12 +271,12 @@ def test_enrolled_groups_are_not_tested() -> None:
         labels=np.array([0, 1, 1, 1, 1, 1], np.uint8),
         generators=["", *["new"] * 5],
         sources=["x"] * 6,
-        groups=["0", "a", "b", "b", "c", "c"],
+        groups=["0", "a", "a", "b", "c", "b"],
         splits=["unseen"] * 6,
-        facts=[facts(f"{i:064x}") for i in range(6)],
+        facts=[facts(f"{9 - i:064x}") for i in range(6)],
     )
     nearest = NearestHead(np.eye(6, dtype=np.float16)[:2], np.array([0, 1], np.uint8))
-    # Images 1 and 2 are the enrolled half; image 3 is of the group of 2.
+    # By hash images 5 and 4 are the enrolled half; image 3 is of the group of 5.
     assert {(row["enrolled"], row["tested"]) for row in enrolment_curve(nearest, images, resamples=0)} == {(0, 2)}
 
 
@@ -310,14 +311,13 @@ def test_report_holds_tables_plots_and_rows(evaluation: Evaluation, tmp_path: Pa
     assert "published" not in markdown
 
 
-def test_report_of_simulated_images_says_so(evaluation: Evaluation) -> None:
-    assert not evaluation.simulated
+def test_simulated_images_are_told_by_their_generator(evaluation: Evaluation) -> None:
     images = evaluation.sets["none"]
-    images.generators[-1] += "-not"
-    assert not evaluation.simulated
-    images.generators[-1] = "sim-" + (kept := images.generators[-1].removesuffix("-not"))
-    assert evaluation.simulated
+    kept, said = images.generators[-1], [evaluation.simulated]
+    images.generators[-1] = f"sim-{kept}"
+    said.append(evaluation.simulated)
     images.generators[-1] = kept
+    assert said == [False, True]
 
 
 def test_tables_beside_those_of_another_checkpoint(evaluation: Evaluation, tmp_path: Path) -> None:
