@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,12 @@ import numpy as np
 
 from trainer.calibration import Calibration, fit_calibration
 from trainer.calibration_set import CalibrationSet
-from trainer.datasets import Entry, read_dataset
 from trainer.embedded_set import EmbeddedSet, Rejected, embed_entries
 from trainer.embedder import CheckpointError, Embedder
 from trainer.heads import Heads
-from trainer.metrics import RESAMPLES, measure
-from trainer.transforms import Transform, basic, curves
-
-UNSEEN = "unseen"
-"""The split of generators that trained nothing; its fakes are paired with the real images of the split `test`."""
-THRESHOLDS = {"linear": 0.0, "svm": 0.0, "nn1": 0.0, "combined": 0.5}
-"""Of the raw decision by head, on the scale that `Scorer` gives."""
-CURVE_IMAGES = 200
-"""Images of each split and generator (or of the reals) that a robustness curve is measured on, at most."""
+from trainer.metrics import RESAMPLES
+from trainer.splits import entries_of, measure_splits
+from trainer.transforms import basic, curves
 
 
 class EvaluationError(ValueError):
@@ -131,7 +123,7 @@ def evaluate(
     tables = basic(embedder.preprocess.image_size)
     strengths = {t.name: (name, x) for name, points in curves().items() for x, t in points} if with_curves else {}
     extra = [t for points in curves().values() for _, t in points] if with_curves else []
-    sets, rejected = embed_entries(embedder, _work(data, splits, tables, extra), seed=seed, on_image=on_image)
+    sets, rejected = embed_entries(embedder, entries_of(data, splits, tables, extra), seed=seed, on_image=on_image)
     if not sets:
         reason = (
             f" ({len(rejected)} unreadable, the first: {rejected[0].file}: {rejected[0].reason})" if rejected else ""
@@ -151,69 +143,3 @@ def evaluate(
     kept = {table.name: sets[table.name] for table in tables}
     kept_scores = {table.name: scores[table.name] for table in tables}
     return Evaluation(embedder.id, embedder.name, rows, curve_rows, kept, kept_scores, scorer, rejected)
-
-
-def measure_splits(
-    images: EmbeddedSet,
-    scores: dict[str, np.ndarray],
-    splits: Sequence[str],
-    transform: str,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> list[dict[str, Any]]:
-    """Rows of every split and head for one transform.
-
-    Args:
-        images: Of all splits, n of them.
-        scores: By head, each of shape (n,).
-        splits: Their names; images without a split count as the first.
-        transform: Its name.
-        resamples: Of the bootstraps.
-        seed: Of the bootstraps.
-    """
-    rows = []
-    for split in splits:
-        chosen = np.flatnonzero(rows_of(images, split, splits[0]))
-        part = images.take(chosen)
-        for head, values in scores.items():
-            rows += measure(
-                values[chosen],
-                part.labels,
-                part.generators,
-                part.groups,
-                THRESHOLDS[head],
-                resamples=resamples,
-                seed=seed,
-                split=split,
-                transform=transform,
-                head=head,
-            )
-    return rows
-
-
-def rows_of(images: EmbeddedSet, split: str, default: str) -> np.ndarray:
-    """Which images a split is measured on, shape (n,), bool; the unseen split borrows the reals of `test`.
-
-    Args:
-        images: n of them.
-        split: Its name.
-        default: The split of images that name none.
-    """
-    names = np.array([name or default for name in images.splits])
-    rows: np.ndarray = names == split
-    if split == UNSEEN and not (rows & (images.labels == 0)).any():
-        rows |= (images.labels == 0) & (names != UNSEEN)
-    return rows
-
-
-def _work(
-    data: Path, splits: Sequence[str], tables: Sequence[Transform], extra: Sequence[Transform]
-) -> Iterator[tuple[Entry, Sequence[Transform]]]:
-    """Entries with their transforms: those of the tables, and of the curves for the first of each kind."""
-    borrowed = [] if UNSEEN not in splits or "test" in splits else ["test"]
-    seen: Counter[tuple[str | None, str | None]] = Counter()
-    for entry in read_dataset(data, split=",".join([*splits, *borrowed])):
-        if entry.split in borrowed and entry.label == 1:
-            continue
-        seen[entry.split, entry.generator] += 1
-        yield entry, [*tables, *extra] if seen[entry.split, entry.generator] <= CURVE_IMAGES else tables

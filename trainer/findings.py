@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from trainer.enrolment import enrolment_curve
-from trainer.evaluate import THRESHOLDS, UNSEEN, Evaluation, rows_of
+from trainer.evaluate import Evaluation
 from trainer.file_facts import file_fact_scores
 from trainer.logistic import balanced_weights, sigmoid
 from trainer.metrics import RESAMPLES, expected_calibration_error, interval, measure, resampled_weights
+from trainer.splits import THRESHOLDS, UNSEEN, rows_of
 
 RATE = 0.05
 """Promised false alarms and misses whose keeping is reported."""

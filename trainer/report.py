@@ -16,7 +16,7 @@ import numpy as np
 
 from trainer import plots
 from trainer.embedder import write_atomically
-from trainer.evaluate import UNSEEN, Evaluation, EvaluationError, rows_of
+from trainer.evaluate import Evaluation, EvaluationError
 from trainer.findings import (
     RATE,
     calibration_rows,
@@ -25,6 +25,7 @@ from trainer.findings import (
     probabilities_of,
     source_accuracies,
 )
+from trainer.splits import UNSEEN, rows_of
 from trainer.tables import HEADS, Rows, Table, percent, ranking_tables, seen_table, unseen_tables, with_interval
 
 if TYPE_CHECKING:
