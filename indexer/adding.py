@@ -12,7 +12,7 @@ from sqlalchemy import Connection, text
 from indexer.checkpoints import Checkpoints
 from indexer.generators import generator_ids
 from indexer.references import kind
-from indexer.rows import notify
+from indexer.rows import PassingConflict, notify
 
 BATCH = 1000
 # The columns of the temporary table that a batch is copied to, and their types.
@@ -55,6 +55,11 @@ EMBED = """insert into embedding (image_id, checkpoint_id, vector, revision)
 select distinct on (r.id) r.id, :checkpoint, i.vector, :revision from incoming i join reference_image r using (sha256)
 where i.label = r.label and i.generator_id is not distinct from r.generator_id
 order by r.id, i.position on conflict do nothing returning image_id"""
+
+EMBED_KNOWN = """insert into embedding (image_id, checkpoint_id, vector, revision)
+select r.id, :checkpoint, i.vector, :revision
+from unnest(cast(:ids as bigint[]), cast(:vectors as bytea[])) i (id, vector) join reference_image r on r.id = i.id
+order by r.id on conflict do nothing"""
 
 
 class BadVector(ValueError):
@@ -158,6 +163,20 @@ class Adding(Checkpoints):
         vectors = [_stored(reference.vector, dim) for reference in batch]
         return self.transaction(lambda connection: _add(connection, batch, vectors, checkpoint_id, enrolment))
 
+    def embed(self, ids: Sequence[int], vectors: np.ndarray, checkpoint_id: str) -> int:
+        """Store embeddings, shape (n, d), float32, of references that exist; returns how many were new.
+
+        Raises:
+            BadVector: A vector is not finite, zero, or not of the checkpoint's dimension.
+            UnknownCheckpoint: The checkpoint was never registered.
+        """
+        dim = self.get_checkpoint(checkpoint_id).dim
+        rows: dict[str, list[Any]] = {
+            "ids": [int(image_id) for image_id in ids],
+            "vectors": [_stored(vector, dim) for vector in vectors],
+        }
+        return self.transaction(lambda connection: _embed(connection, rows, checkpoint_id))
+
 
 def _add(
     connection: Connection,
@@ -168,20 +187,19 @@ def _add(
 ) -> Added:
     generators = generator_ids(connection, {item.generator for item in batch if item.generator is not None})
     _copy(connection, batch, vectors, generators)
-    # From here on the lock is held: revisions become visible in the order of commits, and nothing is removed meanwhile.
-    lock = text("select revision from index_revision where checkpoint_id = :checkpoint for update")
-    revision: int = connection.execute(lock, {"checkpoint": checkpoint_id}).scalar_one()
     blocked = {row.position: row.sha256.hex() for row in connection.execute(text(BLOCK))}
+    # Rows that nobody sees yet need no lock, and their thumbnails take most of the time.
     inserted = {row.id for row in connection.execute(text(INSERT), {"enrolment": enrolment})}
     connection.execute(text(KEEP))
+    revision = _lock(connection, checkpoint_id)
+    matches = connection.execute(text(MATCH)).all()
+    if len(matches) + len(blocked) < len(batch):
+        raise PassingConflict("a row was removed after its image was found to be known")
     new = {"checkpoint": checkpoint_id, "revision": revision + 1}
     embedded = {row.image_id for row in connection.execute(text(EMBED), new)}
-    matches = connection.execute(text(MATCH)).all()
     if embedded:
         revision += 1
-        stamp = text("update index_revision set revision = :revision where checkpoint_id = :checkpoint")
-        connection.execute(stamp, new)
-        notify(connection, f"{checkpoint_id} {revision}")
+        _stamp(connection, checkpoint_id, revision)
     ids: list[int | None] = [None] * len(batch)
     conflicts = []
     for match in matches:
@@ -201,6 +219,27 @@ def _add(
         blocked=sorted(set(blocked.values())),
         revision=revision,
     )
+
+
+def _embed(connection: Connection, rows: dict[str, list[Any]], checkpoint_id: str) -> int:
+    revision = _lock(connection, checkpoint_id) + 1
+    values = {**rows, "checkpoint": checkpoint_id, "revision": revision}
+    count = connection.execute(text(EMBED_KNOWN), values).rowcount
+    if count:
+        _stamp(connection, checkpoint_id, revision)
+    return count
+
+
+def _lock(connection: Connection, checkpoint_id: str) -> int:
+    """The revision, locked: revisions become visible in the order of commits, and nothing is removed meanwhile."""
+    lock = text("select revision from index_revision where checkpoint_id = :checkpoint for update")
+    return int(connection.execute(lock, {"checkpoint": checkpoint_id}).scalar_one())
+
+
+def _stamp(connection: Connection, checkpoint_id: str, revision: int) -> None:
+    stamp = text("update index_revision set revision = :revision where checkpoint_id = :checkpoint")
+    connection.execute(stamp, {"checkpoint": checkpoint_id, "revision": revision})
+    notify(connection, f"{checkpoint_id} {revision}")
 
 
 def _copy(

@@ -129,15 +129,17 @@ class Checkpoints(Rows):
         self.transaction(lambda connection: connection.execute(query))
 
     def load_calibration(
-        self, checkpoint_id: str, heads_id: str, revision: int | None = None
+        self, checkpoint_id: str, heads_id: str | None = None, revision: int | None = None
     ) -> SavedCalibration | None:
-        """The calibration of that revision, or of the latest that has one; None where there is none."""
+        """The calibration of these heads (of any) at that revision, or at the latest; None where there is none."""
         query = (
             select(CalibrationRow.revision, CalibrationRow.params, CalibrationRow.created_at)
-            .where(CalibrationRow.checkpoint_id == checkpoint_id, CalibrationRow.heads_id == heads_id)
+            .where(CalibrationRow.checkpoint_id == checkpoint_id)
             .order_by(CalibrationRow.revision.desc())
             .limit(1)
         )
+        if heads_id is not None:
+            query = query.where(CalibrationRow.heads_id == heads_id)
         if revision is not None:
             query = query.where(CalibrationRow.revision == revision)
         with self.engine.connect() as connection:

@@ -17,6 +17,7 @@ from PIL import Image
 from indexer.ahead import ahead
 from indexer.store import LABELS, Known, NewReference, Store, kind
 from trainer.datasets import Entry
+from trainer.embedder import CheckpointConfig
 from trainer.images import FileFacts, Preprocess, UnreadableImage, decode_image, thumbnail
 
 WRITE_IMAGES = 256
@@ -26,19 +27,22 @@ WRITE_SECONDS = 2.0
 class Embeds(Protocol):
     """What is needed of an `Embedder`."""
 
-    id: str
-    name: str
-    dim: int
-    preprocess: Preprocess
+    @property
+    def id(self) -> str: ...
 
     @property
-    def config(self) -> "HasJson": ...
+    def name(self) -> str: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def preprocess(self) -> Preprocess: ...
+
+    @property
+    def config(self) -> CheckpointConfig: ...
 
     def embed_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray: ...
-
-
-class HasJson(Protocol):
-    def to_json(self) -> dict[str, Any]: ...
 
 
 @dataclass(slots=True)

@@ -14,10 +14,14 @@ Result = TypeVar("Result")
 CHANNEL = "lineup"
 
 
+class PassingConflict(RuntimeError):
+    """Someone else's change came between two steps of a transaction; it has to start again."""
+
+
 def is_passing(error: BaseException) -> bool:
-    """Whether Postgres rolled back only because of what others did at that moment: a deadlock, or reordered writes."""
+    """Whether a transaction failed only because of what others did at that moment."""
     cause = error.orig if isinstance(error, DBAPIError) else error
-    return isinstance(cause, psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure)
+    return isinstance(cause, PassingConflict | psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure)
 
 
 class Rows:

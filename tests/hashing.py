@@ -4,6 +4,9 @@ Run as a program it is the indexer's command line with this embedder in the plac
 """
 
 import hashlib
+import os
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,7 @@ class HashingEmbedder:
     def embed_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray:
         assert len(pixels) <= batch_size
         self.calls += len(pixels)
+        time.sleep(float(os.environ.get("HASHING_SECONDS", "0")))
         vectors = []
         for image in pixels:
             seed = hashlib.blake2b(self.name.encode() + image.tobytes(), digest_size=8).digest()
@@ -53,9 +57,9 @@ class HashingEmbedder:
 
 
 if __name__ == "__main__":
+    import trainer.embedder
     from indexer.__main__ import app
 
-    import trainer.embedder
-
     trainer.embedder.Embedder = HashingEmbedder  # type: ignore[misc,assignment]
+    print("ready", file=sys.stderr, flush=True)  # imports are over, a kill from here on hits something
     app()

@@ -1,0 +1,95 @@
+"""Whether rows, index and snapshot of a checkpoint say the same."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from indexer.follower import Follower
+from indexer.settings import Settings
+from indexer.store import Additions, Checkpoint, Store
+
+ATTEMPTS = 5
+# Half precision keeps eleven bits of each component of a unit vector.
+TOLERANCE = 1e-3
+
+
+@dataclass(slots=True)
+class Agreement:
+    """The comparison at one revision.
+
+    Attributes:
+        checkpoint: Its id.
+        name: Its name.
+        revision: Of the rows.
+        rows: Embeddings in Postgres.
+        index: Vectors in the index as a service would load it now: the snapshot, and what was written since.
+        snapshot: Revision of the snapshot, None where there is none (which loses nothing).
+        problems: What differs.
+    """
+
+    checkpoint: str
+    name: str
+    revision: int = 0
+    rows: int = 0
+    index: int = 0
+    snapshot: int | None = None
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        snapshot = "no snapshot" if self.snapshot is None else f"snapshot of revision {self.snapshot}"
+        counts = f"revision {self.revision}, {self.rows:,} rows, {self.index:,} in the index, {snapshot}"
+        return f"{self.name} {self.checkpoint}: {counts}: {'; '.join(self.problems) or 'they agree'}"
+
+
+def compare(settings: Settings, store: Store, checkpoint: Checkpoint) -> Agreement:
+    """Read everything that the rows and the index hold, and compare ids, labels, generators, sources and vectors."""
+    follower = Follower(settings, store, checkpoint.id, checkpoint.dim)
+    follower.load()
+    result = Agreement(checkpoint.id, checkpoint.name, snapshot=follower.saved_revision)
+    broken = result.snapshot is None and follower.snapshot.exists()
+    for _ in range(ATTEMPTS):  # someone may be writing
+        result.revision = follower.catch_up()
+        result.problems = _differences(result, follower, store)
+        if not result.problems or store.revision(checkpoint.id) == result.revision:
+            break
+    if broken:
+        result.problems.append("the snapshot is damaged or of another history: run python -m indexer rebuild")
+    return result
+
+
+def _differences(result: Agreement, follower: Follower, store: Store) -> list[str]:
+    ids, vectors = follower.index.vectors()
+    order = np.argsort(ids)
+    ids, vectors = ids[order], vectors[order]
+    seen, wrong = 0, 0
+    missing: list[int] = []
+    for page in store.changes(follower.checkpoint_id, 0, result.revision):
+        if not isinstance(page, Additions):
+            continue
+        seen += len(page.ids)
+        at = np.searchsorted(ids, page.ids).clip(max=max(len(ids) - 1, 0))
+        there = ids[at] == page.ids if len(ids) else np.zeros(len(page.ids), bool)
+        missing += page.ids[~there].tolist()
+        wrong += int((~_equal(page, follower, vectors[at[there]], there)).sum())
+    result.rows, result.index = seen, len(ids)
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} rows are not in the index, {missing[0]} for one")
+    if surplus := len(ids) - (seen - len(missing)):
+        problems.append(f"{surplus} vectors of the index have no row")
+    if wrong:
+        problems.append(f"{wrong} vectors of the index differ from their rows")
+    return problems
+
+
+def _equal(page: Additions, follower: Follower, vectors: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Which of the rows that are there are the same in the index, shape (there.sum(),)."""
+    unit = page.vectors[there] / np.linalg.norm(page.vectors[there], axis=1, keepdims=True)  # (m, d)
+    labels, generators, sources = follower.index.metadata(page.ids[there])
+    names = np.array([follower.source_names.get(number) for number in sources.tolist()], object)
+    return (  # type: ignore[no-any-return]
+        (np.abs(unit - vectors).max(1, initial=0) < TOLERANCE)
+        & (labels == page.labels[there])
+        & (generators == page.generators[there])
+        & (names == np.array(page.sources, object)[there])
+    )

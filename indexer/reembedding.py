@@ -1,0 +1,146 @@
+"""Embedding what is stored with another checkpoint, beside the one that serves, until nothing is missing."""
+
+import hashlib
+import os
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Connection, text
+
+from indexer.ahead import ahead
+from indexer.ingest import Embeds
+from indexer.store import Store
+from trainer.datasets import read_uri
+from trainer.images import UnreadableImage, decode_image
+
+PAGE = 256
+MISSING = """select r.id, r.sha256, r.uri, f.bytes
+from reference_image r left join reference_file f on f.image_id = r.id
+where r.id > :after and not exists (
+    select from embedding e where e.image_id = r.id and e.checkpoint_id = :checkpoint)
+order by r.id limit :page"""
+COMPLETE = """select not exists (select from reference_image r where r.id <> all(:given_up) and not exists (
+    select from embedding e where e.image_id = r.id and e.checkpoint_id = :checkpoint))"""
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A reference without an embedding of the new checkpoint; `data` holds its bytes where they were kept."""
+
+    id: int
+    sha256: str
+    uri: str | None
+    data: bytes | None
+
+
+def reembed(
+    embedder: Embeds,
+    store: Store,
+    *,
+    max_pixels: int = 50_000_000,
+    partial: bool = False,
+    batch_size: int = 32,
+    on_image: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Give every reference an embedding of this checkpoint, then make it the active one.
+
+    What others add meanwhile is embedded too, before the switch. Safe to end at any point and to run again.
+
+    Args:
+        embedder: The new checkpoint.
+        store: The references.
+        max_pixels: Larger images cannot be read.
+        partial: Switch although some images cannot be read any more; they are no longer found by searches then.
+        batch_size: Images per forward pass.
+        on_image: Called once for each image that is done.
+
+    Returns:
+        {"checkpoint", "embedded", "unreadable": [{"id", "uri", "reason"}], "active"}.
+    """
+    store.register_checkpoint(embedder.id, embedder.name, embedder.dim, embedder.config.to_json())
+    unreadable: dict[int, dict[str, Any]] = {}
+    embedded = 0
+    active = False
+    while True:
+        done = 0
+        with (
+            ThreadPoolExecutor(min(32, os.cpu_count() or 1), thread_name_prefix="decode") as pool,
+            closing(ahead(_decoded(store, embedder, pool, max_pixels, unreadable), 2 * batch_size)) as decoded,
+        ):
+            while batch := list(islice(decoded, batch_size)):
+                vectors = embedder.embed_pixels(np.stack([pixels for _, pixels in batch]), batch_size)  # (n, d)
+                done += store.embed([image_id for image_id, _ in batch], vectors, embedder.id)
+                for _ in batch:
+                    on_image()
+        embedded += done
+        if unreadable and not partial:
+            break
+        active = _switch(store, embedder.id, list(unreadable))
+        if active or not done:
+            break
+    return {
+        "checkpoint": embedder.id,
+        "embedded": embedded,
+        "unreadable": [unreadable[image_id] for image_id in sorted(unreadable)],
+        "active": active,
+    }
+
+
+def missing(store: Store, checkpoint_id: str, after: int = 0) -> Sequence[Missing]:
+    """A page of references without an embedding of this checkpoint, ids above `after`, ascending."""
+    values = {"after": after, "checkpoint": checkpoint_id, "page": PAGE}
+    with store.engine.connect() as connection:
+        rows = connection.execute(text(MISSING), values).all()
+    return [Missing(row.id, row.sha256.hex(), row.uri, row.bytes) for row in rows]
+
+
+def _decoded(
+    store: Store, embedder: Embeds, pool: ThreadPoolExecutor, max_pixels: int, unreadable: dict[int, dict[str, Any]]
+) -> Generator[tuple[int, np.ndarray], None, None]:
+    def pixels(image: Missing) -> np.ndarray | None:
+        try:
+            data = image.data if image.data is not None else _read(image)
+            picture, _ = decode_image(data, max_pixels=max_pixels)
+            prepared: np.ndarray = embedder.preprocess([picture])[0]  # (3, s, s)
+            return prepared
+        except (UnreadableImage, OSError) as error:
+            unreadable[image.id] = {"id": image.id, "uri": image.uri, "reason": str(error)}
+            return None
+
+    after = 0
+    while page := missing(store, embedder.id, after):
+        after = page[-1].id
+        todo = [image for image in page if image.id not in unreadable]
+        for image, made in zip(todo, pool.map(pixels, todo), strict=True):
+            if made is not None:
+                yield image.id, made
+
+
+def _read(image: Missing) -> bytes:
+    if image.uri is None:
+        raise UnreadableImage("its bytes were not kept")
+    data = read_uri(image.uri)
+    if hashlib.sha256(data).hexdigest() != image.sha256:
+        raise UnreadableImage("the file has changed since it was added")
+    return data
+
+
+def _switch(store: Store, checkpoint_id: str, given_up: list[int]) -> bool:
+    """Make the checkpoint active unless a reference that is not given up still lacks its embedding."""
+
+    def work(connection: Connection) -> bool:
+        connection.execute(text("select id from store for update"))
+        # No one adds or removes until the switch is done.
+        connection.execute(text("lock table index_revision in exclusive mode"))
+        if not connection.scalar(text(COMPLETE), {"checkpoint": checkpoint_id, "given_up": given_up}):
+            return False
+        connection.execute(text("update checkpoint set active = false where active"))
+        connection.execute(text("update checkpoint set active = true where id = :id"), {"id": checkpoint_id})
+        return True
+
+    return store.transaction(work)
