@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from socket import socket
 from typing import Annotated, Any, TypeVar, cast
 from uuid import UUID
 
@@ -468,10 +469,22 @@ def create_app(settings: Settings | None = None, detector: Detector | None = Non
     return app
 
 
+class Server(uvicorn.Server):
+    """Tells where it listens once it does."""
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        for listener in (listener for server in getattr(self, "servers", []) for listener in server.sockets):
+            host, port = listener.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            log.info("serving", extra={"address": f"http://{shown}:{port}"})
+
+
 def run(detector: Detector) -> None:
     """Serve until SIGTERM or SIGINT; requests that have begun are finished, within the time that a request may take."""
     settings = detector.settings
-    uvicorn.run(
+    config = uvicorn.Config(
         create_app(settings, detector),
         host=settings.host,
         port=settings.port,
@@ -481,3 +494,4 @@ def run(detector: Detector) -> None:
         proxy_headers=False,  # a proxy's word about the client's address is not believed
         timeout_graceful_shutdown=math.ceil(settings.request_seconds),
     )
+    Server(config).run()

@@ -1,0 +1,99 @@
+/** Elements from values. What comes from an image, a name or the service only ever becomes text or an attribute. */
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/**
+ * An HTML element.
+ *
+ * Attributes that are functions become listeners (`onclick`), true is an empty attribute, and null, undefined and false
+ * are left out. Children may be nodes, strings, numbers, nested arrays, null or false.
+ */
+export function h(tag, attributes = {}, ...children) {
+  return fill(document.createElement(tag), attributes, children);
+}
+
+/** An SVG element, from the same kinds of values. */
+export function s(tag, attributes = {}, ...children) {
+  return fill(document.createElementNS(SVG, tag), attributes, children);
+}
+
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") element.addEventListener(name.slice(2), value);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value);
+  }
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+/** A symbol of index.html; words beside it say the same. */
+export function icon(name) {
+  return s("svg", { class: "icon", "aria-hidden": "true", focusable: "false" }, s("use", { href: `#icon-${name}` }));
+}
+
+/** A horizontal bar, 0..1. The number stands beside it as text. */
+export function bar(value, kind = "") {
+  const fillElement = h("span");
+  fillElement.style.width = `${100 * Math.min(1, Math.max(0, value))}%`; // the policy forbids style attributes, not this
+  return h("span", { class: `bar ${kind}`, "aria-hidden": "true" }, fillElement);
+}
+
+/** A table: column titles, rows of cells, and a caption that names it. Numbers are set right in columns of `numeric`. */
+export function table(caption, columns, rows, { numeric = [], className = "", hideCaption = false } = {}) {
+  const kind = (index) => (numeric.includes(index) ? "number" : null);
+  return h(
+    "div",
+    { class: "table-frame", role: "region", "aria-label": caption, tabindex: "0" },
+    h(
+      "table",
+      { class: className },
+      h("caption", { class: hideCaption ? "unseen" : null }, caption),
+      h("thead", {}, h("tr", {}, columns.map((title, index) => h("th", { scope: "col", class: kind(index) }, title)))),
+      h("tbody", {}, rows.map((cells) => h("tr", {}, cells.map((cell, index) =>
+        index === 0 ? h("th", { scope: "row" }, cell) : h("td", { class: kind(index), "data-label": columns[index] }, cell))))),
+    ),
+  );
+}
+
+/** Facts as a list of terms. Those without a value are left out. */
+export function facts(pairs) {
+  const known = pairs.filter(([, value]) => value !== null && value !== undefined && value !== "");
+  return h("dl", { class: "facts" }, known.map(([term, value]) => h("div", {}, h("dt", {}, term), h("dd", {}, value))));
+}
+
+/** A file's name as text: characters that cannot be seen, such as those that turn the direction, become question marks. */
+export function fileName(name) {
+  return h("bdi", { class: "file" }, String(name).replace(/[\p{C}]/gu, "?"));
+}
+
+/** Say something to those who listen to the page, without moving the focus. */
+export function announce(text) {
+  const place = document.getElementById("announcer");
+  place.textContent = "";
+  setTimeout(() => (place.textContent = text), 60); // a region is read when it changes, so it must be empty for a moment
+}
+
+/** Ask before something is done that others will notice. Answers true or false. */
+export function confirmed(title, text, action) {
+  const dialog = document.getElementById("question-dialog");
+  return new Promise((resolve) => {
+    const answer = (value) => { dialog.close(); resolve(value); };
+    dialog.replaceChildren(
+      h("h2", { id: "question-title" }, title),
+      h("p", {}, text),
+      h("div", { class: "buttons" },
+        h("button", { type: "button", class: "primary", onclick: () => answer(true) }, action),
+        h("button", { type: "button", onclick: () => answer(false) }, "Cancel")),
+    );
+    dialog.oncancel = () => resolve(false);
+    dialog.showModal();
+  });
+}
+
+/** Hand a value to the reader as a JSON file. */
+export function download(value, name) {
+  const url = URL.createObjectURL(new Blob([JSON.stringify(value, null, 2)], { type: "application/json" }));
+  h("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}

@@ -1,0 +1,95 @@
+/** The image that was judged: its frame of what the model saw, and the regions laid over it. */
+
+import { h, icon, s, table } from "./dom.js";
+import { decimal, labelWord } from "./words.js";
+
+/**
+ * A figure with the image, the crop's frame and, where there are regions, a slider that fades them.
+ *
+ * `address` is a blob of the image, or null where only its record is at hand.
+ */
+export function picture(verdict, address) {
+  const { image, regions } = verdict;
+  const marks = s(
+    "svg",
+    { class: "marks", viewBox: `0 0 ${image.width} ${image.height}`, preserveAspectRatio: "none", role: "img", "aria-label": marksInWords(verdict) },
+    regions ? s("g", { class: "regions" }, regions.map((region) => regionMark(region))) : null,
+    cropFrame(image),
+  );
+  const frame = h("div", { class: "frame" }, address ? shown(address, verdict) : h("div", { class: "no-image" }, "The image itself is not kept."), marks);
+  // The shape is known before the image is: nothing jumps while it loads.
+  frame.style.aspectRatio = `${image.width} / ${image.height}`;
+  frame.style.setProperty("--shape", image.width / image.height);
+  return h("figure", { class: "picture" }, frame, caption(image), regions ? [fader(marks), regionTable(regions)] : null);
+}
+
+function shown(address, verdict) {
+  const element = h("img", { src: address, alt: "The image that was judged" });
+  element.onerror = () => element.replaceWith(h("div", { class: "no-image" }, `Your browser cannot show ${verdict.image.format} files. Lineup can read them.`));
+  return element;
+}
+
+function cropFrame(image) {
+  const [x, y, width, height] = image.crop;
+  const outside = `M0 0H${image.width}V${image.height}H0ZM${x} ${y}V${y + height}H${x + width}V${y}Z`;
+  return s("g", { class: "crop" },
+    s("path", { class: "outside", d: outside, "fill-rule": "evenodd" }),
+    s("rect", { class: "edge-under", x, y, width, height, "vector-effect": "non-scaling-stroke" }),
+    s("rect", { class: "edge", x, y, width, height, "vector-effect": "non-scaling-stroke" }));
+}
+
+function regionMark(region) {
+  const [x, y, width, height] = region.box;
+  const kind = region.score >= 0.5 ? "fake" : "real";
+  const box = s("rect", { class: kind, x, y, width, height, "vector-effect": "non-scaling-stroke" });
+  box.style.fillOpacity = (0.1 + 0.5 * Math.abs(region.score - 0.5) * 2).toFixed(2);
+  const label = s("text", { x: x + width / 2, y: y + height / 2, "font-size": Math.min(width, height) / 6 }, decimal(region.score));
+  return s("g", {}, box, label, s("title", {}, regionInWords(region)));
+}
+
+function regionInWords(region) {
+  const likely = region.generator ? `, nearest to ${region.generator}` : "";
+  return `Score ${decimal(region.score)}${region.score >= 0.5 ? likely : ""}`;
+}
+
+function marksInWords({ image, regions }) {
+  const [x, y, width, height] = image.crop;
+  const whole = width >= image.width && height >= image.height;
+  const seen = whole ? "The whole image was judged." : `The frame shows what was judged: ${width} × ${height} pixels from ${x}, ${y}.`;
+  return regions ? `${seen} ${regions.length} regions are marked with their scores; they are listed below the image.` : seen;
+}
+
+function caption(image) {
+  const [, , width, height] = image.crop;
+  const whole = width >= image.width && height >= image.height;
+  const share = Math.round((100 * width * height) / (image.width * image.height));
+  return h("figcaption", {}, whole ? "The whole image was judged." : `Judged: what is inside the frame, ${width} × ${height} pixels, ${share || "< 1"} % of the image.`);
+}
+
+let faders = 0;
+
+function fader(marks) {
+  const id = `fader-${(faders += 1)}`;
+  const output = h("output", { for: id }, "60 %");
+  const layer = marks.querySelector(".regions");
+  const slide = (value) => {
+    layer.style.opacity = value / 100;
+    output.textContent = `${value} %`;
+  };
+  slide(60);
+  return h("div", { class: "fader" },
+    h("label", { for: id }, "Regions"),
+    h("input", { id, type: "range", min: 0, max: 100, step: 5, value: 60, oninput: (event) => slide(Number(event.target.value)) }),
+    output,
+    h("p", { class: "key" }, icon("fake"), " like generated ", icon("real"), " like real; paler is less sure"));
+}
+
+function regionTable(regions) {
+  const rows = regions.map((region, index) => {
+    const [x, y, width, height] = region.box;
+    return [index + 1, `${width} × ${height} at ${x}, ${y}`, decimal(region.score), labelWord(region.score >= 0.5 ? "fake" : "real"), region.score >= 0.5 ? (region.generator ?? "–") : "–"];
+  });
+  return h("details", { class: "region-list" },
+    h("summary", {}, "Regions as a table"),
+    table("Score of each region", ["Region", "Pixels", "Score", "Says", "Nearest generator"], rows, { numeric: [2] }));
+}

@@ -1,0 +1,161 @@
+/** Numbers in words that a reader can act on. No elements here. */
+
+/** 1234567 as 1,234,567. */
+export function count(number) {
+  return number === null || number === undefined ? "–" : Number(number).toLocaleString("en-GB");
+}
+
+/** "1 image", "3 images". */
+export function plural(number, one, many = `${one}s`) {
+  return `${count(number)} ${number === 1 ? one : many}`;
+}
+
+/** A score or similarity with two digits; one that is not quite 1 or 0 is not rounded to it. */
+export function decimal(value, digits = 2) {
+  if (value === null || value === undefined) return "–";
+  const last = 10 ** -digits;
+  if (value < 1 && value > 1 - last / 2) return (1 - last).toFixed(digits);
+  if (value > 0 && value < last / 2) return `< ${last.toFixed(digits)}`;
+  return value.toFixed(digits).replace("-", "−");
+}
+
+/** A share as per cent. */
+export function percent(share) {
+  if (share === null || share === undefined) return "–";
+  if (share > 0 && share < 0.005) return "< 1 %";
+  if (share < 1 && share > 0.995) return "> 99 %";
+  return `${Math.round(100 * share)} %`;
+}
+
+/** A share as "1 in 20": to two significant digits. */
+export function oneIn(share) {
+  const times = 1 / share;
+  const unit = times < 10 ? 1 : 10 ** (Math.floor(Math.log10(times)) - 1);
+  return `1 in ${count(Math.max(1, Math.round(times / unit) * unit))}`;
+}
+
+export function when(time) {
+  return new Date(time).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
+}
+
+export function day(time) {
+  return new Date(time).toLocaleDateString("en-GB", { dateStyle: "medium" });
+}
+
+export function bytes(number) {
+  const mega = number / 2 ** 20;
+  return mega >= 1 ? `${mega.toFixed(1)} MiB` : `${Math.max(1, Math.round(number / 1024))} KiB`;
+}
+
+/** A sentence from the service's words. */
+export function sentence(text) {
+  const trimmed = text.trim();
+  return trimmed && `${trimmed[0].toUpperCase()}${trimmed.slice(1)}${/[.!?…]$/.test(trimmed) ? "" : "."}`;
+}
+
+/** Headings of the verdicts. */
+export function headline(verdict) {
+  if (verdict.basis === "known") return verdict.known?.label === "fake" ? "Known generated image" : "Known real image";
+  return { fake: "Probably generated", real: "Probably a real photograph", uncertain: "Cannot tell" }[verdict.verdict];
+}
+
+/** The short word for a label or a decision. */
+export function labelWord(label) {
+  return { fake: "generated", real: "real", uncertain: "uncertain" }[label] ?? "no answer";
+}
+
+/** What the score means: how often real photographs score like that. */
+export function rarity(verdict) {
+  const share = verdict.false_alarm;
+  const images = verdict.calibration?.real;
+  if (verdict.score === null || share === null || share === undefined) return null;
+  if (share === 0) {
+    return images
+      ? `None of the ${count(images)} real photos that Lineup was calibrated with scores this high.`
+      : "No real photo that Lineup was calibrated with scores this high.";
+  }
+  if (share >= 0.995) return "Practically every real photo scores this high or higher.";
+  if (share > 0.4) return `${percent(share)} of real photos score this high or higher.`;
+  return `About ${oneIn(share)} real photos scores this high.`;
+}
+
+/** What the decision means, in a sentence or two after the numbers. */
+export function meaning(verdict, rates) {
+  const { score, thresholds, reason } = verdict;
+  if (verdict.basis === "known") {
+    const origin = verdict.known.label === "fake" ? "a generated image" : "a real image";
+    const by = verdict.known.generator ? ` by ${verdict.known.generator}` : "";
+    return `This very file is in the reference set as ${origin}${by}. It did not vote for itself.`;
+  }
+  if (score === null) return reason ? `No score: ${reason}.` : "No head could give a calibrated score.";
+  if (verdict.verdict === "fake") {
+    return `Lineup says “generated” from ${decimal(thresholds.fake)} on. That cut is set so that ${rate(rates?.false_alarm, "real photos")} is wrongly called generated.`;
+  }
+  if (verdict.verdict === "real") {
+    return `Lineup says “real” below ${decimal(thresholds.real)}. That cut is set so that ${rate(rates?.miss, "generated images of the kinds it knows")} slips through.`;
+  }
+  const why = reason ? sentence(reason) : "";
+  return `${why} Lineup says nothing rather than guess.`;
+}
+
+function rate(share, of) {
+  return share ? `at most ${oneIn(share)} ${of}` : `only a small share of ${of}`;
+}
+
+const VARIANTS = { jpeg: (value) => `JPEG, quality ${value}`, webp: (value) => `WebP, quality ${value}`, scale: (value) => `Scaled to ${Math.round(100 * value)} %` };
+
+/** The name of a re-encoding: "jpeg-70" is "JPEG, quality 70". */
+export function variantName(name) {
+  const [kind, value] = name.split("-");
+  return VARIANTS[kind] && value ? VARIANTS[kind](value) : name;
+}
+
+/** Whether the verdict survives re-encoding. */
+export function stabilityWords(stability) {
+  const tried = Object.values(stability.scores).length;
+  const spread = stability.spread === null ? "" : ` The scores differ by ${decimal(stability.spread)} at most.`;
+  return stability.flips
+    ? `The verdict changes under at least one of ${tried} re-encodings: treat it with care.${spread}`
+    : `The verdict stays the same under all ${tried} re-encodings.${spread}`;
+}
+
+/** What each state of Content Credentials means. */
+export const CREDENTIALS = {
+  trusted: "Signed, unchanged since, and the signer is on a trust list.",
+  intact: "Signed and unchanged since, but nobody vouches for the signer.",
+  invalid: "The signature does not fit the file: it was changed afterwards, or the statement was forged.",
+  remote: "The file only links to a statement elsewhere. Lineup follows no links.",
+  unreadable: "There is a statement, but it cannot be read.",
+};
+
+/** How a head decides, and what it said of this image. Null where it cannot answer. */
+export const HEADS = [
+  {
+    name: "Vote of the neighbours",
+    field: "knn",
+    how: "The nearest reference images vote, the more alike the more weight.",
+    said: (head) => `${head.votes.fake} of the ${head.votes.fake + head.votes.real} nearest are generated; generated images hold ${percent(head.score)} of the weight`,
+    missing: "needs real and generated reference images",
+  },
+  {
+    name: "Nearest neighbour",
+    field: "nn1",
+    how: "The single most similar reference image decides alone.",
+    said: (head) => `similarity ${decimal(head.similarity)}`,
+    missing: "there is no reference image yet",
+  },
+  {
+    name: "Linear classifier",
+    field: "linear",
+    how: "Learned to separate real from generated images; does not look at the references.",
+    said: (head) => `score ${decimal(head.score)} of 1`,
+    missing: "the checkpoint has none",
+  },
+  {
+    name: "Outlier test",
+    field: "svm",
+    how: "Knows real photos only and asks whether this could be one; above 0 is unlike them.",
+    said: (head) => `score ${decimal(head.score)}`,
+    missing: "the checkpoint has none",
+  },
+];
