@@ -22,6 +22,7 @@ from trainer.evaluate import Evaluation, EvaluationError, evaluate
 from trainer.file_facts import file_fact_scores
 from trainer.heads import Heads, HeadsError, NearestHead
 from trainer.images import FileFacts, Preprocess
+from trainer.metrics import auroc
 from trainer.refit import refit
 from trainer.report import report_tables, write_report
 from trainer.tables import NOT_DIFFUSION, Rows, seen_table, unseen_tables
@@ -287,7 +288,7 @@ def test_file_facts_tell_what_compression_gives_away_and_nothing_else() -> None:
     telling = file_fact_scores([facts(quality=95 if y else 70) for y in labels], labels, names)
     silent = file_fact_scores([facts(size=int(rng.integers(50, 150))) for _ in labels], labels, names)
     assert ((telling > 0.5) == (labels == 1)).all()
-    assert abs(((silent > 0.5) == (labels == 1)).mean() - 0.5) < 0.25
+    assert auroc(silent, labels) < 0.7  # 0.8 and more for a forest that has seen what it judges
     assert np.isnan(file_fact_scores([facts()] * 4, np.array([0, 1, 0, 1]), names[:4])).all()
 
 

@@ -196,7 +196,8 @@ def with_pickles(source: Path, tmp_path: Path) -> tuple[Path, Heads]:
     rng = np.random.default_rng(0)
     labels = np.arange(80) % 2
     x = (rng.normal(size=(80, DIM)) + labels[:, None]).astype(np.float32)
-    linear = LogisticRegression(C=0.316, class_weight="balanced", max_iter=10_000).fit(x.astype(np.float64), labels)
+    linear = LogisticRegression(C=0.316, class_weight="balanced", solver="newton-cholesky", tol=1e-10)
+    linear.fit(x.astype(np.float64), labels)
     joblib.dump(linear, folder / "sklearn" / "linear_tot.sav")
     joblib.dump(KNeighborsClassifier(1, metric="cosine").fit(x, labels), folder / "sklearn" / "knn_tot.sav")
     svm = OneClassSVM(kernel="poly", gamma="auto", nu=0.1).fit(x[labels == 0].astype(np.float64))
