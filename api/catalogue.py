@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
+
 from api.detector import Detector
 from api.judgement import calibration_facts, shortage, thresholds_of
 from api.neighbours import DATABASE_AWAY
@@ -15,13 +17,20 @@ from api.schemas import (
     Enrolment,
     Generator,
     GeneratorCount,
+    Histogram,
     IndexState,
     ReferenceImage,
     References,
     Removed,
+    SourceCount,
     Status,
 )
 from indexer import store
+from trainer.calibration import Calibration
+from trainer.logistic import sigmoid
+
+BINS = 20
+"""Of the histogram of calibration scores."""
 
 
 def reference_image(row: store.Reference) -> ReferenceImage:
@@ -68,14 +77,23 @@ def change_generator(detector: Detector, name: str, facts: Mapping[str, Any]) ->
 
 def enrolment(row: store.Enrolment) -> Enrolment:
     """One enrolment with its report."""
-    return Enrolment(id=row.id, at=row.at, generator=row.generator, source=row.source, report=row.report)
+    return Enrolment(
+        id=row.id,
+        at=row.at,
+        generator=row.generator,
+        source=row.source,
+        references=row.references,
+        report=row.report,
+    )
 
 
 def status(detector: Detector) -> Status:
     """What is loaded, followed and calibrated; from memory while the database is away."""
     follower, fitted, settings = detector.follower, detector.calibrator.current, detector.settings
     real, fake = follower.index.counts()
-    revision, degraded, generators = follower.revision, follower.degraded, []
+    revision, degraded = follower.revision, follower.degraded
+    generators: list[GeneratorCount] = []
+    sources: list[SourceCount] = []
     if not degraded:
         try:
             counts = detector.store.counts()
@@ -83,6 +101,9 @@ def status(detector: Detector) -> Status:
             revision = detector.store.revision(detector.embedder.id)
             generators = [
                 GeneratorCount(name=row.name, references=row.references) for row in detector.store.generators()
+            ]
+            sources = [
+                SourceCount(name=name, references=count) for name, count in detector.store.sources().items() if name
             ]
         except DATABASE_AWAY:
             degraded = True
@@ -92,6 +113,7 @@ def status(detector: Detector) -> Status:
         revision=revision,
         references=References(real=real, fake=fake),
         generators=generators,
+        sources=sources,
         index=IndexState(
             kind=follower.index.kind,
             device=follower.index.device,
@@ -117,7 +139,19 @@ def calibration_state(detector: Detector) -> CalibrationState:
         prior=settings.prior,
         reason=detector.calibrator.reason or shortage(fitted, settings.max_false_alarm, settings.max_miss),
         maps={name: item.to_json() for name, item in fitted.calibration.maps.items()} if fitted else {},
+        histogram=histogram(fitted.calibration) if fitted else None,
     )
+
+
+def histogram(calibration: Calibration) -> Histogram | None:
+    """How the calibration images score where every head answers."""
+    name = calibration.largest()
+    if name is None:
+        return None
+    real, fake = (
+        np.histogram(sigmoid(scores[name]), BINS, (0, 1))[0].tolist() for scores in (calibration.real, calibration.fake)
+    )
+    return Histogram(real=real, fake=fake)
 
 
 def package_version() -> str:

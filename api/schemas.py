@@ -511,6 +511,11 @@ class GeneratorCount(Model):
     references: int
 
 
+class SourceCount(Model):
+    name: str
+    references: int
+
+
 class Status(Model):
     """What is loaded, followed and calibrated."""
 
@@ -522,6 +527,7 @@ class Status(Model):
     """The newest revision in Postgres; while it is away, the last one followed."""
     references: References
     generators: list[GeneratorCount]
+    sources: list[SourceCount] = []
     index: IndexState
     calibration: CalibrationFacts | None = None
     reason: str | None = None
@@ -530,6 +536,13 @@ class Status(Model):
     version: str | None = None
     k: int | None = None
     """Neighbours that vote unless a request asks for another number."""
+
+
+class Histogram(Model):
+    """How the calibration images score, each by maps fitted without its group: counts in equal bins of 0..1."""
+
+    real: list[int]
+    fake: list[int]
 
 
 class CalibrationState(Model):
@@ -543,6 +556,8 @@ class CalibrationState(Model):
     reason: str | None = None
     maps: dict[str, Any] = {}
     """The logistic maps from raw head scores to calibrated logits, by the heads that answer."""
+    histogram: Histogram | None = None
+    """Of the scores that all heads together give; null where nothing is calibrated."""
 
 
 class Health(Model):

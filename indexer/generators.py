@@ -54,6 +54,8 @@ class Enrolment:
     generator: str | None
     source: str | None
     report: dict[str, Any] | None
+    references: int = 0
+    """Those that are still there."""
 
 
 def check_generator_name(name: str) -> str:
@@ -218,10 +220,12 @@ def _generators() -> Select[Any]:
 
 
 def _enrolments() -> Select[Any]:
+    left = select(func.count()).where(ReferenceRow.enrolment_id == EnrolmentRow.id)
     return select(
         EnrolmentRow.id,
         EnrolmentRow.at,
         GeneratorRow.name.label("generator"),
         EnrolmentRow.source,
         EnrolmentRow.report,
+        left.scalar_subquery().label("references"),
     ).outerjoin(GeneratorRow, GeneratorRow.id == EnrolmentRow.generator_id)

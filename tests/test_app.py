@@ -238,12 +238,18 @@ def test_an_enrolment_is_reported_and_undone(own: TestClient) -> None:
     made = own.post("/v1/references", data=form, files=files(png(2), png(3), field="images")).json()
     shown = own.get(f"/v1/enrolments/{made['enrolment']}").json()
     assert (shown["generator"], shown["source"], shown["report"]["added"]) == ("a", "feed", 2)
+    assert shown["references"] == 2
+    assert own.get("/v1/status").json()["sources"] == [
+        {"name": "feed", "references": 2},
+        {"name": "upload", "references": 1},
+    ]
     page = own.get("/v1/enrolments", params={"limit": 1}).json()
     assert [item["id"] for item in page["enrolments"]] == [made["enrolment"]]
     rest = own.get("/v1/enrolments", params={"after": page["next"]}).json()["enrolments"]
     assert [item["id"] for item in rest] == [keep["enrolment"]]
     assert own.delete(f"/v1/enrolments/{made['enrolment']}").json() == {"references": 2, "revision": 3}
     assert own.get("/v1/status").json()["references"] == {"real": 1, "fake": 0}
+    assert own.get(f"/v1/enrolments/{made['enrolment']}").json()["references"] == 0
     for call in (own.get, own.delete):
         problem(call("/v1/enrolments/999999"), 404, "not-found")
 
@@ -509,6 +515,7 @@ def test_status_and_calibration(client: TestClient) -> None:
     state = client.get("/v1/calibration").json()
     assert state["thresholds"] == client.post("/v1/detect", files=files(png())).json()["results"][0]["thresholds"]
     assert "knn+linear+svm" in state["maps"]
+    assert {label: sum(counts) for label, counts in state["histogram"].items()} == {"real": 60, "fake": 60}
 
 
 def test_a_promise_that_cannot_be_kept_is_told(populated: Settings) -> None:
