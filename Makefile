@@ -42,7 +42,7 @@ endif
 	$(RUN) trainer fit --data $(IMAGES) --split train --output $(LINEUP_CHECKPOINT) --image-size 64 --max-minutes $(MINUTES)
 	$(RUN) indexer add $(IMAGES) --split train
 	$(RUN) indexer evaluate --data $(IMAGES) --split test,unseen
-	$(RUN) api detect $$($(RUN) trainer examples $(IMAGES) --split test,unseen)
+	$(RUN) api detect $(IMAGES) --split test,unseen --sample 2
 ifneq ($(SERVE),0)
 	$(RUN) api serve
 endif

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import islice, zip_longest
 from pathlib import Path
+from random import Random
 from typing import Annotated, Any, cast
 
 import typer
@@ -24,13 +27,19 @@ from api.uploads import Question, Upload
 from indexer.postgres import DatabaseBehind, DatabaseUnreachable, connect
 from indexer.settings import SettingsError, read_settings
 from indexer.store import ApiKey, KeyExists, Store
+from trainer.datasets import DatasetError, read_dataset
 from trainer.embedder import CheckpointError
+from trainer.entry import read_file
+from trainer.folders import is_image_name
+from trainer.images import UnreadableImage
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 keys = typer.Typer(help="API keys: who may call, and for what.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 EXPECTED = (SettingsError, CheckpointError, DatabaseUnreachable, DatabaseBehind, *DATABASE_AWAY)
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
+
+Image = tuple[str, Callable[[], bytes]]
+"""A file's name, and how to read it."""
 
 
 def fail(error: Exception) -> typer.Exit:
@@ -47,27 +56,35 @@ def load(**options: Any) -> Detector:
         raise fail(error) from None
 
 
-def image_files(paths: Iterable[Path]) -> Iterator[Path]:
+def image_files(paths: Iterable[Path]) -> Iterator[Image]:
     """The files named, and those of folders by their suffix, in order of name."""
     for path in paths:
-        if path.is_dir():
-            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        else:
-            yield path
+        files = sorted(file for file in path.rglob("*") if is_image_name(file)) if path.is_dir() else [path]
+        for file in files:
+            yield str(file), partial(read_file, file)
 
 
-def judge_file(detector: Detector, path: Path, question: Question) -> Verdict | FailedFile:
+def data_set_images(paths: Iterable[Path], split: str | None, sample: int | None) -> Iterator[Image]:
+    """The images of data sets, or so many of them: real and fake in turns, drawn with a fixed seed."""
+    entries = [entry for path in paths for entry in read_dataset(path, split=split)]
+    if sample is not None:
+        Random(0).shuffle(entries)
+        kinds = [[entry for entry in entries if entry.label == label] for label in (1, 0)]
+        turns = (entry for pair in zip_longest(*kinds) for entry in pair if entry)
+        entries = list(islice(turns, sample))
+    for entry in entries:
+        yield entry.uri.removeprefix("file://"), entry.read
+
+
+def judge_file(detector: Detector, name: str, read: Callable[[], bytes], question: Question) -> Verdict | FailedFile:
     """The verdict on one file, or why it cannot be read."""
     try:
-        if path.stat().st_size > detector.settings.max_upload_bytes:
-            limit = f"LINEUP_MAX_UPLOAD_BYTES allows {detector.settings.max_upload_bytes:,}"
-            raise ApiError("too-large", f"{path} has {path.stat().st_size:,} bytes; {limit}")
-        return next(detector.detect([Upload(str(path), path.read_bytes())], question))
+        return next(detector.detect([Upload(name, read())], question))
     except OSError as error:
-        problem = ApiError("unreadable", f"{path}: {error.strerror or error}")
-    except ApiError as error:
-        problem = error
-    return FailedFile(file=str(path), error=problem.problem())
+        problem = ApiError("unreadable", f"{name}: {error.strerror or error}")
+    except UnreadableImage as error:
+        problem = ApiError("unreadable", f"{name}: {error}")
+    return FailedFile(file=name, error=problem.problem())
 
 
 @app.command()
@@ -100,6 +117,8 @@ def detect(
         float | None, typer.Option(min=0.0001, max=0.9999, help="Share of real images that may be called fake.")
     ] = None,
     explain: Annotated[str, typer.Option(help="regions, stability, or both with a comma.")] = "",
+    split: Annotated[str | None, typer.Option(help="The paths are data sets: judge these splits.")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="The paths are data sets: judge so many images.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One verdict as JSON per line on stdout.")] = False,
 ) -> None:
     """Judge images here in the terminal, without a server."""
@@ -111,8 +130,9 @@ def detect(
     judged, failed, console = 0, 0, Console()
     try:
         detector.calibrate()
-        for path in image_files(images):
-            result = judge_file(detector, path, question)
+        in_data_sets = split is not None or sample is not None
+        for name, read in data_set_images(images, split, sample) if in_data_sets else image_files(images):
+            result = judge_file(detector, name, read, question)
             if as_json:
                 print(result.model_dump_json(), flush=True)
             if isinstance(result, FailedFile):
@@ -122,6 +142,8 @@ def detect(
             judged += 1
             if not as_json:
                 show(result, console)
+    except DatasetError as error:
+        raise fail(error) from None
     finally:
         detector.close()
     if not judged + failed:
