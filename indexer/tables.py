@@ -112,6 +112,7 @@ class ReferenceRow(Base):
         Index(None, "enrolment_id"),
         # A path may be longer than a b-tree entry can be.
         Index(None, "uri", postgresql_using="hash"),
+        Index(None, "group", postgresql_using="hash"),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)

@@ -9,7 +9,7 @@ from datetime import UTC, date, datetime
 
 import numpy as np
 import pytest
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, event, text
 
 from indexer.postgres import connect
 from indexer.settings import Settings
@@ -22,6 +22,7 @@ from indexer.store import (
     KeyExists,
     NewReference,
     Removals,
+    Removed,
     Store,
     UnknownCheckpoint,
     UnknownGenerator,
@@ -396,6 +397,27 @@ def test_a_deadlock_is_tried_again(store: Store) -> None:
 
     together(lambda: cross(ids), lambda: cross(ids[::-1]))
     assert len(attempts) == 3
+
+
+def test_a_known_row_that_vanishes_before_the_lock_is_added_again(store: Store, settings: Settings) -> None:
+    store.add([new(1), new(2)], CHECKPOINT)
+    engine = connect(settings)
+    other = Store(engine)
+    removed: list[Removed] = []
+
+    def before(connection: object, cursor: object, statement: str, *_: object) -> None:
+        if "for update" in statement and not removed:
+            removed.append(other.remove(ids=[row.id for row in other.list() if row.sha256 == new(1).sha256]))
+
+    event.listen(store.engine, "before_cursor_execute", before)
+    added = store.add([new(1), new(2), new(3)], CHECKPOINT)
+    event.remove(store.engine, "before_cursor_execute", before)
+    engine.dispose()
+    assert removed[0].references == 1
+    assert (added.added, added.known) == (2, 1)
+    replica = Replica(store)
+    replica.catch_up()
+    assert sorted(replica.rows) == store.embedded_ids(CHECKPOINT).tolist() == sorted(added.ids)  # type: ignore[type-var]
 
 
 def test_revisions_become_visible_in_order_while_many_write_and_remove(store: Store) -> None:

@@ -161,6 +161,7 @@ def upgrade() -> None:
     op.create_index("ix_reference_image_generator_id_id", "reference_image", ["generator_id", "id"], unique=False)
     op.create_index("ix_reference_image_label_generator_id", "reference_image", ["label", "generator_id"], unique=False)
     op.create_index("ix_reference_image_source_id", "reference_image", ["source", "id"], unique=False)
+    op.create_index("ix_reference_image_group", "reference_image", ["group"], unique=False, postgresql_using="hash")
     op.create_index("ix_reference_image_uri", "reference_image", ["uri"], unique=False, postgresql_using="hash")
     op.create_table(
         "embedding",

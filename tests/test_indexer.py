@@ -1,0 +1,231 @@
+"""The indexer's commands: what they print, what they answer as JSON, and how they fail."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hashing import HashingEmbedder
+from typer.testing import CliRunner, Result
+
+from indexer.__main__ import app
+from indexer.postgres import connect
+from indexer.settings import Settings
+from indexer.store import Store
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A command with the hashing embedder, in this test's home and database."""
+    monkeypatch.setenv("LINEUP_HOME", str(settings.home))
+    monkeypatch.setenv("LINEUP_DATABASE_URL", str(settings.database_url))
+    monkeypatch.setenv("LINEUP_CHECKPOINT", str(settings.home / "hashing"))
+    monkeypatch.setattr("trainer.embedder.Embedder", HashingEmbedder)
+
+    def invoke(*arguments: object) -> Result:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return invoke
+
+
+@pytest.fixture
+def store(settings: Settings) -> Iterator[Store]:
+    engine = connect(settings)
+    yield Store(engine)
+    engine.dispose()
+
+
+@pytest.fixture
+def images(image_folder: Path, tmp_path: Path) -> Path:
+    """8 real, 4 of each generator, and one file that is none."""
+    root = tmp_path / "images"
+    for name, count in (("real", 8), ("fake/gen-a", 4), ("fake/gen-b", 4)):
+        (root / name).mkdir(parents=True)
+        for path in sorted((image_folder / name).iterdir())[:count]:
+            shutil.copy2(path, root / name / path.name)
+    (root / "real/zero.jpg").write_bytes(b"")
+    return root
+
+
+def document(result: Result) -> Any:
+    """The one JSON document on stdout."""
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_add_status_check_remove(run: Run, images: Path, settings: Settings) -> None:
+    added = document(run("add", images, "--json"))
+    assert {key: added[key] for key in ("added", "known", "embedded", "conflicts", "revision")} == {
+        "added": 16,
+        "known": 0,
+        "embedded": 0,
+        "conflicts": [],
+        "revision": 1,
+    }
+    assert added["rejected"] == [{"file": "real/zero.jpg", "reason": "the file is empty"}]
+    assert json.loads(Path(added["report"]).read_text())["rejected"] == added["rejected"]
+
+    status = document(run("status", "--json"))
+    assert status["checkpoint"] == HashingEmbedder().id
+    assert status["revision"] == 1
+    assert status["references"] == {"real": 8, "fake": 8}
+    assert status["generators"] == [{"name": "gen-a", "references": 4}, {"name": "gen-b", "references": 4}]
+    assert status["index"] == {"kind": "flat-fp16", "device": "cpu", "size": 16, "revision": 1, "recall": 1.0}
+    assert status["calibration"] is None
+    assert [(row["id"], row["added"]) for row in status["enrolments"]] == [(added["enrolment"], 16)]
+
+    assert document(run("check", "--json"))["agree"] is True
+    removed = document(run("remove", "--generator", "GEN-A", "--json"))
+    assert removed == {"removed": 4, "revisions": {HashingEmbedder().id: 2}, "forgotten": False}
+    (one,) = document(run("check", "--json"))["checkpoints"]
+    assert (one["rows"], one["index"], one["snapshot"], one["problems"]) == (12, 12, 2, [])
+    assert document(run("remove", "--enrolment", added["enrolment"], "--json"))["removed"] == 12
+    assert document(run("status", "--json"))["references"] == {"real": 0, "fake": 0}
+
+
+def test_people_get_lines(run: Run, images: Path) -> None:
+    first = run("add", images)
+    assert first.stdout.splitlines()[:2] == [
+        "added 16 of 17 images (4 gen-a, 4 gen-b, 8 real)",
+        "known 0, embedded 0, conflicts 0, rejected 1",
+    ]
+    assert "rejected real/zero.jpg: the file is empty" in first.stderr
+    assert "known 16" in run("add", images).stdout
+    assert "8 real, 8 fake; revision 1" in run("status").stdout
+    assert run("check").stdout.endswith("revision 1, 16 rows, 16 in the index, snapshot of revision 1: they agree\n")
+    assert "removed 1 references" in run("remove", "--id", 1, "--forget").stdout
+    assert "index of" in run("rebuild").stdout
+
+
+def test_a_dry_run_says_what_would_be(run: Run, images: Path, store: Store) -> None:
+    assert run("add", images, "--dry-run").stdout.startswith("would add 16 of 17 images")
+    assert store.counts() == {"real": 0, "fake": 0}
+
+
+def test_forgotten_images_stay_away(run: Run, images: Path) -> None:
+    run("add", images)
+    document(run("remove", "--source", "images", "--forget", "--json"))
+    again = run("add", images, "--json")
+    assert again.exit_code == 1  # nothing was usable
+    assert len(json.loads(again.stdout)["rejected"]) == 17
+
+
+def test_facts_of_a_generator(run: Run, images: Path, store: Store) -> None:
+    shutil.rmtree(images / "real")
+    folder = images / "fake/gen-a"
+    facts = ["--vendor", "ACME", "--version", "2", "--released-on", "2025-01-31", "--family", "diffusion"]
+    report = document(run("add", folder, "--label", "fake", "--generator", "Gen A", *facts, "--json"))
+    assert report["added"] == 4
+    generator = store.get_generator("gen a")
+    assert generator is not None
+    assert (generator.vendor, generator.version, generator.family) == ("ACME", "2", "diffusion")
+    assert str(generator.released_on) == "2025-01-31"
+    enrolment = store.get_enrolment(report["enrolment"])
+    assert enrolment is not None
+    assert enrolment.generator == "Gen A"
+
+
+def test_check_notices(run: Run, images: Path, settings: Settings, store: Store) -> None:
+    run("add", images)
+    (snapshot,) = settings.home.glob("index/*/*/snapshot")
+    good = snapshot.read_bytes()
+    snapshot.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    broken = run("check")
+    assert broken.exit_code == 1
+    assert "run python -m indexer rebuild" in broken.stdout
+    assert run("rebuild").exit_code == 0
+    assert run("check").exit_code == 0
+    with store.engine.begin() as connection:  # behind the rules' back: without a revision
+        connection.exec_driver_sql("update reference_image set source = 'else' where id = 2")
+        other = "(select vector from embedding where image_id = 3)"
+        connection.exec_driver_sql(f"update embedding set vector = {other} where image_id = 4")
+    wrong = run("check", "--json")
+    assert wrong.exit_code == 1
+    (one,) = json.loads(wrong.stdout)["checkpoints"]
+    assert one["problems"] == ["2 vectors of the index differ from their rows"]
+    snapshot.unlink()  # nothing is lost
+    assert run("check").exit_code == 0
+
+
+def test_rebuild_with_another_checkpoint(run: Run, images: Path, settings: Settings, store: Store) -> None:
+    run("add", images)
+    run("add", images / "fake/gen-b", "--label", "fake", "--generator", "gen-b")
+    old, new = HashingEmbedder(), HashingEmbedder("newer")
+    (images / "real/000.jpg").unlink()
+    (images / "real/002.jpg").write_bytes((images / "real/001.png").read_bytes())
+    half = run("rebuild", "--checkpoint", settings.home / "newer", "--json")
+    assert half.exit_code == 1
+    report = json.loads(half.stdout)
+    assert (report["embedded"], report["active"]) == (14, False)
+    reasons = sorted(item["reason"] for item in report["unreadable"])
+    assert reasons == ["no such file", "the file has changed since it was added"]
+    active = store.active_checkpoint()
+    assert active is not None
+    assert active.id == old.id
+    whole = document(run("rebuild", "--checkpoint", settings.home / "newer", "--partial", "--json"))
+    assert (whole["embedded"], whole["active"], len(whole["unreadable"])) == (0, True, 2)
+    active = store.active_checkpoint()
+    assert active is not None
+    assert active.id == new.id
+    assert len(store.embedded_ids(new.id)) == 14
+    assert document(run("check", "--json"))["agree"] is True
+    assert "is not the active checkpoint" in run("add", images).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (["add", "missing"], 1, "does not exist"),
+        (["add", "."], 1, "no images"),
+        (["add", "images", "--vendor", "ACME"], 2, "--generator"),
+        (["remove"], 2, "--enrolment"),
+        (["remove", "--id", "1", "--source", "x"], 2, "--enrolment"),
+        (["remove", "--generator", "nobody"], 1, "no generator 'nobody'"),
+        (["status", "--checkpoint", "nowhere"], 1, "nowhere"),
+    ],
+)
+def test_failures_are_one_line(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, part: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    result = run(*arguments)
+    assert result.exit_code == code
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert part in line
+
+
+def test_missing_checkpoints_and_databases_are_one_line(
+    images: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LINEUP_HOME", str(settings.home))
+    monkeypatch.setenv("LINEUP_DATABASE_URL", "postgresql://127.0.0.1:1/none")
+    for arguments, part in (
+        (["add", str(images)], "train"),
+        (["status"], "LINEUP_DATABASE_URL"),
+        (["migrate"], "LINEUP_DATABASE_URL"),
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 1
+        (line,) = result.stderr.splitlines()
+        assert part in line
+    monkeypatch.setenv("LINEUP_K", "none")
+    result = CliRunner().invoke(app, ["status"])
+    assert result.stderr.startswith("error: LINEUP_K is 'none'")
+
+
+def test_migrate_and_stop(run: Run, settings: Settings) -> None:
+    assert run("migrate", "base").stdout == "schema at nothing\n"
+    behind = run("status")
+    assert behind.exit_code == 1
+    assert "python -m indexer migrate" in behind.stderr
+    assert run("migrate").stdout == "schema at 0001\n"
+    assert run("status").stdout.strip().endswith("nothing was added yet")
+    assert run("stop").stdout.startswith("no embedded database runs")
+    assert run("check").stdout == "nothing was added yet\n"
