@@ -85,13 +85,12 @@ def evaluate(
     if not sets:
         reason = f" ({len(rejected)} unreadable, the first: {rejected[0].file})" if rejected else ""
         raise EvaluationError(f"{data} holds no readable image of split {split}{reason}: change --data or --split")
-    plain = sets["none"]
-    related = relatives(follower.store, [facts.sha256 for facts in plain.facts], plain.groups)
     t_fake, t_real = (
         calibration.thresholds(settings.max_false_alarm, settings.max_miss) if calibration else (None, None)
     )
     rows, verdicts = [], []
-    for name, images in sets.items():
+    for name, images in sets.items():  # not always the same images: D3's archive brings its own transformed ones
+        related = relatives(follower.store, [facts.sha256 for facts in images.facts], images.groups)
         scores = index_scores(images.embeddings, related, follower, heads, calibration, settings.k)
         rows += measure_splits(images, scores, splits, name, resamples, seed)
         if "combined" in scores:

@@ -138,6 +138,7 @@ def test_d3_test_archive_keeps_records_together(tmp_path: Path) -> None:
     )
     entries = list(read_dataset(root))
     assert {entry.group for entry in entries} == {"d3/007"}
+    assert {entry.split for entry in entries} == {"test"}
     assert {(e.generator, e.attributes["variant"]) for e in entries} == {
         (name, variant) for name in (None, "DF-IF", "SD-XL") for variant in ("augm", "no_augm")
     }

@@ -25,6 +25,7 @@ from trainer.images import FileFacts, Preprocess
 from trainer.metrics import auroc
 from trainer.refit import refit
 from trainer.report import report_tables, write_report
+from trainer.splits import entries_of
 from trainer.tables import NOT_DIFFUSION, Rows, seen_table, unseen_tables
 from trainer.transforms import basic, curves
 
@@ -125,6 +126,24 @@ def test_the_unseen_split_alone_still_borrows_the_reals(checkpoint: Path, data: 
     alone = evaluate(checkpoint, data, split="unseen", resamples=50)
     assert [row for row in evaluation.rows if row["split"] == "unseen"] == alone.rows
     assert set(alone.sets["none"].generators) == {"", "gan-b"}
+
+
+def test_the_transformed_images_of_d3s_archive_stand_for_ours(tmp_path: Path) -> None:
+    for variant in ("augm", "no_augm"):
+        for kind in ("real", "gen_0"):
+            (tmp_path / variant / kind).mkdir(parents=True)
+            small_image(np.random.default_rng(0), "").save(tmp_path / variant / kind / "0.png")
+    tables, extra = basic(SIZE), [points[0][1] for points in curves().values()]
+    work = {
+        (entry.attributes["variant"], entry.label): [t.name for t in transforms]
+        for entry, transforms in entries_of(tmp_path, ["test"], tables, extra)
+    }
+    plain = ["none", "equalised", *(transform.name for transform in extra)]
+    assert work == {
+        (variant, label): names
+        for variant, names in (("augm", ["transformed"]), ("no_augm", plain))
+        for label in (0, 1)
+    }
 
 
 def test_unreadable_images_are_named(evaluation: Evaluation) -> None:

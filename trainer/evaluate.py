@@ -124,7 +124,7 @@ def evaluate(
     strengths = {t.name: (name, x) for name, points in curves().items() for x, t in points} if with_curves else {}
     extra = [t for points in curves().values() for _, t in points] if with_curves else []
     sets, rejected = embed_entries(embedder, entries_of(data, splits, tables, extra), seed=seed, on_image=on_image)
-    if not sets:
+    if "none" not in sets:
         reason = (
             f" ({len(rejected)} unreadable, the first: {rejected[0].file}: {rejected[0].reason})" if rejected else ""
         )
@@ -140,6 +140,6 @@ def evaluate(
             curve_rows += [{"curve": curve, "strength": strength} | row for row in measured]
         else:
             rows += measured
-    kept = {table.name: sets[table.name] for table in tables}
-    kept_scores = {table.name: scores[table.name] for table in tables}
+    kept = {table.name: sets[table.name] for table in tables if table.name in sets}
+    kept_scores = {name: scores[name] for name in kept}
     return Evaluation(embedder.id, embedder.name, rows, curve_rows, kept, kept_scores, scorer, rejected)

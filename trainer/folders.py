@@ -116,6 +116,8 @@ def real_and_fake(root: Path, generator: str | None) -> list[Part]:
 def d3_test(root: Path, generator: str | None) -> list[Part]:
     """D3's test archive, `{augm,no_augm}/{real,gen_0,...}/**`, or one of the two; empty where it is none.
 
+    All of it is of the split `test`, so that it cannot train anything by accident.
+
     Args:
         root: The archive's folder.
         generator: A comma list, names of gen_0, gen_1, ...; by default D3's.
@@ -126,8 +128,8 @@ def d3_test(root: Path, generator: str | None) -> list[Part]:
         made = {f: int(f.name[4:]) for f in _folders(home) if re.fullmatch(r"gen_\d+", f.name)}
         attributes = {} if home == root else {"variant": home.name}
         if made and (home / "real").is_dir():
-            parts.append(Part(home / "real", 0, None, None, True, attributes))
-        parts += [Part(f, 1, generator_name(names, i, str(home)), None, True, attributes) for f, i in made.items()]
+            parts.append(Part(home / "real", 0, None, "test", True, attributes))
+        parts += [Part(f, 1, generator_name(names, i, str(home)), "test", True, attributes) for f, i in made.items()]
     return parts
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from trainer.datasets import Entry, read_dataset
 from trainer.embedded_set import EmbeddedSet
 from trainer.metrics import RESAMPLES, measure
-from trainer.transforms import Transform
+from trainer.transforms import Transform, unchanged
 
 UNSEEN = "unseen"
 """The split of generators that trained nothing; its fakes are paired with the real images of the split `test`."""
@@ -81,11 +81,18 @@ def rows_of(images: EmbeddedSet, split: str, default: str) -> np.ndarray:
 def entries_of(
     data: Path, splits: Sequence[str], tables: Sequence[Transform], extra: Sequence[Transform]
 ) -> Iterator[tuple[Entry, Sequence[Transform]]]:
-    """Entries with their transforms: those of the tables, and of the curves for the first of each kind."""
+    """Entries with their transforms: those of the tables, and of the curves for the first of each kind.
+
+    D3's test archive brings its own transformed images (variant `augm`): they stand for our random transforms.
+    """
     borrowed = [] if UNSEEN not in splits or "test" in splits else ["test"]
     seen: Counter[tuple[str | None, str | None]] = Counter()
     for entry in read_dataset(data, split=",".join([*splits, *borrowed])):
         if entry.split in borrowed and entry.label == 1:
             continue
+        if entry.attributes.get("variant") == "augm":
+            yield entry, [Transform("transformed", unchanged)]
+            continue
         seen[entry.split, entry.generator] += 1
-        yield entry, [*tables, *extra] if seen[entry.split, entry.generator] <= CURVE_IMAGES else tables
+        own = [table for table in tables if entry.attributes.get("variant") is None or table.name != "transformed"]
+        yield entry, [*own, *extra] if seen[entry.split, entry.generator] <= CURVE_IMAGES else own
