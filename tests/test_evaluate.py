@@ -30,7 +30,7 @@ from trainer.tables import NOT_DIFFUSION, Rows, seen_table, unseen_tables
 from trainer.transforms import basic, curves
 
 SIZE, DIM = 32, 24
-KINDS = [("train", "", 60), ("train", "gen-a", 60), ("test", "", 20), ("test", "gen-a", 14), ("unseen", "gan-b", 14)]
+KINDS = [("train", "", 66), ("train", "gen-a", 66), ("test", "", 20), ("test", "gen-a", 14), ("unseen", "gan-b", 14)]
 
 
 def small_image(rng: np.random.Generator, generator: str) -> Image.Image:
@@ -59,10 +59,10 @@ def groups(of: str, number: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A manifest with splits; of the training images a third of either label is of the role calibration."""
+    """A manifest with splits; of 66 training images of a label 20 have the role calibration, the last 6 validation."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
-    names = {role: iter(groups(role, 80)) for role in ("training", "calibration")}
+    names = {role: iter(groups(role, 80)) for role in ("training", "calibration", "validation")}
     with (folder / "manifest.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "generator", "split", "source", "group"])
@@ -70,7 +70,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(number):
                 path = f"{split}-{generator or 'real'}-{i}.png"
                 small_image(rng, generator).save(folder / path)
-                group = next(names["calibration" if i % 3 == 0 else "training"]) if split == "train" else path
+                of = "validation" if i >= 60 else "calibration" if i % 3 == 0 else "training"
+                group = next(names[of]) if split == "train" else path
                 writer.writerow([path, "fake" if generator else "real", generator, split, f"source-{i % 2}", group])
         (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
         writer.writerow(["broken.png", "real", "", "test", "source-0", "broken"])
