@@ -53,7 +53,7 @@ def relatives(store: Store, sha256: Sequence[str], groups: Sequence[str]) -> lis
     if known:
         ids, fingerprints = all_fingerprints(store)
         own_fingerprints = np.array([fingerprint[sha256[number]] for number in known])
-        for reference, number, _ in near_duplicates(fingerprints, own_fingerprints):
+        for reference, number, _ in near_duplicates(fingerprints, own_fingerprints).tolist():
             related[known[number]].add(int(ids[reference]))
     return [np.array(sorted(one), np.int64) for one in related]
 
@@ -72,22 +72,27 @@ def all_fingerprints(store: Store) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(ids), np.concatenate(fingerprints)
 
 
-def near_duplicates(one: np.ndarray, other: np.ndarray) -> list[tuple[int, int, int]]:
-    """Pairs of fingerprints that differ in at most `NEAR_BITS` bits: (row in one, row in other, bits).
+def near_duplicates(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Pairs of fingerprints that differ in at most `NEAR_BITS` bits, flat pictures left out (their fingerprint is 0).
 
     Of five parts of 12 bits at least one is untouched by four changed bits: FAISS's multi-hash finds every pair.
 
     Args:
         one: Fingerprints, shape (n,), int64; the longer list.
         other: Fingerprints, shape (m,), int64.
+
+    Returns:
+        Row in one, row in other and bits that differ, shape (pairs, 3), int64, in that order.
     """
-    if not len(one) or not len(other):
-        return []
+    rows, other_rows = np.flatnonzero(one), np.flatnonzero(other)
+    if not len(rows) or not len(other_rows):
+        return np.empty((0, 3), np.int64)
     table = faiss.IndexBinaryMultiHash(64, NEAR_BITS + 1, 64 // (NEAR_BITS + 1))
-    table.add(_bytes(other))
-    limits, bits, rows = table.range_search(_bytes(one), NEAR_BITS + 1)  # nearer than that
-    pairs = zip(np.repeat(np.arange(len(one)), np.diff(limits.astype(np.int64))), rows, bits, strict=True)
-    return sorted({(int(row), int(at), int(distance)) for row, at, distance in pairs})
+    table.add(_bytes(other[other_rows]))
+    limits, bits, found = table.range_search(_bytes(one[rows]), NEAR_BITS + 1)  # nearer than that
+    pairs = [np.repeat(rows, np.diff(limits.astype(np.int64))), other_rows[found], bits.astype(np.int64)]
+    unique: np.ndarray = np.unique(np.stack(pairs, axis=1), axis=0)  # (pairs, 3)
+    return unique
 
 
 def _bytes(fingerprints: np.ndarray) -> np.ndarray:

@@ -40,7 +40,10 @@ def direction(number: int, fake: bool) -> np.ndarray:
 
 def reference(number: int, **others: Any) -> Any:
     fake = number % 2 == 1
-    values: dict[str, Any] = {"vector": direction(number, fake), "fingerprint": number * 0x9E3779B97F4A7C15 % 2**63}
+    values: dict[str, Any] = {
+        "vector": direction(number, fake),
+        "fingerprint": (number + 1) * 0x9E3779B97F4A7C15 % 2**63,
+    }
     return new(number, f"gen-{number % 3}" if fake else None, **(values | others))
 
 
@@ -174,13 +177,15 @@ def test_near_duplicates_equal_brute_force(seed: int) -> None:
         for bit in rng.choice(64, rng.integers(0, 8), replace=False):
             other[row] ^= np.int64(np.uint64(1) << np.uint64(bit))
     bits = np.array([[bin((int(a) ^ int(b)) & (2**64 - 1)).count("1") for b in other] for a in one])
-    expected = [(int(i), int(j), int(bits[i, j])) for i, j in np.argwhere(bits <= NEAR_BITS)]
-    assert near_duplicates(one, other) == sorted(expected)
+    expected = [[int(i), int(j), int(bits[i, j])] for i, j in np.argwhere(bits <= NEAR_BITS)]
+    assert near_duplicates(one, other).tolist() == sorted(expected)
 
 
-def test_no_fingerprints_no_pairs() -> None:
+def test_flat_pictures_are_no_near_duplicates() -> None:
     none = np.empty(0, np.int64)
-    assert near_duplicates(none, np.array([1])) == near_duplicates(np.array([1]), none) == []
+    one, flat = np.array([0, 1]), np.array([0, 0, 3])
+    assert near_duplicates(one, flat).tolist() == [[1, 2, 1]]
+    assert len(near_duplicates(none, flat)) == len(near_duplicates(flat, none)) == 0
 
 
 def test_recalibration_needs_the_same_checkpoint(store: Store, settings: Settings, tmp_path: Path) -> None:
