@@ -24,12 +24,15 @@ def photograph(scene: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         Display values, shape (h, w, 3), float32, 0 to 1.
     """
     light = cv2.GaussianBlur(scene, (0, 0), rng.uniform(0.35, 0.7))
-    noise = float(np.exp(rng.uniform(np.log(1e-4), np.log(1.5e-3))))  # variance at full light, about ISO 100 to 1600
+    noise = float(np.exp(rng.uniform(np.log(1e-4), np.log(2e-3))))  # variance at full light, about ISO 100 to 2000
     mosaic = _mosaic(light)
     mosaic = mosaic + np.sqrt(noise * mosaic + (0.2 * noise) ** 1.5) * rng.standard_normal(mosaic.shape, np.float32)
     raw = np.rint(mosaic.clip(0, 1) * _FULL_WELL).astype(np.uint16)
     method = cv2.COLOR_BayerRGGB2RGB if rng.random() < 0.4 else cv2.COLOR_BayerRGGB2RGB_EA
     colour = cv2.demosaicing(raw, method).astype(np.float32) / np.float32(_FULL_WELL)
+    if rng.random() < 0.8:  # automatic exposure: the range of the display is used in full
+        dark, bright = np.quantile(colour[::4, ::4], (0.01, rng.uniform(0.97, 0.995)))
+        colour = (colour - np.float32(dark)) / np.float32(max(0.05, bright - dark))
     picture = tone(colour, rng)
     if rng.random() < 0.6:
         picture = sharpen(picture, rng.uniform(0.7, 1.2), rng.uniform(0.1, 0.6))
