@@ -1,5 +1,7 @@
 """Refit what depends on the index: the k-NN map, the combination, thresholds and the novelty table."""
 
+import logging
+
 import numpy as np
 
 from indexer.follower import Follower
@@ -7,9 +9,11 @@ from indexer.relatives import relatives
 from indexer.settings import Settings
 from trainer.calibration import Calibration, fit_calibration
 from trainer.calibration_set import CALIBRATION_FILE, CalibrationSet
-from trainer.embedder import CONFIG_FILE, checkpoint_id, read_config, read_weights
+from trainer.embedder import CONFIG_FILE, CheckpointError, checkpoint_id, read_config, read_weights
 from trainer.heads import HEADS_FILE, Heads
 from trainer.vote import vote
+
+log = logging.getLogger(__name__)
 
 
 def calibrate(follower: Follower, heads: Heads, images: CalibrationSet, k: int) -> Calibration:
@@ -41,18 +45,22 @@ def calibrate(follower: Follower, heads: Heads, images: CalibrationSet, k: int) 
 
 
 def recalibrate(settings: Settings, follower: Follower) -> Calibration | None:
-    """`calibrate` with the checkpoint folder of the settings.
+    """`calibrate` with the checkpoint folder of the settings, at the end of commands that change references.
 
-    None where that is another checkpoint, or where heads or calibration images are missing: then there is nothing to
-    fit, and whoever serves it says so.
-
-    Raises:
-        CheckpointError: The folder's files are broken.
+    None where that is another checkpoint, or its heads or calibration images are missing or broken: references have
+    been changed all the same, and whoever serves the checkpoint says what is wrong with it.
     """
     folder = settings.checkpoint_folder
     if not all((folder / name).exists() for name in (CONFIG_FILE, HEADS_FILE, CALIBRATION_FILE)):
         return None
-    if checkpoint_id(read_weights(folder), read_config(folder).preprocess) != follower.checkpoint_id:
+    try:
+        if checkpoint_id(read_weights(folder), read_config(folder).preprocess) != follower.checkpoint_id:
+            return None
+        heads, images = Heads.load(folder), CalibrationSet.load(folder)
+    except CheckpointError as error:
+        log.warning("not calibrated: %s", error)
         return None
-    heads, images = Heads.load(folder), CalibrationSet.load(folder)
+    saved = follower.store.load_calibration(follower.checkpoint_id, heads.id, follower.revision)
+    if saved is not None and saved.params["k"] == settings.k:
+        return Calibration.from_json(saved.params)
     return calibrate(follower, heads, images, settings.k) if len(images) else None

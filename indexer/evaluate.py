@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from indexer.calibrate import calibrate
+from indexer.calibrate import recalibrate
 from indexer.follower import Follower
 from indexer.relatives import relatives
 from indexer.settings import Settings
 from trainer.calibration import Calibration
-from trainer.calibration_set import CALIBRATION_FILE, CalibrationSet
 from trainer.embedded_set import EmbeddedSet, Rejected, embed_entries
 from trainer.embedder import Embedder
 from trainer.heads import Heads
@@ -79,7 +78,7 @@ def evaluate(
         raise EvaluationError("the index is empty: add references first (python -m indexer add PATH)")
     splits = [part.strip() for part in split.split(",") if part.strip()]
     heads = Heads.load(settings.checkpoint_folder)
-    calibration = current_calibration(settings, follower, heads)
+    calibration = recalibrate(settings, follower)
     tables = basic(embedder.preprocess.image_size)
     sets, rejected = embed_entries(embedder, entries_of(data, splits, tables, []), seed=seed, on_image=on_image)
     if not sets:
@@ -100,17 +99,6 @@ def evaluate(
                 verdicts += [{"split": part, "transform": name} | row for row in found]
     thresholds = {"fake": t_fake, "real": t_real}
     return Evaluation(follower.revision, rows, verdicts, thresholds, rejected)
-
-
-def current_calibration(settings: Settings, follower: Follower, heads: Heads) -> Calibration | None:
-    """The stored calibration of the index as it is, else a new one; None where the checkpoint has no images for it."""
-    saved = follower.store.load_calibration(follower.checkpoint_id, heads.id, follower.revision)
-    if saved is not None and saved.params["k"] == settings.k:
-        return Calibration.from_json(saved.params)
-    if not (settings.checkpoint_folder / CALIBRATION_FILE).exists():
-        return None
-    images = CalibrationSet.load(settings.checkpoint_folder)
-    return calibrate(follower, heads, images, settings.k) if len(images) else None
 
 
 def index_scores(
