@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from sqlalchemy.exc import OperationalError
 
-from indexer.embedded import EmbeddedFailure
-from indexer.follower import Follower
-from indexer.postgres import DatabaseBehind, DatabaseUnreachable, connect, migrate, schema_revision, stop
-from indexer.settings import Settings, SettingsError, read_settings
-from indexer.store import (
-    BadGeneratorName,
-    BadVector,
-    Checkpoint,
-    GeneratorExists,
-    Store,
-    UnknownCheckpoint,
-    UnknownGenerator,
+from indexer.command import (
+    AsJson,
+    CheckpointFolder,
+    Device,
+    checkpoint_of,
+    console,
+    expected_failures,
+    fail,
+    opened,
+    renew_snapshot,
+    serving_checkpoint,
 )
+from indexer.postgres import migrate, schema_revision, stop
+from indexer.settings import read_settings
+from indexer.store import GeneratorExists
 from indexer.terminal import (
     image_progress,
     tell_added,
@@ -39,15 +37,8 @@ from indexer.terminal import (
     tell_status,
     write_report,
 )
-from trainer.datasets import DatasetError
-from trainer.embedder import CheckpointError, checkpoint_id, read_config, read_weights
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console(stderr=True, highlight=False)
-
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-CheckpointFolder = Annotated[Path | None, typer.Option("--checkpoint", help="Checkpoint folder.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 
 
 @app.callback()
@@ -58,80 +49,6 @@ def handle_termination() -> None:
         raise SystemExit(128 + number)  # so that the embedded server is left properly
 
     signal.signal(signal.SIGTERM, leave)
-
-
-@contextmanager
-def expected_failures() -> Iterator[None]:
-    """What can go wrong without a fault of the program ends as one line on stderr and exit code 1."""
-    try:
-        yield
-    except OperationalError as error:
-        fail(f"the database stopped answering ({error.orig}); what was written stays, run the command again")
-    except (
-        SettingsError,
-        DatabaseUnreachable,
-        DatabaseBehind,
-        EmbeddedFailure,
-        DatasetError,
-        CheckpointError,
-        BadGeneratorName,
-        GeneratorExists,
-        BadVector,
-        UnknownGenerator,
-        UnknownCheckpoint,
-    ) as error:
-        fail(str(error))
-
-
-def fail(message: str, code: int = 1) -> NoReturn:
-    """Say it in one line, and end: 1 failed, 2 wrong usage."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise typer.Exit(code)
-
-
-@contextmanager
-def opened(settings: Settings, *, check: bool = True) -> Iterator[Store]:
-    """The store of these settings."""
-    engine = connect(settings, check=check)
-    try:
-        yield Store(engine)
-    finally:
-        engine.dispose()
-
-
-def checkpoint_of(folder: Path, store: Store) -> Checkpoint:
-    """What the store knows of the checkpoint in a folder.
-
-    Raises:
-        CheckpointError: The folder holds none.
-        UnknownCheckpoint: Nothing was added with it.
-    """
-    return store.get_checkpoint(checkpoint_id(read_weights(folder), read_config(folder).preprocess))
-
-
-def serving_checkpoint(settings: Settings, store: Store) -> Checkpoint | None:
-    """The checkpoint of the settings; where there is no such folder or nothing was added with it, the active one."""
-    try:
-        return checkpoint_of(settings.checkpoint_folder, store)
-    except (CheckpointError, UnknownCheckpoint):
-        return store.active_checkpoint()
-
-
-def renew_snapshot(settings: Settings, store: Store, checkpoint_id: str, *, anew: bool = False) -> int:
-    """Write the snapshot of the index as the rows are now, and return the number of its vectors.
-
-    Args:
-        settings: Where it lies.
-        store: The rows.
-        checkpoint_id: Whose index.
-        anew: Do not trust the snapshot that is there.
-    """
-    follower = Follower(settings, store, checkpoint_id, store.get_checkpoint(checkpoint_id).dim)
-    if anew:
-        follower.forget_snapshot()
-    follower.load()
-    follower.save()
-    return len(follower.index)
 
 
 @app.command()
@@ -150,7 +67,10 @@ def add(
     dry_run: Annotated[bool, typer.Option(help="Read and decode everything, but write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add images as references; what is known already is skipped, so an interrupted run can be repeated."""
+    """Add images as references; what is known already is skipped, so an interrupted run can be repeated.
+
+    At the end it says what the enrolment changed, and warns where facts of the files tell the labels apart.
+    """
     facts = {"family": family, "vendor": vendor, "version": version}
     facts_given: dict[str, Any] = {name: value for name, value in facts.items() if value is not None}
     if released_on is not None:
@@ -158,6 +78,7 @@ def add(
     if facts_given and (generator is None or "," in generator):
         fail("--family, --vendor, --version and --released-on need --generator with one name", 2)
     with expected_failures():
+        from indexer.effect import consequences
         from indexer.ingest import ingest
         from trainer.datasets import read_dataset
         from trainer.embedder import Embedder
@@ -183,7 +104,10 @@ def add(
                     on_image=advance,
                 )
             if not dry_run:
-                renew_snapshot(settings, store, embedder.id)
+                follower = renew_snapshot(settings, store, embedder.id)
+                if report["enrolment"] is not None:
+                    report |= consequences(settings, follower, report["enrolment"])
+                    store.finish_enrolment(report["enrolment"], report)
             active = store.active_checkpoint()
         if report["rejected"] or report["conflicts"]:
             report["report"] = str(write_report(settings.home, report))
@@ -192,7 +116,8 @@ def add(
     else:
         tell_added(console, report, dry_run)
     if not dry_run and active is not None and active.id != embedder.id:
-        console.print(f"note: {embedder.name} ({embedder.id}) is not the active checkpoint, {active.id} is")
+        note = f"note: {embedder.name} ({embedder.id}) is not the active checkpoint, {active.id} is"
+        console.print(note, markup=False, soft_wrap=True)
     if len(report["rejected"]) == report["images"]:
         raise typer.Exit(1)
 
@@ -283,7 +208,7 @@ def rebuild(
                 with image_progress(console, None) as advance:
                     report = reembed(embedder, store, max_pixels=settings.max_pixels, partial=partial, on_image=advance)
             report["indexes"] = [
-                {"checkpoint": one.id, "size": renew_snapshot(settings, store, one.id, anew=True)}
+                {"checkpoint": one.id, "size": len(renew_snapshot(settings, store, one.id, anew=True).index)}
                 for one in store.checkpoints()
             ]
     if as_json:
@@ -292,6 +217,57 @@ def rebuild(
         tell_rebuilt(console, report)
     if checkpoint is not None and not report["active"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Data set of any layout.")],
+    split: Annotated[str, typer.Option(help="Comma list of splits.")] = "test,unseen",
+    seed: Annotated[int, typer.Option(help="Fixes transforms and bootstraps.")] = 0,
+    checkpoint: CheckpointFolder = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """The trainer's tables with the index's heads: knn, nn1, linear, svm and combined, with thresholds and coverage."""
+    with expected_failures():
+        from indexer.evaluate import EvaluationError
+        from indexer.evaluate import evaluate as measure
+        from indexer.findings import tell_evaluation
+        from trainer.embedder import Embedder
+
+        settings = read_settings(checkpoint=checkpoint, device=device)
+        embedder = Embedder.load(settings.checkpoint_folder, device=settings.device)
+        with opened(settings) as store, image_progress(console, None) as advance:
+            follower = renew_snapshot(settings, store, embedder.id)
+            try:
+                found = measure(settings, follower, embedder, data, split=split, seed=seed, on_image=advance)
+            except EvaluationError as error:
+                fail(str(error))
+    for rejected in found.rejected:
+        console.print(f"rejected {rejected.file}: {rejected.reason}", markup=False)
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        tell_evaluation(found)
+
+
+@app.command()
+def audit(as_json: AsJson = False) -> None:
+    """Whether facts of the files alone tell real from fake references, and near duplicates across labels."""
+    with expected_failures():
+        from indexer.audit import AuditError
+        from indexer.audit import audit as examine
+        from indexer.findings import tell_audit
+
+        with opened(read_settings()) as store:
+            try:
+                found = examine(store)
+            except AuditError as error:
+                fail(str(error))
+    if as_json:
+        print(json.dumps(found))
+    else:
+        tell_audit(found)
 
 
 @app.command("migrate")
@@ -311,3 +287,7 @@ def stop_command() -> None:
     with expected_failures():
         settings = read_settings()
         print("stopped" if stop(settings) else f"no embedded database runs in {settings.home}")
+
+
+if __name__ == "__main__":
+    app()

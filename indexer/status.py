@@ -72,4 +72,5 @@ def _enrolment(enrolment: Enrolment) -> dict[str, Any]:
         "generator": enrolment.generator,
         "source": enrolment.source,
         "added": report.get("added"),
+        "effect": report.get("effect"),
     }

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -18,6 +19,8 @@ from indexer.store import Removed
 from trainer.datasets import DatasetError
 
 SHOWN = 10
+HEADS = ("knn", "nn1")
+WHEN = ("before", "after", "held_back")
 
 
 class Speed(ProgressColumn):
@@ -80,6 +83,29 @@ def tell_added(console: Console, report: Mapping[str, Any], dry_run: bool) -> No
         speed = report["images"] / max(report["seconds"], 1e-3)
         enrolment = "" if report["enrolment"] is None else f", enrolment {report['enrolment']}"
         print(f"revision {report['revision']}{enrolment}, {report['seconds']:.1f} s, {speed:,.0f} images/s")
+    if report.get("effect"):
+        tell_effect(report["effect"])
+    for warning in report.get("warnings", []):
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+
+
+def tell_effect(effect: Mapping[str, Any]) -> None:
+    """What an enrolment changed, as a table."""
+    columns = [f"{head} {when}".replace("_", " ") for head in HEADS for when in WHEN]
+    table = Table("recall", "images", *columns, box=SIMPLE)
+    for row in effect["recall"]:
+        table.add_row(row["generator"], str(row["images"]), *_shares(row))
+    if alarms := effect["false_alarms"]:
+        table.add_row("false alarms", str(alarms["images"]), *_shares(alarms))
+    Console(highlight=False, width=100).print(table)
+
+
+def _shares(row: Mapping[str, Any]) -> list[str]:
+    return [_share(row[head].get(when)) for head in HEADS for when in WHEN]
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def tell_status(status: Mapping[str, Any]) -> None:
@@ -109,15 +135,19 @@ def tell_status(status: Mapping[str, Any]) -> None:
         ("sources", "source", [(row["name"], row["references"]) for row in status["sources"]]),
     ):
         if rows:
-            table = Table(first, "references", title=title, title_justify="left")
+            table = Table(first, "references", title=title, title_justify="left", box=SIMPLE)
             for name, count in rows:
                 table.add_row(name, f"{count:,}")
             console.print(table)
     if status["enrolments"]:
-        table = Table("id", "at", "generator", "source", "added", title="latest enrolments", title_justify="left")
+        table = Table("id", "at", "added", "recall by knn", title="latest enrolments", title_justify="left", box=SIMPLE)
         for row in status["enrolments"]:
             added = "unfinished" if row["added"] is None else f"{row['added']:,}"
-            table.add_row(str(row["id"]), row["at"], row["generator"] or "", row["source"] or "", added)
+            recall = row["effect"]["recall"] if row["effect"] else []
+            changes = [
+                f"{one['generator']} {_share(one['knn']['before'])} to {_share(one['knn']['after'])}" for one in recall
+            ]
+            table.add_row(str(row["id"]), row["at"], added, ", ".join(changes))
         console.print(table)
 
 

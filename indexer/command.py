@@ -1,0 +1,111 @@
+"""What every command of the indexer shares: options, expected failures, the store it opens, the snapshot it leaves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from sqlalchemy.exc import OperationalError
+
+from indexer.calibrate import recalibrate
+from indexer.embedded import EmbeddedFailure
+from indexer.follower import Follower
+from indexer.postgres import DatabaseBehind, DatabaseUnreachable, connect
+from indexer.settings import Settings, SettingsError
+from indexer.store import (
+    BadGeneratorName,
+    BadVector,
+    Checkpoint,
+    GeneratorExists,
+    Store,
+    UnknownCheckpoint,
+    UnknownGenerator,
+)
+from trainer.datasets import DatasetError
+from trainer.embedder import CheckpointError, checkpoint_id, read_config, read_weights
+
+console = Console(stderr=True, highlight=False)
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+CheckpointFolder = Annotated[Path | None, typer.Option("--checkpoint", help="Checkpoint folder.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+
+
+@contextmanager
+def expected_failures() -> Iterator[None]:
+    """What can go wrong without a fault of the program ends as one line on stderr and exit code 1."""
+    try:
+        yield
+    except OperationalError as error:
+        fail(f"the database stopped answering ({error.orig}); what was written stays, run the command again")
+    except (
+        SettingsError,
+        DatabaseUnreachable,
+        DatabaseBehind,
+        EmbeddedFailure,
+        DatasetError,
+        CheckpointError,
+        BadGeneratorName,
+        GeneratorExists,
+        BadVector,
+        UnknownGenerator,
+        UnknownCheckpoint,
+    ) as error:
+        fail(str(error))
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Say it in one line, and end: 1 failed, 2 wrong usage."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def opened(settings: Settings, *, check: bool = True) -> Iterator[Store]:
+    """The store of these settings."""
+    engine = connect(settings, check=check)
+    try:
+        yield Store(engine)
+    finally:
+        engine.dispose()
+
+
+def checkpoint_of(folder: Path, store: Store) -> Checkpoint:
+    """What the store knows of the checkpoint in a folder.
+
+    Raises:
+        CheckpointError: The folder holds none.
+        UnknownCheckpoint: Nothing was added with it.
+    """
+    return store.get_checkpoint(checkpoint_id(read_weights(folder), read_config(folder).preprocess))
+
+
+def serving_checkpoint(settings: Settings, store: Store) -> Checkpoint | None:
+    """The checkpoint of the settings; where there is no such folder or nothing was added with it, the active one."""
+    try:
+        return checkpoint_of(settings.checkpoint_folder, store)
+    except (CheckpointError, UnknownCheckpoint):
+        return store.active_checkpoint()
+
+
+def renew_snapshot(settings: Settings, store: Store, checkpoint_id: str, *, anew: bool = False) -> Follower:
+    """Write the snapshot and the calibration of the index as the rows are now, and return the index.
+
+    Args:
+        settings: Where it lies.
+        store: The rows.
+        checkpoint_id: Whose index.
+        anew: Do not trust the snapshot that is there.
+    """
+    follower = Follower(settings, store, checkpoint_id, store.get_checkpoint(checkpoint_id).dim)
+    if anew:
+        follower.forget_snapshot()
+    follower.load()
+    follower.save()
+    recalibrate(settings, follower)
+    return follower
