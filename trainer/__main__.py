@@ -82,6 +82,8 @@ def fit(
     precision: Annotated[str, typer.Option(help="bf16 or float32.")] = "bf16",
     workers: Annotated[int | None, typer.Option(help="Processes that make views.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    head_images: Annotated[int, typer.Option(help="Views the heads are fitted on, at most.")] = 50_000,
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard's event files.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint of other settings.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -253,13 +255,13 @@ def counting_bar(description: str) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def training_bar() -> Iterator[Callable[[float, int, float], None]]:
-    """A bar over the schedule, with updates and loss."""
+def training_bar() -> Iterator[Callable[[float, int, float, float], None]]:
+    """A bar over the schedule, with updates, loss and speed."""
     columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("starting", total=1.0)
-        yield lambda done, updates, loss: bar.update(
-            task, completed=done, description=f"update {updates}, loss {loss:.3f}"
+        yield lambda done, updates, loss, speed: bar.update(
+            task, completed=done, description=f"update {updates}, loss {loss:.3f}, {speed:.1f} records/s"
         )
 
 

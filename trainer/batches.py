@@ -16,6 +16,8 @@ from trainer.datasets import Entry
 from trainer.images import Preprocess, UnreadableImage, decode_image
 from trainer.views import Views
 
+Batch = tuple[torch.Tensor, torch.Tensor, list[str]]
+"""Whole views (n, 3, 2, s, s, 3), local views (n, 2, l, l, 3), uint8, and what could not be read."""
 Sample = tuple[Pixels, Pixels, list[str]]
 """Whole views (3, 2, s, s, 3), local views (2, l, l, 3), and the uris that could not be read on the way."""
 
@@ -53,9 +55,8 @@ class Pictures:
             raise UnreadableImage(str(error)) from error
         return np.asarray(image), np.asarray(self.preprocess.crop(image))
 
-    def keep(self, budget: int, threads: int = 2) -> int:
-        """Decode as many as fit into `budget` bytes, drop the unreadable among them, and return the bytes used."""
-        readable, used = [], 0
+    def keep(self, threads: int = 2) -> int:
+        """Decode all images into memory, drop the unreadable among them, and return the bytes used."""
 
         def attempt(entry: Entry) -> tuple[Pixels, Pixels] | str:
             try:
@@ -63,21 +64,16 @@ class Pictures:
             except UnreadableImage as error:
                 return str(error)
 
+        readable: list[Entry] = []
         with ThreadPoolExecutor(threads) as pool:
-            for start in range(0, len(self.entries), 64):
-                chunk = self.entries[start : start + 64]
-                if used >= budget:
-                    readable.extend(chunk)
-                    continue
-                for entry, decoded in zip(chunk, pool.map(attempt, chunk), strict=True):
-                    if isinstance(decoded, str):
-                        self.unreadable[entry.uri] = decoded
-                        continue
+            for entry, decoded in zip(self.entries, pool.map(attempt, self.entries), strict=True):
+                if isinstance(decoded, str):
+                    self.unreadable[entry.uri] = decoded
+                else:
                     self.kept[len(readable)] = decoded
                     readable.append(entry)
-                    used += decoded[0].nbytes + decoded[1].nbytes
         self.entries = readable
-        return used
+        return sum(image.nbytes + plain.nbytes for image, plain in self.kept.values())
 
     def __getitem__(self, index: int) -> tuple[Pixels, Pixels]:
         """Raises UnreadableImage where the file does not decode."""
@@ -143,15 +139,15 @@ def _order(seed: int, epoch: int, turn: int, n: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch, turn, 1)).permutation(n)
 
 
-@dataclass(frozen=True, slots=True)
-class RecordBatches:
-    """Indices (epoch, record) of one epoch's batches, for one of several processes."""
+@dataclass(slots=True)
+class EpochSampler:
+    """Indices (epoch, record) of an epoch's batches for one of several processes; workers live on as it changes."""
 
-    epoch: int
     steps: int
     batch_size: int
     rank: int = 0
     world: int = 1
+    epoch: int = 0
 
     def __len__(self) -> int:
         return self.steps
@@ -162,7 +158,7 @@ class RecordBatches:
             yield [(self.epoch, first + place) for place in range(self.batch_size)]
 
 
-def collate(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples: whole (n, 3, 2, s, s, 3) and local (n, 2, l, l, 3), uint8, and the unreadable."""
     whole, local, failed = zip(*samples, strict=True)
     return (

@@ -16,35 +16,38 @@ LIMIT = 1024
 """The most images of a role that are looked at."""
 
 
+def chosen_places(count: int, limit: int, seed: int) -> np.ndarray:
+    """Places of `count` pictures, a random subset where they are more than `limit`; in order."""
+    return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
+
+
 def fixed_views(
-    pictures: Pictures, views: Views, *, per_image: int, seed: int, limit: int
-) -> tuple[Pixels, np.ndarray, np.ndarray]:
-    """Views that stay the same from call to call: the plain one of an image, then augmented ones.
+    pictures: Pictures, views: Views, places: np.ndarray, seed: int, *, augmented: bool = False
+) -> tuple[Pixels, np.ndarray]:
+    """A view of each of some pictures that stays the same from call to call.
 
     Args:
         pictures: Where from; unreadable images are left out.
         views: How.
-        per_image: At least 1.
-        seed: Decides the augmented views.
-        limit: The most images; a random subset when there are more.
+        places: Which pictures, shape (m,).
+        seed: Decides an augmented view.
+        augmented: Instead of the plain view.
 
     Returns:
-        Pixels (n, s, s, 3) uint8, labels (n,), and the image's place in `pictures` (n,).
+        Pixels (n, s, s, 3) uint8, and the places that they are of (n,).
     """
-    places = np.random.default_rng(seed).permutation(len(pictures))[:limit]
-    pixels, origin = [], []
-    for place in np.sort(places):
-        try:
-            image, plain = pictures[int(place)]
-        except UnreadableImage:
-            continue
-        rng = np.random.default_rng((seed, int(place)))
-        pixels.extend([plain, *(views.augmented(image, rng) for _ in range(per_image - 1))])
-        origin.extend([place] * per_image)
     size = views.preprocess.image_size
-    stacked = np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8)
-    kept = np.array(origin, np.int64)
-    return stacked, pictures.labels[kept], kept
+    pixels, found = [], []
+    for place in places.tolist():
+        try:
+            image, plain = pictures[place]
+        except UnreadableImage as error:
+            pictures.unreadable[pictures.entries[place].uri] = str(error)
+            continue
+        rng = np.random.default_rng((seed, place))
+        pixels.append(views.augmented(image, rng) if augmented else plain)
+        found.append(place)
+    return np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8), np.array(found, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +62,13 @@ class Probe:
     @classmethod
     def of(cls, training: Pictures, validation: Pictures, views: Views, seed: int) -> Probe:
         """Draw the images; see `fixed_views`."""
-        train, train_labels, _ = fixed_views(training, views, per_image=2, seed=seed, limit=LIMIT)
-        held, held_labels, _ = fixed_views(validation, views, per_image=2, seed=seed, limit=LIMIT)
-        return cls(train, train_labels, held, held_labels)
+        parts = []
+        for pictures in (training, validation):
+            places = chosen_places(len(pictures), LIMIT, seed)
+            both = [fixed_views(pictures, views, places, seed, augmented=augmented) for augmented in (False, True)]
+            parts += [np.concatenate([pixels for pixels, _ in both])]
+            parts += [pictures.labels[np.concatenate([found for _, found in both])]]
+        return cls(*parts)
 
     @property
     def usable(self) -> bool:

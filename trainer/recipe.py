@@ -83,6 +83,9 @@ class FitSettings:
     head_images: int = 50_000
     """Augmented views that the heads are fitted on, at most."""
 
+    tensorboard: Path | None = None
+    """Folder for TensorBoard's event files; none are written without it."""
+
     def __post_init__(self) -> None:
         splits = {part.strip() for part in (self.split or "").split(",")}
         if forbidden := sorted(splits & set(FIT_FORBIDDEN_SPLITS)):
@@ -123,7 +126,7 @@ class FitSettings:
 
     def record(self) -> dict[str, Any]:
         """What the checkpoint says of its training: every setting that can change the weights, as JSON types."""
-        ignored = {"output", "workers", "device", "cache_bytes", "architecture_args", "name"}
+        ignored = {"output", "workers", "device", "cache_bytes", "architecture_args", "name", "tensorboard"}
         values = {key: value for key, value in asdict(self).items() if key not in ignored}
         return values | {"data": str(self.data), "local_size": self.local}
 

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,8 @@ from trainer.calibration_set import CalibrationSet
 from trainer.embedder import CheckpointConfig, Embedder, save_checkpoint
 from trainer.heads import Heads, LinearHead, fit_heads
 from trainer.images import Preprocess
-from trainer.probe import fixed_views
+from trainer.probe import chosen_places, fixed_views
+from trainer.state import SUMMARY_FILE, EpochSummary, write_table
 from trainer.views import Views
 
 MOST_VIEWS = 8
@@ -39,39 +40,55 @@ def normalised(pixels: Pixels, preprocess: Preprocess) -> np.ndarray:
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))  # (n, 3, s, s)
 
 
-def embed_fixed(embedder: Embedder, pixels: Pixels, block: int = 64) -> np.ndarray:
-    """Embeddings (n, d) of pixels (n, s, s, 3), a block per thread at a time."""
+def embed_pictures(
+    embedder: Embedder,
+    pictures: Pictures,
+    views: Views,
+    seed: int,
+    *,
+    limit: int,
+    augmented: bool = False,
+    block: int = 64,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of one view of each picture, a block per thread at a time.
 
-    def embed(start: int) -> np.ndarray:
-        return embedder.embed_pixels(normalised(pixels[start : start + block], embedder.preprocess), batch_size=block)
+    Args:
+        embedder: The checkpoint.
+        pictures: Where from; unreadable ones are left out.
+        views: How.
+        seed: Decides augmented views, and the subset where there are more than `limit`.
+        limit: The most pictures.
+        augmented: Instead of the plain view.
+        block: Pictures held as pixels at a time and thread.
 
-    with ThreadPoolExecutor(os.cpu_count() if embedder.device == "cpu" else 1) as pool:
-        blocks = list(pool.map(embed, range(0, len(pixels), block)))
-    return np.concatenate(blocks) if blocks else np.empty((0, embedder.dim), np.float32)  # (n, d)
+    Returns:
+        Embeddings (n, d) float32, and the places of their pictures (n,).
+    """
+    places = chosen_places(len(pictures), limit, seed)
+
+    def embed(start: int) -> tuple[np.ndarray, np.ndarray]:
+        pixels, found = fixed_views(pictures, views, places[start : start + block], seed, augmented=augmented)
+        return embedder.embed_pixels(normalised(pixels, embedder.preprocess), batch_size=block), found
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(embed, range(0, len(places), block)))
+    if not parts:
+        return np.empty((0, embedder.dim), np.float32), places
+    return np.concatenate([x for x, _ in parts]), np.concatenate([found for _, found in parts])  # (n, d), (n,)
 
 
 def calibration_set(embedder: Embedder, pictures: Pictures, views: Views, seed: int) -> CalibrationSet:
     """Embeddings of the plain views of calibration images, 10,000 at most, with what each image is."""
-    pixels, labels, places = fixed_views(pictures, views, per_image=1, seed=seed, limit=CALIBRATION_LIMIT)
+    x, places = embed_pictures(embedder, pictures, views, seed, limit=CALIBRATION_LIMIT)
     entries = [pictures.entries[place] for place in places]
     return CalibrationSet(
-        embeddings=embed_fixed(embedder, pixels),
-        labels=labels,
+        embeddings=x,
+        labels=pictures.labels[places],
         generators=[entry.generator or "" for entry in entries],
         sources=[entry.source for entry in entries],
         sha256=[hashlib.sha256(entry.read()).hexdigest() for entry in entries],
         groups=[entry.group for entry in entries],
     )
-
-
-def augmented_round(pictures: Pictures, views: Views, seed: int, number: int, limit: int) -> tuple[Pixels, np.ndarray]:
-    """One more augmented view of each image (at most `limit`): pixels (n, s, s, 3) uint8 and labels (n,).
-
-    Round 0 holds the plain views, every later one augmented views of its own.
-    """
-    per_image = 2 if number else 1
-    pixels, labels, _ = fixed_views(pictures, views, per_image=per_image, seed=seed + 1000 * number, limit=limit)
-    return pixels[per_image - 1 :: per_image], labels[per_image - 1 :: per_image]
 
 
 def release(
@@ -86,7 +103,9 @@ def release(
     device: str = "cpu",
     deadline: float = math.inf,
     classifier: LinearHead | None = None,
-    report: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    history: Sequence[dict[str, Any]] = (),
+    unreadable: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint folder: aside first, then renamed, so that no half-made checkpoint is ever seen.
 
@@ -101,7 +120,9 @@ def release(
         device: Where embeddings are computed.
         deadline: On the clock `time.monotonic()`; the heads get fewer views where it comes near.
         classifier: The linear head where the training itself made one (loss `bce`).
-        report: Of the training, kept in `metrics.json`.
+        training: How the training went, kept in `metrics.json`.
+        history: Its epochs, written as `summary.csv`.
+        unreadable: Reason by uri of images left out, written as `unreadable.csv` where there are any.
 
     Returns:
         The metrics.
@@ -118,8 +139,13 @@ def release(
             "heads": heads.id,
             "images": {role: _counts(pictures) for role, pictures in roles.items()},
             "validation": _validation(embedder, heads, roles["validation"], views, seed),
-            "training": dict(report or {}),
+            "training": dict(training or {}),
+            "unreadable": len(unreadable or {}),
         }
+        write_table(aside / SUMMARY_FILE, list(EpochSummary.__dataclass_fields__), history)
+        if unreadable:
+            rows = [{"uri": uri, "reason": reason} for uri, reason in sorted(unreadable.items())]
+            write_table(aside / "unreadable.csv", ["uri", "reason"], rows)
         (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         (aside / "README.md").write_text(model_card(config, metrics))
         if folder.exists():
@@ -141,13 +167,12 @@ def _heads(
     calibration = calibration_set(embedder, roles["calibration"], views, seed)
     calibration.save(embedder.folder)
     training = roles["training"]
-    rounds, x, y = 0, [], []
-    while rounds < max(1, min(MOST_VIEWS, limit // max(1, len(training)))):
+    x, y = [], []
+    for number in range(max(1, min(MOST_VIEWS, limit // max(1, len(training))))):
         started = time.monotonic()
-        pixels, labels = augmented_round(training, views, seed, rounds, limit)
-        x.append(embed_fixed(embedder, pixels))
-        y.append(labels)
-        rounds += 1
+        embeddings, places = embed_pictures(embedder, training, views, seed + number, limit=limit, augmented=number > 0)
+        x.append(embeddings)
+        y.append(training.labels[places])
         if time.monotonic() + 1.5 * (time.monotonic() - started) > deadline:
             break
     heads = fit_heads(np.concatenate(x), np.concatenate(y), seed=seed, calibration=calibration)
@@ -164,10 +189,10 @@ def _validation(
     """Balanced accuracy and AUROC of each head on the plain views of validation images; empty without both labels."""
     from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-    pixels, labels, _ = fixed_views(pictures, views, per_image=1, seed=seed, limit=CALIBRATION_LIMIT)
+    x, places = embed_pictures(embedder, pictures, views, seed, limit=CALIBRATION_LIMIT)
+    labels = pictures.labels[places]
     if len(set(labels.tolist())) < 2:
         return {}
-    x = embed_fixed(embedder, pixels)
     scores = heads.logits(x) | ({"nn1": heads.nearest.margin(x)} if heads.nearest else {})
     return {
         name: {

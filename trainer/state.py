@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,10 @@ class RunState:
     updates: int = 0
     seconds: float = 0.0
     """Training time used."""
+    judging: float = 0.0
+    """Seconds that the last look at validation images took."""
+    judged: float = 0.0
+    """`seconds` after it."""
     best: float = float("-inf")
     best_epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -62,7 +67,7 @@ class RunState:
         buffer = io.BytesIO()
         torch.save({name: getattr(self, name) for name in self.__dataclass_fields__}, buffer)
         write_atomically(folder / STATE_FILE, buffer.getvalue())
-        write_summary(folder / SUMMARY_FILE, self.history)
+        write_table(folder / SUMMARY_FILE, list(EpochSummary.__dataclass_fields__), self.history)
 
     @classmethod
     def load(cls, folder: Path) -> RunState | None:
@@ -81,10 +86,10 @@ class RunState:
         return better
 
 
-def write_summary(path: Path, history: list[dict[str, Any]]) -> None:
-    """One line per epoch."""
+def write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a CSV file atomically."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(EpochSummary.__dataclass_fields__), lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(history)
+    writer.writerows(rows)
     write_atomically(path, text.getvalue().encode())

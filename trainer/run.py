@@ -1,0 +1,199 @@
+"""One training run in one process: model, optimiser, schedule and state, epoch by epoch."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.augmentations import Pixels
+from trainer.batches import Batch
+from trainer.loss import derangement
+from trainer.objective import Objective, Slices
+from trainer.recipe import FitError, FitSettings, learning_rate
+from trainer.state import RunState
+
+Advance = Callable[[float, int, float, float], None]
+"""Told about each update: share of the schedule done, updates done, loss, records per second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """This process among those that `torchrun` started; alone without it."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def join(cls, device: str) -> Processes:
+        """Join the group that the environment describes."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            if device.startswith("cuda"):
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+
+    def agree(self, value: float) -> float:
+        """The first process's value, so that all take the same decision."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64)
+        shared = shared.cuda() if dist.get_backend() == "nccl" else shared
+        dist.broadcast(shared, 0)
+        return float(shared[0])
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything that changes while training."""
+
+    settings: FitSettings
+    processes: Processes
+    device: str
+    objective: Objective
+    steps: int
+    """Updates per epoch."""
+    window: float = math.inf
+    """Seconds of training that `max_minutes` leaves."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Reason by uri of images that could not be read on the way."""
+    state: RunState = field(init=False)
+    model: nn.Module = field(init=False)
+    """What a step calls: the objective, or the same under DistributedDataParallel."""
+    optimiser: torch.optim.AdamW = field(init=False)
+    average: Objective | None = field(init=False, default=None)
+    slices: Slices | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        settings, world = self.settings, self.processes.world
+        self.state = RunState(settings.record())
+        self.model = nn.parallel.DistributedDataParallel(self.objective) if world > 1 else self.objective
+        self.optimiser = torch.optim.AdamW(
+            self.objective.parameters(), lr=1e-6, weight_decay=settings.weight_decay, fused=True
+        )
+        if self.device == "cpu":
+            if world == 1:
+                self.slices = Slices(self.objective, min(os.cpu_count() or 1, settings.batch_size))
+            else:
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+        if settings.ema:
+            self.average = copy.deepcopy(self.objective).requires_grad_(False)
+
+    @property
+    def kept(self) -> Objective:
+        """The weights that are judged and kept: the average where there is one."""
+        return self.average or self.objective
+
+    def progress(self, seconds: float) -> float:
+        """Share of the schedule that is done, 0..1: the larger of updates done and time used."""
+        done = self.state.updates / (self.settings.epochs * self.steps)
+        if self.window < math.inf:
+            done = self.processes.agree(max(done, seconds / self.window))
+        return min(1.0, done)
+
+    def step(self, batch: Batch, order: torch.Generator, rate: float) -> float:
+        """One update; returns the loss."""
+        whole, local, failed = batch
+        self.unreadable.update({uri: reason for uri, _, reason in (line.partition("\t") for line in failed)})
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        whole, local = (views.to(self.device, non_blocking=True) for views in (whole, local))
+        other = derangement(len(whole), order).to(self.device)
+        if self.slices is not None:
+            loss = self.slices(whole, local, other)
+        else:
+            loss = self.model(whole, local, other)
+            torch.autograd.backward(loss)
+        if self.settings.clip:
+            nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.average is not None:
+            decay = min(self.settings.ema, (1 + self.state.updates) / (10 + self.state.updates))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.objective.parameters()), 1 - decay)
+        self.state.updates += 1
+        return float(loss.detach())
+
+    def epoch(self, batches: Iterator[Batch], listeners: Sequence[Advance] = ()) -> dict[str, float]:
+        """Train until the batches or the time end, and return what the summary of the epoch needs.
+
+        Raises:
+            FitError: The loss is no longer finite.
+        """
+        settings, state, world = self.settings, self.state, self.processes.world
+        seed = np.random.SeedSequence((settings.seed, state.epoch, self.processes.rank)).generate_state(1, np.uint64)[0]
+        order = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+        begin, used, losses, rate, progress = time.monotonic(), state.seconds, [], 0.0, 0.0
+        self.model.train()
+        for batch in batches:
+            progress = self.progress(used + time.monotonic() - begin)
+            if progress >= 1:
+                break
+            rate = learning_rate(settings, progress, world)
+            losses.append(self.step(batch, order, rate))
+            if not math.isfinite(losses[-1]):
+                raise FitError(f"the loss became {losses[-1]} at update {state.updates}: lower --learning-rate")
+            speed = len(losses) * settings.batch_size * world / (time.monotonic() - begin)
+            for listener in listeners:
+                listener(progress, state.updates, losses[-1], speed)
+        elapsed = time.monotonic() - begin
+        state.seconds = used + elapsed
+        state.epoch += 1
+        return {
+            "progress": progress,
+            "learning_rate": rate,
+            "loss": float(np.mean(losses)) if losses else math.nan,
+            "records_per_second": len(losses) * settings.batch_size * world / max(elapsed, 1e-9),
+        }
+
+    def embed(self, pixels: Pixels, block: int = 64) -> np.ndarray:
+        """Embeddings (n, d) of pixels (n, s, s, 3), uint8, by the weights that are kept."""
+        self.kept.eval()
+
+        def embed(start: int) -> np.ndarray:
+            with torch.inference_mode():
+                views = torch.from_numpy(pixels[start : start + block]).to(self.device)
+                return self.kept.embed(views).cpu().numpy()
+
+        with ThreadPoolExecutor(self.slices.threads if self.slices else 1) as pool:
+            return np.concatenate(list(pool.map(embed, range(0, len(pixels), block))))  # (n, d)
+
+    def keep_best(self) -> None:
+        """Remember the weights that are kept, which a later epoch may not improve on."""
+        self.state.tensors["best"] = {key: value.cpu().clone() for key, value in self.kept.state_dict().items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict that the checkpoint gets: that of the best epoch where one was remembered."""
+        return dict(self.state.tensors.get("best") or self.kept.state_dict())
+
+    def capture(self) -> None:
+        """Put the tensors into the state."""
+        self.state.tensors |= {"model": self.objective.state_dict(), "optimiser": self.optimiser.state_dict()}
+        if self.average is not None:
+            self.state.tensors["average"] = self.average.state_dict()
+
+    def restore(self, state: RunState) -> None:
+        """Go on where a state was taken."""
+        self.state = state
+        self.objective.load_state_dict(state.tensors["model"])
+        self.optimiser.load_state_dict(state.tensors["optimiser"])
+        if self.average is not None:
+            self.average.load_state_dict(state.tensors["average"])
+
+    def finished(self) -> bool:
+        """Whether the schedule, the time or the patience has run out."""
+        settings, state = self.settings, self.state
+        idle = state.epoch - state.best_epoch
+        if settings.max_minutes is None and settings.patience and idle >= settings.patience:
+            return True
+        return self.progress(state.seconds) >= 1

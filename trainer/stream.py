@@ -1,0 +1,107 @@
+"""D3's shards as an endless stream of records, read in place by every node and worker (webdataset)."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from trainer.augmentations import Pixels
+from trainer.batches import Sample
+from trainer.datasets import role
+from trainer.entry import default_split
+from trainer.images import UnreadableImage, decode_image
+from trainer.recipe import FitError
+from trainer.views import Views
+
+SHUFFLE = 200
+"""Records held back and drawn from at random; a record of D3 has about 0.3 MB."""
+MOST_USELESS = 10_000
+"""Records in a row that may be of another role, or broken, before the stream gives up."""
+_MEMBER = re.compile(r"(real|gen_\d+)\.(jpe?g|png|webp)")
+
+
+def shard_paths(data: Path) -> list[Path]:
+    """The shards of a data set: the file itself, or a folder's `*.tar`; empty where it is another layout."""
+    if data.is_file():
+        return [data] if data.suffix.lower() == ".tar" else []
+    if not data.is_dir() or (data / "manifest.csv").exists():
+        return []
+    return sorted(path for path in data.iterdir() if path.suffix.lower() == ".tar")
+
+
+@dataclass(slots=True)
+class ShardRecords(IterableDataset[Sample]):
+    """Records of the role "training", drawn with replacement of shards, without end.
+
+    Every worker of every process draws shards by its own seed, so there may be fewer shards than workers. What worker
+    w of process r yields in epoch e follows from (seed, e, r, w).
+    """
+
+    paths: list[Path]
+    views: Views
+    seed: int
+    split: str | None = None
+    rank: int = 0
+    epoch: int = 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        import webdataset as wds
+
+        worker = get_worker_info()
+        rng = np.random.default_rng((self.seed, self.epoch, self.rank, worker.id if worker else 0))
+        shard_seed, order_seed = (int(value) for value in rng.integers(2**31, size=2))
+        failed: list[str] = []
+
+        def note(error: Exception) -> bool:
+            failed.append(f"{error.args[-1] if error.args else 'a shard'}\t{type(error).__name__}: {error}")
+            return True  # go on with the next shard
+
+        records = wds.DataPipeline(
+            wds.ResampledShards(self.paths, seed=0, worker_seed=lambda: shard_seed, deterministic=True),
+            wds.tarfile_to_samples(handler=note, select_files=is_image_member),
+            wds.shuffle(SHUFFLE, rng=random.Random(order_seed)),
+        )
+        useless = 0
+        for record in records:
+            views = self.make(record, rng, failed) if self.wanted(record["__key__"]) else None
+            useless = 0 if views else useless + 1
+            if views:
+                yield (*views, failed.copy())
+                failed.clear()
+            if useless == MOST_USELESS:
+                raise FitError(f"{useless} records in a row of {self.paths[0]} were not usable, lastly {failed[-1:]}")
+
+    def wanted(self, group: str) -> bool:
+        """Whether a record trains: its role, and its split where one was asked for."""
+        splits = {part.strip() for part in self.split.split(",")} if self.split else {default_split(group)}
+        return role(group) == "training" and default_split(group) in splits
+
+    def make(
+        self, record: Mapping[str, Any], rng: np.random.Generator, failed: list[str]
+    ) -> tuple[Pixels, Pixels] | None:
+        """The views of a record with one of its fakes drawn at random, or None where an image is missing or broken."""
+        fakes = [key for key in sorted(record) if key.startswith("gen_")]
+        reals = [key for key in record if key.startswith("real.")]
+        if not fakes or not reals:
+            return None
+        decoded = []
+        for key in (reals[0], fakes[int(rng.integers(len(fakes)))]):
+            try:
+                image = decode_image(record[key])[0]
+            except UnreadableImage as error:
+                failed.append(f"{record['__url__']}#{record['__key__']}.{key}\t{error}")
+                return None
+            decoded.append((np.asarray(image), np.asarray(self.views.preprocess.crop(image))))
+        return self.views.record(decoded[0], decoded[1], rng)
+
+
+def is_image_member(name: str) -> bool:
+    """Whether a member of a shard is the real or a generated image of its record."""
+    return bool(_MEMBER.fullmatch(name.rpartition("/")[2].partition(".")[2].lower()))
