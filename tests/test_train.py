@@ -254,6 +254,12 @@ def test_early_stopping_keeps_the_best_epoch(tiny: FitSettings, monkeypatch: pyt
     assert not all(np.array_equal(kept[name], value) for name, value in weights[3].items())
 
 
+def test_less_time_than_starting_takes_still_gives_a_checkpoint(tiny: FitSettings) -> None:
+    metrics = fit(replace(tiny, epochs=100_000, max_minutes=1e-6))
+    assert metrics["training"]["epochs"] == 1
+    assert Embedder.load(tiny.output, device="cpu").dim == 48
+
+
 def test_max_minutes_ends_the_schedule_with_a_usable_checkpoint(tiny: FitSettings) -> None:
     settings = replace(tiny, epochs=100_000, max_minutes=0.05)
     fit(settings)

@@ -81,7 +81,8 @@ def fit(
     probe = Probe.of(roles["training"], roles["validation"], views, settings.seed)
     deadline = begin + 60 * (settings.max_minutes or math.inf)
     if settings.max_minutes is not None:
-        run.window = run.state.seconds + deadline - time.monotonic() - finishing_seconds(run, probe, roles)
+        left = deadline - finishing_seconds(run, probe, roles) - time.monotonic()
+        run.window = run.state.seconds + max(left, 1e-3)  # too little for one update ends with what there is
     first = processes.rank == 0
     with show() as advance, Scalars(settings.tensorboard if first else None) as scalars:
         while not run.finished():
