@@ -416,11 +416,12 @@ def create_app(settings: Settings | None = None, detector: Detector | None = Non
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(service.load())
+        background = [asyncio.create_task(service.load()), asyncio.create_task(service.keep_house())]
         if detector is not None:
-            await loading
+            await background[0]
         yield
-        loading.cancel()
+        for task in background:
+            task.cancel()
         await asyncio.to_thread(service.close)
 
     app = FastAPI(

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from typing import ParamSpec, TypeVar
 
 import numpy as np
@@ -29,6 +30,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 DATABASE_THREADS = 16
+HOUSEKEEPING = 3600.0
+"""Seconds between two deletions of old records."""
 
 
 class Service:
@@ -90,6 +93,19 @@ class Service:
         detector.start()
         self._watch(detector)
         self._ready = True
+
+    async def keep_house(self) -> None:
+        """Delete records that are older than the setting allows: at the start, then each hour. Runs until cancelled."""
+        days = self.settings.record_days
+        while days:
+            if self._ready:
+                before = datetime.now(UTC) - timedelta(days=days)
+                try:
+                    deleted = await self.run(self.detector.store.delete_detections, before)
+                    log.info("records deleted", extra={"records": deleted, "days": days})
+                except DATABASE_AWAY:
+                    log.warning("records could not be deleted; trying again")
+            await asyncio.sleep(HOUSEKEEPING if self._ready else 1)
 
     def close(self) -> None:
         """Finish what was begun, then stop every thread."""

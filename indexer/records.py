@@ -7,7 +7,7 @@ from typing import Any
 from uuid import UUID
 
 import numpy as np
-from sqlalchemy import RowMapping, func, select, tuple_, update
+from sqlalchemy import RowMapping, delete, func, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 
 from indexer.rows import Rows
@@ -84,6 +84,11 @@ class Records(Rows):
             query = query.where(place < last.scalar_subquery())
         with self.engine.connect() as connection:
             return [_detection(row) for row in connection.execute(query).mappings()]
+
+    def delete_detections(self, before: datetime) -> int:
+        """Forget verdicts given before this time; returns how many there were."""
+        query = delete(DetectionRow).where(DetectionRow.at < before)
+        return self.transaction(lambda connection: connection.execute(query).rowcount)
 
     def set_feedback(self, detection_id: UUID, feedback: Mapping[str, Any]) -> bool:
         """Attach what a person said of the verdict; False where it is not known."""

@@ -14,9 +14,10 @@ from conftest import small_image
 from fastapi.testclient import TestClient
 from httpx2 import Response
 from PIL import Image
+from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from api import access
+from api import access, service
 from api.access import hash_secret, new_secret
 from api.app import create_app
 from api.detector import Detector
@@ -299,6 +300,17 @@ def test_a_detection_by_another_checkpoint_is_not_replayed(client: TestClient) -
     values = {name: getattr(row, name) for name in type(row).__slots__} | {"id": other, "checkpoint_id": "0" * 32}
     store_of(client).record_detection(type(row)(**values))
     assert "0" * 32 in problem(client.post(f"/v1/detections/{other}/replay"), 409, "conflict")["detail"]
+
+
+def test_old_records_are_deleted(settings: Settings, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "HOUSEKEEPING", 0.05)
+    with connected(settings, checkpoint=tiny_checkpoint, device="cpu", record_days=3) as client:
+        old, new = (client.post("/v1/detect", files=files(png(n))).json()["results"][0]["id"] for n in (1, 2))
+        with store_of(client).engine.begin() as connection:
+            statement = text("update detection set at = at - interval '3 days 1 minute' where id = :id")
+            connection.execute(statement, {"id": old})
+        wait_for(lambda: client.get(f"/v1/detections/{old}").status_code == 404)
+        assert client.get(f"/v1/detections/{new}").status_code == 200
 
 
 # Limits

@@ -21,7 +21,7 @@ let stopping = new AbortController();
 
 const closer = h("input", { type: "checkbox", checked: true });
 const strictness = h("select", {}, h("option", { value: "" }, "as the service is set"),
-  [0.1, 0.05, 0.02, 0.01, 0.001].map((share) => h("option", { value: share }, `at most ${oneIn(share)}`)));
+  [0.1, 0.05, 0.02, 0.01, 0.001].map((share) => h("option", { value: share }, oneIn(share))));
 const bar = h("progress", { max: 1, value: 0, "aria-label": "Images judged" });
 const counter = h("span", { class: "counter" });
 const progress = h("div", { class: "progress", hidden: true }, bar, counter, h("button", { type: "button", onclick: stop }, "Stop"));
@@ -51,8 +51,8 @@ export function setUp() {
   view.append(
     zone,
     h("div", { class: "options" },
-      h("label", { class: "choice" }, closer, " Look closer: score regions and re-encoded copies (slower)"),
-      h("label", {}, "Real photos wrongly called generated: ", strictness)),
+      h("label", { class: "choice" }, closer, " Also score regions and re-encoded copies (slower)"),
+      h("label", {}, "Real photos called generated, at most: ", strictness)),
     progress, tools, results, explanation);
 }
 
@@ -62,7 +62,7 @@ export async function show() {
   try {
     const state = await ask("/v1/calibration");
     rates = { false_alarm: state.max_false_alarm, miss: state.max_miss };
-    strictness.options[0].textContent = `as the service is set: at most ${oneIn(rates.false_alarm)}`;
+    strictness.options[0].textContent = `${oneIn(rates.false_alarm)}, as the service is set`;
   } catch {
     rates = null; // the verdicts then say less about their cuts, and nothing else fails
   }
@@ -101,6 +101,7 @@ async function judge(item) {
     const { results: [found] } = await ask("/v1/detect", { method: "POST", query: item.options, body, signal: stopping.signal });
     if (found.error) throw problemFrom(found.error);
     item.result = found;
+    item.at = new Date().toISOString();
     addresses.set(found.id, item.address);
   } catch (problem) {
     item.problem = problem.name === "AbortError" ? { title: "Not judged", detail: "Stopped before its turn." } : problem;
@@ -126,7 +127,7 @@ function failed(item) {
 function judged(item) {
   const verdict = item.result;
   const own = item.options.max_false_alarm ? Number(item.options.max_false_alarm) : rates?.false_alarm;
-  const options = { address: item.address, rates: { ...rates, false_alarm: own } };
+  const options = { address: item.address, at: item.at, rates: { ...rates, false_alarm: own } };
   if (item.alone) return account(verdict, options);
   const preview = h("img", { src: item.address, alt: "", width: 56, height: 56 });
   preview.onerror = () => preview.classList.add("missing");

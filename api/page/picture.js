@@ -43,7 +43,7 @@ function regionMark(region) {
   const kind = region.score >= 0.5 ? "fake" : "real";
   const box = s("rect", { class: kind, x, y, width, height, "vector-effect": "non-scaling-stroke" });
   box.style.fillOpacity = (0.1 + 0.5 * Math.abs(region.score - 0.5) * 2).toFixed(2);
-  const label = s("text", { x: x + width / 2, y: y + height / 2, "font-size": Math.min(width, height) / 6 }, decimal(region.score));
+  const label = s("text", { x: x + width / 2, y: y + height / 2, "font-size": Math.min(width, height) / 7 }, decimal(region.score));
   return s("g", {}, box, label, s("title", {}, regionInWords(region)));
 }
 
@@ -70,16 +70,16 @@ let faders = 0;
 
 function fader(marks) {
   const id = `fader-${(faders += 1)}`;
-  const output = h("output", { for: id }, "60 %");
+  const output = h("output", { for: id }, "40 %");
   const layer = marks.querySelector(".regions");
   const slide = (value) => {
     layer.style.opacity = value / 100;
     output.textContent = `${value} %`;
   };
-  slide(60);
+  slide(40);
   return h("div", { class: "fader" },
     h("label", { for: id }, "Regions"),
-    h("input", { id, type: "range", min: 0, max: 100, step: 5, value: 60, oninput: (event) => slide(Number(event.target.value)) }),
+    h("input", { id, type: "range", min: 0, max: 100, step: 5, value: 40, oninput: (event) => slide(Number(event.target.value)) }),
     output,
     h("p", { class: "key" }, icon("fake"), " like generated ", icon("real"), " like real; paler is less sure"));
 }

@@ -2,7 +2,7 @@
 
 import { advice } from "./client.js";
 import { h, icon } from "./dom.js";
-import { sentence } from "./words.js";
+import { ended } from "./words.js";
 
 /** A box that says what happened, why, and what to do. `again` makes a button to try once more. */
 export function problemBox(problem, again = null) {
@@ -12,7 +12,7 @@ export function problemBox(problem, again = null) {
     icon("problem"),
     h("div", {},
       h("p", { class: "title" }, problem.title ?? "Something in this page failed"),
-      problem.detail || !problem.title ? h("p", {}, sentence(problem.detail || problem.message)) : null,
+      problem.detail || !problem.title ? h("p", {}, ended(problem.detail || problem.message)) : null,
       help || wait ? h("p", { class: "help" }, `${help ?? ""}${wait}`.trim()) : null,
       problem.conflicts?.length ? h("ul", {}, problem.conflicts.map((one) => h("li", {}, `${one.file}: known as ${one.has}, not ${one.wants}`))) : null,
       problem.requestId && problem.kind === "internal" ? h("p", {}, "Request ", h("code", {}, problem.requestId)) : null,

@@ -26,7 +26,7 @@ export async function show(id) {
       feedback ? h("p", { class: "note plain" }, disputed(feedback)) : "",
       h("div", { class: "buttons" }, h("button", { type: "button", onclick: () => replay(id, today) }, "Judge again with today's references")),
       today,
-      account(result, { address: addresses.get(id) ?? null, recorded: true }));
+      account(result, { address: addresses.get(id) ?? null, at, recorded: true }));
   } catch (problem) {
     place.replaceChildren(problemBox(problem, () => show(id)));
   }

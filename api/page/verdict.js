@@ -1,8 +1,8 @@
 /** One verdict, from the word down to the version that answered. */
 
-import { ask, key } from "./client.js";
-import { CREDENTIALS, HEADS, count, decimal, headline, labelWord, meaning, oneIn, percent, rarity, sentence, stabilityWords, variantName } from "./words.js";
-import { announce, bar, download, facts, fileName, h, icon, table } from "./dom.js";
+import { ask } from "./client.js";
+import { CREDENTIALS, HEADS, count, decimal, headline, labelWord, meaning, oneIn, percent, rarity, sentence, stabilityWords, variantName, when } from "./words.js";
+import { bar, download, facts, fileName, h, icon, table } from "./dom.js";
 import { generatorShares, indexWords, lineUp } from "./lineup.js";
 import { picture } from "./picture.js";
 import { problemBox } from "./problems.js";
@@ -16,9 +16,9 @@ export function badge(decision, text = labelWord(decision)) {
  * The whole account of one image.
  *
  * `address` is a blob of the image or null, `rates` the error rates that the thresholds promise ({false_alarm, miss}),
- * `recorded` whether this is a record already, and `level` that of its heading.
+ * `at` when it was judged, `recorded` whether this is a record already, and `level` that of its heading.
  */
-export function account(verdict, { address = null, rates = null, recorded = false, level = 2 } = {}) {
+export function account(verdict, { address = null, rates = null, at = null, recorded = false, level = 2 } = {}) {
   const id = `verdict-${verdict.id}`;
   return h("article", { class: `verdict ${verdict.verdict}`, "aria-labelledby": id },
     verdict.degraded ? note("The database is away. Lineup judged from memory: nothing was recorded, and whether this file is known was not checked.") : null,
@@ -32,7 +32,7 @@ export function account(verdict, { address = null, rates = null, recorded = fals
         h("p", { class: "meaning" }, meaning(verdict, rates)),
         cautions(verdict),
         actions(verdict, recorded))),
-    evidence(verdict, level + 1));
+    evidence(verdict, at, level + 1));
 }
 
 function note(text) {
@@ -53,7 +53,7 @@ function scale(verdict) {
   const upper = thresholds.fake ?? 1;
   const lower = Math.min(thresholds.real ?? 0, upper);
   const zone = (kind, from, to, text) => {
-    const element = h("span", { class: `zone ${kind}` }, to - from > 0.14 ? text : "");
+    const element = h("span", { class: `zone ${kind}` }, to - from > 0.024 * text.length ? text : "");
     element.style.left = `${100 * from}%`;
     element.style.width = `${Math.max(0, 100 * (to - from))}%`;
     return element;
@@ -130,7 +130,7 @@ function dispute(button, place, verdict) {
   form.querySelector("input:checked, input").focus();
 }
 
-function evidence(verdict, level) {
+function evidence(verdict, at, level) {
   const title = (text) => h(`h${level}`, {}, text);
   return [
     h("section", { class: "why" }, title("Why: the line-up"),
@@ -142,7 +142,7 @@ function evidence(verdict, level) {
         h("p", { class: "lead" }, "How the weight of the generated neighbours divides. A hint, not an identification."), generatorShares(verdict)),
       verdict.stability ? h("section", { class: "stability" }, title("Does it hold?"), stability(verdict)) : null,
       h("section", { class: "provenance" }, title("What the file says of itself"), provenance(verdict.provenance))),
-    h("section", { class: "version" }, title("What answered"), version(verdict)),
+    h("section", { class: "version" }, title("What answered"), version(verdict, at)),
   ];
 }
 
@@ -184,7 +184,7 @@ function provenance({ c2pa, metadata }) {
   ];
 }
 
-function version(verdict) {
+function version(verdict, at) {
   const { model, image, calibration, timings_ms: times } = verdict;
   const spent = Object.values(times ?? {}).reduce((sum, value) => sum + value, 0);
   const shifted = verdict.probability !== null && verdict.probability !== undefined && Math.abs(verdict.probability - (verdict.score ?? verdict.probability)) > 1e-6;
@@ -198,8 +198,7 @@ function version(verdict) {
     ["Novelty", verdict.novelty === null ? null : `p = ${decimal(verdict.novelty)}: ${verdict.novelty >= 0.5 ? "as close to the references as is usual" : `${oneIn(verdict.novelty)} calibration images lies as far from the references`}`],
     ["Image", `${count(image.width)} × ${count(image.height)} ${image.format}`],
     ["SHA-256", h("code", {}, image.sha256)],
-    ["Time", `${Math.round(spent)} ms`],
+    ["Judged", at ? `${when(at)}, in ${Math.round(spent)} ms` : `in ${Math.round(spent)} ms`],
     ["Record", h("code", {}, verdict.id)],
-    ["Asked", key() ? "with a key" : null],
   ]);
 }

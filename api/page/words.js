@@ -53,6 +53,11 @@ export function sentence(text) {
   return trimmed && `${trimmed[0].toUpperCase()}${trimmed.slice(1)}${/[.!?…]$/.test(trimmed) ? "" : "."}`;
 }
 
+/** The same with its stop, but as it begins: perhaps with the name of a file. */
+export function ended(text) {
+  return /[.!?…]$/.test(text.trim()) ? text : `${text.trim()}.`;
+}
+
 /** Headings of the verdicts. */
 export function headline(verdict) {
   if (verdict.basis === "known") return verdict.known?.label === "fake" ? "Known generated image" : "Known real image";
@@ -61,7 +66,7 @@ export function headline(verdict) {
 
 /** The short word for a label or a decision. */
 export function labelWord(label) {
-  return { fake: "generated", real: "real", uncertain: "uncertain" }[label] ?? "no answer";
+  return { fake: "generated", real: "real", uncertain: "cannot tell" }[label] ?? "no answer";
 }
 
 /** What the score means: how often real photographs score like that. */
@@ -113,7 +118,7 @@ export function variantName(name) {
 /** Whether the verdict survives re-encoding. */
 export function stabilityWords(stability) {
   const tried = Object.values(stability.scores).length;
-  const spread = stability.spread === null ? "" : ` The scores differ by ${decimal(stability.spread)} at most.`;
+  const spread = stability.spread === null ? "" : stability.spread < 0.005 ? " The scores hardly differ." : ` The scores differ by ${decimal(stability.spread)} at most.`;
   return stability.flips
     ? `The verdict changes under at least one of ${tried} re-encodings: treat it with care.${spread}`
     : `The verdict stays the same under all ${tried} re-encodings.${spread}`;

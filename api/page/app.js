@@ -1,0 +1,65 @@
+/** Which view is shown, the key, and whether the service is ready. */
+
+import * as detect from "./detect.js";
+import * as generators from "./generators.js";
+import * as record from "./record.js";
+import * as search from "./search.js";
+import * as status from "./status.js";
+import { forgetKey, key } from "./client.js";
+
+const VIEWS = { detect, record, search, generators, status };
+const TITLES = { detect: "Detect", record: "Record", search: "Search", generators: "Generators", status: "Status" };
+const notice = document.getElementById("service-notice");
+
+/** The view and its argument from an address such as #/record/ID. */
+function route() {
+  const [, name, argument] = location.hash.split("/");
+  return name in VIEWS ? [name, argument ? decodeURIComponent(argument) : null] : ["detect", null];
+}
+
+function go(moved) {
+  const [name, argument] = route();
+  for (const other of Object.keys(VIEWS)) document.getElementById(`view-${other}`).hidden = other !== name;
+  for (const link of document.querySelectorAll("nav [data-view]")) {
+    if (link.dataset.view === name) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  document.title = `${TITLES[name]} · Lineup`;
+  if (moved) {
+    scrollTo(0, 0);
+    const title = document.getElementById(`title-${name}`);
+    title.tabIndex = -1;
+    title.focus({ preventScroll: true });
+  }
+  VIEWS[name].show(argument);
+}
+
+function showKey() {
+  document.getElementById("key-state").hidden = !key();
+}
+
+/** Wait until the service has loaded its checkpoint and index, and say so meanwhile. */
+async function awaitReady() {
+  for (;;) {
+    const response = await fetch("/health/ready").catch(() => null);
+    if (response?.ok) {
+      if (notice.textContent) notice.textContent = "";
+      return;
+    }
+    const said = await response?.json().catch(() => null);
+    notice.textContent = response ? `The service is not ready: ${said?.detail ?? "it is starting"}. Waiting…` : "The service does not answer. Waiting…";
+    await new Promise((resolve) => setTimeout(resolve, 1500));
+  }
+}
+
+for (const view of Object.values(VIEWS)) view.setUp();
+document.getElementById("forget-key").onclick = forgetKey;
+document.addEventListener("lineup-key", showKey);
+document.getElementById("skip").onclick = (event) => {
+  event.preventDefault(); // the hash names the view
+  document.getElementById("content").focus();
+};
+addEventListener("hashchange", () => go(true));
+showKey();
+await awaitReady();
+go(false);

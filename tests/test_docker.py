@@ -1,0 +1,67 @@
+"""What the container files name exists: settings, commands, folders, and the order of services."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from api.__main__ import app as api
+from indexer.__main__ import app as indexer
+from indexer.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
+COMPOSE = (ROOT / "docker" / "compose.yml").read_text()
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(COMPOSE)["services"]
+    return found
+
+
+def test_variables_are_settings() -> None:
+    names = set(re.findall(r"LINEUP_[A-Z_]+(?=[=:] )|LINEUP_[A-Z_]+(?==)", DOCKERFILE))
+    names |= set(re.findall(r"^ +(LINEUP_[A-Z_]+):", COMPOSE, re.MULTILINE))
+    assert "LINEUP_DATABASE_URL" in names
+    assert {name.removeprefix("LINEUP_").lower() for name in names} <= set(Settings.model_fields)
+
+
+def test_copied_paths_exist_and_reach_the_build() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    paths = {path for line in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE) for path in line.split()}
+    assert {"trainer", "indexer", "api", "migrations", "pyproject.toml", "requirements.lock"} <= paths
+    assert {path for path in paths if f"!{path}" not in ignored} == set()
+    assert {path for path in paths - {"README.md"} if not (ROOT / path).exists()} == set()
+
+
+def test_every_copied_package_is_installed_and_every_target_exists(services: dict[str, Any]) -> None:
+    assert set(re.findall(r"^FROM \S+ AS (\w+)$", DOCKERFILE, re.MULTILINE)) == {"base", "cpu", "cuda"}
+    assert services["api"]["build"]["target"] == "${LINEUP_TARGET:-cpu}"
+    assert (ROOT / "docker" / services["api"]["build"]["context"] / services["api"]["build"]["dockerfile"]).exists()
+
+
+def test_commands_exist(services: dict[str, Any]) -> None:
+    groups = {group.name for group in api.registered_groups}
+    commands = {command.name or command.callback.__name__ for command in api.registered_commands if command.callback}
+    assert services["key"]["command"][:2] == ["api", "keys"]
+    assert "keys" in groups
+    assert "serve" in commands
+    assert services["migrate"]["command"] == ["indexer", "migrate"]
+    assert "migrate" in {
+        command.name or command.callback.__name__ for command in indexer.registered_commands if command.callback
+    }
+
+
+def test_services_wait_for_each_other(services: dict[str, Any]) -> None:
+    waits = {name: dict(service.get("depends_on", {})) for name, service in services.items()}
+    assert waits == {
+        "db": {},
+        "migrate": {"db": {"condition": "service_healthy"}},
+        "key": {"migrate": {"condition": "service_completed_successfully"}},
+        "api": {"key": {"condition": "service_completed_successfully"}},
+    }
+    assert services["api"]["init"] is True
+    assert services["api"]["ports"] == ["127.0.0.1:8000:8000"]
