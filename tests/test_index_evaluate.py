@@ -1,0 +1,121 @@
+"""The index's heads on a data set: the trainer's rows, without references that are the images themselves."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from indexer.__main__ import app
+from indexer.calibrate import recalibrate
+from indexer.evaluate import EvaluationError, evaluate, index_scores, verdict_shares
+from indexer.follower import Follower
+from indexer.postgres import connect
+from indexer.settings import Settings
+from indexer.store import Store
+from trainer.datasets import read_dataset
+from trainer.embedded_set import EmbeddedSet
+from trainer.embedder import Embedder
+from trainer.heads import Heads
+
+
+BOTH = "train,test"
+
+
+@pytest.fixture
+def embedder(populated: Settings) -> Embedder:
+    return Embedder.load(populated.checkpoint_folder, device="cpu")
+
+
+@pytest.fixture
+def follower(populated: Settings, embedder: Embedder) -> Iterator[Follower]:
+    store = Store(connect(populated))
+    follower = Follower(populated, store, embedder.id, embedder.dim)
+    follower.load()
+    yield follower
+    store.engine.dispose()
+
+
+def test_rows_are_the_trainers(populated: Settings, follower: Follower, embedder: Embedder, image_folder: Path) -> None:
+    found = evaluate(populated, follower, embedder, image_folder, split=BOTH, resamples=5)
+    assert {row["head"] for row in found.rows} == {"knn", "nn1", "linear", "svm", "combined"}
+    assert {row["transform"] for row in found.rows} == {"none", "transformed", "equalised"}
+    counts = Counter((entry.split, entry.generator or "real") for entry in read_dataset(image_folder, split=BOTH))
+    plain = {(row["split"], row["generator"]): row["images"] for row in found.rows if row["head"] == "nn1"}
+    assert {key: n for key, n in plain.items() if key[1] != "all"} == counts
+    assert plain["test", "all"] + plain["train", "all"] == counts.total() == 120
+    assert found.revision == follower.revision
+    assert {row["generator"] for row in found.verdicts} == {"real", "gen-a", "gen-b"}
+    for row in found.verdicts:
+        assert row["fake"] + row["real"] + row["uncertain"] == pytest.approx(1)
+        assert row["coverage"] == pytest.approx(row["fake"] + row["real"])
+
+
+def test_an_image_does_not_answer_for_itself(populated: Settings, follower: Follower) -> None:
+    """Every image is a reference: with itself excluded its nearest is another."""
+    ids, vectors = follower.index.vectors()
+    heads = Heads.load(populated.checkpoint_folder)
+    queries = vectors.astype(np.float32)
+    own = index_scores(queries, [np.empty(0, np.int64)] * len(ids), follower, heads, None, 5)
+    others = index_scores(queries, [np.array([number]) for number in ids], follower, heads, None, 5)
+    labels, _, _ = follower.index.metadata(ids)
+    assert ((own["nn1"] > 0) == (labels == 1)).all()
+    assert not np.allclose(own["nn1"], others["nn1"])
+    assert "combined" not in own
+    with_maps = index_scores(
+        queries, [np.array([n]) for n in ids], follower, heads, recalibrate(populated, follower), 5
+    )
+    assert ((with_maps["combined"] >= 0) & (with_maps["combined"] <= 1)).all()
+
+
+def test_shares_of_verdicts() -> None:
+    images = EmbeddedSet(
+        embeddings=np.zeros((5, 2), np.float32),
+        labels=np.array([0, 0, 1, 1, 1], np.uint8),
+        generators=["", "", "a", "a", "b"],
+        sources=[""] * 5,
+        groups=[""] * 5,
+        splits=[""] * 5,
+        facts=[],
+    )
+    scores = np.array([0.1, 0.5, 0.9, 0.5, np.nan])
+    real, a, b = verdict_shares(images, scores, 0.8, 0.3)
+    assert real == {"generator": "real", "images": 2, "fake": 0, "real": 0.5, "uncertain": 0.5, "coverage": 0.5}
+    assert a == {"generator": "a", "images": 2, "fake": 0.5, "real": 0, "uncertain": 0.5, "coverage": 0.5}
+    assert b["uncertain"] == 1
+    assert all(row["uncertain"] == 1 for row in verdict_shares(images, scores, None, None))
+
+
+def test_nothing_to_evaluate(settings: Settings, populated: Settings, embedder: Embedder, image_folder: Path) -> None:
+    store = Store(connect(settings))
+    store.register_checkpoint(embedder.id, "tiny", embedder.dim, {})
+    empty = Follower(settings, store, embedder.id, embedder.dim)
+    empty.load()
+    with pytest.raises(EvaluationError, match="the index is empty"):
+        evaluate(populated, empty, embedder, image_folder)
+    store.engine.dispose()
+
+
+def test_commands(populated: Settings, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("home", "database_url", "checkpoint"):
+        monkeypatch.setenv(f"LINEUP_{name.upper()}", str(getattr(populated, name)))
+    monkeypatch.setenv("LINEUP_K", "5")
+    monkeypatch.setattr("trainer.file_facts.file_fact_scores", lambda facts, labels, groups: np.full(len(facts), 0.5))
+    audited = CliRunner().invoke(app, ["audit", "--json"])
+    assert audited.exit_code == 0, audited.output
+    assert json.loads(audited.stdout)["images"] == 120
+    shown = CliRunner().invoke(app, ["audit"], env={"COLUMNS": "200"})
+    assert "near duplicates across labels" in shown.stdout
+    shown = CliRunner().invoke(
+        app, ["evaluate", "--data", str(image_folder), "--split", "test"], env={"COLUMNS": "200"}
+    )
+    assert shown.exit_code == 0, shown.output
+    assert "thresholds of the combined score: fake 0." in shown.stdout
+    assert all(name in shown.stdout for name in ("gen-a", "gen-b", "both labels recompressed alike", "uncertain"))
+    measured = CliRunner().invoke(app, ["evaluate", "--data", str(image_folder), "--split", "none"])
+    assert measured.exit_code == 1
+    assert "error: " in measured.stderr
+    assert "has no images of split none" in measured.stderr
