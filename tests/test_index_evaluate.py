@@ -21,7 +21,6 @@ from trainer.embedded_set import EmbeddedSet
 from trainer.embedder import Embedder
 from trainer.heads import Heads
 
-
 BOTH = "train,test"
 
 
