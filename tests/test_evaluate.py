@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from PIL import Image, ImageFilter
 from typer.testing import CliRunner
 
 from trainer.__main__ import app
-from trainer.datasets import role
-from trainer.embedded_set import EmbeddedSet
-from trainer.embedder import CheckpointConfig, build_backbone, save_checkpoint
+from trainer.datasets import read_dataset, role
+from trainer.embedded_set import EmbeddedSet, embed_entries
+from trainer.embedder import CheckpointConfig, Embedder, build_backbone, save_checkpoint
 from trainer.enrolment import enrolment_curve, nearest_similarities
 from trainer.evaluate import Evaluation, EvaluationError, evaluate
 from trainer.file_facts import file_fact_scores
@@ -27,7 +28,7 @@ from trainer.refit import refit
 from trainer.report import report_tables, write_report
 from trainer.splits import entries_of
 from trainer.tables import NOT_DIFFUSION, Rows, seen_table, unseen_tables
-from trainer.transforms import basic, curves
+from trainer.transforms import Transform, basic, curves
 
 SIZE, DIM = 32, 24
 KINDS = [("train", "", 66), ("train", "gen-a", 66), ("test", "", 20), ("test", "gen-a", 14), ("unseen", "gan-b", 14)]
@@ -175,6 +176,26 @@ def test_curves_cover_every_strength(evaluation: Evaluation) -> None:
     found = {(row["curve"], row["strength"]) for row in evaluation.curves}
     assert found == {(name, strength) for name, points in curves().items() for strength, _ in points}
     assert {strength for name, strength in found if name == "jpeg quality"} == {95, 85, 75, 65, 50, 40, 30}
+
+
+class Mirror:
+    """Stands for an embedder whose embeddings are the pixels it is given."""
+
+    preprocess = Preprocess(image_size=SIZE)
+
+    def embed_pixels(self, pixels: np.ndarray, batch_size: int) -> np.ndarray:
+        assert len(pixels) <= batch_size
+        return pixels.reshape(len(pixels), -1)
+
+
+def test_a_finished_transform_is_only_normalised(data: Path) -> None:
+    grey = Image.fromarray(np.arange(SIZE * SIZE * 3, dtype=np.uint8).reshape(SIZE, SIZE, 3))
+    transforms = [Transform("whole", lambda image, rng: grey, finished=True), Transform("cut", lambda image, rng: grey)]
+    entries = [next(iter(read_dataset(data, split="test")))]
+    sets, _ = embed_entries(cast(Embedder, Mirror()), [(entry, transforms) for entry in entries], seed=0)
+    expected = (np.asarray(grey) / 255 - Mirror.preprocess.mean) / Mirror.preprocess.std
+    np.testing.assert_allclose(sets["whole"].embeddings[0], expected.transpose(2, 0, 1).ravel(), atol=1e-5)
+    assert not np.allclose(sets["cut"].embeddings, sets["whole"].embeddings)
 
 
 def test_transforms_are_seeded_by_content_not_by_order() -> None:

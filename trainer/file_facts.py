@@ -54,6 +54,6 @@ def file_fact_scores(
     table = fact_table(facts)
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
     for known, held in folds.split(table, labels, groups):
-        forest = RandomForestClassifier(200, min_samples_leaf=3, class_weight="balanced", random_state=seed)
+        forest = RandomForestClassifier(100, min_samples_leaf=3, class_weight="balanced", random_state=seed)
         scores[held] = forest.fit(table[known], labels[known]).predict_proba(table[held])[:, 1]
     return scores

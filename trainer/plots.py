@@ -126,12 +126,14 @@ def embedding_map(images: EmbeddedSet, unseen: frozenset[str], seed: int = 0) ->
     """
     from matplotlib import colormaps
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     rng = np.random.default_rng(seed)
     images = images.take(np.sort(rng.permutation(len(images))[:TSNE_IMAGES]))
     perplexity = max(2.0, min(30.0, (len(images) - 1) / 4))
     model = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed)
-    points = model.fit_transform(unit_length(images.embeddings))  # (n, 2)
+    with threadpool_limits(1):  # its OpenMP threads wait by spinning: on a busy machine minutes for a second's work
+        points = model.fit_transform(unit_length(images.embeddings))  # (n, 2)
     made, (ax,) = figure(width=7.5, height=5.5)
     names = np.array(images.generators)
     real = images.labels == 0
