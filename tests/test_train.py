@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny import tiny_settings
 
 from trainer.batches import EpochSampler, Pairs, Pictures
 from trainer.embedder import Embedder, read_config, read_weights
@@ -20,26 +21,6 @@ from trainer.run import Run
 from trainer.state import RunState
 from trainer.train import epoch_steps, fit
 from trainer.views import Views
-
-TINY = (("depth", 2), ("embed_dim", 48), ("img_size", 32), ("num_heads", 3), ("patch_size", 8))
-
-
-def tiny_settings(data: Path, output: Path) -> FitSettings:
-    """Two epochs of three updates of a tiny ViT, made in this process."""
-    return FitSettings(
-        data=data,
-        output=output,
-        image_size=32,
-        architecture_args=TINY,
-        batch_size=4,
-        epoch_steps=3,
-        epochs=2,
-        warmup_epochs=1,
-        patience=0,
-        workers=0,
-        head_images=200,
-        device="cpu",
-    )
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class ShardRecords(IterableDataset[Sample]):
 
     def __iter__(self) -> Iterator[Sample]:
         import webdataset as wds
+        from webdataset.tariterators import group_by_keys, tar_file_expander
 
         worker = get_worker_info()
         rng = np.random.default_rng((self.seed, self.epoch, self.rank, worker.id if worker else 0))
@@ -63,11 +64,19 @@ class ShardRecords(IterableDataset[Sample]):
             failed.append(f"{error.args[-1] if error.args else 'a shard'}\t{type(error).__name__}: {error}")
             return True  # go on with the next shard
 
-        records = wds.DataPipeline(
-            wds.ResampledShards(self.paths, seed=0, worker_seed=lambda: shard_seed, deterministic=True),
-            wds.tarfile_to_samples(handler=note, select_files=is_image_member),
-            wds.shuffle(SHUFFLE, rng=random.Random(order_seed)),
-        )
+        def opened(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+            for shard in shards:
+                try:
+                    with Path(shard["url"]).open("rb") as stream:  # closed also where the stream is left half-way
+                        yield shard | {"stream": stream}
+                except OSError as error:
+                    note(OSError(str(error), shard["url"]))
+
+        urls = [str(path) for path in self.paths]
+        shards = wds.ResampledShards(urls, seed=0, worker_seed=lambda: shard_seed, deterministic=True)
+        members = tar_file_expander(opened(shards), handler=note, select_files=is_image_member)
+        shuffle = wds.shuffle(SHUFFLE, rng=random.Random(order_seed))
+        records = shuffle(group_by_keys(members, handler=note))
         useless = 0
         for record in records:
             views = self.make(record, rng, failed) if self.wanted(record["__key__"]) else None

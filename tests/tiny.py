@@ -1,0 +1,25 @@
+"""A training run small enough for tests."""
+
+from pathlib import Path
+
+from trainer.recipe import FitSettings
+
+TINY = (("depth", 2), ("embed_dim", 48), ("img_size", 32), ("num_heads", 3), ("patch_size", 8))
+
+
+def tiny_settings(data: Path, output: Path) -> FitSettings:
+    """Two epochs of three updates of a tiny ViT, made in this process."""
+    return FitSettings(
+        data=data,
+        output=output,
+        image_size=32,
+        architecture_args=TINY,
+        batch_size=4,
+        epoch_steps=3,
+        epochs=2,
+        warmup_epochs=1,
+        patience=0,
+        workers=0,
+        head_images=200,
+        device="cpu",
+    )
