@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, cast
@@ -19,9 +19,9 @@ from rich.table import Table
 from api.access import SCOPES, Keys, hash_secret, is_loopback, new_secret
 from api.detector import Detector
 from api.logs import log_as_json
-from api.neighbours import DATABASE_AWAY
+from api.patience import DATABASE_AWAY
 from api.problems import ApiError
-from api.schemas import Explanation, FailedFile, Verdict
+from api.schemas import Explanation, FailedFile, Problem
 from api.terminal import show
 from api.uploads import Question, Upload
 from indexer.postgres import DatabaseBehind, DatabaseUnreachable, connect
@@ -76,15 +76,20 @@ def data_set_images(paths: Iterable[Path], split: str | None, sample: int | None
         yield entry.uri.removeprefix("file://"), entry.read
 
 
-def judge_file(detector: Detector, name: str, read: Callable[[], bytes], question: Question) -> Verdict | FailedFile:
-    """The verdict on one file, or why it cannot be read."""
-    try:
-        return next(detector.detect([Upload(name, read())], question))
-    except OSError as error:
-        problem = ApiError("unreadable", f"{name}: {error.strerror or error}")
-    except UnreadableImage as error:
-        problem = ApiError("unreadable", f"{name}: {error}")
-    return FailedFile(file=name, error=problem.problem())
+def uploads(images: Iterable[Image], failed: list[FailedFile]) -> Iterator[Upload]:
+    """Files as they are judged; those that cannot be opened go to `failed`."""
+    for name, read in images:
+        try:
+            yield Upload(name, read())
+        except OSError as error:
+            failed.append(FailedFile(file=name, error=unreadable(f"{name}: {error.strerror or error}")))
+        except UnreadableImage as error:
+            failed.append(FailedFile(file=name, error=unreadable(f"{name}: {error}")))
+
+
+def unreadable(detail: str) -> Problem:
+    """What is told of a file that cannot be opened."""
+    return ApiError("unreadable", detail).problem()
 
 
 @app.command()
@@ -99,7 +104,7 @@ def serve(
 
     detector = load(host=host, port=port, checkpoint=checkpoint, device=device)
     address = detector.settings.host
-    if not is_loopback(address) and not Keys(detector.store).exist():
+    if not is_loopback(address) and not Keys(detector.store, detector.patience).exist():
         detector.close()
         advice = "make one with `python -m api keys create NAME --scope admin`, or listen on 127.0.0.1"
         raise fail(SettingsError(f"LINEUP_HOST is {address}, which needs an API key: {advice}"))
@@ -127,29 +132,30 @@ def detect(
         raise typer.BadParameter(f"{explain!r} is not regions, stability or both", param_hint="--explain")
     question = Question(k, max_false_alarm, cast("frozenset[Explanation]", asked))
     detector = load(checkpoint=checkpoint, device=device)
-    judged, failed, console = 0, 0, Console()
+    judged, rejected, console = 0, 0, Console()
+    missing: list[FailedFile] = []
     try:
         detector.calibrate()
         in_data_sets = split is not None or sample is not None
-        for name, read in data_set_images(images, split, sample) if in_data_sets else image_files(images):
-            result = judge_file(detector, name, read, question)
+        named = data_set_images(images, split, sample) if in_data_sets else image_files(images)
+        for result in chain(detector.detect(uploads(named, missing), question), missing):
             if as_json:
                 print(result.model_dump_json(), flush=True)
             if isinstance(result, FailedFile):
-                failed += 1
+                rejected += 1
                 print(f"rejected: {result.error.detail}", file=sys.stderr)
                 continue
             judged += 1
             if not as_json:
                 show(result, console)
-    except DatasetError as error:
+    except (DatasetError, *DATABASE_AWAY) as error:
         raise fail(error) from None
     finally:
         detector.close()
-    if not judged + failed:
+    if not judged + rejected:
         raise fail(ValueError(f"no image files in {', '.join(map(str, images))}"))
-    if failed:
-        print(f"{judged} judged, {failed} rejected", file=sys.stderr)
+    if rejected:
+        print(f"{judged} judged, {rejected} rejected", file=sys.stderr)
     if not judged:
         raise typer.Exit(1)
 

@@ -14,7 +14,7 @@ from hashlib import sha256
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from api.neighbours import DATABASE_AWAY
+from api.patience import DATABASE_AWAY, Patience
 from api.problems import ApiError
 from api.schemas import Scope
 from indexer.store import ApiKey, Store
@@ -64,6 +64,7 @@ class Keys:
     """Looks keys up, remembering each answer for two seconds, and for longer while the database is away."""
 
     store: Store
+    patience: Patience
     _seen: OrderedDict[bytes, tuple[float, ApiKey | None]] = field(default_factory=OrderedDict)
     _any: tuple[float, bool] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -78,7 +79,7 @@ class Keys:
         if known is not None and (known[1] or now - known[0] < FRESH):
             return known[1]
         try:
-            self._any = (now, bool(self.store.list_keys()))
+            self._any = (now, bool(self.patience.ask(self.store.list_keys)))
         except DATABASE_AWAY as error:
             if known is None:
                 raise ApiError("not-ready", "the database does not answer", retry_after=2) from error
@@ -103,7 +104,7 @@ class Keys:
         if seen is not None and now - seen[0] < FRESH:
             return seen[1]
         try:
-            key = self.store.find_key(digest)
+            key = self.patience.ask(self.store.find_key, digest)
         except DATABASE_AWAY as error:
             if seen is not None and now - seen[0] < STALE:
                 return seen[1]

@@ -18,6 +18,7 @@ from fastapi import APIRouter, Depends, FastAPI, File, Form, Query, Request, Res
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -30,7 +31,7 @@ from api.detector import Detector
 from api.enrolment import Batch
 from api.metrics import CONTENT_TYPE, Metrics
 from api.middleware import Around, Guard
-from api.neighbours import DATABASE_AWAY
+from api.patience import DATABASE_AWAY
 from api.problems import ApiError, Kind, documented, from_status
 from api.schemas import FailedFile, FieldError, Label, Removed, Scope, Text
 from api.service import Service
@@ -75,13 +76,12 @@ Reading = Annotated[Caller, Depends(caller_with("detect", "enrol"))]
 Enrolling = Annotated[Caller, Depends(caller_with("enrol"))]
 Admin = Annotated[Caller, Depends(caller_with("admin"))]
 Limit = Annotated[int, Query(ge=1, le=MOST_SHOWN)]
-router = APIRouter(prefix="/v1")
+bearer = HTTPBearer(auto_error=False, description="An API key; not needed from this machine while there is none.")
+router = APIRouter(prefix="/v1", dependencies=[Depends(bearer)])  # for OpenAPI: `Guard` has decided already
 
 
 async def read_uploads(files: list[UploadFile], settings: Settings) -> list[Upload]:
     """The files of a request. One that is larger than allowed is not read into memory, only its first excess byte."""
-    if len(files) > settings.max_files:
-        raise ApiError("too-large", f"{len(files)} files in one request; LINEUP_MAX_FILES allows {settings.max_files}")
     limit = settings.max_upload_bytes + 1
     return [Upload(file_name(file.filename), await file.read(limit)) for file in files]
 
@@ -359,7 +359,8 @@ async def on_bad_field(request: Request, error: Exception) -> JSONResponse:
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     """What the framework itself answers: no such path, no such method, a body that does not parse or is too large."""
     assert isinstance(error, HTTPException)
-    response = problem_response(request, from_status(error.status_code, str(error.detail)))
+    status = 413 if str(error.detail).startswith("Too many") else error.status_code  # parts of a form
+    response = problem_response(request, from_status(status, str(error.detail)))
     response.headers.update(error.headers or {})
     return response
 
@@ -431,7 +432,7 @@ def create_app(settings: Settings | None = None, detector: Detector | None = Non
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        form_limits={"max_files": 1000, "max_fields": 20, "max_part_size": 4096},
+        form_limits={"max_files": settings.max_files, "max_fields": 20, "max_part_size": 4096},
         responses=documented("internal"),
     )
     app.state.service = service

@@ -10,7 +10,7 @@ import numpy as np
 
 from api.detector import Detector
 from api.judgement import calibration_facts, shortage, thresholds_of
-from api.neighbours import DATABASE_AWAY
+from api.patience import DATABASE_AWAY
 from api.schemas import (
     LABELS,
     CalibrationState,
@@ -96,14 +96,15 @@ def status(detector: Detector) -> Status:
     sources: list[SourceCount] = []
     if not degraded:
         try:
-            counts = detector.store.counts()
+            ask = detector.patience.ask
+            counts = ask(detector.store.counts)
             real, fake = counts["real"], counts["fake"]
-            revision = detector.store.revision(detector.embedder.id)
+            revision = ask(detector.store.revision, detector.embedder.id)
             generators = [
-                GeneratorCount(name=row.name, references=row.references) for row in detector.store.generators()
+                GeneratorCount(name=row.name, references=row.references) for row in ask(detector.store.generators)
             ]
             sources = [
-                SourceCount(name=name, references=count) for name, count in detector.store.sources().items() if name
+                SourceCount(name=name, references=count) for name, count in ask(detector.store.sources).items() if name
             ]
         except DATABASE_AWAY:
             degraded = True

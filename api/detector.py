@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from uuid import UUID, uuid4
 
 import numpy as np
@@ -13,7 +14,8 @@ import numpy as np
 from api import judgement
 from api.calibrator import Calibrator
 from api.evidence import Evidence, gather
-from api.neighbours import DATABASE_AWAY, Neighbourhood
+from api.neighbours import Neighbourhood
+from api.patience import DATABASE_AWAY, Patience
 from api.problems import ApiError
 from api.schemas import LABELS, FailedFile, IndexFacts, Known, ModelFacts, Region, Verdict
 from api.uploads import Prepared, Question, Upload, prepare
@@ -25,6 +27,9 @@ from indexer.store import Store
 from trainer.calibration_set import CalibrationSet
 from trainer.embedder import CheckpointError, Embedder
 from trainer.heads import HEADS_FILE, Heads
+
+CHUNK = 16
+"""Files that `detect` embeds together."""
 
 
 @dataclass(slots=True)
@@ -40,6 +45,7 @@ class Detector:
     heads: Heads | None = field(init=False, default=None)
     store: Store = field(init=False)
     follower: Follower = field(init=False)
+    patience: Patience = field(init=False, default_factory=Patience)
     neighbourhood: Neighbourhood = field(init=False)
     calibrator: Calibrator = field(init=False)
 
@@ -65,7 +71,7 @@ class Detector:
             raise CheckpointError(str(error)) from error
         self.follower = Follower(self.settings, self.store, checkpoint.id, checkpoint.dim)
         self.follower.load()
-        self.neighbourhood = Neighbourhood(self.store, self.follower)
+        self.neighbourhood = Neighbourhood(self.store, self.follower, self.patience)
         self.calibrator = Calibrator(self.store, self.follower, self.heads, images, checkpoint.id, self.settings.k)
         return self
 
@@ -82,6 +88,7 @@ class Detector:
         """Stop the background work and let go of the database."""
         self.calibrator.stop()
         self.follower.stop()  # writes the snapshot where that is out of date
+        self.patience.close()
         self.store.engine.dispose()
 
     def prepare(self, upload: Upload, question: Question = Question()) -> Prepared:
@@ -110,6 +117,7 @@ class Detector:
         exclude = reference.id if reference else None
         fitted, settings = self.calibrator.current, self.settings
         calibration = fitted.calibration if fitted else None
+        index = self.index_facts  # before the search, which may see a little more
         evidence = shown = gather(embeddings, settings.k, self.follower, self.heads, calibration, exclude)
         if question.k not in (None, settings.k):
             shown = gather(embeddings[:1], question.k, self.follower, self.heads, calibration, exclude)
@@ -133,7 +141,7 @@ class Detector:
             provenance=prepared.provenance,
             image=prepared.image,
             model=self.model_facts,
-            index=self.index_facts,
+            index=index,
             calibration=judgement.calibration_facts(fitted),
             degraded=degraded or away,
         )
@@ -147,18 +155,30 @@ class Detector:
         return verdict
 
     def detect(self, uploads: Iterable[Upload], question: Question = Question()) -> Iterator[Verdict | FailedFile]:
-        """Judge files one after the other, and record them; one that cannot be judged is named with its problem."""
-        for upload in uploads:
-            try:
-                prepared = self.prepare(upload, question)
-            except ApiError as error:
-                yield FailedFile(file=upload.file, error=error.problem())
-                continue
+        """Judge and record files, a few at a time; one that cannot be judged is named with its problem."""
+        rest = iter(uploads)
+        while chunk := list(islice(rest, CHUNK)):
+            prepared = [self._prepare_or_fail(upload, question) for upload in chunk]
+            good = [item for item in prepared if isinstance(item, Prepared)]
             start = time.perf_counter()
-            embeddings = self.embedder.embed_pixels(prepared.pixels)
-            verdict = self.judge(prepared, embeddings, question, 1000 * (time.perf_counter() - start))
-            self.record(verdict, prepared, embeddings[0])
-            yield verdict
+            embeddings = self.embedder.embed_pixels(np.concatenate([item.pixels for item in good])) if good else ()
+            share = 1000 * (time.perf_counter() - start) / max(1, len(good))
+            ends = np.cumsum([len(item.pixels) for item in good])
+            rows = iter(np.split(np.asarray(embeddings), ends[:-1]))
+            for item in prepared:
+                if isinstance(item, FailedFile):
+                    yield item
+                    continue
+                vectors = next(rows)  # (1 + regions + variants, d)
+                verdict = self.judge(item, vectors, question, share)
+                self.record(verdict, item, vectors[0])
+                yield verdict
+
+    def _prepare_or_fail(self, upload: Upload, question: Question) -> Prepared | FailedFile:
+        try:
+            return self.prepare(upload, question)
+        except ApiError as error:
+            return FailedFile(file=upload.file, error=error.problem())
 
     def record(self, verdict: Verdict, prepared: Prepared, vector: np.ndarray, api_key_id: int | None = None) -> None:
         """Keep a verdict where settings and database allow it; where the database is away, the verdict says so.
@@ -186,7 +206,7 @@ class Detector:
             api_key_id=api_key_id,
         )
         try:
-            self.store.record_detection(record)
+            self.patience.ask(self.store.record_detection, record)
         except DATABASE_AWAY:
             verdict.degraded = True
 

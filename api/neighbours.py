@@ -6,27 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import psycopg
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from api.evidence import Evidence
 from api.judgement import clip
+from api.patience import DATABASE_AWAY, Patience
 from api.schemas import LABELS, Label, Neighbour
 from indexer.follower import Follower
 from indexer.follower import Neighbour as Nearby
-from indexer.postgres import DatabaseUnreachable
 from indexer.store import Reference, Store
 
-DATABASE_AWAY = (
-    DatabaseUnreachable,
-    OperationalError,
-    InterfaceError,
-    PoolTimeout,
-    psycopg.OperationalError,
-    psycopg.InterfaceError,
-)
-"""What the store raises while Postgres does not answer."""
 Found = tuple[Nearby, float | None]
 """A neighbour and its weight."""
 
@@ -37,13 +25,14 @@ class Neighbourhood:
 
     store: Store
     follower: Follower
+    patience: Patience
 
     def known(self, sha256: str) -> tuple[Reference | None, bool]:
         """The reference with these bytes, and whether the database was away."""
         if self.follower.degraded:
             return None, True
         try:
-            return self.store.find(sha256), False
+            return self.patience.ask(self.store.find, sha256), False
         except DATABASE_AWAY:
             return None, True
 
@@ -92,7 +81,7 @@ class Neighbourhood:
         rows: dict[int, Reference] = {}
         if found and not degraded:
             try:
-                rows = self.store.get_many([neighbour.id for neighbour, _ in found])
+                rows = self.patience.ask(self.store.get_many, [neighbour.id for neighbour, _ in found])
             except DATABASE_AWAY:
                 degraded = True
         shown = []

@@ -18,7 +18,7 @@ from api.batcher import Batcher, BatcherFull
 from api.detector import Detector
 from api.enrolment import Batch, enrol
 from api.metrics import Metrics
-from api.neighbours import DATABASE_AWAY
+from api.patience import DATABASE_AWAY
 from api.problems import ApiError
 from api.schemas import Added, FailedFile, Hits, Label, Verdict
 from api.uploads import Prepared, Question, Upload
@@ -50,6 +50,7 @@ class Service:
         self._detector = detector
         self._ready = False
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 2, "decode")
+        self._judges = ThreadPoolExecutor(2 * (os.cpu_count() or 2), "judge")
         self._workers = ThreadPoolExecutor(DATABASE_THREADS, "work")
         self._keys: Keys
         self._batcher: Batcher
@@ -87,7 +88,7 @@ class Service:
         if self._detector is None:
             self._detector = Detector(self.settings).load()
         detector = self._detector
-        self._keys = Keys(detector.store)
+        self._keys = Keys(detector.store, detector.patience)
         self._keys.exist()
         self._batcher = Batcher(detector.embedder.embed_pixels, observe=self.metrics.batch.observe)
         detector.start()
@@ -113,6 +114,7 @@ class Service:
         self._decoders.shutdown(cancel_futures=True)
         if was_ready:
             self._batcher.close()
+        self._judges.shutdown()
         self._workers.shutdown()
         if self._detector is not None:
             self._detector.close()
@@ -124,11 +126,11 @@ class Service:
     async def keys_exist(self) -> bool:
         """See `Keys.exist`."""
         self.detector  # noqa: B018 - not ready before there are keys to ask
-        return await self.run(self._keys.exist)
+        return await self._judge(self._keys.exist)
 
     async def authenticate(self, secret: str) -> Caller:
         """See `Keys.authenticate`."""
-        return await self.run(self._keys.authenticate, secret)
+        return await self._judge(self._keys.authenticate, secret)
 
     async def detect(self, uploads: Sequence[Upload], question: Question, caller: Caller) -> list[Verdict | FailedFile]:
         """Judge the images of one request, side by side; answers are in the order of the uploads."""
@@ -145,7 +147,7 @@ class Service:
         start = time.perf_counter()
         embeddings = await self._embed(prepared.pixels)
         waited = 1000 * (time.perf_counter() - start)
-        return await self.run(self._finish, detector, prepared, embeddings, question, waited, caller)
+        return await self._judge(self._finish, detector, prepared, embeddings, question, waited, caller)
 
     @staticmethod
     def _finish(
@@ -179,7 +181,7 @@ class Service:
             except ApiError as error:
                 return FailedFile(file=upload.file, error=error.problem())
             embedding = (await self._embed(prepared.pixels))[0]  # (d,)
-            neighbours, following = await self.run(
+            neighbours, following = await self._judge(
                 detector.neighbourhood.search,
                 embedding,
                 label=label,
@@ -198,6 +200,10 @@ class Service:
 
     async def _decode(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._decoders, lambda: work(*args, **kwargs))
+
+    async def _judge(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """In threads of their own: these wait for the database only so long, others may hang with it."""
+        return await asyncio.get_running_loop().run_in_executor(self._judges, lambda: work(*args, **kwargs))
 
     async def _embed(self, pixels: np.ndarray) -> np.ndarray:
         try:

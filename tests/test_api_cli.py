@@ -3,11 +3,14 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
@@ -140,6 +143,20 @@ def test_keys_are_made_listed_and_revoked(own: Call) -> None:
     assert secret not in table.stdout
 
 
+def begin_request(port: int) -> socket.socket:
+    """A connection on which the server has begun to read the body of a detection, and waits for more."""
+    head = (
+        "POST /v1/detect HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        "Content-Length: {length}\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
+    )
+    part = '--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    connection = socket.create_connection(("127.0.0.1", port), timeout=60)
+    connection.sendall(head.format(length=len(part) + len("Real\r\n--b--\r\n")).encode())
+    assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
+    connection.sendall(part.encode())
+    return connection
+
+
 def test_serve_answers_finishes_and_stops(
     settings: Settings, tiny_checkpoint: Path, queries: Path, tmp_path: Path
 ) -> None:
@@ -165,10 +182,20 @@ def test_serve_answers_finishes_and_stops(
             with (queries / "b.png").open("rb") as image:
                 answer = client.post("/v1/detect", files={"image": image}).json()
             assert Verdict.model_validate(answer["results"][0]).file == "b.png"
+        begun = begin_request(urlsplit(address).port or 0)
+        process.send_signal(signal.SIGTERM)
+        begun.sendall(b"Real\r\n--b--\r\n")
+        answer = b"".join(iter(partial(begun.recv, 65536), b""))
+        begun.close()
+        assert b" 415 " in answer.splitlines()[0], answer
     finally:
         process.send_signal(signal.SIGTERM)
         code = process.wait(60)
     assert code in (0, -signal.SIGTERM)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [line["route"] for line in lines if line["logger"] == "lineup.request"] == ["/health/ready", "/v1/detect"]
+    assert [line["route"] for line in lines if line["logger"] == "lineup.request"] == [
+        "/health/ready",
+        "/v1/detect",
+        "/v1/detect",
+    ]
     assert not [line for line in lines if line["level"] in ("warning", "error")]

@@ -69,9 +69,13 @@ def own(settings: Settings, tiny_checkpoint: Path) -> Iterator[TestClient]:
         yield client
 
 
+def detector_of(client: TestClient) -> Detector:
+    found: Detector = client.app.state.service.detector  # type: ignore[attr-defined]
+    return found
+
+
 def store_of(client: TestClient) -> Store:
-    detector: Detector = client.app.state.service.detector  # type: ignore[attr-defined]
-    return detector.store
+    return detector_of(client).store
 
 
 def problem(response: Response, status: int, kind: str) -> dict[str, Any]:
@@ -326,7 +330,7 @@ def test_too_large(client: TestClient) -> None:
     body = problem(client.post("/v1/detect", files=files(bytes(400_000))), 413, "too-large")
     assert "LINEUP_MAX_REQUEST_BYTES" in body["detail"]
     body = problem(client.post("/v1/detect", files=files(*[png()] * 5)), 413, "too-large")
-    assert "LINEUP_MAX_FILES" in body["detail"]
+    assert body["detail"] == "Too many files. Maximum number of files is 4."
 
 
 def test_a_body_without_announced_length_is_counted(client: TestClient) -> None:
@@ -379,9 +383,8 @@ def test_unknown_paths_and_methods(client: TestClient) -> None:
 def test_a_request_that_takes_too_long_is_ended(populated: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = threading.Event()
     with connected(populated, request_seconds=0.3) as client:
-        detector: Detector = client.app.state.service.detector  # type: ignore[attr-defined]
-        monkeypatch.setattr(detector.store, "counts", lambda: opened.wait(20))
-        body = problem(client.get("/v1/status"), 503, "not-ready")
+        monkeypatch.setattr(store_of(client), "generators", lambda: opened.wait(20))
+        body = problem(client.get("/v1/generators"), 503, "not-ready")
         opened.set()
     assert "LINEUP_REQUEST_SECONDS" in body["detail"]
 
@@ -610,6 +613,7 @@ def test_a_dead_database_degrades_detection_and_nothing_else(
     def away(*args: object, **options: object) -> None:
         raise OperationalError("select", {}, Exception("connection refused"))
 
+    monkeypatch.setattr(detector_of(client).patience, "pause", 0.0)
     for name in ("find", "get_many", "record_detection", "counts", "list", "list_keys"):
         monkeypatch.setattr(store_of(client), name, away)
     verdict = client.post("/v1/detect", files=files(png())).json()["results"][0]
@@ -622,6 +626,18 @@ def test_a_dead_database_degrades_detection_and_nothing_else(
     assert client.get("/health/ready").status_code == 200
     monkeypatch.undo()
     assert client.post("/v1/detect", files=files(png())).json()["results"][0]["degraded"] is False
+
+
+def test_a_database_that_hangs_is_as_good_as_away(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = threading.Event()
+    monkeypatch.setattr(detector_of(client).patience, "seconds", 0.1)
+    monkeypatch.setattr(store_of(client), "find", lambda sha256: opened.wait(60))
+    first, second = (client.post("/v1/detect", files=files(png())).json()["results"][0] for _ in range(2))
+    opened.set()
+    monkeypatch.undo()
+    assert first["degraded"] is second["degraded"] is True
+    assert first["score"] == pytest.approx(second["score"])
+    wait_for(lambda: not client.post("/v1/detect", files=files(png())).json()["results"][0]["degraded"])
 
 
 def test_a_bug_is_a_problem_without_a_traceback(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

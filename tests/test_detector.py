@@ -271,6 +271,7 @@ def test_while_the_database_is_away_memory_answers(detector: Detector, monkeypat
     def away(*args: object) -> None:
         raise OperationalError("select", {}, Exception("connection refused"))
 
+    monkeypatch.setattr(detector.patience, "pause", 0.0)
     for name in ("find", "get_many", "record_detection"):
         monkeypatch.setattr(detector.store, name, away)
     verdict = judged(detector, query(50))

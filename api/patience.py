@@ -1,0 +1,82 @@
+"""Ask the database, but wait for it only so long: a server that hangs is as good as away."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+import psycopg
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from indexer.postgres import DatabaseUnreachable
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class DatabaseSlow(RuntimeError):
+    """The database did not answer in time, or failed to a moment ago."""
+
+
+DATABASE_AWAY = (
+    DatabaseSlow,
+    DatabaseUnreachable,
+    OperationalError,
+    InterfaceError,
+    PoolTimeout,
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+)
+"""What asking the store raises while Postgres does not answer."""
+
+
+class Patience:
+    """Runs calls to the store in threads of its own and gives up on them after a while.
+
+    After a failure the database is not asked again for `pause` seconds, so that requests do not each wait in vain, and
+    hanging calls stay fewer than `threads`.
+
+    Args:
+        seconds: To wait for one answer.
+        pause: Seconds without asking after a failure.
+        threads: Calls at the same time.
+    """
+
+    def __init__(self, seconds: float = 2.0, pause: float = 2.0, threads: int = 16) -> None:
+        self.seconds, self.pause = seconds, pause
+        self._pool = ThreadPoolExecutor(threads, "database")
+        self._free = threading.BoundedSemaphore(threads)
+        self._resume = 0.0
+
+    def ask(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What `work` returns.
+
+        Raises:
+            DatabaseSlow: No answer in time, or none is awaited at the moment.
+        """
+        if time.monotonic() < self._resume:
+            raise DatabaseSlow("the database failed a moment ago")
+        if not self._free.acquire(timeout=self.seconds):
+            raise self._give_up()
+        future = self._pool.submit(work, *args, **kwargs)
+        future.add_done_callback(lambda _: self._free.release())
+        try:
+            return future.result(self.seconds)
+        except TimeoutError:
+            future.cancel()
+            raise self._give_up() from None
+        except DATABASE_AWAY:
+            self._resume = time.monotonic() + self.pause
+            raise
+
+    def close(self) -> None:
+        """Wait for no one: calls that hang end with the process or with the database's answer."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _give_up(self) -> DatabaseSlow:
+        self._resume = time.monotonic() + self.pause
+        return DatabaseSlow(f"the database did not answer within {self.seconds:g} seconds")
