@@ -23,6 +23,8 @@ WIDTHS = {"combined": 3.2}
 MARKERS = "osv^DP*Xh<>p"
 TSNE_IMAGES = 1500
 """Points of a map, at most."""
+CONFUSION_IMAGES = 5000
+"""Images whose nearest other image is looked for, at most."""
 
 
 def figure(columns: int = 1, rows: int = 1, width: float = 4.2, height: float = 3.4) -> tuple[Figure, list[Axes]]:
@@ -153,12 +155,14 @@ def embedding_map(images: EmbeddedSet, unseen: frozenset[str], seed: int = 0) ->
     return made
 
 
-def generator_confusion(images: EmbeddedSet) -> Figure:
+def generator_confusion(images: EmbeddedSet, seed: int = 0) -> Figure:
     """Whose image is the nearest: row = an image's own generator, column = that of its nearest other image, in %.
 
     Args:
-        images: Plain; images of the same group are not asked.
+        images: Plain; images of the same group are not asked. A random part of more than 5,000.
+        seed: Of the part.
     """
+    images = images.take(np.sort(np.random.default_rng(seed).permutation(len(images))[:CONFUSION_IMAGES]))
     names = np.array([name or "real" for name in images.generators])
     order = ["real", *sorted(set(names.tolist()) - {"real"})]
     queries = unit_length(images.embeddings)
