@@ -270,6 +270,40 @@ def audit(as_json: AsJson = False) -> None:
         tell_audit(found)
 
 
+@app.command("export")
+def export_command(
+    file: Annotated[Path, typer.Argument(help="File to write; what is there is replaced.")], as_json: AsJson = False
+) -> None:
+    """Write all references with the vectors of every checkpoint to one checksummed file."""
+    with expected_failures():
+        from indexer.exchange import export_references
+
+        with opened(read_settings()) as store, image_progress(console, None) as advance:
+            report = export_references(store, file, advance)
+    print(json.dumps(report) if as_json else f"wrote {report['references']:,} references to {file}")
+
+
+@app.command("import")
+def import_command(
+    file: Annotated[Path, typer.Argument(help="What `export` has written.")], as_json: AsJson = False
+) -> None:
+    """Add the references of such a file; those that are known already stay as they are."""
+    with expected_failures():
+        from indexer.exchange import import_references
+
+        settings = read_settings()
+        with opened(settings) as store:
+            with image_progress(console, None) as advance:
+                report = import_references(store, file, advance)
+            for checkpoint_id in report["checkpoints"]:
+                renew_snapshot(settings, store, checkpoint_id)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print(f"added {report['added']:,} of {report['references']:,} references, {report['embeddings']:,} embeddings")
+        print(f"conflicts {len(report['conflicts'])}, blocked {len(report['blocked'])}")
+
+
 @app.command("migrate")
 def migrate_command(
     revision: Annotated[str, typer.Argument(help="Where to; `base` drops everything.")] = "head",

@@ -14,6 +14,7 @@ from sqlalchemy.exc import OperationalError
 
 from indexer.calibrate import recalibrate
 from indexer.embedded import EmbeddedFailure
+from indexer.exchange import BadExport
 from indexer.follower import Follower
 from indexer.postgres import DatabaseBehind, DatabaseUnreachable, connect
 from indexer.settings import Settings, SettingsError
@@ -50,6 +51,7 @@ def expected_failures() -> Iterator[None]:
         EmbeddedFailure,
         DatasetError,
         CheckpointError,
+        BadExport,
         BadGeneratorName,
         GeneratorExists,
         BadVector,

@@ -176,6 +176,18 @@ def test_rebuild_with_another_checkpoint(run: Run, images: Path, settings: Setti
     assert "is not the active checkpoint" in run("add", images).stderr
 
 
+def test_export_and_import(run: Run, images: Path, tmp_path: Path) -> None:
+    run("add", images)
+    assert run("export", tmp_path / "set").stdout == f"wrote 16 references to {tmp_path / 'set'}\n"
+    run("remove", "--source", "images")
+    report = document(run("import", tmp_path / "set", "--json"))
+    assert (report["added"], report["embeddings"]) == (16, 16)
+    assert document(run("check", "--json"))["agree"] is True
+    assert "added 0 of 16 references" in run("import", tmp_path / "set").stdout
+    damaged = run("import", images / "real/000.jpg")
+    assert (damaged.exit_code, len(damaged.stderr.splitlines())) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "part"),
     [

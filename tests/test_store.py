@@ -6,12 +6,16 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime
+from typing import cast
 
 import numpy as np
+import psycopg
 import pytest
 from sqlalchemy import Connection, event, text
 
+from indexer.changes import GONE, PAGE
 from indexer.postgres import connect
+from indexer.removing import STAMP
 from indexer.settings import Settings
 from indexer.store import (
     Additions,
@@ -511,8 +515,6 @@ def test_writers_are_told_apart_by_the_lock(store: Store) -> None:
 
 
 def test_adding_is_announced(store: Store, database_url: str) -> None:
-    import psycopg
-
     with psycopg.connect(database_url, autocommit=True) as listener:
         listener.execute("listen lineup")
         store.add([new(1)], CHECKPOINT)
@@ -521,3 +523,34 @@ def test_adding_is_announced(store: Store, database_url: str) -> None:
         store.update_generator("SD-XL", {"name": "SDXL"})
         heard = [notify.payload for notify in listener.notifies(timeout=10, stop_after=3)]
     assert heard == [f"{CHECKPOINT} 1", f"{CHECKPOINT} 2", "generators"]
+
+
+def test_hot_queries_can_use_their_indexes(store: Store) -> None:
+    """With scans of whole tables forbidden, none is left in the plans: each query has an index that serves it."""
+    store.add([new(i, "SD-XL" if i % 2 else None) for i in range(50)], CHECKPOINT)
+    seen: list[tuple[str, object]] = []
+
+    def note(connection: object, cursor: object, statement: str, parameters: object, *_: object) -> None:
+        seen.append((statement, parameters))
+
+    event.listen(store.engine, "before_cursor_execute", note)
+    store.known_files(["file:///1.png"], CHECKPOINT)
+    store.known_hashes([new(1).sha256], CHECKPOINT)
+    store.find(new(1).sha256)
+    store.get_many([1, 2, 3])
+    store.list(generator="sd-xl", after=3)
+    store.list(source="tests", after=3)
+    store.thumbnail(1)
+    store.revision(CHECKPOINT)
+    event.remove(store.engine, "before_cursor_execute", note)
+    place = {"checkpoint": CHECKPOINT, "seen": 0, "target": 1, "revision": 0, "image": 0, "page": 20}
+    statements = [*seen, (PAGE, place), (GONE, place), (STAMP.replace(":ids", "%(ids)s"), {"ids": [1, 2]})]
+    assert len(statements) == 11
+    with store.engine.connect() as connection:
+        driver = cast("psycopg.Connection[tuple[str]]", connection.connection.driver_connection)
+        driver.execute("set enable_seqscan = off")
+        for statement, parameters in statements:
+            explained = driver.execute(f"explain {statement}", cast("dict[str, object]", parameters))
+            plan = [row[0] for row in explained.fetchall()]
+            scans = [line for line in plan if "Seq Scan on" in line]
+            assert [line for line in scans if "reference_image" in line or "embedding" in line] == [], statement
