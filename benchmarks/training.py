@@ -1,0 +1,163 @@
+"""Speed of the view pipeline and of the training step, against a re-enactment of the reference pipeline.
+
+    python benchmarks/training.py [--image-size 224] [--local-size 96] [--records 32] [--device cpu]
+
+Both sides get the same decoded images and take turns in one run, so the ratios hold on a machine that is not idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from pillow_views import PillowViews
+from torch import nn
+
+from trainer.augmentations import Augmenter, Pixels
+from trainer.loss import code_loss, derangement
+from trainer.objective import Objective
+from trainer.recipe import FitSettings
+from trainer.run import Processes, Run
+from trainer.train import make_objective
+from trainer.views import Views, plain
+
+
+def source_images(count: int) -> list[Pixels]:
+    """Textured images of 256 to 640 pixels, as photographs of the web have."""
+    rng = np.random.default_rng(0)
+    images = []
+    for _ in range(count):
+        height, width = rng.integers(256, 641, 2)
+        coarse = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+        image = cv2.resize(coarse, (int(width), int(height)), interpolation=cv2.INTER_CUBIC).astype(np.int16)
+        images.append(np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8))
+    return images
+
+
+def best_of(rounds: int, sides: dict[str, Callable[[], None]], clock: Callable[[], float]) -> dict[str, float]:
+    """Least seconds of each side over some rounds in which the sides take turns."""
+    for side in sides.values():
+        side()
+    seconds = {name: float("inf") for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            started = clock()
+            side()
+            seconds[name] = min(seconds[name], clock() - started)
+    return seconds
+
+
+def time_views(settings: FitSettings, images: list[Pixels], rounds: int) -> dict[str, float]:
+    """Views per second of one core, of images that are decoded already."""
+    ours = Views(settings.preprocessing, settings.local, Augmenter(settings.image_size))
+    theirs = PillowViews(settings.image_size, settings.local)
+    pictures = [Image.fromarray(image) for image in images]
+    plains = [plain(image, settings.preprocessing) for image in images]
+
+    def fast() -> None:
+        rng = np.random.default_rng(0)
+        for image, view in zip(images, plains, strict=True):
+            ours.image(image, view, rng)
+
+    def fast_without_memory() -> None:
+        rng = np.random.default_rng(0)
+        for image in images:
+            ours.image(image, plain(image, settings.preprocessing), rng)
+
+    def slow() -> None:
+        for picture in pictures:
+            theirs(picture)
+
+    sides = {"lineup": fast, "lineup, nothing kept": fast_without_memory, "reference": slow}
+    seconds = best_of(rounds, sides, time.process_time)
+    return {name: 4 * len(images) / value for name, value in seconds.items()}
+
+
+def time_steps(settings: FitSettings, device: str, rounds: int) -> dict[str, float]:
+    """Records per second of a training step: forward, loss, backward, update; views are at hand."""
+    records = settings.batch_size
+    generator = torch.Generator().manual_seed(0)
+    size, local_size = settings.image_size, settings.local
+    whole = torch.randint(0, 256, (records, 3, 2, size, size, 3), generator=generator, dtype=torch.uint8)
+    local = torch.randint(0, 256, (records, 2, local_size, local_size, 3), generator=generator, dtype=torch.uint8)
+    run = Run(settings, Processes(), device, make_objective(settings, device)[0], 1)
+    backbone, optimiser, scaler = reference_model(settings, device)
+    wholes = (whole.permute(1, 2, 0, 5, 3, 4).flatten(0, 2).float() / 255).to(device)  # (3 * 2 * n, 3, s, s)
+    locals_ = (local.permute(1, 0, 4, 2, 3).flatten(0, 1).float() / 255).to(device)  # (2 * n, 3, l, l)
+
+    def fast() -> None:
+        torch.set_num_threads(1 if run.slices else torch.get_num_threads())
+        run.step((whole, local, []), torch.Generator().manual_seed(0), 1e-5)
+
+    def slow() -> None:
+        torch.set_num_threads(os.cpu_count() or 1)
+        with torch.autocast(device, torch.float16, enabled=device == "cuda"):
+            embeddings = torch.cat([backbone(wholes), backbone(locals_)]).float()
+        plain_, augmented, global_crop, local_crop = embeddings.view(4, 2, records, -1)
+        other = derangement(records, torch.Generator().manual_seed(0)).to(device)
+        loss = code_loss(plain_, augmented, global_crop, local_crop, other)
+        optimiser.zero_grad()
+        torch.autograd.backward(scaler.scale(loss))
+        scaler.step(optimiser)
+        scaler.update()
+        loss.item()
+
+    seconds = best_of(rounds, {"lineup": fast, "reference": slow}, time.perf_counter)
+    return {name: records / value for name, value in seconds.items()}
+
+
+def reference_model(
+    settings: FitSettings, device: str
+) -> tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]:
+    """The same backbone, trained as the reference code does: AdamW without fusion, fp16 with a scaler on a GPU."""
+    objective: Objective = make_objective(replace(settings, precision="float32"), device)[0]
+    for module in objective.modules():
+        if hasattr(module, "fused_attn"):
+            setattr(module, "fused_attn", True)  # noqa: B010 - timm's default, which our CPU path turns off
+    optimiser = torch.optim.AdamW(objective.parameters(), lr=1e-5)
+    return objective.backbone, optimiser, torch.amp.GradScaler(device, enabled=device == "cuda")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--local-size", type=int, default=None)
+    parser.add_argument("--records", type=int, default=16)
+    parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    cv2.setNumThreads(1)
+    settings = FitSettings(
+        data=Path("none"),
+        output=Path("none"),
+        image_size=asked.image_size,
+        local_size=asked.local_size,
+        batch_size=asked.records,
+    )
+    tables = {
+        "views/s per core": time_views(settings, source_images(asked.images), asked.rounds),
+        "training records/s": time_steps(settings, asked.device, asked.rounds),
+    }
+    if asked.json:
+        print(json.dumps(tables))
+        return
+    print(f"{asked.image_size} px, local {settings.local} px, {asked.records} records per step, {asked.device}\n")
+    print("| measure | side | value | times the reference |\n| --- | --- | --- | --- |")
+    for measure, values in tables.items():
+        for side, value in values.items():
+            print(f"| {measure} | {side} | {value:.1f} | {value / values['reference']:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
