@@ -286,11 +286,15 @@ class Follower:
         revision, changed, stale = self.revision, time.monotonic(), time.monotonic()
         while not self._end.wait(POLL):
             now = time.monotonic()
+            if self.revision != revision:
+                revision, changed = self.revision, now
+            quiet = now - changed >= QUIET
+            if quiet and self.index.outgrow():
+                log.info("searching %s from now on, recall %.4f", self.index.kind, self.index.recall)
+                self._saved = None
             if self._saved == (self._store_id, self.revision):
                 stale = now
-            elif self.revision != revision:
-                revision, changed = self.revision, now
-            if now - stale > 0 and (now - changed >= QUIET or now - stale >= LATEST):
+            elif quiet or now - stale >= LATEST:
                 self._try_to_save()
 
     def _try_to_save(self) -> None:

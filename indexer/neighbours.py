@@ -1,5 +1,6 @@
 """What a search of the index finds, as arrays."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -25,6 +26,13 @@ class Neighbours:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Neighbours]") -> "Neighbours":
+        """The queries of all parts, at least one, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     def merge(self, other: "Neighbours", k: int) -> "Neighbours":
         """The k nearest of both."""

@@ -23,6 +23,7 @@ class Shelf:
         generators: Shape (n,), int32, -1 for none.
         sources: Shape (n,), int32.
         removals: How often rows have moved up.
+        kept_flat: Size at which inverted lists were tried and won nothing; 0 for never.
     """
 
     def __init__(self, label: int, engine: Engine) -> None:
@@ -32,6 +33,7 @@ class Shelf:
         self.generators = np.empty(0, np.int32)
         self.sources = np.empty(0, np.int32)
         self.removals = 0
+        self.kept_flat = 0
         self._order: np.ndarray | None = None  # rows by ascending id; None while the ids themselves ascend
 
     def __len__(self) -> int:

@@ -1,25 +1,24 @@
 """The vectors of one checkpoint in memory: nearest neighbours of each label by cosine similarity, exact by default."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from indexer.engines import Flat, new_engine
+from indexer.engines import Engine, Flat, new_engine
+from indexer.guards import BadVectors, check_rows, unit_vectors
+from indexer.inverted import Inverted
 from indexer.lock import ReadWriteLock
 from indexer.neighbours import Neighbours
+from indexer.outgrowing import BLOCK, outgrow
 from indexer.shelf import Shelf
 from indexer.snapshot import BadSnapshot, read_snapshot, write_snapshot
 
 __all__ = ["BadSnapshot", "BadVectors", "IndexChanged", "Neighbours", "VectorIndex"]
 
-BLOCK = 65_536
-"""Rows that are copied under the lock at a time while a snapshot is written."""
-
-
-class BadVectors(ValueError):
-    """Vectors, ids or labels that the index refuses; nothing of the call was done."""
+PART = 32
+"""Queries that are searched under one hold of the lock: changes, and searches that wait behind them, get their turn."""
 
 
 class IndexChanged(RuntimeError):
@@ -104,17 +103,9 @@ class VectorIndex:
         Raises:
             BadVectors: See above; nothing is added.
         """
-        unit = self._unit(vectors)
+        unit = unit_vectors(vectors, self.dim)
         ids, labels, generators, sources = (np.asarray(column) for column in (ids, labels, generators, sources))
-        if {column.shape for column in (ids, labels, generators, sources)} != {(len(unit),)}:
-            raise BadVectors(f"{len(unit)} vectors came with another number of ids, labels, generators or sources")
-        if not np.isin(labels, (0, 1)).all():
-            raise BadVectors("labels must be 0 (real) or 1 (fake)")
-        if len(ids) and (not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0):
-            raise BadVectors(f"ids must be integers from 0 up, not {ids.dtype} from {ids.min()}")
-        unique, counts = np.unique(ids, return_counts=True)
-        if len(unique) < len(ids):
-            raise BadVectors(f"id {unique[counts.argmax()]} comes twice in one call")
+        check_rows(len(unit), ids, labels, generators, sources)
         with self._lock.write():
             known = [ids[shelf.rows(ids) >= 0] for shelf in self._shelves]
             if any(map(len, known)):
@@ -166,14 +157,16 @@ class VectorIndex:
         Raises:
             BadVectors: Vectors of another length, not finite, or zero; or k below 1.
         """
-        queries = self._queries(vectors, k)
-        with self._lock.read():
-            found = [
-                shelf.nearest(queries, k, shelf.allowed(generator, source, exclude_ids))
-                for shelf in self._shelves
-                if label is None or label == shelf.label
-            ]
-        return found[0] if len(found) == 1 else found[0].merge(found[1], k)
+        parts = []
+        for _, queries in self._parts_of(vectors, k):
+            with self._lock.read():
+                found = [
+                    shelf.nearest(queries, k, shelf.allowed(generator, source, exclude_ids))
+                    for shelf in self._shelves
+                    if label is None or label == shelf.label
+                ]
+            parts.append(found[0] if len(found) == 1 else found[0].merge(found[1], k))
+        return Neighbours.joined(parts)
 
     def search_both(
         self,
@@ -193,17 +186,19 @@ class VectorIndex:
             exclude_ids: See `search`.
             exclude_each: Ids that one query must not find though others may, q arrays of any length.
         """
-        queries = self._queries(vectors, k)
-        if exclude_each is not None and len(exclude_each) != len(queries):
-            raise BadVectors(f"{len(queries)} queries came with {len(exclude_each)} exclusions")
-        with self._lock.read():
-            real, fake = (
-                shelf.nearest(queries, k, shelf.allowed(None, source, exclude_ids))
-                if exclude_each is None
-                else shelf.nearest_without(queries, k, shelf.allowed(None, source, exclude_ids), exclude_each)
-                for shelf in self._shelves
-            )
-        return real, fake
+        if exclude_each is not None and len(exclude_each) != len(vectors):
+            raise BadVectors(f"{len(vectors)} queries came with {len(exclude_each)} exclusions")
+        found: tuple[list[Neighbours], list[Neighbours]] = ([], [])
+        for first, queries in self._parts_of(vectors, k):
+            with self._lock.read():
+                for parts, shelf in zip(found, self._shelves, strict=True):
+                    allowed = shelf.allowed(None, source, exclude_ids)
+                    if exclude_each is None:
+                        parts.append(shelf.nearest(queries, k, allowed))
+                    else:
+                        own = exclude_each[first : first + len(queries)]
+                        parts.append(shelf.nearest_without(queries, k, allowed, own))
+        return Neighbours.joined(found[0]), Neighbours.joined(found[1])
 
     def save(self, path: Path, header: dict[str, Any]) -> None:
         """Write a snapshot aside, checksummed, then rename it to `path`; searches and changes go on meanwhile.
@@ -217,14 +212,15 @@ class VectorIndex:
         """
         with self._lock.read():
             version = self._version
-            columns: list[list[np.ndarray]] = [[x.ids, x.generators, x.sources] for x in self._shelves]
-        counts = [len(ids) for ids, _, _ in columns]
-        write_snapshot(path, {"dim": self.dim, "counts": counts, "header": header}, self._parts(columns, version))
+            engines = [shelf.engine for shelf in self._shelves]
+            labels, columns = zip(*(_described(shelf) for shelf in self._shelves), strict=True)
+        parts = self._parts(zip(columns, engines, strict=True), version)
+        write_snapshot(path, {"dim": self.dim, "labels": labels, "header": header}, parts)
 
-    def _parts(self, columns: Sequence[Sequence[np.ndarray]], version: int) -> Iterator[np.ndarray]:
-        for shelf, arrays in zip(self._shelves, columns, strict=True):
-            yield from arrays
-            blocks = shelf.engine.blocks(BLOCK)
+    def _parts(self, labels: Iterable[tuple[Iterable[np.ndarray], Engine]], version: int) -> Iterator[np.ndarray]:
+        for columns, engine in labels:
+            yield from columns
+            blocks = engine.blocks(BLOCK)
             while True:
                 with self._lock.read():
                     if self._version != version:
@@ -244,29 +240,36 @@ class VectorIndex:
         """
         with read_snapshot(path) as (header, fill):
             index = cls(int(header["dim"]), device)
-            for shelf, n in zip(index._shelves, header["counts"], strict=True):
+            for shelf, label in zip(index._shelves, header["labels"], strict=True):
+                n, flat = label["count"], shelf.engine
                 shelf.add(*(fill(np.empty(n, dtype)) for dtype in (np.int64, np.int32, np.int32)))
-                if isinstance(shelf.engine, Flat):
-                    fill(shelf.engine.extend(n))
+                if label["lists"] is not None:
+                    if flat.device != "cpu":
+                        raise BadSnapshot("it was written for a CPU")
+                    shelf.engine = Inverted.restored(label["lists"], n, index.dim, fill)
+                elif isinstance(flat, Flat):
+                    fill(flat.extend(n))
                 else:
                     for first in range(0, n, BLOCK):
-                        shelf.engine.add(fill(np.empty((min(BLOCK, n - first), index.dim), np.float16)))
+                        flat.add(fill(np.empty((min(BLOCK, n - first), index.dim), np.float16)))
         return index, header["header"]
 
-    def _queries(self, vectors: np.ndarray, k: int) -> np.ndarray:
+    def outgrow(self) -> bool:
+        """Search labels that have outgrown flat search through inverted lists; True where anything changed.
+
+        Minutes for millions, while searches and additions go on; a removal meanwhile ends it, to be tried again.
+        """
+        return any([outgrow(shelf, self._lock) for shelf in self._shelves])  # noqa: C419 - both, not the first
+
+    def _parts_of(self, vectors: np.ndarray, k: int) -> list[tuple[int, np.ndarray]]:
+        """Unit vectors in parts of `PART`, each with its first row; one part where there are none."""
         if k < 1:
             raise BadVectors(f"k is {k}, must be at least 1")
-        return self._unit(vectors)
+        queries = unit_vectors(vectors, self.dim)
+        return [(first, queries[first : first + PART]) for first in range(0, max(1, len(queries)), PART)]
 
-    def _unit(self, vectors: np.ndarray) -> np.ndarray:
-        """Unit vectors, shape (n, dim), float32."""
-        x = np.asarray(vectors, np.float32)
-        if x.ndim != 2 or x.shape[1] != self.dim:
-            raise BadVectors(f"vectors have shape {x.shape}, this index holds (n, {self.dim}): another checkpoint's?")
-        with np.errstate(over="ignore"):
-            length = np.sqrt(np.einsum("nd,nd->n", x, x))  # (n,)
-        if not (np.isfinite(length) & (length > 0)).all():
-            row = int(np.argmin(np.isfinite(length) & (length > 0)))
-            raise BadVectors(f"vector {row} is zero or not finite: the checkpoint or its input is broken")
-        unit: np.ndarray = x / length[:, None]  # (n, d)
-        return unit
+
+def _described(shelf: Shelf) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """What a snapshot says of a label, and the arrays that come before its vectors."""
+    lists, arrays = shelf.engine.state() if isinstance(shelf.engine, Inverted) else (None, [])
+    return {"count": len(shelf), "lists": lists}, [shelf.ids, shelf.generators, shelf.sources, *arrays]

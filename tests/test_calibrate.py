@@ -12,7 +12,7 @@ from numbered import CHECKPOINT, DIM, add_all, following, new, opened, sha256
 from safetensors.numpy import save_file
 
 from indexer import calibrate as module
-from indexer.calibrate import calibrate, recalibrate
+from indexer.calibrate import affordable, calibrate, recalibrate
 from indexer.relatives import NEAR_BITS, all_fingerprints, near_duplicates, relatives
 from indexer.settings import Settings
 from indexer.store import Store
@@ -139,6 +139,23 @@ def test_relatives_are_left_out(store: Store, settings: Settings, monkeypatch: p
     np.testing.assert_allclose(seen["nearest_fake"], fake[:, 0], atol=1e-5)
     assert seen["nearest"].max() < 0.999
     assert seen["groups"] == held.groups
+
+
+def test_a_large_index_is_asked_by_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = images(range(100))
+    assert affordable(held, 10**9) is held
+    monkeypatch.setattr(module, "LEAST", 10)
+    monkeypatch.setattr(module, "COMPARISONS", 2_000)
+    some = affordable(held, 100)
+    assert (len(some), int(some.labels.sum())) == (20, 10)
+    again = affordable(held, 100)
+    assert some.sha256 == again.sha256
+    for row, own in enumerate(some.sha256):
+        number = held.sha256.index(own)
+        np.testing.assert_array_equal(some.embeddings[row], held.embeddings[number])
+        assert (some.labels[row], some.groups[row]) == (held.labels[number], held.groups[number])
+    assert len(affordable(held, 1_000)) == 10
+    assert len(affordable(images(range(0, 100, 2)), 100)) == 20  # one label only: all of them from there
 
 
 def test_without_references_of_a_label_the_vote_is_left_out(store: Store, settings: Settings) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numbered import CHECKPOINT, DIM, add, following, opened, vector
+from numbered import CHECKPOINT, DIM, add, add_all, following, new, opened, vector
 from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from indexer import follower as module
+from indexer import outgrowing
 from indexer.embedded import EmbeddedServer
 from indexer.follower import Follower
 from indexer.settings import Settings
@@ -413,6 +414,27 @@ def test_the_snapshot_is_written_after_changes_and_at_the_end(
     changed = follower.snapshot.stat().st_mtime_ns
     follower.save()
     assert follower.snapshot.stat().st_mtime_ns == changed  # nothing to write
+
+
+def test_a_large_index_moves_to_lists_by_itself(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "POLL", 0.05)
+    monkeypatch.setattr(module, "QUIET", 0.1)
+    monkeypatch.setattr(outgrowing, "OUTGROWN", 300)
+    directions = np.eye(DIM, dtype=np.float32)
+    add_all(store, [new(n, "gen-a", vector=20 * directions[n % DIM] + vector(n)) for n in range(500)])
+    follower = following(store, settings)
+    follower.load()
+    follower.save()
+    follower.start()
+    until(lambda: follower.index.kind == "ivf-fp16")
+    until(lambda: VectorIndex.load(follower.snapshot)[0].kind == "ivf-fp16")
+    follower.stop()
+    again = following(store, settings)
+    again.load()
+    assert (again.index.kind, again.index.recall) == ("ivf-fp16", follower.index.recall)
+    assert_equal(again, store)
 
 
 def _snapshot_size(path: Path) -> int:

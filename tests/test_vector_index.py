@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from indexer import inverted, outgrowing
+from indexer.inverted import Inverted
 from indexer.snapshot import write_snapshot
 from indexer.vector_index import BadSnapshot, BadVectors, IndexChanged, Neighbours, VectorIndex
 
@@ -264,6 +266,121 @@ def test_searches_beside_changes_see_whole_rows() -> None:
     assert len(index) == 50 + 400 * 33
 
 
+def clustered(n: int = 4_000, seed: int = 0) -> np.ndarray:
+    """Directions in 40 clusters, shape (n, 32), float32."""
+    centres = unit(99, 40, 32)
+    return centres[np.random.default_rng(seed).integers(0, 40, n)] + 0.5 * unit(seed, n, 32)
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> VectorIndex:
+    """An index whose fakes have outgrown flat search; 5 of them are of source 1, ids are their numbers."""
+    monkeypatch.setattr(outgrowing, "OUTGROWN", 3_000)
+    index = VectorIndex(32)
+    n = 4_000
+    labels = np.ones(n, int)
+    labels[::40] = 0
+    sources = np.zeros(n, int)
+    sources[1:400:80] = 1
+    index.add(np.arange(n), clustered(), labels, np.where(labels, 7, -1), sources)
+    assert index.kind == "flat-fp16"
+    assert index.outgrow()
+    return index
+
+
+def exact(vectors: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
+    """Rows of the k nearest by brute force, shape (q, k)."""
+    similarity = queries @ (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).T
+    order: np.ndarray = np.argsort(-similarity, axis=1)[:, :k]
+    return order
+
+
+def test_a_large_label_is_searched_through_lists(large: VectorIndex) -> None:
+    assert (large.kind, large.device) == ("ivf-fp16", "cpu")
+    assert [shelf.engine.kind for shelf in large._shelves] == ["flat-fp16", "ivf-fp16"]
+    engine = large._shelves[1].engine
+    assert isinstance(engine, Inverted)
+    assert engine.nprobe <= len(engine.centroids) / 2
+    assert 0.99 <= large.recall <= 1
+    queries = clustered(200, seed=5)
+    found = large.search(queries, 20).ids
+    hits = [len(set(one) & set(other)) for one, other in zip(found, exact(clustered(), queries, 20), strict=True)]
+    assert np.mean(hits) / 20 >= 0.97
+    assert not large.outgrow()  # nothing more to do
+
+
+def test_lists_filter_exactly(large: VectorIndex) -> None:
+    """There are k results whenever k exist, wherever they lie."""
+    rare = np.arange(1, 400, 80)
+    for query in clustered(20, seed=6):
+        found = large.search(query[None], 5, source=1)
+        assert sorted(found.ids[0].tolist()) == rare.tolist()
+        assert large.search(query[None], 9, source=1).ids[0, 5:].tolist() == [-1] * 4
+        assert not set(large.search(query[None], 3_000, label=1, exclude_ids=rare).ids[0].tolist()) & set(rare.tolist())
+        assert (large.search(query[None], 3_900, label=1).ids >= 0).all()
+
+
+def test_lists_grow_shrink_and_come_back(large: VectorIndex, tmp_path: Path) -> None:
+    vectors = np.concatenate([clustered(), clustered(3_000, seed=1)])
+    large.add(np.arange(4_000, 7_000), vectors[4_000:], np.ones(3_000, int), np.ones(3_000, int), np.zeros(3_000, int))
+    gone = np.random.default_rng(3).permutation(7_000)[:2_000]
+    assert large.remove(gone) == 2_000
+    large.save(tmp_path / "snapshot", {})
+    again, _ = VectorIndex.load(tmp_path / "snapshot")
+    assert (again.kind, again.recall, again.counts()) == (large.kind, large.recall, large.counts())
+    left = np.setdiff1d(np.arange(7_000), gone)
+    queries = clustered(100, seed=7)
+    expected = left[exact(vectors[left], queries, 10)]
+    for index in (large, again):
+        found = index.search(queries, 10)
+        assert np.mean([len(set(one) & set(other)) for one, other in zip(found.ids, expected, strict=True)]) >= 9.5
+        ids, stored = index.vectors()
+        assert sorted(ids.tolist()) == left.tolist()
+        length = np.linalg.norm(vectors[ids], axis=1, keepdims=True)
+        np.testing.assert_allclose(stored, vectors[ids] / length, atol=HALF)
+
+
+def test_lists_are_tuned_again_after_growth(large: VectorIndex) -> None:
+    engine = large._shelves[1].engine
+    assert isinstance(engine, Inverted)
+    engine.nprobe, engine.recall = 1, 0.5
+    assert not large.outgrow()
+    large.add(
+        np.arange(4_000, 8_000), clustered(4_000, 9), np.ones(4_000, int), np.ones(4_000, int), np.zeros(4_000, int)
+    )
+    assert large.outgrow()
+    assert engine.recall >= inverted.TARGET
+    assert engine.nprobe > 1
+
+
+def test_lists_that_win_nothing_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outgrowing, "OUTGROWN", 100)
+    index = VectorIndex(64)
+    index.add(np.arange(400), unit(0, 400, 64), np.ones(400, int), np.ones(400, int), np.zeros(400, int))
+    assert not index.outgrow()  # evenly spread: the nearest lie in all lists
+    assert (index.kind, index.recall) == ("flat-fp16", 1)
+    monkeypatch.setattr(Inverted, "trained", lambda *arguments: pytest.fail("tried again before it has grown"))
+    assert not index.outgrow()
+
+
+def test_a_removal_while_lists_are_made_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outgrowing, "OUTGROWN", 100)
+    index = VectorIndex(32)
+    index.add(np.arange(4_000), clustered(), np.ones(4_000, int), np.ones(4_000, int), np.zeros(4_000, int))
+    trained = Inverted.trained
+
+    def remove_meanwhile(n: int, sample: np.ndarray) -> Inverted:
+        index.remove(np.array([17]))
+        return trained(n, sample)
+
+    monkeypatch.setattr(Inverted, "trained", remove_meanwhile)
+    assert not index.outgrow()
+    assert (index.kind, len(index)) == ("flat-fp16", 3_999)
+    monkeypatch.setattr(Inverted, "trained", trained)
+    assert index.outgrow()
+    assert index.search(clustered()[17:18], 1).ids[0, 0] != 17
+
+
 def test_memory_per_reference_is_under_500_bytes() -> None:
     index = VectorIndex(192)
     n = 2_000
@@ -333,6 +450,14 @@ class Comparison(RuleBasedStateMachine):
         agrees(found, k, query[0], allowed)
 
     @rule()
+    def outgrow(self) -> None:
+        """Into inverted lists, all of which are searched here: then they are exact."""
+        self.index.outgrow()
+        for shelf in self.index._shelves:
+            if isinstance(shelf.engine, Inverted):
+                shelf.engine.nprobe = len(shelf.engine.centroids)
+
+    @rule()
     def restart(self) -> None:
         path = Path(self.folder) / "snapshot"
         self.index.save(path, {"size": len(self.plain)})
@@ -349,12 +474,14 @@ class Comparison(RuleBasedStateMachine):
     folder: str
 
 
-def test_index_equals_a_dictionary(tmp_path: Path) -> None:
+def test_index_equals_a_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outgrowing, "OUTGROWN", 8)
+    monkeypatch.setattr(inverted, "TRAINING", 4)
     Comparison.folder = str(tmp_path)
     run_state_machine_as_test(
         Comparison,
         settings=settings(
-            max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+            max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
         ),
     )
 

@@ -1,0 +1,154 @@
+"""Vectors of one label in inverted lists: a search looks into the lists nearest to the query, by measured recall.
+
+What flat search does to every vector, this does to those in `nprobe` lists of a k-means clustering (Jégou et al. 2011,
+section V); the codes are the same halves, so that similarities are the same too.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
+
+import faiss
+import numpy as np
+
+from indexer.engines import FP16, selector, use_threads_for
+
+TARGET = 0.995
+"""Recall@20 that `tune` reaches on stored vectors, so that fresh queries, which lie a little off them, keep 0.99."""
+NEIGHBOURS = 20
+"""Recall is measured among so many nearest."""
+QUERIES = 256
+"""Stored vectors that recall is measured with."""
+TRAINING = 40
+"""Vectors per list that the clustering learns from."""
+
+
+class Inverted:
+    """FAISS's inverted file over the same half-precision codes as `Flat`. Made by `trained` or `restored`."""
+
+    kind = "ivf-fp16"
+    device = "cpu"
+
+    def __init__(self, centroids: np.ndarray) -> None:
+        self.centroids = centroids
+        self.recall = 0.0
+        self.nprobe = len(centroids)
+        self.tuned_at = 0
+        self._quantizer = faiss.IndexFlatIP(centroids.shape[1])
+        self._quantizer.add(centroids)
+        self._faiss = faiss.IndexIVFScalarQuantizer(
+            self._quantizer, centroids.shape[1], len(centroids), FP16, faiss.METRIC_INNER_PRODUCT, False
+        )
+        self._faiss.is_trained = True
+
+    @classmethod
+    def trained(cls, n: int, sample: np.ndarray, seed: int = 0) -> Self:
+        """Empty lists for about n vectors.
+
+        Args:
+            n: How many vectors there will be.
+            sample: Some of them, unit length, shape (m, d), float32; `TRAINING` for each list are enough.
+            seed: Of the clustering.
+        """
+        use_threads_for(len(sample) // 1_000)
+        clusters = faiss.Kmeans(sample.shape[1], lists_for(n), niter=8, spherical=True, seed=seed)
+        clusters.train(sample)
+        return cls(clusters.centroids)
+
+    def __len__(self) -> int:
+        return int(self._faiss.ntotal)
+
+    def add(self, vectors: np.ndarray) -> None:
+        use_threads_for(len(vectors) // 1_000)
+        self._faiss.add(np.asarray(vectors, np.float16).astype(np.float32))  # rounded as in `Flat`
+
+    def keep(self, rows: np.ndarray) -> None:
+        self._faiss.remove_ids(selector(~rows))
+        moved = np.cumsum(rows) - 1  # (n,): where each row that stays goes to
+        for number in range(len(self.centroids)):
+            ids = self._ids(number)
+            ids[:] = moved[ids]
+
+    def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        use_threads_for(len(queries))
+        there = len(self) if allowed is None else int(allowed.sum())
+        # As many allowed vectors as an open search would see; all lists where that is not enough for k.
+        nprobe = min(len(self.centroids), -(-self.nprobe * len(self) // max(1, there)))
+        similarities, rows = self._search(queries, k, allowed, nprobe)
+        short = (rows >= 0).sum(1) < min(k, there)
+        if short.any():
+            similarities[short], rows[short] = self._search(queries[short], k, allowed, len(self.centroids))
+        return similarities, rows
+
+    def tune(self, queries: np.ndarray, hold: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """Look into as few lists as give `TARGET` recall, doubling; measured against all lists, which is exact.
+
+        Args:
+            queries: Stored vectors, shape (q, d), float32.
+            hold: Held while a few queries are searched, so that changes get their turn between.
+        """
+        parts = np.array_split(queries, -(-len(queries) // 4))
+        nprobe, recall = 0, 0.0
+        while nprobe < len(self.centroids) and recall < TARGET:
+            nprobe = min(max(1, 2 * nprobe), len(self.centroids))
+            recall = float(np.mean([self._recall(part, nprobe, hold) for part in parts]))
+        self.nprobe, self.recall = nprobe, 1.0 if nprobe == len(self.centroids) else recall
+        self.tuned_at = len(self)
+
+    def _recall(self, queries: np.ndarray, nprobe: int, hold: Callable[[], AbstractContextManager[None]]) -> float:
+        """Share of the nearest but the query itself that so many lists find."""
+        with hold():
+            k = min(NEIGHBOURS + 1, len(self))
+            exact = self._search(queries, k, None, len(self.centroids))[1][:, 1:]  # (q, k - 1)
+            found = self._search(queries, k, None, nprobe)[1]
+        hits = sum(len(np.intersect1d(one, other)) for one, other in zip(exact, found, strict=True))
+        return hits / max(1, exact.size)
+
+    def blocks(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for number in range(len(self.centroids)):
+            length = self._faiss.invlists.list_size(number)
+            if length:
+                codes = faiss.rev_swig_ptr(self._faiss.invlists.get_codes(number), length * self._faiss.code_size)
+                yield self._ids(number).copy(), codes.view(np.float16).reshape(length, -1)  # (m,), (m, d)
+
+    def state(self) -> tuple[dict[str, Any], list[np.ndarray]]:
+        """What `restored` needs beside the vectors in the order of `blocks`: plain values and arrays."""
+        values = {"lists": len(self.centroids), "nprobe": self.nprobe, "recall": self.recall, "tuned_at": self.tuned_at}
+        sizes = np.array([self._faiss.invlists.list_size(number) for number in range(len(self.centroids))])
+        rows = np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in self.blocks(0))])
+        return values, [self.centroids, sizes, rows]
+
+    @classmethod
+    def restored(cls, values: dict[str, Any], n: int, dim: int, fill: Callable[[np.ndarray], np.ndarray]) -> Self:
+        """An engine as it was, from `state` and then its vectors, read by `fill`."""
+        engine = cls(fill(np.empty((values["lists"], dim), np.float32)))
+        sizes, rows = fill(np.empty(values["lists"], np.int64)), fill(np.empty(n, np.int64))
+        for number, part in enumerate(np.split(rows, np.cumsum(sizes)[:-1])):
+            codes = fill(np.empty((len(part), dim), np.float16)).view(np.uint8)
+            if len(part):
+                part = np.ascontiguousarray(part)
+                engine._faiss.invlists.add_entries(number, len(part), faiss.swig_ptr(part), faiss.swig_ptr(codes))
+        engine._faiss.ntotal = n
+        engine.nprobe, engine.recall, engine.tuned_at = (values[key] for key in ("nprobe", "recall", "tuned_at"))
+        return engine
+
+    def _ids(self, number: int) -> np.ndarray:
+        """Rows in a list: FAISS's own memory, shape (m,), int64."""
+        length = self._faiss.invlists.list_size(number)
+        if not length:
+            return np.empty(0, np.int64)
+        ids: np.ndarray = faiss.rev_swig_ptr(self._faiss.invlists.get_ids(number), length)
+        return ids
+
+    def _search(
+        self, queries: np.ndarray, k: int, allowed: np.ndarray | None, nprobe: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        chosen = {} if allowed is None else {"sel": selector(allowed)}
+        parameters = faiss.SearchParametersIVF(nprobe=nprobe, **chosen)
+        found: tuple[np.ndarray, np.ndarray] = self._faiss.search(queries, k, params=parameters)
+        return found
+
+
+def lists_for(n: int) -> int:
+    """How many lists suit n vectors: four square roots, and enough vectors in each to learn from."""
+    return int(max(1, min(4 * np.sqrt(n), n // TRAINING)))

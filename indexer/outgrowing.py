@@ -1,0 +1,55 @@
+"""When a label has outgrown flat search: moving it to inverted lists, while searches and additions go on."""
+
+import numpy as np
+
+from indexer.engines import Flat
+from indexer.inverted import QUERIES, TRAINING, Inverted, lists_for
+from indexer.lock import ReadWriteLock
+from indexer.shelf import Shelf
+
+OUTGROWN = 1_000_000
+"""References of one label from which flat search, about 12 ms here, takes as long as embedding the image."""
+GROWN = 1.5
+"""A label that has grown by this factor since lists were last tried or tuned is looked at again."""
+BLOCK = 65_536
+"""Rows that are copied under the lock at a time."""
+
+
+def outgrow(shelf: Shelf, lock: ReadWriteLock) -> bool:
+    """Give a label inverted lists once it is large, and tune them again as it grows; True where anything changed.
+
+    Takes minutes for millions. A removal meanwhile ends it, to be tried again later.
+    """
+    engine = shelf.engine
+    if isinstance(engine, Inverted) and len(engine) > GROWN * engine.tuned_at:
+        with lock.read():
+            queries = np.concatenate([vectors[:1] for _, vectors in engine.blocks(BLOCK)])[:QUERIES].astype(np.float32)
+        engine.tune(queries, lock.read)
+        return True
+    if isinstance(engine, Flat) and len(engine) >= max(OUTGROWN, GROWN * shelf.kept_flat):
+        return _invert(shelf, engine, lock)
+    return False
+
+
+def _invert(shelf: Shelf, flat: Flat, lock: ReadWriteLock) -> bool:
+    with lock.read():
+        n, removals = len(flat), shelf.removals
+        rows = np.random.default_rng(n).permutation(n)[: max(QUERIES, TRAINING * lists_for(n))]
+        sample = flat.vectors()[rows].astype(np.float32)
+    lists = Inverted.trained(n, sample)
+    while len(lists) < n:
+        with lock.read():
+            if shelf.removals != removals:
+                return False
+            block = flat.vectors()[len(lists) : len(lists) + BLOCK].copy()
+        lists.add(block)
+    lists.tune(sample[:QUERIES])
+    with lock.write():
+        if shelf.removals != removals:
+            return False
+        if 2 * lists.nprobe > len(lists.centroids):
+            shelf.kept_flat = n  # they would win nothing
+            return False
+        lists.add(flat.vectors()[len(lists) :])  # what has come since
+        shelf.engine = lists
+    return True
