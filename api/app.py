@@ -25,7 +25,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Mount
 from starlette.types import Scope as ASGIScope
 
-from api import catalogue, docs, records, schemas
+from api import catalogue, docs, records, resources, schemas
 from api.access import Caller, RateLimit
 from api.detector import Detector
 from api.enrolment import Batch
@@ -33,7 +33,8 @@ from api.metrics import CONTENT_TYPE, Metrics
 from api.middleware import Around, Guard
 from api.patience import DATABASE_AWAY
 from api.problems import ApiError, Kind, documented, from_status
-from api.schemas import FailedFile, FieldError, Label, Removed, Scope, Text
+from api.resources import Removed
+from api.schemas import FailedFile, FieldError, Label, Scope, Text
 from api.service import Service
 from api.uploads import Question, Upload, file_name
 from indexer import store
@@ -156,7 +157,7 @@ async def add_references(
     label: Annotated[Label, Form()],
     generator: Annotated[Text | None, Form(description="What made them; none for real images.")] = None,
     source: Annotated[Text, Form(description="Where they came from.")] = "upload",
-) -> schemas.Added:
+) -> resources.Added:
     """Add images to the reference set. The same bytes twice change nothing."""
     batch = Batch(label, generator, source)
     return await service.enrol(await read_uploads(images, service.settings), batch)
@@ -172,16 +173,16 @@ async def list_references(
     source: Text | None = None,
     after: Annotated[int, Query(ge=0, le=2**63 - 1, description="`next` of the page before.")] = 0,
     limit: Limit = 100,
-) -> schemas.ReferencePage:
+) -> resources.ReferencePage:
     """Reference images in the order they were added."""
     number = None if label is None else schemas.LABELS.index(label)
     read = partial(detector.store.list, label=number, generator=generator, source=source, after=after, limit=limit)
     page = [catalogue.reference_image(row) for row in await service.run(read)]
-    return schemas.ReferencePage(references=page, next=page[-1].id if len(page) == limit else None)
+    return resources.ReferencePage(references=page, next=page[-1].id if len(page) == limit else None)
 
 
 @router.get("/references/{id}", tags=["references"], responses=documented("not-found"))
-async def get_reference(service: Served, detector: Loaded, caller: Reading, id: Id) -> schemas.ReferenceImage:
+async def get_reference(service: Served, detector: Loaded, caller: Reading, id: Id) -> resources.ReferenceImage:
     """One reference image."""
     return catalogue.reference_image(found(await service.run(detector.store.get, id), f"reference {id}"))
 
@@ -203,30 +204,30 @@ async def delete_reference(service: Served, detector: Loaded, caller: Enrolling,
 
 
 @router.get("/generators", tags=["generators"], responses=documented())
-async def list_generators(service: Served, detector: Loaded, caller: Reading) -> schemas.Generators:
+async def list_generators(service: Served, detector: Loaded, caller: Reading) -> resources.Generators:
     """All generators with their numbers of references, by name."""
     rows = await service.run(detector.store.generators)
-    return schemas.Generators(generators=[catalogue.generator(row) for row in rows])
+    return resources.Generators(generators=[catalogue.generator(row) for row in rows])
 
 
 @router.post("/generators", tags=["generators"], status_code=201, responses=documented("conflict"))
 async def create_generator(
-    service: Served, detector: Loaded, caller: Enrolling, facts: schemas.NewGenerator
-) -> schemas.Generator:
+    service: Served, detector: Loaded, caller: Enrolling, facts: resources.NewGenerator
+) -> resources.Generator:
     """Make a generator known before it has references."""
     return catalogue.generator(await service.run(detector.store.create_generator, **facts.model_dump()))
 
 
 @router.get("/generators/{name}", tags=["generators"], responses=documented("not-found"))
-async def get_generator(service: Served, detector: Loaded, caller: Reading, name: Name) -> schemas.Generator:
+async def get_generator(service: Served, detector: Loaded, caller: Reading, name: Name) -> resources.Generator:
     """One generator, whatever the case of its name."""
     return catalogue.generator(found(await service.run(detector.store.get_generator, name), f"generator {name!r}"))
 
 
 @router.patch("/generators/{name}", tags=["generators"], responses=documented("not-found", "conflict"))
 async def change_generator(
-    service: Served, detector: Loaded, caller: Enrolling, name: Name, change: schemas.GeneratorChange
-) -> schemas.Generator:
+    service: Served, detector: Loaded, caller: Enrolling, name: Name, change: resources.GeneratorChange
+) -> resources.Generator:
     """Change what is known of a generator, its name included."""
     return await service.run(catalogue.change_generator, detector, name, change.model_dump(exclude_unset=True))
 
@@ -244,15 +245,15 @@ async def list_enrolments(
     caller: Reading,
     after: Annotated[int | None, Query(ge=1, le=2**63 - 1, description="`next` of the page before.")] = None,
     limit: Limit = 50,
-) -> schemas.Enrolments:
+) -> resources.Enrolments:
     """What was added when, newest first."""
     rows = await service.run(detector.store.enrolments, before=after, limit=limit)
     page = [catalogue.enrolment(row) for row in rows]
-    return schemas.Enrolments(enrolments=page, next=page[-1].id if len(page) == limit else None)
+    return resources.Enrolments(enrolments=page, next=page[-1].id if len(page) == limit else None)
 
 
 @router.get("/enrolments/{id}", tags=["enrolments"], responses=documented("not-found"))
-async def get_enrolment(service: Served, detector: Loaded, caller: Reading, id: Id) -> schemas.Enrolment:
+async def get_enrolment(service: Served, detector: Loaded, caller: Reading, id: Id) -> resources.Enrolment:
     """One enrolment and its report."""
     return catalogue.enrolment(found(await service.run(detector.store.get_enrolment, id), f"enrolment {id}"))
 
@@ -271,14 +272,14 @@ async def list_detections(
     caller: Admin,
     after: Annotated[UUID | None, Query(description="`next` of the page before.")] = None,
     limit: Limit = 50,
-) -> schemas.DetectionPage:
+) -> resources.DetectionPage:
     """All verdicts that were recorded, newest first."""
     rows = await service.run(detector.store.list_detections, before=after, limit=limit)
     return records.page(rows, limit)
 
 
 @router.get("/detections/{id}", tags=["records"], responses=documented("not-found"))
-async def get_detection(service: Served, detector: Loaded, caller: Detecting, id: UUID) -> schemas.Detection:
+async def get_detection(service: Served, detector: Loaded, caller: Detecting, id: UUID) -> resources.Detection:
     """A recorded verdict, for the key that asked for it, or an admin."""
     return records.shown(await service.run(records.find, detector, caller, id))
 
@@ -291,7 +292,7 @@ async def get_overlay(service: Served, detector: Loaded, caller: Detecting, id: 
 
 
 @router.post("/detections/{id}/replay", tags=["records"], responses=documented("not-found", "conflict"))
-async def replay_detection(service: Served, detector: Loaded, caller: Detecting, id: UUID) -> schemas.Replay:
+async def replay_detection(service: Served, detector: Loaded, caller: Detecting, id: UUID) -> resources.Replay:
     """Judge the recorded embedding again with the index and calibration of now, and tell what changed."""
     row = await service.run(records.find, detector, caller, id)
     return await service.run(records.replay, detector, row)
@@ -299,33 +300,33 @@ async def replay_detection(service: Served, detector: Loaded, caller: Detecting,
 
 @router.post("/detections/{id}/feedback", tags=["records"], responses=documented("not-found"))
 async def give_feedback(
-    service: Served, detector: Loaded, caller: Detecting, id: UUID, feedback: schemas.Feedback
-) -> schemas.Detection:
+    service: Served, detector: Loaded, caller: Detecting, id: UUID, feedback: resources.Feedback
+) -> resources.Detection:
     """Dispute or confirm a verdict. It is kept with the record and changes nothing else."""
     row = await service.run(records.find, detector, caller, id)
     return await service.run(records.dispute, detector, row, feedback, caller)
 
 
 @router.get("/status", tags=["operations"], responses=documented())
-async def get_status(service: Served, detector: Loaded, caller: Reading) -> schemas.Status:
+async def get_status(service: Served, detector: Loaded, caller: Reading) -> resources.Status:
     """What is loaded, followed and calibrated."""
     return await service.run(catalogue.status, detector)
 
 
 @router.get("/calibration", tags=["operations"], responses=documented())
-async def get_calibration(detector: Loaded, caller: Reading) -> schemas.CalibrationState:
+async def get_calibration(detector: Loaded, caller: Reading) -> resources.CalibrationState:
     """The calibration in use and what it promises."""
     return catalogue.calibration_state(detector)
 
 
-async def live() -> schemas.Health:
+async def live() -> resources.Health:
     """The process answers."""
-    return schemas.Health(status="live")
+    return resources.Health(status="live")
 
 
-async def ready(detector: Loaded) -> schemas.Health:
+async def ready(detector: Loaded) -> resources.Health:
     """The checkpoint is loaded and the index followed, even if it is empty."""
-    return schemas.Health(status="ready")
+    return resources.Health(status="ready")
 
 
 async def show_metrics(service: Served, caller: Reading) -> Response:

@@ -11,8 +11,7 @@ import numpy as np
 from api.detector import Detector
 from api.judgement import calibration_facts, shortage, thresholds_of
 from api.patience import DATABASE_AWAY
-from api.schemas import (
-    LABELS,
+from api.resources import (
     CalibrationState,
     Enrolment,
     Generator,
@@ -25,6 +24,7 @@ from api.schemas import (
     SourceCount,
     Status,
 )
+from api.schemas import LABELS
 from indexer import store
 from trainer.calibration import Calibration
 from trainer.logistic import sigmoid

@@ -9,7 +9,8 @@ from hashlib import sha256
 
 from api.detector import Detector
 from api.problems import ApiError
-from api.schemas import LABELS, Added, FieldError, Label
+from api.resources import Added
+from api.schemas import LABELS, FieldError, Label
 from api.uploads import Upload, decode
 from indexer.ingest import ingest
 from indexer.store import check_generator_name

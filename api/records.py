@@ -12,7 +12,8 @@ from api.access import Caller
 from api.detector import Detector
 from api.problems import ApiError
 from api.regions import overlay
-from api.schemas import Change, Detection, DetectionPage, DetectionSummary, Feedback, Replay, Verdict
+from api.resources import Change, Detection, DetectionPage, DetectionSummary, Feedback, Replay
+from api.schemas import Verdict
 from api.uploads import Prepared
 from indexer import store
 

@@ -20,7 +20,8 @@ from api.enrolment import Batch, enrol
 from api.metrics import Metrics
 from api.patience import DATABASE_AWAY
 from api.problems import ApiError
-from api.schemas import Added, FailedFile, Hits, Label, Verdict
+from api.resources import Added
+from api.schemas import FailedFile, Hits, Label, Verdict
 from api.uploads import Prepared, Question, Upload
 from indexer.postgres import DatabaseBehind
 from indexer.settings import Settings
