@@ -101,7 +101,8 @@ export async function ask(path, options) {
 
 async function problemOf(response) {
   const said = await response.json().catch(() => ({}));
-  return problemFrom({ status: response.status, title: response.statusText, ...said }, response.headers.get("retry-after"));
+  const title = `The service, or what stands before it, answered ${response.status} ${response.statusText}`.trim();
+  return problemFrom({ status: response.status, title, ...said }, response.headers.get("retry-after"));
 }
 
 /** A problem from its JSON, as it also comes inside a batch. */

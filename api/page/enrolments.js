@@ -1,33 +1,49 @@
 /** What an enrolment did and changed, from its report. Of an older or unfinished one parts are missing. */
 
 import { call } from "./client.js";
-import { bar, confirmed, fileName, h } from "./dom.js";
-import { count, day, percent, plural } from "./words.js";
+import { bar, confirmed, fileName, h, icon } from "./dom.js";
+import { count, day, percent, plural, sentence } from "./words.js";
 
-/** Recall and false alarms before and after, {recall: [before, after], false_alarms: [before, after]}, each or both null. */
-export function effect(report) {
-  const pair = (value) => (value && typeof value.after === "number" ? [value.before ?? null, value.after] : null);
-  const changed = report?.effect ?? report ?? {};
-  return { recall: pair(changed.recall), false_alarms: pair(changed.false_alarms ?? changed.false_alarm) };
+/**
+ * Recall and false alarms of the neighbours' vote before and after: {recall, alarms, held}, each [before, after] or null,
+ * `held` the recall of a fifth that was masked for the measure, or null. Of several generators it is the mean.
+ */
+export function effect(report, name = null) {
+  const rows = (report?.effect?.recall ?? []).filter((row) => row.generator !== "real" && (name === null || row.generator === name));
+  const mean = (when) => {
+    const known = rows.filter((row) => typeof row.knn?.[when] === "number");
+    const images = known.reduce((sum, row) => sum + row.images, 0);
+    return images ? known.reduce((sum, row) => sum + row.images * row.knn[when], 0) / images : null;
+  };
+  const alarms = report?.effect?.false_alarms?.knn ?? null;
+  const pair = (before, after) => (after === null || after === undefined ? null : [before ?? null, after]);
+  return { recall: pair(mean("before"), mean("after")), held: mean("held_back"), alarms: pair(alarms?.before, alarms?.after) };
 }
 
-/** "41 % → 96 %", or a dash where it was not measured. */
+/** "41 % → 96 %", or that it was not measured. */
 export function arrow(pair) {
   if (!pair) return h("span", { class: "none" }, "not measured");
   return h("span", { class: "arrow" }, percent(pair[0]), h("span", { "aria-hidden": "true" }, " → "), h("span", { class: "unseen" }, " then "), percent(pair[1]));
 }
 
-/** Before and after as bars. */
-export function effectBars(report) {
-  const { recall, false_alarms: alarms } = effect(report);
-  if (!recall && !alarms) return h("p", { class: "hint" }, "How recall and false alarms changed was not measured for this enrolment.");
-  const lines = (title, pair, kind, says) => pair && h("div", { class: "effect" },
+/** Before and after as bars, from the first and the last report of an enrolment that came in parts. */
+export function effectBars(reports) {
+  const [first, last] = [effect(reports[0]), effect(reports.at(-1))];
+  const lines = (title, kind, says, rows) => h("div", { class: "effect" },
     h("h4", {}, title),
-    ["before", "after"].map((name, index) => pair[index] === null ? null : h("p", {}, h("span", { class: "name" }, name), bar(pair[index], kind), h("span", { class: "number" }, percent(pair[index])))),
+    rows.filter(([, value]) => value !== null && value !== undefined).map(([name, value]) => h("p", {}, h("span", { class: "name" }, name), bar(value, kind), h("span", { class: "number" }, percent(value)))),
     h("p", { class: "hint" }, says));
-  return h("div", { class: "effects" },
-    lines("Found as generated", recall, "fake", "Share of images of this generator that Lineup calls generated, each judged without itself."),
-    lines("False alarms", alarms, "real", "Share of real calibration photos that Lineup wrongly calls generated."));
+  const parts = [
+    last.recall && lines("Found as generated", "fake", "Share of these images that the vote of the neighbours calls generated, each judged without itself. “Held back”: of a fifth of them, judged without the whole fifth.",
+      [["before", first.recall?.[0]], ["after", last.recall[1]], ["held back", last.held]]),
+    last.alarms && lines("False alarms", "real", "Share of real calibration photos that the vote of the neighbours calls generated.",
+      [["before", first.alarms?.[0]], ["after", last.alarms[1]]]),
+  ].filter(Boolean);
+  const warnings = reports.at(-1)?.warnings ?? [];
+  return [
+    parts.length ? h("div", { class: "effects" }, parts) : h("p", { class: "hint" }, "How recall and false alarms changed was not measured for this enrolment."),
+    warnings.map((warning) => h("p", { class: "note" }, icon("problem"), h("span", {}, sentence(warning)))),
+  ];
 }
 
 /** The integers of a report, and what was left out of it and why. */

@@ -47,7 +47,7 @@ function known(generators, enrolments, real) {
   const rows = generators.map((generator) => {
     const own = broughtBy(generator.name, enrolments);
     const [first, last] = days(own);
-    const { recall, false_alarms: alarms } = effect(own.find(({ report }) => effect(report).recall)?.report);
+    const { recall, alarms } = effect(own.find(({ report }) => effect(report, generator.name).recall)?.report, generator.name);
     const details = [generator.vendor, generator.family, generator.version, generator.released_on && `released ${generator.released_on}`].filter(Boolean).join(", ");
     return [[generator.name, details ? h("span", { class: "hint" }, ` ${details}`) : ""], count(generator.references), first, last, arrow(recall), arrow(alarms)];
   });
@@ -60,7 +60,7 @@ function known(generators, enrolments, real) {
 function past(enrolments) {
   if (!enrolments.length) return h("p", { class: "none" }, "None yet.");
   const rows = enrolments.map((one) => {
-    const { recall, false_alarms: alarms } = effect(one.report);
+    const { recall, alarms } = effect(one.report);
     const added = one.report?.added;
     const gone = one.references === 0 && added > 0;
     const state = one.report === null && !one.references ? "unfinished" : gone ? "undone" : one.references === null || one.references === added || added === undefined ? count(added ?? one.references) : `${count(one.references)} of ${count(added)} left`;
