@@ -12,6 +12,7 @@ from api.problems import ApiError
 from api.resources import Added
 from api.schemas import LABELS, FieldError, Label
 from api.uploads import Upload, decode
+from indexer.effect import consequences
 from indexer.ingest import ingest
 from indexer.store import check_generator_name
 from trainer.entry import Entry
@@ -56,7 +57,7 @@ class Batch:
 
 
 def enrol(detector: Detector, uploads: Sequence[Upload], batch: Batch) -> Added:
-    """Store uploads as references, and bring this process's index up to date.
+    """Store uploads as references, bring this process's index up to date, and measure what that changed.
 
     Raises:
         ApiError: conflict, when all are known with another label or generator; the first file's own problem, when
@@ -84,6 +85,10 @@ def enrol(detector: Detector, uploads: Sequence[Upload], batch: Batch) -> Added:
             decode(uploads[0], settings)  # raises what is wrong with it
             raise ApiError("conflict", f"{added.rejected[0].file}: {added.rejected[0].reason}")
     detector.follower.catch_up()
+    if added.enrolment is not None:
+        changed = consequences(settings, detector.follower, added.enrolment)
+        added = added.model_copy(update=changed)
+        detector.store.finish_enrolment(report["enrolment"], added.model_dump(mode="json"))
     return added
 
 

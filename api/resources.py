@@ -40,6 +40,10 @@ class Added(Model):
     rejected: list[Rejected] = Field(default_factory=list)
     revision: int
     enrolment: int | None = None
+    effect: dict[str, Any] | None = None
+    """Recall of the new images and false alarms without the enrolment and with it; null where nothing was added."""
+    warnings: list[str] = Field(default_factory=list)
+    """Facts of the files, such as their format, that tell real from fake by themselves."""
 
 
 class ReferenceImage(Model):

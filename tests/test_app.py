@@ -244,6 +244,10 @@ def test_an_enrolment_is_reported_and_undone(own: TestClient) -> None:
     shown = own.get(f"/v1/enrolments/{made['enrolment']}").json()
     assert (shown["generator"], shown["source"], shown["report"]["added"]) == ("a", "feed", 2)
     assert shown["references"] == 2
+    assert shown["report"] == made
+    assert [(row["generator"], row["images"]) for row in made["effect"]["recall"]] == [("a", 2)]
+    assert made["effect"]["recall"][0]["knn"]["before"] is None  # there was no fake to compare with
+    assert made["effect"]["false_alarms"]["images"] == 60
     assert own.get("/v1/status").json()["sources"] == [
         {"name": "feed", "references": 2},
         {"name": "upload", "references": 1},
