@@ -90,6 +90,8 @@ class EmbeddedServer:
             shutil.rmtree(leftover, ignore_errors=True)
         if (self.data / "PG_VERSION").exists():
             return
+        if self.data.exists() and any(self.data.iterdir()):
+            raise FileExistsError("there is something else in it")
         aside = Path(tempfile.mkdtemp(prefix="postgres.new-", dir=self.home))
         self._package(aside).ensure_pgdata_inited()
         aside.rename(self.data)

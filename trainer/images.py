@@ -222,7 +222,7 @@ def thumbnail(image: Image.Image, size: int = 256) -> bytes:
     side = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     small = image if side == image.size else image.resize(side, Image.Resampling.BICUBIC, reducing_gap=3.0)
     out = io.BytesIO()
-    small.save(out, "WEBP", quality=80)
+    small.save(out, "WEBP", quality=80, method=2)  # 4 takes twice as long to save 4 % of the bytes
     return out.getvalue()
 
 
