@@ -1,0 +1,234 @@
+"""Detection end to end: one image against the reference path, then a server under 1, 8 and 64 clients.
+
+Weights and references are random: nothing here depends on what they say. The reference path is the one of the paper's
+code: PIL, the transformers model in eager float32, and scikit-learn's 1-NN, logistic regression and one-class SVM.
+"""
+
+import io
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Annotated
+
+import httpx2
+import numpy as np
+import psutil
+import typer
+from PIL import Image
+
+from api.detector import Detector
+from api.uploads import Upload
+from indexer.embedded import EmbeddedServer
+from indexer.settings import Settings
+from indexer.store import NewReference
+from trainer.calibration_set import CalibrationSet
+from trainer.embedder import CheckpointConfig, build_backbone, save_checkpoint
+from trainer.heads import fit_heads
+from trainer.images import thumbnail
+
+ROOT = Path(__file__).parent.parent
+DIM = 192
+
+
+def photograph(seed: int, size: tuple[int, int] = (1024, 768)) -> bytes:
+    """A JPEG with the frequencies of a photograph: noise under a 1/f spectrum."""
+    rng = np.random.default_rng(seed)
+    height, width = size[1], size[0]
+    fy, fx = np.meshgrid(np.fft.fftfreq(height), np.fft.fftfreq(width), indexing="ij")
+    spectrum = np.fft.fft2(rng.normal(size=(height, width, 3)), axes=(0, 1)) / (np.hypot(fy, fx) + 1 / width)[..., None]
+    pixels = np.fft.ifft2(spectrum, axes=(0, 1)).real
+    pixels = 127 + 50 * pixels / pixels.std()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, format="JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def embeddings(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Raw vectors (n, d) float32 in 50 clusters, and labels (n,) uint8, half of them fake."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(0).normal(size=(50, DIM))
+    cluster = rng.integers(0, 50, n)
+    return (centres[cluster] + rng.normal(size=(n, DIM))).astype(np.float32), (cluster % 2).astype(np.uint8)
+
+
+def checkpoint(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A random ViT-Tiny with heads and calibration images; returns what the heads were fitted on."""
+    save_checkpoint(folder, build_backbone(CheckpointConfig()), CheckpointConfig(name="random"))
+    x, y = embeddings(2000, 1)
+    names = [str(number) for number in range(len(y))]
+    calibration = CalibrationSet(x, y, ["g" if label else "" for label in y], ["-"] * len(y), names, names)
+    calibration.save(folder)
+    train, labels = embeddings(10_000, 2)
+    fit_heads(train, labels, calibration=calibration).save(folder)
+    return train, labels
+
+
+def fill(settings: Settings, n: int) -> None:
+    """Write n references."""
+    detector = Detector(settings).load()
+    x, y = embeddings(n, 3)
+    small = thumbnail(Image.new("RGB", (64, 64)))
+    rows = [
+        NewReference(
+            sha256=f"{i:064x}",
+            label=int(y[i]),
+            generator=f"gen-{i % 7}" if y[i] else None,
+            source="random",
+            group=str(i),
+            uri=None,
+            file_bytes=1,
+            mtime=None,
+            width=64,
+            height=64,
+            format="PNG",
+            jpeg_quality=None,
+            thumbnail=small,
+            attributes={},
+            vector=x[i],
+        )
+        for i in range(n)
+    ]
+    for start in range(0, n, 1000):
+        detector.store.add(rows[start : start + 1000], detector.embedder.id)
+    detector.follower.catch_up()
+    detector.calibrate()
+    detector.follower.save()
+    detector.close()
+
+
+def reference_path(train: np.ndarray, labels: np.ndarray, n: int) -> Callable[[bytes], None]:
+    """Judges an image as the paper's code does."""
+    import torch
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import NearestNeighbors
+    from sklearn.svm import OneClassSVM
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(hidden_size=DIM, num_attention_heads=3, intermediate_size=4 * DIM)
+    config._attn_implementation = "eager"
+    model = ViTModel(config, add_pooling_layer=False)
+    model.train(False)
+    nearest = NearestNeighbors(n_neighbors=1, metric="cosine").fit(embeddings(n, 3)[0])
+    linear = LogisticRegression(C=0.316, class_weight="balanced", max_iter=1000).fit(train, labels)
+    svm = OneClassSVM(kernel="poly", degree=3, gamma="auto", nu=0.1).fit(train[labels == 0])
+    mean, std = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
+
+    def judge(data: bytes) -> None:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        scale = 248 / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+        left, top = (image.width - 224) // 2, (image.height - 224) // 2
+        pixels = (np.asarray(image.crop((left, top, left + 224, top + 224)), np.float32) / 255 - mean) / std
+        with torch.inference_mode():
+            batch = torch.from_numpy(pixels.transpose(2, 0, 1)[None].copy())  # (1, 3, 224, 224)
+            embedding = model(batch).last_hidden_state[:, 0].numpy()  # (1, d)
+        nearest.kneighbors(embedding)
+        linear.predict_proba(embedding)
+        svm.decision_function(embedding)
+
+    return judge
+
+
+@contextmanager
+def served(settings: Settings) -> Iterator[tuple[str, int, float]]:
+    """A server: its address, its process id, and the seconds until it answered."""
+    values = {"LINEUP_HOME": str(settings.home), "LINEUP_CHECKPOINT": str(settings.checkpoint), "LINEUP_RECORD": "true"}
+    log, start = settings.home / "log", time.perf_counter()
+    with log.open("w") as stderr:
+        command = [sys.executable, "-m", "api", "serve", "--port", "0"]
+        process = subprocess.Popen(command, env=os.environ | values, cwd=ROOT, stderr=stderr)
+    try:
+        while '"address"' not in log.read_text():
+            if process.poll() is not None:
+                raise RuntimeError(log.read_text())
+            time.sleep(0.02)
+        address = next(json.loads(line)["address"] for line in log.read_text().splitlines() if '"address"' in line)
+        yield address, process.pid, time.perf_counter() - start
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def load(address: str, clients: int, seconds: float, images: list[bytes]) -> tuple[float, list[float]]:
+    """Images per second, and the seconds that each took, ascending."""
+    times: list[float] = []
+    numbers, lock, end = count(), threading.Lock(), time.perf_counter() + seconds
+
+    def work(_: int) -> None:
+        with httpx2.Client(base_url=address, timeout=120) as client:
+            while time.perf_counter() < end:
+                start = time.perf_counter()
+                client.post("/v1/detect", files={"image": images[next(numbers) % len(images)]}).raise_for_status()
+                with lock:
+                    times.append(time.perf_counter() - start)
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(work, range(clients)))
+    return len(times) / (time.perf_counter() - start), sorted(times)
+
+
+def resident(pid: int) -> int:
+    """MiB."""
+    return int(psutil.Process(pid).memory_info().rss / 2**20)
+
+
+def main(
+    references: Annotated[int, typer.Option()] = 50_000,
+    rounds: Annotated[int, typer.Option(help="Images judged one at a time by each path.")] = 30,
+    seconds: Annotated[float, typer.Option(help="Of each load.")] = 20.0,
+    clients: Annotated[list[int] | None, typer.Option(help="1, 8 and 64 when not given.")] = None,
+) -> None:
+    """Print two Markdown tables."""
+    home = Path(tempfile.mkdtemp(prefix="lineup-"))
+    settings = Settings(home=home, checkpoint=home / "checkpoint", device="cpu")
+    images = [photograph(seed) for seed in range(16)]
+    try:
+        train, labels = checkpoint(home / "checkpoint")
+        fill(settings, references)
+        judge = reference_path(train, labels, references)
+        detector = Detector(settings).load()
+        detector.calibrate()
+        paths: dict[str, Callable[[bytes], object]] = {
+            "reference": judge,
+            f"Lineup ({detector.embedder.engine})": lambda data: list(detector.detect([Upload("a.jpg", data)])),
+        }
+        taken: dict[str, list[float]] = {name: [] for name in paths}
+        for number in range(rounds + 3):  # in turns, so that both see the same machine; three to warm up
+            for name, path in paths.items():
+                start = time.perf_counter()
+                path(images[number % len(images)])
+                taken[name].append(time.perf_counter() - start)
+        detector.close()
+        print(f"One 1024x768 JPEG, {references:,} references, {os.cpu_count()} cores\n")
+        print("| path | median ms | times faster |\n|---|---:|---:|")
+        base = statistics.median(taken["reference"][3:])
+        for name, values in taken.items():
+            median = statistics.median(values[3:])
+            print(f"| {name} | {1000 * median:.1f} | {base / median:.2f} |")
+        with served(settings) as (address, pid, start_up):
+            print(f"\nStart-up {start_up:.1f} s, {resident(pid)} MiB at rest\n")
+            print("| clients | images/s | p50 ms | p95 ms | p99 ms | resident MiB |\n|---:|---:|---:|---:|---:|---:|")
+            for number in clients or [1, 8, 64]:
+                rate, times = load(address, number, seconds, images)
+                p50, p95, p99 = (1000 * times[min(len(times) - 1, int(len(times) * q))] for q in (0.5, 0.95, 0.99))
+                print(f"| {number} | {rate:.1f} | {p50:.0f} | {p95:.0f} | {p99:.0f} | {resident(pid)} |", flush=True)
+    finally:
+        EmbeddedServer(home).stop()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
