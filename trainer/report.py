@@ -103,7 +103,7 @@ def print_summary(evaluation: Evaluation, console: Console) -> None:
         for transform in ("none", "transformed", "equalised"):
             screen = Screen(title=f"{split}, {transform}: accuracy % / AUROC %")
             for column in ("", *rows.heads()):
-                screen.add_column(column, justify="right" if column else "left")
+                screen.add_column(column, justify="right" if column else "left", no_wrap=not column)
             for name in ("all", "real", *rows.generators(split)):
                 found = [rows.get(split, transform, head, name) for head in rows.heads()]
                 cells = ["–" if r is None else f"{percent(r['accuracy'])} / {percent(r['auroc'])}" for r in found]
