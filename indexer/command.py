@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
+import psycopg
 import typer
 from rich.console import Console
 from sqlalchemy.exc import OperationalError
@@ -42,8 +43,9 @@ def expected_failures() -> Iterator[None]:
     """What can go wrong without a fault of the program ends as one line on stderr and exit code 1."""
     try:
         yield
-    except OperationalError as error:
-        fail(f"the database stopped answering ({error.orig}); what was written stays, run the command again")
+    except (OperationalError, psycopg.OperationalError) as error:
+        reason = error.orig if isinstance(error, OperationalError) else error
+        fail(f"the database stopped answering ({reason}); what was written stays, run the command again")
     except (
         SettingsError,
         DatabaseUnreachable,

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from hashing import HashingEmbedder
+from sqlalchemy import Connection, Engine, event
 from typer.testing import CliRunner, Result
 
 from indexer.__main__ import app
@@ -230,6 +232,27 @@ def test_missing_checkpoints_and_databases_are_one_line(
     monkeypatch.setenv("LINEUP_K", "none")
     result = CliRunner().invoke(app, ["status"])
     assert result.stderr.startswith("error: LINEUP_K is 'none'")
+
+
+@pytest.mark.parametrize("moment", ["analyze incoming", "for update", "insert into embedding"])
+def test_a_database_that_goes_away_is_one_line_and_the_next_run_goes_on(
+    run: Run, images: Path, settings: Settings, moment: str
+) -> None:
+    def cut(connection: Connection, cursor: object, statement: str, *_: object) -> None:
+        if moment in statement:
+            event.remove(Engine, "before_cursor_execute", cut)
+            with psycopg.connect(str(settings.database_url), autocommit=True) as other:
+                backends = "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database()"
+                other.execute(f"{backends} and pid <> pg_backend_pid()")
+
+    event.listen(Engine, "before_cursor_execute", cut)
+    broken = run("add", images)
+    assert broken.exit_code == 1
+    (line,) = broken.stderr.splitlines()
+    assert line.startswith("error: the database stopped answering (")
+    assert line.endswith("run the command again")
+    assert document(run("add", images, "--json"))["added"] == 16
+    assert document(run("check", "--json"))["agree"] is True
 
 
 def test_migrate_and_stop(run: Run, settings: Settings) -> None:
