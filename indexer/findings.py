@@ -1,8 +1,10 @@
 """What `indexer evaluate` and `indexer audit` show to people, as tables on stdout."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +17,7 @@ TRANSFORMS = {"none": "plain", "transformed": "transformed", "equalised": "both 
 
 def tell_evaluation(evaluation: Evaluation) -> None:
     """A table per split and transform: accuracy and AUROC of each head by generator, and the verdicts."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=_width())
     cells = {(row["split"], row["transform"], row["generator"], row["head"]): row for row in evaluation.rows}
     verdicts = {(row["split"], row["transform"], row["generator"]): row for row in evaluation.verdicts}
     for split, transform in dict.fromkeys((split, transform) for split, transform, _, _ in cells):
@@ -25,6 +27,7 @@ def tell_evaluation(evaluation: Evaluation) -> None:
             *("generator", "images", *heads, "called fake", "called real", "uncertain"),
             title=f"{split}, {TRANSFORMS.get(transform, transform)}: accuracy (AUROC), %",
             title_justify="left",
+            box=SIMPLE,
         )
         for name in dict.fromkeys(names):
             rows = [cells.get((split, transform, name, head)) for head in heads]
@@ -42,12 +45,13 @@ def tell_evaluation(evaluation: Evaluation) -> None:
 
 def tell_audit(found: Mapping[str, Any]) -> None:
     """AUROC of all facts together and of each, by generator; then warnings and near duplicates."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=_width())
     facts = list(found["facts"])
     table = Table(
         *("fakes", "images", "all facts", *facts),
         title=f"how well files alone tell real from fake: AUROC, above {RINGS} rings",
         title_justify="left",
+        box=SIMPLE,
     )
     everything = {"name": "all", "images": sum(row["images"] for row in found["generators"])} | {
         key: found[key] for key in ("auroc", "facts")
@@ -62,6 +66,11 @@ def tell_audit(found: Mapping[str, Any]) -> None:
     print(f"{duplicates['count']} near duplicates across labels")
     for pair in duplicates["listed"]:
         console.print(f"  {_name(pair['real'])} and {_name(pair['fake'])}: {pair['bits']} bits apart", markup=False)
+
+
+def _width() -> int | None:
+    """The terminal's own, or what the widest table needs where there is no terminal that could scroll."""
+    return None if sys.stdout.isatty() else 130
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:
