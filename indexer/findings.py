@@ -70,7 +70,7 @@ def tell_audit(found: Mapping[str, Any]) -> None:
 
 def _width() -> int | None:
     """The terminal's own, or what the widest table needs where there is no terminal that could scroll."""
-    return None if sys.stdout.isatty() else 130
+    return None if sys.stdout.isatty() else 150
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:
