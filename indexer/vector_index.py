@@ -236,9 +236,11 @@ class VectorIndex:
         """Read a snapshot: the index, and the header it was saved with.
 
         Raises:
-            BadSnapshot: It is missing or damaged.
+            BadSnapshot: It is missing, damaged, or of another version.
         """
         with read_snapshot(path) as (header, fill):
+            if header.keys() != {"dim", "labels", "header"}:
+                raise BadSnapshot("it was written by another version")
             index = cls(int(header["dim"]), device)
             for shelf, label in zip(index._shelves, header["labels"], strict=True):
                 n, flat = label["count"], shelf.engine

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from indexer import inverted, outgrowing
 from indexer.inverted import Inverted
 from indexer.snapshot import write_snapshot
+from indexer.snapshot import write_snapshot
 from indexer.vector_index import BadSnapshot, BadVectors, IndexChanged, Neighbours, VectorIndex
 
 DIM = 8
@@ -190,6 +191,12 @@ def test_a_snapshot_gives_back_the_same_index(tmp_path: Path) -> None:
     for name in Neighbours.__slots__:
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     assert {path.name for path in (tmp_path / "deep").iterdir()} <= {"snapshot", "snapshot.lock"}
+
+
+def test_a_snapshot_of_another_version_is_refused(tmp_path: Path) -> None:
+    write_snapshot(tmp_path / "snapshot", {"dim": 4, "counts": [0, 0], "header": {}}, [])
+    with pytest.raises(BadSnapshot, match="another version"):
+        VectorIndex.load(tmp_path / "snapshot")
 
 
 def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
