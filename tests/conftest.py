@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
@@ -23,6 +24,10 @@ from trainer.datasets import read_dataset
 from trainer.embedder import CheckpointConfig, Embedder, build_backbone, save_checkpoint
 from trainer.heads import fit_heads
 from trainer.images import Preprocess
+
+# A busy machine is no failure: hypothesis fails examples that take over 200 ms otherwise.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 
 def small_image(seed: int, fake: bool, size: int = 48) -> Image.Image:
