@@ -16,7 +16,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from indexer import inverted, outgrowing
 from indexer.inverted import Inverted
 from indexer.snapshot import write_snapshot
-from indexer.snapshot import write_snapshot
 from indexer.vector_index import BadSnapshot, BadVectors, IndexChanged, Neighbours, VectorIndex
 
 DIM = 8
