@@ -26,7 +26,7 @@ help:
 	@echo "make demo         simulate, train, index, evaluate, detect, serve   (SERVE=0: end after printing, DATA=PATH: your images)"
 	@echo "make test         the whole test suite"
 	@echo "make check        lint, types, import contracts, migrations"
-	@echo "make bench        the tables of BENCHMARKS.md;  make soak: the long tests"
+	@echo "make bench        the tables of BENCHMARKS.md that need no data;  make soak: the long tests"
 
 # The lock holds hashes of CUDA 13 packages whose version pins only a current pip can read.
 $(VENV)/.locked: requirements.lock
@@ -47,6 +47,8 @@ ifneq ($(SERVE),0)
 	$(RUN) api serve
 endif
 
+# Threads that spin while they wait make every other process on a small machine slower.
+test: export OMP_WAIT_POLICY ?= PASSIVE
 test: $(VENV)/.locked
 	$(RUN) pytest -q -m "not soak"
 
@@ -61,7 +63,7 @@ soak: $(VENV)/.locked
 	$(RUN) pytest -q -m soak
 
 bench: $(VENV)/.locked
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for name in search training serving; do $(RUN) benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf lineup-data build *.egg-info
