@@ -72,6 +72,8 @@ class EmbeddedServer:
 
     def leave(self) -> None:
         """End this process's use; the last live user stops the server."""
+        if not self.home.is_dir():  # deleted meanwhile: the lock would make it again
+            return
         with contextlib.suppress(OSError, Timeout), self._lock.acquire(timeout=30):
             others = [user for user in self._live_users() if user[0] != os.getpid()]
             self._users.write_text(json.dumps(others))

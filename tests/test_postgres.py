@@ -212,3 +212,9 @@ def test_another_schema_is_refused_with_the_command(settings: Settings) -> None:
     with pytest.raises(DatabaseBehind, match="future, which this version does not know: update Lineup"):
         connect(settings)
     engine.dispose()
+
+
+def test_leaving_a_deleted_home_does_not_bring_it_back(tmp_path: Path) -> None:
+    EmbeddedServer(tmp_path / "gone").leave()
+    assert not EmbeddedServer(tmp_path / "gone").stop()
+    assert list(tmp_path.iterdir()) == []
