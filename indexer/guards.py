@@ -20,8 +20,7 @@ def unit_vectors(vectors: np.ndarray, dim: int) -> np.ndarray:
     x = np.asarray(vectors, np.float32)
     if x.ndim != 2 or x.shape[1] != dim:
         raise BadVectors(f"vectors have shape {x.shape}, this index holds (n, {dim}): another checkpoint's?")
-    with np.errstate(over="ignore"):
-        length = np.sqrt(np.einsum("nd,nd->n", x, x))  # (n,)
+    length = np.sqrt(np.einsum("nd,nd->n", x, x))  # (n,), infinite where squares overflow
     good = np.isfinite(length) & (length > 0)
     if not good.all():
         raise BadVectors(f"vector {int(np.argmin(good))} is zero or not finite: the checkpoint or its input is broken")

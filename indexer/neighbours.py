@@ -38,5 +38,6 @@ class Neighbours:
         """The k nearest of both."""
         similarities = np.concatenate([self.similarities, other.similarities], axis=1)
         order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]  # (q, k), NaN sorts last
+        query = np.arange(len(order))[:, None]
         columns = [np.concatenate([getattr(x, field.name) for x in (self, other)], axis=1) for field in fields(self)]
-        return Neighbours(*(np.take_along_axis(column, order, axis=1) for column in columns))
+        return Neighbours(*(column[query, order] for column in columns))

@@ -8,15 +8,19 @@ import faiss
 import numpy as np
 from sqlalchemy import text
 
+from indexer.engines import use_threads_for
 from indexer.store import Store
 
 NEAR_BITS = 4
 """Images whose 64-bit difference hashes differ in at most this many bits are near duplicates."""
 PAGE = 100_000
 
+# Two look-ups, each by its own index.
 SAME = text("""
+select id, "group", encode(sha256, 'hex') as sha256, fingerprint from reference_image where sha256 = any(:hashes)
+union
 select id, "group", encode(sha256, 'hex') as sha256, fingerprint from reference_image
-where "group" = any(:groups) or sha256 = any(:hashes)
+where "group" in (select unnest(cast(:groups as text[])))
 """)
 FINGERPRINTS = text("""
 select string_agg(int8send(id), ''), string_agg(int8send(fingerprint), ''), max(id), count(*) from (
@@ -89,6 +93,7 @@ def near_duplicates(one: np.ndarray, other: np.ndarray) -> np.ndarray:
         return np.empty((0, 3), np.int64)
     table = faiss.IndexBinaryMultiHash(64, NEAR_BITS + 1, 64 // (NEAR_BITS + 1))
     table.add(_bytes(other[other_rows]))
+    use_threads_for(1)
     limits, bits, found = table.range_search(_bytes(one[rows]), NEAR_BITS + 1)  # nearer than that
     pairs = [np.repeat(rows, np.diff(limits.astype(np.int64))), other_rows[found], bits.astype(np.int64)]
     unique: np.ndarray = np.unique(np.stack(pairs, axis=1), axis=0)  # (pairs, 3)

@@ -7,6 +7,8 @@ import numpy as np
 from indexer.engines import Engine
 from indexer.neighbours import Neighbours
 
+FEW = 100
+"""So few ids that nobody may find are dropped likewise: a selector of all the others takes twice as long."""
 FETCH = 1_000
 """A query that excludes more references of its own than this is searched alone; fewer are fetched and dropped."""
 
@@ -77,14 +79,28 @@ class Shelf:
                 allowed[rows[rows >= 0]] = False
         return allowed
 
-    def nearest(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> Neighbours:
-        """The k nearest of the allowed rows, for unit vectors (q, d)."""
+    def nearest(
+        self,
+        queries: np.ndarray,
+        k: int,
+        *,
+        generator: int | None = None,
+        source: int | None = None,
+        exclude_ids: np.ndarray | None = None,
+        exclude_each: Sequence[np.ndarray] | None = None,
+    ) -> Neighbours:
+        """The k nearest of unit vectors (q, d); see `VectorIndex.search_both`."""
+        if exclude_each is None and exclude_ids is not None and len(exclude_ids) <= FEW:
+            exclude_each, exclude_ids = [np.asarray(exclude_ids)] * len(queries), None
+        allowed = self.allowed(generator, source, exclude_ids)
+        if exclude_each is not None:
+            return self._nearest_without(queries, k, allowed, exclude_each)
         return self._neighbours(*self._search(queries, k, allowed))
 
-    def nearest_without(
+    def _nearest_without(
         self, queries: np.ndarray, k: int, allowed: np.ndarray | None, exclude_each: Sequence[np.ndarray]
     ) -> Neighbours:
-        """Likewise, where query i does not find the ids `exclude_each[i]`."""
+        """Query i does not find the ids `exclude_each[i]`."""
         counts = [len(ids) for ids in exclude_each]
         rows = self.rows(np.concatenate([np.empty(0, np.int64), *exclude_each]))
         excluded = [part[part >= 0] for part in np.split(rows, np.cumsum(counts)[:-1])]

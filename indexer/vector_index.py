@@ -161,7 +161,7 @@ class VectorIndex:
         for _, queries in self._parts_of(vectors, k):
             with self._lock.read():
                 found = [
-                    shelf.nearest(queries, k, shelf.allowed(generator, source, exclude_ids))
+                    shelf.nearest(queries, k, generator=generator, source=source, exclude_ids=exclude_ids)
                     for shelf in self._shelves
                     if label is None or label == shelf.label
                 ]
@@ -192,12 +192,9 @@ class VectorIndex:
         for first, queries in self._parts_of(vectors, k):
             with self._lock.read():
                 for parts, shelf in zip(found, self._shelves, strict=True):
-                    allowed = shelf.allowed(None, source, exclude_ids)
-                    if exclude_each is None:
-                        parts.append(shelf.nearest(queries, k, allowed))
-                    else:
-                        own = exclude_each[first : first + len(queries)]
-                        parts.append(shelf.nearest_without(queries, k, allowed, own))
+                    each = None if exclude_each is None else exclude_each[first : first + len(queries)]
+                    answer = shelf.nearest(queries, k, source=source, exclude_ids=exclude_ids, exclude_each=each)
+                    parts.append(answer)
         return Neighbours.joined(found[0]), Neighbours.joined(found[1])
 
     def save(self, path: Path, header: dict[str, Any]) -> None:

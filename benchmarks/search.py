@@ -1,0 +1,160 @@
+"""Search time, recall and memory of the index beside plain FAISS and scikit-learn; ratios of one run.
+
+Times on a busy machine are rough, therefore all searches of a table take turns, and a ratio is the median of the
+ratios of the turns. Vectors are simulated: 200 clusters of 24 inner dimensions, as embeddings have.
+
+    python benchmarks/search.py --sizes 50000,1000000
+"""
+
+import argparse
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import faiss
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from indexer.vector_index import VectorIndex
+
+DIM, K = 192, 20
+QUERIES = 32
+
+
+def embeddings(n: int, seed: int) -> np.ndarray:
+    """Simulated embeddings of unit length, shape (n, DIM), float32."""
+    fixed, rng = np.random.default_rng(0), np.random.default_rng(seed)
+    centres = fixed.standard_normal((200, DIM), dtype=np.float32)
+    basis = fixed.standard_normal((24, DIM), dtype=np.float32)
+    x = np.empty((n, DIM), np.float32)
+    for first in range(0, n, 100_000):
+        m = min(100_000, n - first)
+        inner = rng.standard_normal((m, 24), dtype=np.float32) @ basis  # (m, DIM)
+        noise = rng.standard_normal((m, DIM), dtype=np.float32)
+        x[first : first + m] = centres[rng.integers(0, 200, m)] + 0.2 * inner + 0.3 * noise
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return x
+
+
+def turns(searches: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of each search in each round, after one round that does not count.
+
+    Each has its own go right before it is timed: what the one before left in the caches concerns none.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in searches}
+    for _ in range(rounds + 1):
+        for name, search in searches.items():
+            search()
+            start = time.perf_counter()
+            search()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values[1:]) for name, values in seconds.items()}
+
+
+def recall(found: np.ndarray, exact: np.ndarray) -> float:
+    """Share of the exact neighbours that were found."""
+    return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found.tolist(), exact.tolist(), strict=True)]))
+
+
+def built(vectors: np.ndarray) -> tuple[VectorIndex, float]:
+    """The index as a follower fills it, page by page, and the bytes of resident memory for each reference."""
+    n = len(vectors)
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 2, n)
+    generators = np.where(labels == 1, rng.choice([1, 2, 3], n, p=[0.9, 0.099, 0.001]), -1)
+    sources = rng.integers(0, 2, n)
+    before = resident()
+    index = VectorIndex(vectors.shape[1], "cpu")
+    for first in range(0, n, 20_000):
+        part = slice(first, first + 20_000)
+        index.add(np.arange(n)[part], vectors[part], labels[part], generators[part], sources[part])
+    return index, (resident() - before) / n
+
+
+def resident() -> int:
+    """Bytes of resident memory that are in use; what was freed is given back first."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(psutil.Process().memory_info().rss)
+
+
+def compare(n: int, rounds: int, console: Console) -> None:
+    """Print the tables of one size."""
+    from sklearn.neighbors import NearestNeighbors
+
+    vectors, queries = embeddings(n, 1), embeddings(QUERIES, 2)
+    index, memory = built(vectors)
+    bare = faiss.IndexScalarQuantizer(DIM, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    bare.add(vectors)
+    flat = faiss.IndexFlatIP(DIM)
+    flat.add(vectors)
+    brute = NearestNeighbors(n_neighbors=K, algorithm="brute", metric="cosine").fit(vectors)
+    lists, _ = built(vectors)
+    exact = flat.search(queries, K)[1]
+    answers: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "Lineup": lambda q: index.search(q, K).ids,
+        "faiss fp16, the bare call": lambda q: bare.search(q, K)[1],
+        "faiss.IndexFlatIP": lambda q: flat.search(q, K)[1],
+        "scikit-learn brute force": lambda q: brute.kneighbors(q, return_distance=False),
+    }
+    if lists.outgrow():
+        answers["Lineup, inverted lists"] = lambda q: lists.search(q, K).ids
+    one = turns({name: partial(answer, queries[:1]) for name, answer in answers.items()}, rounds)
+    batch = turns({name: partial(answer, queries) for name, answer in answers.items()}, max(2, rounds // 4))
+    table = Table(
+        "", "1 query, ms", "ratio", f"{QUERIES} queries, ms each", "ratio", f"recall@{K}", title=f"{n:,} references"
+    )
+    base = "faiss fp16, the bare call"
+    for name, answer in answers.items():
+        table.add_row(
+            name,
+            f"{1e3 * np.median(one[name]):.2f}",
+            f"{np.median(one[name] / one[base]):.2f}",
+            f"{1e3 * np.median(batch[name]) / QUERIES:.2f}",
+            f"{np.median(batch[name] / batch[base]):.2f}",
+            f"{recall(answer(queries), exact):.4f}",
+        )
+    console.print(table)
+    console.print(f"memory {memory:.0f} bytes per reference\n")
+    console.print(filters(index, queries[:1], n, rounds))
+
+
+def filters(index: VectorIndex, query: np.ndarray, n: int, rounds: int) -> Table:
+    """How long filtered searches take beside the plain one."""
+    some = np.random.default_rng(3).choice(n, 1_000, replace=False)
+    searches: dict[str, Callable[[], object]] = {
+        "none": lambda: index.search(query, K),
+        "label": lambda: index.search(query, K, label=1),
+        "source, one half": lambda: index.search(query, K, source=1),
+        "generator, 45 %": lambda: index.search(query, K, generator=1),
+        "generator, 5 %": lambda: index.search(query, K, generator=2),
+        "generator, 0.05 %": lambda: index.search(query, K, generator=3),
+        "1,000 ids left out": lambda: index.search(query, K, exclude_ids=some),
+        "10 ids left out": lambda: index.search(query, K, exclude_ids=some[:10]),
+        "both labels, 20 each": lambda: index.search_both(query, K),
+    }
+    seconds = turns(searches, rounds)
+    table = Table("filter", "ms", "times the plain search")
+    for name, values in seconds.items():
+        table.add_row(name, f"{1e3 * np.median(values):.2f}", f"{np.median(values / seconds['none']):.2f}")
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print one table per size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="50000,1000000", help="comma list of reference counts")
+    parser.add_argument("--rounds", type=int, default=31, help="timed turns")
+    options = parser.parse_args(arguments)
+    console = Console(width=120, highlight=False)
+    faiss.omp_set_num_threads(faiss.omp_get_max_threads())
+    for size in options.sizes.split(","):
+        compare(int(size), options.rounds, console)
+
+
+if __name__ == "__main__":
+    main()
