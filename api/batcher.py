@@ -43,7 +43,7 @@ class Batcher:
         *,
         max_batch: int = 32,
         max_wait: float = 0.004,
-        capacity: int = 1024,
+        capacity: int = 512,
         observe: Callable[[int], None] = lambda rows: None,
     ) -> None:
         self._compute = compute

@@ -17,7 +17,7 @@ from api.evidence import Evidence, gather
 from api.neighbours import Neighbourhood
 from api.patience import DATABASE_AWAY, Patience
 from api.problems import ApiError
-from api.schemas import LABELS, FailedFile, IndexFacts, Known, ModelFacts, Region, Verdict
+from api.schemas import LABELS, FailedFile, IndexFacts, Known, ModelFacts, Provenance, Region, Verdict
 from api.uploads import Prepared, Question, Upload, prepare
 from indexer.follower import Follower
 from indexer.postgres import connect
@@ -185,7 +185,7 @@ class Detector:
 
         Args:
             verdict: As the caller gets it.
-            prepared: Of the image nothing is kept but hash and sizes.
+            prepared: Of the image nothing is kept but hash, sizes and the regions' boxes: not what its metadata say.
             vector: The plain view's raw embedding, shape (d,).
             api_key_id: Who asked.
         """
@@ -199,7 +199,7 @@ class Detector:
             width=image.width,
             height=image.height,
             vector=vector,
-            result=verdict.model_dump(mode="json"),
+            result=verdict.model_copy(update={"provenance": Provenance()}).model_dump(mode="json"),
             checkpoint_id=verdict.model.checkpoint,
             heads_id=verdict.model.heads,
             revision=verdict.index.revision,

@@ -25,6 +25,8 @@ log = logging.getLogger("lineup.request")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 GUARDED = ("/v1/", "/metrics")
 """Paths that need a key, or loopback where there is none. Page, documentation and health hold nothing secret."""
+MOST_JSON = 2**20
+"""Bytes of a body that is no form with files."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -41,6 +43,11 @@ HEADERS = {
 def headers_of(scope: ASGIScope) -> dict[str, str]:
     """Request headers by lower-case name; of a repeated one the last."""
     return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def too_large(most: int) -> str:
+    """What is wrong with a body of more bytes than this."""
+    return f"the request has more than {most:,} bytes; LINEUP_MAX_REQUEST_BYTES is the most for forms with files"
 
 
 async def send_problem(send: Send, error: ApiError, request_id: str) -> None:
@@ -68,20 +75,18 @@ class Around:
     ) -> None:
         self.app, self.metrics, self.seconds, self.body, self.excess = app, metrics, seconds, body, excess
 
-    @property
-    def too_large(self) -> str:
-        """What is wrong with such a body."""
-        return f"the request is too large; LINEUP_MAX_REQUEST_BYTES allows {self.body:,} bytes"
-
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         start, status, size = time.perf_counter(), 0, 0
-        given = headers_of(scope).get("x-request-id", "")
+        headers = headers_of(scope)
+        given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        is_form = headers.get("content-type", "").startswith("multipart/")
+        most = self.body if is_form else min(self.body, MOST_JSON)
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -99,14 +104,14 @@ class Around:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self.body:
-                raise self.excess(self.too_large)
+            if size > most:
+                raise self.excess(too_large(most))
             return message
 
         try:
-            length = headers_of(scope).get("content-length", "")
-            if length.isdigit() and int(length) > self.body:
-                raise ApiError("too-large", self.too_large)
+            length = headers.get("content-length", "")
+            if length.isdigit() and int(length) > most:
+                raise ApiError("too-large", too_large(most))
             async with asyncio.timeout(self.seconds):
                 await self.app(scope, counted, send_with_headers)
         except TimeoutError:

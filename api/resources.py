@@ -131,7 +131,7 @@ class Feedback(Model):
 
 
 class Detection(Model):
-    """A recorded verdict. Of the image only hash, size and embedding are kept."""
+    """A recorded verdict. Of the image only hash, size, embedding and the regions' boxes are kept."""
 
     id: str
     at: datetime

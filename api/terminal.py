@@ -45,7 +45,7 @@ def notes(verdict: Verdict) -> list[str]:
         lines.append("closest generators: " + ", ".join(f"{g.name} {g.share:.0%}" for g in verdict.generators[:4]))
     if verdict.unknown_generator:
         lines.append("unlike the fakes of every known generator")
-    if verdict.novelty is not None and verdict.novelty < 0.05:
+    if verdict.novelty is not None and verdict.novelty < 0.05 and not verdict.known:
         lines.append(f"unlike everything known (novelty p = {verdict.novelty:.3f})")
     if verdict.stability and verdict.stability.spread is not None:
         flips = "flips" if verdict.stability.flips else "holds"

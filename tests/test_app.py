@@ -337,6 +337,11 @@ def test_too_large(client: TestClient) -> None:
     assert body["detail"] == "Too many files. Maximum number of files is 4."
 
 
+def test_a_large_body_that_is_no_form_with_files(client: TestClient) -> None:
+    problem(client.post("/v1/generators", json={"name": "a", "notes": "x" * 250_000}), 422, "bad-field")
+    problem(client.post("/v1/generators", json={"name": "a", "notes": "x" * 310_000}), 413, "too-large")
+
+
 def test_a_body_without_announced_length_is_counted(client: TestClient) -> None:
     def body() -> Iterator[bytes]:
         yield b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'

@@ -9,13 +9,13 @@ from uuid import UUID
 import numpy as np
 import pytest
 from conftest import small_image
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from sqlalchemy.exc import OperationalError
 
 from api.detector import Detector
 from api.problems import ApiError
 from api.regions import VARIANTS
-from api.schemas import FailedFile, Verdict
+from api.schemas import FailedFile, Provenance, Verdict
 from api.uploads import Question, Upload, file_name
 from indexer.settings import Settings
 from trainer.heads import unit_length
@@ -227,11 +227,17 @@ def test_a_flip_makes_uncertain_where_the_operator_says_so(detector: Detector) -
 
 
 def test_a_detection_is_recorded_without_its_image(detector: Detector) -> None:
-    upload = query(40)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("parameters", "a private prompt")
+    buffer = io.BytesIO()
+    small_image(70_040, True, 64).save(buffer, format="PNG", pnginfo=text)
+    upload = Upload("a.png", buffer.getvalue())
     verdict = judged(detector, upload)
+    assert verdict.provenance.metadata == {"png:parameters": "a private prompt"}
     row = detector.store.get_detection(UUID(verdict.id))
     assert row is not None
-    assert Verdict.model_validate(row.result) == verdict
+    assert Verdict.model_validate(row.result) == verdict.model_copy(update={"provenance": Provenance()})
+    assert "private" not in str(row)
     assert (row.sha256, row.file_bytes, row.width, row.height) == (verdict.image.sha256, len(upload.data), 64, 64)
     assert row.vector.shape == (48,)
     quiet = with_settings(detector, record=False)
