@@ -82,7 +82,7 @@ def read_snapshot(path: Path) -> Iterator[tuple[dict[str, Any], Callable[[np.nda
                 raise BadSnapshot("its checksum is wrong")
     except FileNotFoundError as error:
         raise BadSnapshot(f"{path} does not exist") from error
-    except (OSError, ValueError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise BadSnapshot(f"{path}: {error}") from error
 
 
