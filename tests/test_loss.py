@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.loss import Anchors, Terms, code_loss, derangement, everyones, info_nce
-from trainer.objective import Objective, Slices
+from trainer.objective import Objective, PatchSubset, Slices
 from trainer.recipe import FitSettings
 from trainer.run import Processes
 
@@ -173,6 +173,26 @@ def test_slices_in_threads_give_the_gradient_of_the_whole_batch(loss: str) -> No
     assert len(expected) == len(list(objective.parameters()))
     for name, parameter in objective.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-6)
+
+
+def test_patch_subsets_keep_the_class_token_and_repeat_by_seed() -> None:
+    subset = PatchSubset(most=3, prefix=1)
+    tokens = torch.arange(2 * 9.0).view(2, 9, 1)
+    assert subset(tokens) is tokens  # nothing is dropped outside of training
+    with subset.drawn_by(1):
+        kept, others = subset(tokens), subset(tokens)
+        assert subset(tokens[:, :4]).shape == (2, 4, 1)
+    assert kept.shape == (2, 4, 1)
+    assert kept[:, 0].flatten().tolist() == [0, 9]
+    for row, all_of_it in zip(kept[..., 0].tolist(), tokens[..., 0].tolist(), strict=True):
+        assert len(set(row)) == 4
+        assert set(row) <= set(all_of_it)
+    assert not torch.equal(kept, others)
+    with subset.drawn_by(1):
+        assert torch.equal(subset(tokens), kept)
+    with subset.drawn_by(2):
+        assert not torch.equal(subset(tokens), kept)
+    assert subset(tokens) is tokens
 
 
 def half_gradient(rank: int, port: int, folder: str) -> None:

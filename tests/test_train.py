@@ -187,7 +187,7 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(
 
 
 def test_a_stop_within_an_epoch_restarts_that_epoch(tiny: FitSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = replace(tiny, ema=0.9, patience=1)
+    tiny = replace(tiny, ema=0.9, patience=1, tokens=5)
     straight = replace(tiny, output=tiny.output.with_name("straight"))
     fit(straight)
     step, steps = Run.step, []

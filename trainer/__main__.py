@@ -61,6 +61,7 @@ def fit(
     pretrained: Annotated[bool, typer.Option(help="Start from timm's weights (ablation).")] = False,
     preprocess: Annotated[str, typer.Option(help="resize_crop, or center_crop at native resolution.")] = "resize_crop",
     scale: Annotated[str, typer.Option(help="Crops: resized (the paper) or native windows.")] = "resized",
+    tokens: Annotated[int | None, typer.Option(help="Patches per view fed in training, at most; default all.")] = None,
     augmentations: Annotated[int, typer.Option(help="At most so many per view.")] = 2,
     recompress: Annotated[float, typer.Option(help="Chance that an image is recompressed before its views.")] = 0.0,
     batch_size: Annotated[int, typer.Option(help="Records per step and process.")] = 32,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +28,22 @@ class Objective(nn.Module):
         self.classifier = nn.Linear(dim, 1) if settings.loss == "bce" else None
         preprocess = settings.preprocessing
         self.register_buffer("mean", 255 * torch.tensor(preprocess.mean).view(3, 1, 1), persistent=False)
+        self.patches: PatchSubset | None = None
+        if settings.tokens:
+            self.patches = PatchSubset(settings.tokens, int(getattr(backbone, "num_prefix_tokens", 1)))
+            backbone.patch_drop = self.patches
         self.register_buffer("std", 255 * torch.tensor(preprocess.std).view(3, 1, 1), persistent=False)
 
-    def forward(self, whole: Tensor, local: Tensor, other: Tensor) -> Tensor:
+    def forward(self, whole: Tensor, local: Tensor, other: Tensor, seed: int = 0) -> Tensor:
         """The loss of a batch of records, a scalar.
 
         Args:
             whole: Plain, augmented and global views, shape (n, 3, 2, s, s, 3), uint8.
             local: Local crops, shape (n, 2, l, l, 3), uint8.
             other: A derangement of the records, shape (n,).
+            seed: Decides the patches that are fed, where not all are.
         """
-        return self.loss(self.embed_views(whole, local), other)
+        return self.loss(self.embed_views(whole, local, seed), other)
 
     def loss(self, embeddings: Tensor, other: Tensor) -> Tensor:
         """The loss of embeddings (4, 2, n, d) of plain, augmented, global and local views; real, fake."""
@@ -57,8 +65,13 @@ class Objective(nn.Module):
             gather=settings.gather,
         )
 
-    def embed_views(self, whole: Tensor, local: Tensor) -> Tensor:
+    def embed_views(self, whole: Tensor, local: Tensor, seed: int = 0) -> Tensor:
         """Embeddings of all views, shape (4, 2, n, d), float32: plain, augmented, global, local; real, fake."""
+        chosen = self.patches.drawn_by(seed) if self.patches else nullcontext()
+        with chosen:
+            return self._embed_views(whole, local)
+
+    def _embed_views(self, whole: Tensor, local: Tensor) -> Tensor:
         whole = whole.permute(1, 2, 0, 3, 4, 5).flatten(0, 2)  # (3 * 2 * n, s, s, 3)
         local = local.transpose(0, 1).flatten(0, 1)  # (2 * n, l, l, 3)
         if local.shape[1:] == whole.shape[1:]:
@@ -77,6 +90,39 @@ class Objective(nn.Module):
         return embeddings.float()
 
 
+class PatchSubset(nn.Module):
+    """Keeps the class token and at most so many patches of each view, drawn anew for each; without a draw, all.
+
+    In timm's backbones it takes the place of patch dropout (arXiv 2208.07220), whose share of patches grows with the
+    view and whose draw neither a thread nor a resumed run can repeat.
+    """
+
+    def __init__(self, most: int, prefix: int) -> None:
+        super().__init__()
+        self.most, self.prefix = most, prefix
+
+    @contextmanager
+    def drawn_by(self, seed: int) -> Iterator[None]:
+        """Within this context and thread, forward passes draw from a generator of this seed."""
+        token = _DRAW.set(torch.Generator().manual_seed(seed))
+        try:
+            yield
+        finally:
+            _DRAW.reset(token)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (n, prefix + p, d) in, (n, prefix + min(p, most), d) out."""
+        generator, patches = _DRAW.get(), x.shape[1] - self.prefix
+        if generator is None or patches <= self.most:
+            return x
+        order = torch.rand(len(x), patches, generator=generator).argsort(1)[:, : self.most]  # (n, most)
+        kept = order.to(x.device)[..., None].expand(-1, -1, x.shape[2])  # (n, most, d)
+        return torch.cat([x[:, : self.prefix], x[:, self.prefix :].gather(1, kept)], 1)
+
+
+_DRAW: ContextVar[torch.Generator | None] = ContextVar("draw", default=None)
+
+
 class Slices:
     """Forward and backward passes over slices of a batch, a slice per thread, with the gradient of the whole batch.
 
@@ -91,9 +137,10 @@ class Slices:
         self.pool = ThreadPoolExecutor(threads)
         self.parameters = [parameter for parameter in objective.backbone.parameters() if parameter.requires_grad]
 
-    def __call__(self, whole: Tensor, local: Tensor, other: Tensor) -> Tensor:
+    def __call__(self, whole: Tensor, local: Tensor, other: Tensor, seed: int = 0) -> Tensor:
         """Set the gradients of all parameters; returns the loss. Arguments as `Objective.forward`."""
-        slices = zip(whole.chunk(self.threads), local.chunk(self.threads), strict=True)
+        wholes, locals_ = whole.chunk(self.threads), local.chunk(self.threads)
+        slices = zip(wholes, locals_, range(seed, seed + len(wholes)), strict=True)
         parts = list(self.pool.map(lambda views: self.objective.embed_views(*views), slices))  # (4, 2, n / threads, d)
         leaves = [part.detach().requires_grad_() for part in parts]
         loss = self.objective.loss(torch.cat(leaves, 2), other)

@@ -44,6 +44,9 @@ class FitSettings:
     """How images are brought to size in validation, heads, index and API."""
     scale: Scale = "resized"
     """Crops as in the paper, or windows at the image's own resolution."""
+    tokens: int | None = None
+    """Patches of a view that training feeds at most, drawn at random; all of them outside of training. Fewer make a
+    step cheaper, and large images affordable."""
     augmentations: int = 2
     """At most so many per view, 0 to 19."""
     recompress: float = 0.0
@@ -103,6 +106,7 @@ class FitSettings:
             (self.epochs, "--epochs"),
             (self.max_minutes, "--max-minutes"),
             (self.epoch_steps, "--epoch-steps"),
+            (self.tokens, "--tokens"),
         ):
             if value is not None and value <= 0:
                 raise FitError(f"{option} is {value}: set it above 0")

@@ -108,10 +108,11 @@ class Run:
             group["lr"] = rate
         whole, local = (views.to(self.device, non_blocking=True) for views in (whole, local))
         other = derangement(len(whole), order).to(self.device)
+        seed = int(torch.randint(2**31, (), generator=order))
         if self.slices is not None:
-            loss = self.slices(whole, local, other)
+            loss = self.slices(whole, local, other, seed)
         else:
-            loss = self.model(whole, local, other)
+            loss = self.model(whole, local, other, seed)
             torch.autograd.backward(loss)
         if self.settings.clip:
             nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.clip)
