@@ -102,6 +102,8 @@ def fit(
     except KeyboardInterrupt:
         console.print("interrupted: the same command resumes at the last finished epoch")
         raise typer.Exit(1) from None
+    if "checkpoint" not in metrics:
+        return  # one of several processes, of which the first reports
     if as_json:
         print(json.dumps({"output": str(output)} | metrics))
         return
@@ -264,6 +266,7 @@ def training_bar() -> Iterator[Callable[[float, int, float, float], None]]:
         yield lambda done, updates, loss, speed: bar.update(
             task, completed=done, description=f"update {updates}, loss {loss:.3f}, {speed:.1f} records/s"
         )
+        bar.update(task, completed=1.0)
 
 
 if __name__ == "__main__":

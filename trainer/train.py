@@ -84,17 +84,17 @@ def fit(
         left = deadline - finishing_seconds(run, probe, roles) - time.monotonic()
         run.window = run.state.seconds + max(left, 1e-3)  # too little for one update ends with what there is
     first = processes.rank == 0
-    with show() as advance, Scalars(settings.tensorboard if first else None) as scalars:
+    with (
+        show() if first else nullcontext(lambda *_: None) as advance,
+        Scalars(settings.tensorboard if first else None) as scalars,
+    ):
         while not run.finished():
             summary = judge(run, probe, run.epoch(batches(run.state.epoch), (advance, scalars.update)))
             scalars.epoch(summary)
-            say(
-                f"epoch {summary.epoch}: loss {summary.loss:.3f}, accuracy {summary.accuracy:.3f}, "
-                f"AUROC {summary.auroc:.3f}, {summary.records_per_second:.1f} records/s, {100 * summary.progress:.0f} %"
-            )
             if first:
                 run.capture()
                 run.state.save(folder)
+                say(describe(summary))
     metrics = write_checkpoint(run, config, roles, views, deadline) if first else {}
     if processes.world > 1:
         dist.barrier()
@@ -120,7 +120,7 @@ def finished_checkpoint(settings: FitSettings) -> dict[str, Any] | None:
             "choose another --output, or use --overwrite"
         )
     path = settings.output / "metrics.json"
-    metrics: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"validation": {}}
+    metrics: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"checkpoint": None, "validation": {}}
     return metrics
 
 
@@ -234,6 +234,13 @@ def judge(run: Run, probe: Probe, epoch: dict[str, float]) -> EpochSummary:
     if state.add(summary) and run.settings.max_minutes is None:
         run.keep_best()
     return summary
+
+
+def describe(summary: EpochSummary) -> str:
+    """An epoch in one line."""
+    looked = "" if math.isnan(summary.accuracy) else f"accuracy {summary.accuracy:.3f}, AUROC {summary.auroc:.3f}, "
+    speed = f"{summary.records_per_second:.1f} records/s"
+    return f"epoch {summary.epoch}: loss {summary.loss:.3f}, {looked}{speed}, {100 * summary.progress:.0f} %"
 
 
 def finishing_seconds(run: Run, probe: Probe, roles: Roles) -> float:
