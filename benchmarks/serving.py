@@ -67,7 +67,7 @@ def checkpoint(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """A random ViT-Tiny with heads and calibration images; returns what the heads were fitted on."""
     save_checkpoint(folder, build_backbone(CheckpointConfig()), CheckpointConfig(name="random"))
     x, y = embeddings(2000, 1)
-    names = [str(number) for number in range(len(y))]
+    names = [f"{number:064x}" for number in range(len(y))]
     calibration = CalibrationSet(x, y, ["g" if label else "" for label in y], ["-"] * len(y), names, names)
     calibration.save(folder)
     train, labels = embeddings(10_000, 2)
@@ -82,11 +82,11 @@ def fill(settings: Settings, n: int) -> None:
     small = thumbnail(Image.new("RGB", (64, 64)))
     rows = [
         NewReference(
-            sha256=f"{i:064x}",
+            sha256=f"{10**6 + i:064x}",
             label=int(y[i]),
             generator=f"gen-{i % 7}" if y[i] else None,
             source="random",
-            group=str(i),
+            group=f"group-{i}",
             uri=None,
             file_bytes=1,
             mtime=None,
