@@ -1,0 +1,43 @@
+"""README and help say what the program does."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+from fastapi.routing import APIRoute
+from typer.main import get_command
+
+from api.__main__ import app as api_app
+from api.app import create_app
+from indexer.__main__ import app as indexer_app
+from indexer.settings import Settings
+from trainer.__main__ import app as trainer_app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+APPS = {"trainer": trainer_app, "indexer": indexer_app, "api": api_app}
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_is_documented_as_the_class_says(name: str) -> None:
+    field = Settings.model_fields[name]
+    default = "" if field.default in (None, "") else f"`{field.default}`"
+    assert field.description
+    assert f"| `LINEUP_{name.upper()}` | {default} | {' '.join(field.description.split())} |" in README
+
+
+@pytest.mark.parametrize("program", APPS)
+def test_every_command_has_help_and_appears_in_the_readme(program: str) -> None:
+    group = get_command(APPS[program])
+    assert isinstance(group, typer.core.TyperGroup)
+    for name, command in group.commands.items():
+        assert command.help
+        assert re.search(rf"(python -m|\|) {program} [^\n]*\b{name}\b|python -m {program} {name}\b", README), name
+
+
+def test_every_call_is_in_the_readme(settings: Settings) -> None:
+    paths = {route.path for route in create_app(settings).routes if isinstance(route, APIRoute)}
+    missing = {path for path in paths if path.startswith("/v1") and "/".join(path.split("/")[:3]) not in README}
+    assert paths
+    assert not missing
