@@ -1,5 +1,6 @@
 """Training end to end on a few small images: schedule, batches, resume, reuse, several processes."""
 
+import io
 import json
 import math
 import shutil
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny import tiny_settings
 
 from trainer.batches import EpochSampler, Pairs, Pictures
@@ -18,7 +20,7 @@ from trainer.probe import Probe
 from trainer.recipe import FitError, FitSettings, learning_rate
 from trainer.roles import read_roles
 from trainer.run import Run
-from trainer.state import RunState
+from trainer.state import RunState, state_folder
 from trainer.train import epoch_steps, fit
 from trainer.views import Views
 
@@ -204,6 +206,17 @@ def test_a_stop_within_an_epoch_restarts_that_epoch(tiny: FitSettings, monkeypat
     fit(tiny, overwrite=False)
     assert steps == [0, 1, 2, 3, 4, 3, 4, 5]
     assert_same_weights(tiny.output, straight.output)
+
+
+def test_a_broken_state_is_named(tiny: FitSettings) -> None:
+    folder = state_folder(tiny.output)
+    folder.mkdir()
+    whole = io.BytesIO()
+    torch.save({"epoch": Path("anything that is no tensor")}, whole)
+    for content in (b"", whole.getvalue()[:200], whole.getvalue()):
+        (folder / "last.pt").write_bytes(content)
+        with pytest.raises(FitError, match=r"last\.pt is broken .* --overwrite"):
+            fit(tiny)
 
 
 def test_overwrite_starts_anew(tiny: FitSettings, whole: Whole, monkeypatch: pytest.MonkeyPatch) -> None:

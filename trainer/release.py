@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-import tempfile
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -128,29 +128,31 @@ def release(
         The metrics.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        aside = Path(scratch) / "new"
-        save_checkpoint(aside, weights, config)
-        embedder = Embedder.load(aside, device=device)
-        heads = _heads(embedder, roles, views, seed, head_images, classifier, deadline)
-        heads.save(aside)
-        metrics = {
-            "checkpoint": embedder.id,
-            "heads": heads.id,
-            "images": {role: _counts(pictures) for role, pictures in roles.items()},
-            "validation": _validation(embedder, heads, roles["validation"], views, seed),
-            "training": dict(training or {}),
-            "unreadable": len(unreadable or {}),
-        }
-        write_table(aside / SUMMARY_FILE, list(EpochSummary.__dataclass_fields__), history)
-        if unreadable:
-            rows = [{"uri": uri, "reason": reason} for uri, reason in sorted(unreadable.items())]
-            write_table(aside / "unreadable.csv", ["uri", "reason"], rows)
-        (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        (aside / "README.md").write_text(model_card(config, metrics))
-        if folder.exists():
-            folder.replace(Path(scratch) / "old")
-        aside.replace(folder)
+    aside, old = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
+    for leftover in (aside, old):  # of a run that was killed here
+        shutil.rmtree(leftover, ignore_errors=True)
+    save_checkpoint(aside, weights, config)
+    embedder = Embedder.load(aside, device=device)
+    heads = _heads(embedder, roles, views, seed, head_images, classifier, deadline)
+    heads.save(aside)
+    metrics = {
+        "checkpoint": embedder.id,
+        "heads": heads.id,
+        "images": {role: _counts(pictures) for role, pictures in roles.items()},
+        "validation": _validation(embedder, heads, roles["validation"], views, seed),
+        "training": dict(training or {}),
+        "unreadable": len(unreadable or {}),
+    }
+    write_table(aside / SUMMARY_FILE, list(EpochSummary.__dataclass_fields__), history)
+    if unreadable:
+        rows = [{"uri": uri, "reason": reason} for uri, reason in sorted(unreadable.items())]
+        write_table(aside / "unreadable.csv", ["uri", "reason"], rows)
+    (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (aside / "README.md").write_text(model_card(config, metrics))
+    if folder.exists():
+        folder.replace(old)
+    aside.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
     return metrics
 
 

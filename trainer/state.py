@@ -7,11 +7,13 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 from trainer.embedder import write_atomically
+from trainer.recipe import FitError
 
 STATE_FILE = "last.pt"
 SUMMARY_FILE = "summary.csv"
@@ -71,11 +73,18 @@ class RunState:
 
     @classmethod
     def load(cls, folder: Path) -> RunState | None:
-        """Read the state back, or None where there is none. Only tensors and plain values are ever unpickled."""
+        """Read the state back, or None where there is none. Only tensors and plain values are ever unpickled.
+
+        Raises:
+            FitError: The file is broken.
+        """
         path = folder / STATE_FILE
         if not path.is_file():
             return None
-        return cls(**torch.load(path, map_location="cpu", weights_only=True))
+        try:
+            return cls(**torch.load(path, map_location="cpu", weights_only=True))
+        except (RuntimeError, OSError, EOFError, TypeError, UnpicklingError) as error:
+            raise FitError(f"{path} is broken ({error}): start anew with --overwrite") from error
 
     def add(self, summary: EpochSummary) -> bool:
         """Record an epoch; whether it is the best so far (ties go to the later one)."""
