@@ -84,7 +84,8 @@ class RunState:
         try:
             return cls(**torch.load(path, map_location="cpu", weights_only=True))
         except (RuntimeError, OSError, EOFError, TypeError, UnpicklingError) as error:
-            raise FitError(f"{path} is broken ({error}): start anew with --overwrite") from error
+            reason = " ".join(str(error).split())[:200]
+            raise FitError(f"{path} is broken ({reason}): start anew with --overwrite") from error
 
     def add(self, summary: EpochSummary) -> bool:
         """Record an epoch; whether it is the best so far (ties go to the later one)."""
