@@ -47,7 +47,9 @@ async function awaitReady() {
       return;
     }
     const said = await response?.json().catch(() => null);
-    notice.textContent = response ? `The service is not ready: ${said?.detail ?? "it is starting"}. Waiting…` : "The service does not answer. Waiting…";
+    notice.textContent = response
+      ? `The service is not ready: ${said?.detail ?? "it is starting"}. Waiting…`
+      : "The service does not answer. Waiting…";
     await new Promise((resolve) => setTimeout(resolve, 1500));
   }
 }

@@ -83,14 +83,21 @@ export async function call(path, { method = "GET", query = {}, json, body, signa
       response = await fetch(url, { method, headers, body: json === undefined ? body : JSON.stringify(json), signal });
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new Problem({ kind: "unreachable", title: "The service does not answer", detail: "No connection to the service." });
+      throw new Problem({
+        kind: "unreachable",
+        title: "The service does not answer",
+        detail: "No connection to the service.",
+      });
     }
     if (response.ok) return response;
     const problem = await problemOf(response);
     if (problem.status !== 401) throw problem;
     if (key() !== used) continue; // another call has got a key meanwhile
     if (used) sessionStorage.removeItem(KEY);
-    if (!(await askForKey(used ? `${sentence(problem.detail)} Enter another one.` : "Nothing can be shown without one."))) throw problem;
+    if (
+      !(await askForKey(used ? `${sentence(problem.detail)} Enter another one.` : "Nothing can be shown without one."))
+    )
+      throw problem;
   }
 }
 

@@ -1,5 +1,7 @@
 /** Elements from values. What comes from an image, a name or the service only ever becomes text or an attribute. */
 
+import { labelWord } from "./words.js";
+
 const SVG = "http://www.w3.org/2000/svg";
 
 /**
@@ -23,7 +25,9 @@ function fill(element, attributes, children) {
     else if (value === true) element.setAttribute(name, "");
     else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value);
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 }
 
@@ -32,14 +36,20 @@ export function icon(name) {
   return s("svg", { class: "icon", "aria-hidden": "true", focusable: "false" }, s("use", { href: `#icon-${name}` }));
 }
 
+/** The word and icon of a decision, small. */
+export function badge(decision, text = labelWord(decision)) {
+  return h("span", { class: `badge ${decision}` }, icon(decision), h("span", {}, text));
+}
+
 /** A horizontal bar, 0..1. The number stands beside it as text. */
 export function bar(value, kind = "") {
   const fillElement = h("span");
-  fillElement.style.width = `${100 * Math.min(1, Math.max(0, value))}%`; // the policy forbids style attributes, not this
+  // The content security policy forbids style attributes, but not this.
+  fillElement.style.width = `${100 * Math.min(1, Math.max(0, value))}%`;
   return h("span", { class: `bar ${kind}`, "aria-hidden": "true" }, fillElement);
 }
 
-/** A table: column titles, rows of cells, and a caption that names it. Numbers are set right in columns of `numeric`. */
+/** A table: column titles, rows of cells, and a caption that names it. Columns of `numeric` are set right. */
 export function table(caption, columns, rows, { numeric = [], className = "", hideCaption = false } = {}) {
   const kind = (index) => (numeric.includes(index) ? "number" : null);
   return h(
@@ -49,9 +59,30 @@ export function table(caption, columns, rows, { numeric = [], className = "", hi
       "table",
       { class: className },
       h("caption", { class: hideCaption ? "unseen" : null }, caption),
-      h("thead", {}, h("tr", {}, columns.map((title, index) => h("th", { scope: "col", class: kind(index) }, title)))),
-      h("tbody", {}, rows.map((cells) => h("tr", {}, cells.map((cell, index) =>
-        index === 0 ? h("th", { scope: "row" }, cell) : h("td", { class: kind(index), "data-label": columns[index] }, cell))))),
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          columns.map((title, index) => h("th", { scope: "col", class: kind(index) }, title)),
+        ),
+      ),
+      h(
+        "tbody",
+        {},
+        rows.map((cells) =>
+          h(
+            "tr",
+            {},
+            cells.map((cell, index) =>
+              index === 0
+                ? h("th", { scope: "row" }, cell)
+                : h("td", { class: kind(index), "data-label": columns[index] }, cell),
+            ),
+          ),
+        ),
+      ),
     ),
   );
 }
@@ -59,10 +90,14 @@ export function table(caption, columns, rows, { numeric = [], className = "", hi
 /** Facts as a list of terms. Those without a value are left out. */
 export function facts(pairs) {
   const known = pairs.filter(([, value]) => value !== null && value !== undefined && value !== "");
-  return h("dl", { class: "facts" }, known.map(([term, value]) => h("div", {}, h("dt", {}, term), h("dd", {}, value))));
+  return h(
+    "dl",
+    { class: "facts" },
+    known.map(([term, value]) => h("div", {}, h("dt", {}, term), h("dd", {}, value))),
+  );
 }
 
-/** A file's name as text: characters that cannot be seen, such as those that turn the direction, become question marks. */
+/** A file's name as text: characters that cannot be seen, such as those that turn the direction, become `?`. */
 export function fileName(name) {
   return h("bdi", { class: "file" }, String(name).replace(/[\p{C}]/gu, "?"));
 }
@@ -71,20 +106,27 @@ export function fileName(name) {
 export function announce(text) {
   const place = document.getElementById("announcer");
   place.textContent = "";
-  setTimeout(() => (place.textContent = text), 60); // a region is read when it changes, so it must be empty for a moment
+  // A live region is read when it changes, so it must be empty for a moment.
+  setTimeout(() => (place.textContent = text), 60);
 }
 
 /** Ask before something is done that others will notice. Answers true or false. */
 export function confirmed(title, text, action) {
   const dialog = document.getElementById("question-dialog");
   return new Promise((resolve) => {
-    const answer = (value) => { dialog.close(); resolve(value); };
+    const answer = (value) => {
+      dialog.close();
+      resolve(value);
+    };
     dialog.replaceChildren(
       h("h2", { id: "question-title" }, title),
       h("p", {}, text),
-      h("div", { class: "buttons" },
+      h(
+        "div",
+        { class: "buttons" },
         h("button", { type: "button", class: "primary", onclick: () => answer(true) }, action),
-        h("button", { type: "button", onclick: () => answer(false) }, "Cancel")),
+        h("button", { type: "button", onclick: () => answer(false) }, "Cancel"),
+      ),
     );
     dialog.oncancel = () => resolve(false);
     dialog.showModal();

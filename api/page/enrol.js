@@ -14,11 +14,27 @@ const OF_A_FILE = new Set([400, 413, 415]);
 
 /** The form. `onchange` is called when references came or went. */
 export function enrolment(view, onchange) {
-  const radio = (value, text, checked) => h("label", { class: "choice" }, h("input", { type: "radio", name: "kind", value, checked }), ` ${text}`);
+  const radio = (value, text, checked) =>
+    h("label", { class: "choice" }, h("input", { type: "radio", name: "kind", value, checked }), ` ${text}`);
   const names = h("datalist", { id: "generator-names" });
-  const name = h("input", { type: "text", name: "generator", required: true, maxlength: 100, list: "generator-names", autocomplete: "off", spellcheck: "false", placeholder: "for example SD-XL" });
+  const name = h("input", {
+    type: "text",
+    name: "generator",
+    required: true,
+    maxlength: 100,
+    list: "generator-names",
+    autocomplete: "off",
+    spellcheck: "false",
+    placeholder: "for example SD-XL",
+  });
   const nameField = h("label", {}, "Generator ", name);
-  const source = h("input", { type: "text", name: "source", maxlength: 200, autocomplete: "off", placeholder: "upload" });
+  const source = h("input", {
+    type: "text",
+    name: "source",
+    maxlength: 200,
+    autocomplete: "off",
+    placeholder: "upload",
+  });
   const chosen = h("p", { class: "chosen", role: "status" }, "No images chosen yet.");
   const begin = h("button", { type: "submit", class: "primary", disabled: true }, "Enrol");
   const bar = h("progress", { max: 1, value: 0, "aria-label": "Images sent" });
@@ -29,30 +45,65 @@ export function enrolment(view, onchange) {
   let files = [];
   let stopped = false;
 
-  const zone = intake({ view, title: "Drop a folder of images here", hint: "All of one generator, or all real. Twenty to fifty images make a difference; near copies of one image do not. Thousands go in faster with python -m indexer add.", folder: true, onfiles: (dropped) => {
-    const images = dropped.filter(looksLikeImage);
-    const rest = dropped.length - images.length;
-    files = images;
-    chosen.textContent = `${plural(images.length, "image")} chosen, ${bytes(images.reduce((sum, file) => sum + file.size, 0))}${rest ? `; ${plural(rest, "other file")} left out` : ""}.`;
-    begin.disabled = images.length === 0;
-  } });
+  const zone = intake({
+    view,
+    title: "Drop a folder of images here",
+    hint:
+      "All of one generator, or all real. Twenty to fifty images make a difference; near copies of one image " +
+      "do not. Thousands go in faster with python -m indexer add.",
+    folder: true,
+    onfiles: (dropped) => {
+      const images = dropped.filter(looksLikeImage);
+      const rest = dropped.length - images.length;
+      files = images;
+      const size = bytes(images.reduce((sum, file) => sum + file.size, 0));
+      const left = rest ? `; ${plural(rest, "other file")} left out` : "";
+      chosen.textContent = `${plural(images.length, "image")} chosen, ${size}${left}.`;
+      begin.disabled = images.length === 0;
+    },
+  });
 
-  const form = h("form", { class: "enrol", onchange: () => {
-    const real = new FormData(form).get("kind") === "real";
-    nameField.hidden = real;
-    name.required = !real;
-  }, onsubmit: async (event) => {
-    event.preventDefault();
-    const given = new FormData(form);
-    const kind = given.get("kind");
-    const batch = { label: kind, generator: kind === "fake" ? name.value.trim() : null, source: source.value.trim() || null };
-    await send(batch);
-  } },
+  const form = h(
+    "form",
+    {
+      class: "enrol",
+      onchange: () => {
+        const real = new FormData(form).get("kind") === "real";
+        nameField.hidden = real;
+        name.required = !real;
+      },
+      onsubmit: async (event) => {
+        event.preventDefault();
+        const given = new FormData(form);
+        const kind = given.get("kind");
+        const batch = {
+          label: kind,
+          generator: kind === "fake" ? name.value.trim() : null,
+          source: source.value.trim() || null,
+        };
+        await send(batch);
+      },
+    },
     zone,
-    h("div", { class: "fields" },
-      h("fieldset", {}, h("legend", {}, "What are they?"), radio("fake", "Generated", true), radio("real", "Real photos", false)),
-      nameField, names, h("label", {}, "Source ", source, h("span", { class: "hint" }, " where they come from"))),
-    chosen, h("div", { class: "buttons" }, begin), progress, outcome);
+    h(
+      "div",
+      { class: "fields" },
+      h(
+        "fieldset",
+        {},
+        h("legend", {}, "What are they?"),
+        radio("fake", "Generated", true),
+        radio("real", "Real photos", false),
+      ),
+      nameField,
+      names,
+      h("label", {}, "Source ", source, h("span", { class: "hint" }, " where they come from")),
+    ),
+    chosen,
+    h("div", { class: "buttons" }, begin),
+    progress,
+    outcome,
+  );
 
   async function send(batch) {
     const total = { added: 0, known: 0, embedded: 0, conflicts: [], rejected: [], reports: [], enrolments: [] };
@@ -101,21 +152,38 @@ export function enrolment(view, onchange) {
 
   function report(total, batch, trouble) {
     const name = batch.generator ?? "real photos";
-    const undoButton = total.added > 0 && h("button", { type: "button", onclick: async () => {
-      try {
-        const removed = await undo(total.enrolments, `${plural(total.added, "image")} of ${name}`);
-        if (removed === null) return;
-        outcome.replaceChildren(h("p", { class: "done" }, `Undone: ${plural(removed, "reference")} removed.`));
-        onchange();
-      } catch (problem) {
-        outcome.append(problemBox(problem));
-      }
-    } }, "Undo");
-    outcome.replaceChildren(...[
-      trouble && problemBox(trouble),
-      h("section", { class: "report" }, h("h3", {}, total.added ? `Enrolled: ${name}` : "Nothing was enrolled"), reportWords(total),
-        total.added > 0 && effectBars(total.reports), undoButton && h("div", { class: "buttons" }, undoButton)),
-    ].filter(Boolean));
+    const undoButton =
+      total.added > 0 &&
+      h(
+        "button",
+        {
+          type: "button",
+          onclick: async () => {
+            try {
+              const removed = await undo(total.enrolments, `${plural(total.added, "image")} of ${name}`);
+              if (removed === null) return;
+              outcome.replaceChildren(h("p", { class: "done" }, `Undone: ${plural(removed, "reference")} removed.`));
+              onchange();
+            } catch (problem) {
+              outcome.append(problemBox(problem));
+            }
+          },
+        },
+        "Undo",
+      );
+    outcome.replaceChildren(
+      ...[
+        trouble && problemBox(trouble),
+        h(
+          "section",
+          { class: "report" },
+          h("h3", {}, total.added ? `Enrolled: ${name}` : "Nothing was enrolled"),
+          reportWords(total),
+          total.added > 0 && effectBars(total.reports),
+          undoButton && h("div", { class: "buttons" }, undoButton),
+        ),
+      ].filter(Boolean),
+    );
     announce(total.added ? `${plural(total.added, "image")} of ${name} enrolled` : "Nothing was enrolled");
   }
 

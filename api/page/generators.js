@@ -5,7 +5,7 @@ import { announce, h, table } from "./dom.js";
 import { enrolment } from "./enrol.js";
 import { arrow, days, effect, undo } from "./enrolments.js";
 import { problemBox } from "./problems.js";
-import { count, plural, when } from "./words.js";
+import { count, plural, sentence, when } from "./words.js";
 
 const view = document.getElementById("view-generators");
 const place = h("div");
@@ -16,10 +16,16 @@ let form = null;
 export function setUp() {
   form = enrolment(view, load);
   view.append(
-    h("p", { class: "lead" }, "Lineup recognises a generator by images of it. A new one is enrolled with a few dozen, at once and without training."),
+    h(
+      "p",
+      { class: "lead" },
+      "Lineup recognises a generator by images of it. A new one is enrolled with a few dozen, at once and " +
+        "without training.",
+    ),
     place,
     h("section", { "aria-labelledby": "title-enrol" }, h("h2", { id: "title-enrol" }, "Enrol a generator"), form.form),
-    h("section", { "aria-labelledby": "title-history" }, h("h2", { id: "title-history" }, "Enrolments"), history));
+    h("section", { "aria-labelledby": "title-history" }, h("h2", { id: "title-history" }, "Enrolments"), history),
+  );
 }
 
 /** Called each time the view is shown. */
@@ -27,9 +33,13 @@ export const show = load;
 
 async function load() {
   try {
-    const [{ generators }, { enrolments }, status] = await Promise.all([ask("/v1/generators"), ask("/v1/enrolments", { query: { limit: 1000 } }), ask("/v1/status")]);
+    const [{ generators }, { enrolments }, status] = await Promise.all([
+      ask("/v1/generators"),
+      ask("/v1/enrolments", { query: { limit: 1000 } }),
+      ask("/v1/status"),
+    ]);
     form.offer(generators.map(({ name }) => name));
-    place.replaceChildren(known(generators, enrolments, status.references.real));
+    place.replaceChildren(...[known(generators, enrolments, status.references.real)].flat());
     history.replaceChildren(past(enrolments));
   } catch (problem) {
     place.replaceChildren(problemBox(problem, load));
@@ -39,22 +49,78 @@ async function load() {
 
 /** Enrolments that brought images of a generator: those of its own, and mixed ones that counted it. */
 function broughtBy(name, enrolments) {
-  return enrolments.filter(({ generator, report, references }) => references !== 0 && (generator === name || (!generator && report?.generators?.[name])));
+  return enrolments.filter(
+    ({ generator, report, references }) =>
+      references !== 0 && (generator === name || (!generator && report?.generators?.[name])),
+  );
 }
 
 function known(generators, enrolments, real) {
-  if (!generators.length && !real) return h("p", { class: "none" }, "No reference images yet. Lineup cannot compare before some are enrolled, real and generated.");
+  if (!generators.length && !real)
+    return h(
+      "p",
+      { class: "none" },
+      "No reference images yet. Lineup cannot compare before some are enrolled, real and generated.",
+    );
   const rows = generators.map((generator) => {
     const own = broughtBy(generator.name, enrolments);
     const [first, last] = days(own);
-    const { recall, alarms } = effect(own.find(({ report }) => effect(report, generator.name).recall)?.report, generator.name);
-    const details = [generator.vendor, generator.family, generator.version, generator.released_on && `released ${generator.released_on}`].filter(Boolean).join(", ");
-    return [[generator.name, details ? h("span", { class: "hint" }, ` ${details}`) : ""], count(generator.references), first, last, arrow(recall), arrow(alarms)];
+    const { recall, alarms } = effect(
+      own.find(({ report }) => effect(report, generator.name).recall)?.report,
+      generator.name,
+    );
+    const details = [
+      generator.vendor,
+      generator.family,
+      generator.version,
+      generator.released_on && `released ${generator.released_on}`,
+    ]
+      .filter(Boolean)
+      .join(", ");
+    return [
+      [generator.name, details ? h("span", { class: "hint" }, ` ${details}`) : ""],
+      count(generator.references),
+      first,
+      last,
+      arrow(recall),
+      arrow(alarms),
+    ];
   });
   const [first, last] = days(broughtBy("real", enrolments));
   rows.push(["Real photos", count(real), first, last, "", ""]);
-  return table("Reference images by generator", ["Generator", "Images", "First added", "Last added", "Found: before → after", "False alarms: before → after"], rows,
-    { numeric: [1], className: "stacking", hideCaption: true });
+  const warnings = enrolments.find(({ report }) => report?.warnings)?.report.warnings ?? [];
+  return [
+    table(
+      "Reference images by generator",
+      ["Generator", "Images", "First added", "Last added", "Found: before → after", "False alarms: before → after"],
+      rows,
+      { numeric: [1], className: "stacking", hideCaption: true },
+    ),
+    h(
+      "p",
+      { class: "hint" },
+      "Found: share of a generator’s images that the neighbours’ vote alone calls generated, without and with " +
+        "its enrolment. The verdict also hears the other heads, and its cut keeps false alarms below the rate that " +
+        "Status shows.",
+    ),
+    warnings.length > 0 &&
+      h(
+        "details",
+        { class: "warnings" },
+        h("summary", {}, `${plural(warnings.length, "warning")} about the reference set`),
+        h(
+          "p",
+          { class: "hint" },
+          "Where the kind of file alone tells real from generated, Lineup may have learned that instead. Enrol " +
+            "both in the same formats and sizes.",
+        ),
+        h(
+          "ul",
+          {},
+          warnings.map((warning) => h("li", {}, sentence(warning))),
+        ),
+      ),
+  ].filter(Boolean);
 }
 
 function past(enrolments) {
@@ -63,13 +129,30 @@ function past(enrolments) {
     const { recall, alarms } = effect(one.report);
     const added = one.report?.added;
     const gone = one.references === 0 && added > 0;
-    const state = one.report === null && !one.references ? "unfinished" : gone ? "undone" : one.references === null || one.references === added || added === undefined ? count(added ?? one.references) : `${count(one.references)} of ${count(added)} left`;
+    const state =
+      one.report === null && !one.references
+        ? "unfinished"
+        : gone
+          ? "undone"
+          : one.references === null || one.references === added || added === undefined
+            ? count(added ?? one.references)
+            : `${count(one.references)} of ${count(added)} left`;
     const what = one.generator ?? mixed(one.report);
-    const button = one.references ? h("button", { type: "button", "aria-label": `Undo enrolment ${one.id}`, onclick: () => undoOne(one, what) }, "Undo") : "";
+    const button = one.references
+      ? h(
+          "button",
+          { type: "button", "aria-label": `Undo enrolment ${one.id}`, onclick: () => undoOne(one, what) },
+          "Undo",
+        )
+      : "";
     return [one.id, when(one.at), what, one.source ?? "–", state, arrow(recall), arrow(alarms), button];
   });
-  return table("Enrolments, newest first", ["No.", "When", "What", "Source", "Images", "Found: before → after", "False alarms: before → after", "Undo"], rows,
-    { numeric: [4], className: "stacking", hideCaption: true });
+  return table(
+    "Enrolments, newest first",
+    ["No.", "When", "What", "Source", "Images", "Found: before → after", "False alarms: before → after", "Undo"],
+    rows,
+    { numeric: [4], className: "stacking", hideCaption: true },
+  );
 }
 
 function mixed(report) {

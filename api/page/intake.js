@@ -21,26 +21,51 @@ export function intake({ view, title, hint, onfiles, multiple = true, folder = f
     if (chosen.length) onfiles(multiple ? chosen : chosen.slice(0, 1));
   };
   const chooser = (label, attributes, className) => {
-    const input = h("input", { type: "file", class: "unseen", ...attributes, onchange: () => {
-      take(input.files);
-      input.value = ""; // so that the same file may be chosen again
-    } });
+    const input = h("input", {
+      type: "file",
+      class: "unseen",
+      ...attributes,
+      onchange: () => {
+        take(input.files);
+        input.value = ""; // so that the same file may be chosen again
+      },
+    });
     return h("label", { class: `button ${className}` }, label, input);
   };
-  const zone = h("div", { class: "intake" },
+  const zone = h(
+    "div",
+    { class: "intake" },
     icon("drop"),
     h("p", { class: "title" }, title),
-    h("div", { class: "buttons" },
+    h(
+      "div",
+      { class: "buttons" },
       chooser(multiple ? "Choose images" : "Choose an image", { accept: "image/*", multiple }, "primary"),
-      folder ? chooser("Choose a folder", { webkitdirectory: true }, "") : null),
-    h("p", { class: "hint" }, hint));
+      folder ? chooser("Choose a folder", { webkitdirectory: true }, "") : null,
+    ),
+    h("p", { class: "hint" }, hint),
+  );
 
   let inside = 0; // a drag enters children before it leaves their parent
-  const here = (event) => !view.hidden && !document.querySelector("dialog[open]") && [...(event.dataTransfer?.types ?? [])].includes("Files");
+  const here = (event) =>
+    !view.hidden && !document.querySelector("dialog[open]") && [...(event.dataTransfer?.types ?? [])].includes("Files");
   const mark = () => zone.classList.toggle("over", inside > 0);
-  document.addEventListener("dragenter", (event) => { if (here(event)) { event.preventDefault(); inside += 1; mark(); } });
-  document.addEventListener("dragleave", (event) => { if (here(event)) { inside = Math.max(0, inside - 1); mark(); } });
-  document.addEventListener("dragover", (event) => { if (here(event)) event.preventDefault(); });
+  document.addEventListener("dragenter", (event) => {
+    if (here(event)) {
+      event.preventDefault();
+      inside += 1;
+      mark();
+    }
+  });
+  document.addEventListener("dragleave", (event) => {
+    if (here(event)) {
+      inside = Math.max(0, inside - 1);
+      mark();
+    }
+  });
+  document.addEventListener("dragover", (event) => {
+    if (here(event)) event.preventDefault();
+  });
   document.addEventListener("drop", async (event) => {
     if (!here(event)) return;
     event.preventDefault();

@@ -10,13 +10,31 @@ export function suspect(neighbour, heaviest = 1) {
   const picture = h("img", { alt: `Reference image ${neighbour.id}`, width: 128, height: 128 });
   if (neighbour.thumbnail) showThumbnail(picture, neighbour.thumbnail);
   else picture.classList.add("missing");
-  return h("li", { class: `suspect ${neighbour.label}` },
-    h("button", { type: "button", class: "portrait", "aria-label": `Reference image ${neighbour.id}: details`, onclick: () => showReference(neighbour) }, picture),
+  return h(
+    "li",
+    { class: `suspect ${neighbour.label}` },
+    h(
+      "button",
+      {
+        type: "button",
+        class: "portrait",
+        "aria-label": `Reference image ${neighbour.id}: details`,
+        onclick: () => showReference(neighbour),
+      },
+      picture,
+    ),
     h("p", { class: "who" }, icon(neighbour.label), h("span", {}, name)),
     h("p", { class: "like" }, h("span", { class: "term" }, "alike "), decimal(neighbour.similarity, 3)),
-    neighbour.weight === null || neighbour.weight === undefined ? null
-      : h("p", { class: "weight" }, bar(neighbour.weight / (heaviest || 1), neighbour.label), h("span", {}, h("span", { class: "term" }, "weight "), percent(neighbour.weight))),
-    neighbour.source ? h("p", { class: "source" }, neighbour.source) : null);
+    neighbour.weight === null || neighbour.weight === undefined
+      ? null
+      : h(
+          "p",
+          { class: "weight" },
+          bar(neighbour.weight / (heaviest || 1), neighbour.label),
+          h("span", {}, h("span", { class: "term" }, "weight "), percent(neighbour.weight)),
+        ),
+    neighbour.source ? h("p", { class: "source" }, neighbour.source) : null,
+  );
 }
 
 /** Both rows of the line-up, the nearest first in each. */
@@ -25,11 +43,24 @@ export function lineUp(verdict) {
   const row = (label, title, none) => {
     const found = verdict.neighbours.filter((neighbour) => neighbour.label === label);
     const weight = found.reduce((sum, neighbour) => sum + (neighbour.weight ?? 0), 0);
-    return h("section", { class: `row ${label}` },
-      h("h4", {}, icon(label), ` ${title}`, found.length ? h("span", { class: "sum" }, `${percent(weight)} of the weight`) : null),
+    return h(
+      "section",
+      { class: `row ${label}` },
+      h(
+        "h4",
+        {},
+        icon(label),
+        ` ${title}`,
+        found.length ? h("span", { class: "sum" }, `${percent(weight)} of the weight`) : null,
+      ),
       found.length
-        ? h("ol", { class: "suspects", tabindex: "0", "aria-label": `${title}, nearest first` }, found.map((neighbour) => suspect(neighbour, heaviest)))
-        : h("p", { class: "none" }, none));
+        ? h(
+            "ol",
+            { class: "suspects", tabindex: "0", "aria-label": `${title}, nearest first` },
+            found.map((neighbour) => suspect(neighbour, heaviest)),
+          )
+        : h("p", { class: "none" }, none),
+    );
   };
   const rows = [
     row("fake", "Nearest generated images", "The reference set holds no generated images yet."),
@@ -47,12 +78,20 @@ async function showReference(neighbour) {
   dialog.replaceChildren(
     h("h2", { id: "reference-title" }, `Reference image ${neighbour.id}`),
     h("div", { class: "reference" }, picture, rest),
-    h("div", { class: "buttons" }, h("button", { type: "button", class: "primary", onclick: () => dialog.close() }, "Close")));
+    h(
+      "div",
+      { class: "buttons" },
+      h("button", { type: "button", class: "primary", onclick: () => dialog.close() }, "Close"),
+    ),
+  );
   dialog.showModal();
   try {
     rest.replaceChildren(...referenceFacts(await ask(`/v1/references/${neighbour.id}`)));
   } catch (problem) {
-    rest.replaceChildren(h("p", {}, `Its record cannot be shown: ${problem.message}`), h("p", {}, `It is ${labelWord(neighbour.label)}.`));
+    rest.replaceChildren(
+      h("p", {}, `Its record cannot be shown: ${problem.message}`),
+      h("p", {}, `It is ${labelWord(neighbour.label)}.`),
+    );
   }
 }
 
@@ -63,22 +102,49 @@ function referenceFacts(reference) {
       ["Is", labelWord(reference.label)],
       ["Generator", reference.generator],
       ["Source", reference.source],
-      ["Size", `${reference.width} × ${reference.height} ${reference.format}${reference.file_bytes ? `, ${bytes(reference.file_bytes)}` : ""}`],
+      [
+        "Size",
+        `${reference.width} × ${reference.height} ` +
+          `${reference.format}${reference.file_bytes ? `, ${bytes(reference.file_bytes)}` : ""}`,
+      ],
       ["JPEG quality", reference.jpeg_quality === null ? null : `about ${reference.jpeg_quality}`],
       ["Added", when(reference.added_at)],
       ["Enrolment", reference.enrolment],
       ["File", reference.uri ? fileName(reference.uri) : "came over HTTP"],
       ["SHA-256", h("code", {}, reference.sha256)],
     ]),
-    attributes.length ? table("What else is known", ["Attribute", "Value"], attributes.map(([name, value]) => [name, String(value)])) : null,
+    attributes.length
+      ? table(
+          "What else is known",
+          ["Attribute", "Value"],
+          attributes.map(([name, value]) => [name, String(value)]),
+        )
+      : null,
   ].filter(Boolean);
 }
 
 /** Shares of the generators, as bars. */
 export function generatorShares(verdict) {
   if (!verdict.generators.length) return h("p", { class: "none" }, "No generator among the neighbours.");
-  return h("ul", { class: "shares" }, verdict.generators.map(({ name, share }) =>
-    h("li", {}, h("span", { class: "name" }, name), bar(share, "fake"), h("span", { class: "number" }, percent(share)))));
+  const weight = verdict.heads.knn
+    ? `Generated neighbours hold ${percent(verdict.heads.knn.score)} of the weight. `
+    : "";
+  return [
+    h("p", { class: "lead" }, `${weight}This is how it divides: a hint, not an identification.`),
+    h(
+      "ul",
+      { class: "shares" },
+      verdict.generators.map(({ name, share }) =>
+        h(
+          "li",
+          {},
+          h("span", { class: "name" }, name),
+          bar(share, "fake"),
+          h("span", { class: "number" }, percent(share)),
+        ),
+      ),
+    ),
+  ];
 }
 
 /** How many references there are to compare with. */

@@ -3,6 +3,9 @@
 import { h, icon, s, table } from "./dom.js";
 import { decimal, labelWord } from "./words.js";
 
+/** More regions than this are too small on the screen for a number in each. */
+const LABELLED = 30;
+
 /**
  * A figure with the image, the crop's frame and, where there are regions, a slider that fades them.
  *
@@ -12,38 +15,69 @@ export function picture(verdict, address) {
   const { image, regions } = verdict;
   const marks = s(
     "svg",
-    { class: "marks", viewBox: `0 0 ${image.width} ${image.height}`, preserveAspectRatio: "none", role: "img", "aria-label": marksInWords(verdict) },
-    regions ? s("g", { class: "regions" }, regions.map((region) => regionMark(region))) : null,
+    {
+      class: "marks",
+      viewBox: `0 0 ${image.width} ${image.height}`,
+      preserveAspectRatio: "none",
+      role: "img",
+      "aria-label": marksInWords(verdict),
+    },
+    regions
+      ? s(
+          "g",
+          { class: "regions" },
+          regions.map((region) => regionMark(region, regions.length <= LABELLED)),
+        )
+      : null,
     cropFrame(image),
   );
-  const frame = h("div", { class: "frame" }, address ? shown(address, verdict) : h("div", { class: "no-image" }, "The image itself is not kept."), marks);
+  const frame = h(
+    "div",
+    { class: "frame" },
+    address ? shown(address, verdict) : h("div", { class: "no-image" }, "The image itself is not kept."),
+    marks,
+  );
   // The shape is known before the image is: nothing jumps while it loads.
   frame.style.aspectRatio = `${image.width} / ${image.height}`;
   frame.style.setProperty("--shape", image.width / image.height);
-  return h("figure", { class: "picture" }, frame, caption(image), regions ? [fader(marks), regionTable(regions)] : null);
+  return h(
+    "figure",
+    { class: "picture" },
+    frame,
+    caption(image),
+    regions ? [fader(marks), regionTable(regions)] : null,
+  );
 }
 
 function shown(address, verdict) {
   const element = h("img", { src: address, alt: "The image that was judged" });
-  element.onerror = () => element.replaceWith(h("div", { class: "no-image" }, `Your browser cannot show ${verdict.image.format} files. Lineup can read them.`));
+  element.onerror = () =>
+    element.replaceWith(
+      h("div", { class: "no-image" }, `Your browser cannot show ${verdict.image.format} files. Lineup can read them.`),
+    );
   return element;
 }
 
 function cropFrame(image) {
   const [x, y, width, height] = image.crop;
   const outside = `M0 0H${image.width}V${image.height}H0ZM${x} ${y}V${y + height}H${x + width}V${y}Z`;
-  return s("g", { class: "crop" },
+  return s(
+    "g",
+    { class: "crop" },
     s("path", { class: "outside", d: outside, "fill-rule": "evenodd" }),
     s("rect", { class: "edge-under", x, y, width, height, "vector-effect": "non-scaling-stroke" }),
-    s("rect", { class: "edge", x, y, width, height, "vector-effect": "non-scaling-stroke" }));
+    s("rect", { class: "edge", x, y, width, height, "vector-effect": "non-scaling-stroke" }),
+  );
 }
 
-function regionMark(region) {
+function regionMark(region, labelled) {
   const [x, y, width, height] = region.box;
   const kind = region.score >= 0.5 ? "fake" : "real";
   const box = s("rect", { class: kind, x, y, width, height, "vector-effect": "non-scaling-stroke" });
   box.style.fillOpacity = (0.1 + 0.5 * Math.abs(region.score - 0.5) * 2).toFixed(2);
-  const label = s("text", { x: x + width / 2, y: y + height / 2, "font-size": Math.min(width, height) / 7 }, decimal(region.score));
+  const label =
+    labelled &&
+    s("text", { x: x + width / 2, y: y + height / 2, "font-size": Math.min(width, height) / 7 }, decimal(region.score));
   return s("g", {}, box, label, s("title", {}, regionInWords(region)));
 }
 
@@ -55,15 +89,25 @@ function regionInWords(region) {
 function marksInWords({ image, regions }) {
   const [x, y, width, height] = image.crop;
   const whole = width >= image.width && height >= image.height;
-  const seen = whole ? "The whole image was judged." : `The frame shows what was judged: ${width} × ${height} pixels from ${x}, ${y}.`;
-  return regions ? `${seen} ${regions.length} regions are marked with their scores; they are listed below the image.` : seen;
+  const seen = whole
+    ? "The whole image was judged."
+    : `The frame shows what was judged: ${width} × ${height} pixels from ${x}, ${y}.`;
+  return regions
+    ? `${seen} ${regions.length} regions are marked with their scores; they are listed below the image.`
+    : seen;
 }
 
 function caption(image) {
   const [, , width, height] = image.crop;
   const whole = width >= image.width && height >= image.height;
   const share = Math.round((100 * width * height) / (image.width * image.height));
-  return h("figcaption", {}, whole ? "The whole image was judged." : `Judged: what is inside the frame, ${width} × ${height} pixels, ${share || "< 1"} % of the image.`);
+  return h(
+    "figcaption",
+    {},
+    whole
+      ? "The whole image was judged."
+      : `Judged: what is inside the frame, ${width} × ${height} pixels, ${share || "< 1"} % of the image.`,
+  );
 }
 
 let faders = 0;
@@ -77,19 +121,39 @@ function fader(marks) {
     output.textContent = `${value} %`;
   };
   slide(40);
-  return h("div", { class: "fader" },
+  return h(
+    "div",
+    { class: "fader" },
     h("label", { for: id }, "Regions"),
-    h("input", { id, type: "range", min: 0, max: 100, step: 5, value: 40, oninput: (event) => slide(Number(event.target.value)) }),
+    h("input", {
+      id,
+      type: "range",
+      min: 0,
+      max: 100,
+      step: 5,
+      value: 40,
+      oninput: (event) => slide(Number(event.target.value)),
+    }),
     output,
-    h("p", { class: "key" }, icon("fake"), " like generated ", icon("real"), " like real; paler is less sure"));
+    h("p", { class: "key" }, icon("fake"), " like generated ", icon("real"), " like real; paler is less sure"),
+  );
 }
 
 function regionTable(regions) {
   const rows = regions.map((region, index) => {
     const [x, y, width, height] = region.box;
-    return [index + 1, `${width} × ${height} at ${x}, ${y}`, decimal(region.score), labelWord(region.score >= 0.5 ? "fake" : "real"), region.score >= 0.5 ? (region.generator ?? "–") : "–"];
+    return [
+      index + 1,
+      `${width} × ${height} at ${x}, ${y}`,
+      decimal(region.score),
+      labelWord(region.score >= 0.5 ? "fake" : "real"),
+      region.score >= 0.5 ? (region.generator ?? "–") : "–",
+    ];
   });
-  return h("details", { class: "region-list" },
+  return h(
+    "details",
+    { class: "region-list" },
     h("summary", {}, "Regions as a table"),
-    table("Score of each region", ["Region", "Pixels", "Score", "Says", "Nearest generator"], rows, { numeric: [2] }));
+    table("Score of each region", ["Region", "Pixels", "Score", "Says", "Nearest generator"], rows, { numeric: [2] }),
+  );
 }

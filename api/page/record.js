@@ -22,11 +22,20 @@ export async function show(id) {
     const { at, result, feedback } = await ask(`/v1/detections/${encodeURIComponent(id)}`);
     const today = h("div", { class: "today", "aria-live": "polite" });
     place.replaceChildren(
-      h("p", { class: "lead" }, `Judged on ${when(at)}. The image was not kept; its fingerprint (SHA-256) and the evidence were.`),
+      h(
+        "p",
+        { class: "lead" },
+        `Judged on ${when(at)}. The image was not kept; its fingerprint (SHA-256) and the evidence were.`,
+      ),
       feedback ? h("p", { class: "note plain" }, disputed(feedback)) : "",
-      h("div", { class: "buttons" }, h("button", { type: "button", onclick: () => replay(id, today) }, "Judge again with today's references")),
+      h(
+        "div",
+        { class: "buttons" },
+        h("button", { type: "button", onclick: () => replay(id, today) }, "Judge again with today's references"),
+      ),
       today,
-      account(result, { address: addresses.get(id) ?? null, at, recorded: true }));
+      account(result, { address: addresses.get(id) ?? null, at, recorded: true }),
+    );
   } catch (problem) {
     place.replaceChildren(problemBox(problem, () => show(id)));
   }
@@ -34,29 +43,73 @@ export async function show(id) {
 
 function disputed(feedback) {
   const by = feedback.by ? ` (${feedback.by})` : "";
-  return [`Somebody${by} says that it is ${labelWord(feedback.label)}.`, feedback.note ? ` “${feedback.note}”` : ""].join("");
+  return [
+    `Somebody${by} says that it is ${labelWord(feedback.label)}.`,
+    feedback.note ? ` “${feedback.note}”` : "",
+  ].join("");
 }
 
 /** What each field of a replay means. */
 const FIELDS = {
-  verdict: "Verdict", basis: "Decided by", score: "Score", "thresholds.fake": "Generated from", "thresholds.real": "Real below",
-  "heads.knn.score": "Vote of the neighbours", "heads.knn.label": "Vote says", "heads.nn1.id": "Nearest neighbour",
-  "heads.nn1.label": "Nearest neighbour is", "heads.linear.score": "Linear classifier", "heads.svm.score": "Outlier test",
-  "generators.0.name": "Likeliest generator", unknown_generator: "Unknown generator", novelty: "Novelty", "known.id": "Known as",
-  "model.heads": "Heads", "index.revision": "Index revision", "index.size": "Reference images", "calibration.revision": "Calibration revision",
+  verdict: "Verdict",
+  basis: "Decided by",
+  score: "Score",
+  "thresholds.fake": "Generated from",
+  "thresholds.real": "Real below",
+  "heads.knn.score": "Vote of the neighbours",
+  "heads.knn.label": "Vote says",
+  "heads.nn1.id": "Nearest neighbour",
+  "heads.nn1.label": "Nearest neighbour is",
+  "heads.linear.score": "Linear classifier",
+  "heads.svm.score": "Outlier test",
+  "generators.0.name": "Likeliest generator",
+  unknown_generator: "Unknown generator",
+  novelty: "Novelty",
+  "known.id": "Known as",
+  "model.heads": "Heads",
+  "index.revision": "Index revision",
+  "index.size": "Reference images",
+  "calibration.revision": "Calibration revision",
 };
 
 async function replay(id, place) {
   place.replaceChildren(h("p", { class: "hint" }, "Judging again…"));
   try {
     const { before, after, changed } = await ask(`/v1/detections/${encodeURIComponent(id)}/replay`, { method: "POST" });
-    const shown = (value) => (typeof value === "number" && !Number.isInteger(value) ? decimal(value, 3) : value === null ? "–" : typeof value === "boolean" ? (value ? "yes" : "no") : ["fake", "real", "uncertain"].includes(value) ? labelWord(value) : String(value));
+    const shown = (value) =>
+      typeof value === "number" && !Number.isInteger(value)
+        ? decimal(value, 3)
+        : value === null
+          ? "–"
+          : typeof value === "boolean"
+            ? value
+              ? "yes"
+              : "no"
+            : ["fake", "real", "uncertain"].includes(value)
+              ? labelWord(value)
+              : String(value);
     const same = before.verdict === after.verdict;
     place.replaceChildren(
-      h("p", {}, h("strong", {}, same ? `The verdict stays: ${labelWord(after.verdict)}.` : `The verdict would change from ${labelWord(before.verdict)} to ${labelWord(after.verdict)}.`)),
+      h(
+        "p",
+        {},
+        h(
+          "strong",
+          {},
+          same
+            ? `The verdict stays: ${labelWord(after.verdict)}.`
+            : `The verdict would change from ${labelWord(before.verdict)} to ${labelWord(after.verdict)}.`,
+        ),
+      ),
       changed.length
-        ? table("What is different today", ["Field", "Then", "Now"], changed.map((change) => [FIELDS[change.field] ?? change.field, shown(change.before), shown(change.after)]), { numeric: [1, 2] })
-        : h("p", {}, "Nothing is different today."));
+        ? table(
+            "What is different today",
+            ["Field", "Then", "Now"],
+            changed.map((change) => [FIELDS[change.field] ?? change.field, shown(change.before), shown(change.after)]),
+            { numeric: [1, 2] },
+          )
+        : h("p", {}, "Nothing is different today."),
+    );
   } catch (problem) {
     place.replaceChildren(problemBox(problem));
   }

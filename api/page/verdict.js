@@ -1,16 +1,11 @@
 /** One verdict, from the word down to the version that answered. */
 
 import { ask } from "./client.js";
-import { CREDENTIALS, HEADS, count, decimal, headline, labelWord, meaning, oneIn, percent, rarity, sentence, stabilityWords, variantName, when } from "./words.js";
-import { bar, download, facts, fileName, h, icon, table } from "./dom.js";
-import { generatorShares, indexWords, lineUp } from "./lineup.js";
+import { download, fileName, h, icon } from "./dom.js";
+import { evidence } from "./evidence.js";
 import { picture } from "./picture.js";
 import { problemBox } from "./problems.js";
-
-/** The word and icon of a decision, small. */
-export function badge(decision, text = labelWord(decision)) {
-  return h("span", { class: `badge ${decision}` }, icon(decision), h("span", {}, text));
-}
+import { decimal, headline, labelWord, meaning, percent, rarity } from "./words.js";
 
 /**
  * The whole account of one image.
@@ -20,19 +15,33 @@ export function badge(decision, text = labelWord(decision)) {
  */
 export function account(verdict, { address = null, rates = null, at = null, recorded = false, level = 2 } = {}) {
   const id = `verdict-${verdict.id}`;
-  return h("article", { class: `verdict ${verdict.verdict}`, "aria-labelledby": id },
-    verdict.degraded ? note("The database is away. Lineup judged from memory: nothing was recorded, and whether this file is known was not checked.") : null,
-    h("div", { class: "ruling" },
+  return h(
+    "article",
+    { class: `verdict ${verdict.verdict}`, "aria-labelledby": id },
+    verdict.degraded
+      ? note(
+          "The database is away. Lineup judged from memory: nothing was recorded, and whether this file is known " +
+            "was not checked.",
+        )
+      : null,
+    h(
+      "div",
+      { class: "ruling" },
       picture(verdict, address),
-      h("div", { class: "words" },
+      h(
+        "div",
+        { class: "words" },
         h("p", { class: "of" }, fileName(verdict.file)),
         h(`h${level}`, { id, class: "headline" }, icon(verdict.verdict), h("span", {}, headline(verdict))),
         scoreWords(verdict),
         scale(verdict),
         h("p", { class: "meaning" }, meaning(verdict, rates)),
         cautions(verdict),
-        actions(verdict, recorded))),
-    evidence(verdict, at, level + 1));
+        actions(verdict, recorded),
+      ),
+    ),
+    evidence(verdict, at, level + 1),
+  );
 }
 
 function note(text) {
@@ -43,7 +52,14 @@ function scoreWords(verdict) {
   if (verdict.score === null) return null;
   const known = verdict.basis === "known" ? "Judged as if it were not known: score " : "Score ";
   const means = rarity(verdict);
-  return h("p", { class: "score" }, known, h("strong", {}, decimal(verdict.score)), " of 1.", means ? [" ", h("span", { class: "rarity" }, means)] : null);
+  return h(
+    "p",
+    { class: "score" },
+    known,
+    h("strong", {}, decimal(verdict.score)),
+    " of 1.",
+    means ? [" ", h("span", { class: "rarity" }, means)] : null,
+  );
 }
 
 /** The score on a line from real to generated, with the zones that the thresholds cut. */
@@ -60,19 +76,45 @@ function scale(verdict) {
   };
   const marker = h("span", { class: "marker" });
   marker.style.left = `${100 * score}%`;
-  return h("div", { class: "scale", "aria-hidden": "true" },
-    h("div", { class: "zones" }, zone("real", 0, lower, "real"), zone("uncertain", lower, upper, "cannot tell"), zone("fake", upper, 1, "generated"), marker),
-    h("div", { class: "ends" }, h("span", {}, "0"), h("span", {}, "1")));
+  return h(
+    "div",
+    { class: "scale", "aria-hidden": "true" },
+    h(
+      "div",
+      { class: "zones" },
+      zone("real", 0, lower, "real"),
+      zone("uncertain", lower, upper, "cannot tell"),
+      zone("fake", upper, 1, "generated"),
+      marker,
+    ),
+    h("div", { class: "ends" }, h("span", {}, "0"), h("span", {}, "1")),
+  );
 }
 
 function cautions(verdict) {
   const { novelty, stability, provenance } = verdict;
   return [
-    verdict.unknown_generator ? note("It looks generated, but unlike the images of every enrolled generator: perhaps one that Lineup does not know.") : null,
+    verdict.unknown_generator
+      ? note(
+          "It looks generated, but unlike the images of every enrolled generator: perhaps one that Lineup does " +
+            "not know.",
+        )
+      : null,
     novelty !== null && novelty < 0.05
-      ? note(`Unlike the reference images: only ${percent(novelty)} of calibration images lie this far from their nearest one. The verdict stands on thin ground.`) : null,
+      ? note(
+          `Unlike the reference images: only ${percent(novelty)} of calibration images lie this far from their ` +
+            `nearest one. The verdict stands on thin ground.`,
+        )
+      : null,
     stability?.flips ? note("The verdict changes when the image is re-encoded or rescaled.") : null,
-    provenance.says_generated ? h("p", { class: "note plain" }, icon("fake"), h("span", {}, "The file itself says that a generator made it. That did not enter the score.")) : null,
+    provenance.says_generated
+      ? h(
+          "p",
+          { class: "note plain" },
+          icon("fake"),
+          h("span", {}, "The file itself says that a generator made it. That did not enter the score."),
+        )
+      : null,
   ];
 }
 
@@ -80,11 +122,24 @@ function actions(verdict, recorded) {
   const record = `#/record/${verdict.id}`;
   const form = h("div", { class: "dispute" });
   return [
-    h("div", { class: "buttons" },
+    h(
+      "div",
+      { class: "buttons" },
       recorded || verdict.degraded ? null : h("a", { class: "button", href: record }, "Record"),
-      verdict.degraded ? null : h("button", { type: "button", "aria-expanded": "false", onclick: (event) => dispute(event.currentTarget, form, verdict) }, "This is wrong"),
+      verdict.degraded
+        ? null
+        : h(
+            "button",
+            {
+              type: "button",
+              "aria-expanded": "false",
+              onclick: (event) => dispute(event.currentTarget, form, verdict),
+            },
+            "This is wrong",
+          ),
       h("button", { type: "button", onclick: (event) => printOne(event.currentTarget.closest(".verdict")) }, "Print"),
-      h("button", { type: "button", onclick: () => download(verdict, `lineup-${verdict.id}.json`) }, "JSON")),
+      h("button", { type: "button", onclick: () => download(verdict, `lineup-${verdict.id}.json`) }, "JSON"),
+    ),
     form,
   ];
 }
@@ -93,10 +148,14 @@ function actions(verdict, recorded) {
 function printOne(article) {
   article.classList.add("printed");
   document.body.classList.add("print-one");
-  addEventListener("afterprint", () => {
-    article.classList.remove("printed");
-    document.body.classList.remove("print-one");
-  }, { once: true });
+  addEventListener(
+    "afterprint",
+    () => {
+      article.classList.remove("printed");
+      document.body.classList.remove("print-one");
+    },
+    { once: true },
+  );
   print();
 }
 
@@ -104,101 +163,57 @@ function dispute(button, place, verdict) {
   const open = place.childElementCount > 0;
   button.setAttribute("aria-expanded", String(!open));
   if (open) return place.replaceChildren();
-  const choice = (label, text) => h("label", { class: "choice" },
-    h("input", { type: "radio", name: `truth-${verdict.id}`, value: label, required: true, checked: verdict.verdict === (label === "fake" ? "real" : "fake") }), ` ${text}`);
+  const choice = (label, text) =>
+    h(
+      "label",
+      { class: "choice" },
+      h("input", {
+        type: "radio",
+        name: `truth-${verdict.id}`,
+        value: label,
+        required: true,
+        checked: verdict.verdict === (label === "fake" ? "real" : "fake"),
+      }),
+      ` ${text}`,
+    );
   const noteField = h("textarea", { rows: 2, maxlength: 2000 });
   const outcome = h("div", { "aria-live": "polite" });
-  const form = h("form", {
-    onsubmit: async (event) => {
-      event.preventDefault();
-      const label = new FormData(form).get(`truth-${verdict.id}`);
-      try {
-        await ask(`/v1/detections/${verdict.id}/feedback`, { method: "POST", json: { label, note: noteField.value } });
-        place.replaceChildren(h("p", { class: "done", tabindex: "-1" }, `Noted: you say it is ${labelWord(label)}. The record keeps this; verdicts do not change by it.`));
-        place.firstChild.focus();
-        button.setAttribute("aria-expanded", "false");
-      } catch (problem) {
-        outcome.replaceChildren(problemBox(problem));
-      }
+  const form = h(
+    "form",
+    {
+      onsubmit: async (event) => {
+        event.preventDefault();
+        const label = new FormData(form).get(`truth-${verdict.id}`);
+        try {
+          await ask(`/v1/detections/${verdict.id}/feedback`, {
+            method: "POST",
+            json: { label, note: noteField.value },
+          });
+          place.replaceChildren(
+            h(
+              "p",
+              { class: "done", tabindex: "-1" },
+              `Noted: you say it is ${labelWord(label)}. The record keeps this; verdicts do not change by it.`,
+            ),
+          );
+          place.firstChild.focus();
+          button.setAttribute("aria-expanded", "false");
+        } catch (problem) {
+          outcome.replaceChildren(problemBox(problem));
+        }
+      },
     },
-  },
-    h("fieldset", {}, h("legend", {}, "What is it really?"), choice("fake", "Generated"), choice("real", "A real photo")),
+    h(
+      "fieldset",
+      {},
+      h("legend", {}, "What is it really?"),
+      choice("fake", "Generated"),
+      choice("real", "A real photo"),
+    ),
     h("label", {}, "How do you know? ", noteField),
     h("div", { class: "buttons" }, h("button", { type: "submit", class: "primary" }, "Send")),
-    outcome);
+    outcome,
+  );
   place.replaceChildren(form);
   form.querySelector("input:checked, input").focus();
-}
-
-function evidence(verdict, at, level) {
-  const title = (text) => h(`h${level}`, {}, text);
-  return [
-    h("section", { class: "why" }, title("Why: the line-up"),
-      h("p", { class: "lead" }, `The images most like this one among ${indexWords(verdict)}. 1 is the same, 0 is nothing in common.`),
-      lineUp(verdict)),
-    h("div", { class: "columns" },
-      h("section", { class: "heads" }, title("Four ways to judge"), heads(verdict)),
-      h("section", {}, title("Which generator"),
-        h("p", { class: "lead" }, "How the weight of the generated neighbours divides. A hint, not an identification."), generatorShares(verdict)),
-      verdict.stability ? h("section", { class: "stability" }, title("Does it hold?"), stability(verdict)) : null,
-      h("section", { class: "provenance" }, title("What the file says of itself"), provenance(verdict.provenance))),
-    h("section", { class: "version" }, title("What answered"), version(verdict, at)),
-  ];
-}
-
-function heads(verdict) {
-  return h("ul", { class: "head-list" }, HEADS.map(({ name, field, how, said, missing }) => {
-    const head = verdict.heads[field];
-    return h("li", {},
-      h("div", { class: "line" }, h("strong", {}, name), head ? badge(head.label) : h("span", { class: "none" }, "no answer")),
-      h("p", {}, head ? `${sentence(said(head))}` : `It ${missing.startsWith("there") ? "cannot answer: " : ""}${missing}.`,
-        head && head.probability !== null && head.probability !== undefined ? ` Probability ${decimal(head.probability)}.` : ""),
-      h("p", { class: "how" }, how));
-  }));
-}
-
-function stability(verdict) {
-  const rows = [["As it came", verdict.score], ...Object.entries(verdict.stability.scores).map(([name, score]) => [variantName(name), score])];
-  const { fake, real } = verdict.thresholds;
-  const decided = (score) => (score === null ? "uncertain" : fake !== null && score >= fake ? "fake" : real !== null && score < real ? "real" : "uncertain");
-  return [
-    h("p", { class: "lead" }, stabilityWords(verdict.stability)),
-    h("ul", { class: "strip" }, rows.map(([name, score]) => h("li", {},
-      h("span", { class: "name" }, name),
-      bar(score ?? 0, decided(score)),
-      h("span", { class: "number" }, decimal(score)),
-      badge(decided(score))))),
-  ];
-}
-
-function provenance({ c2pa, metadata }) {
-  if (!c2pa && !metadata) return h("p", {}, "Nothing: no Content Credentials and no trace of software. That is usual and proves nothing, for such marks are easily removed.");
-  return [
-    c2pa ? [
-      h("p", {}, h("strong", {}, "Content Credentials. "), CREDENTIALS[c2pa.state] ?? c2pa.state),
-      facts([["Made with", c2pa.generator], ["Signed by", c2pa.signer], ["Signed at", c2pa.signed_at], ["Title", c2pa.title],
-        ["Actions", c2pa.actions.join(", ")], ["Kind of source", c2pa.source_types.join(", ")], ["Found wrong", c2pa.issues.join(", ")]]),
-    ] : h("p", {}, "No Content Credentials."),
-    metadata ? table("Fields found in the file", ["Field", "Value"], Object.entries(metadata)) : null,
-    h("p", { class: "how" }, "Such statements are easily removed or forged. They stand beside the verdict and never enter the score."),
-  ];
-}
-
-function version(verdict, at) {
-  const { model, image, calibration, timings_ms: times } = verdict;
-  const spent = Object.values(times ?? {}).reduce((sum, value) => sum + value, 0);
-  const shifted = verdict.probability !== null && verdict.probability !== undefined && Math.abs(verdict.probability - (verdict.score ?? verdict.probability)) > 1e-6;
-  return facts([
-    ["Checkpoint", [`${model.name} `, h("code", {}, model.checkpoint)]],
-    ["Heads", model.heads ? h("code", {}, model.heads) : "none"],
-    ["Engine", model.engine],
-    ["Index", indexWords(verdict)],
-    ["Calibration", calibration ? `${count(calibration.real)} real and ${count(calibration.fake)} generated images, at revision ${calibration.revision}` : "none"],
-    ["Probability", shifted ? `${decimal(verdict.probability)} at the prior that the operator set` : null],
-    ["Novelty", verdict.novelty === null ? null : `p = ${decimal(verdict.novelty)}: ${verdict.novelty >= 0.5 ? "as close to the references as is usual" : `${oneIn(verdict.novelty)} calibration images lies as far from the references`}`],
-    ["Image", `${count(image.width)} × ${count(image.height)} ${image.format}`],
-    ["SHA-256", h("code", {}, image.sha256)],
-    ["Judged", at ? `${when(at)}, in ${Math.round(spent)} ms` : `in ${Math.round(spent)} ms`],
-    ["Record", h("code", {}, verdict.id)],
-  ]);
 }

@@ -94,20 +94,35 @@ export function meaning(verdict, rates) {
   }
   if (score === null) return reason ? `No score: ${reason}.` : "No head could give a calibrated score.";
   if (verdict.verdict === "fake") {
-    return `Lineup says “generated” from ${decimal(thresholds.fake)} on. That cut is set so that ${rate(rates?.false_alarm, "real photos")} is wrongly called generated.`;
+    return (
+      `Lineup says “generated” from ${decimal(thresholds.fake)} on. That cut is set so that ` +
+      `${rate(rates?.false_alarm, "real photos")} is wrongly called generated.`
+    );
   }
   if (verdict.verdict === "real") {
-    return `Lineup says “real” below ${decimal(thresholds.real)}. That cut is set so that ${rate(rates?.miss, "generated images of the kinds it knows")} slips through.`;
+    return (
+      `Lineup says “real” below ${decimal(thresholds.real)}. That cut is set so that ` +
+      `${rate(rates?.miss, "generated images of the kinds it knows")} slips through.`
+    );
   }
-  const why = reason ? sentence(reason) : "";
-  return `${why} Lineup says nothing rather than guess.`;
+  if (thresholds.fake !== null && thresholds.real !== null && reason?.includes("between the thresholds")) {
+    return (
+      `Lineup says “real” below ${decimal(thresholds.real)} and “generated” from ` +
+      `${decimal(thresholds.fake)} on. This lies between: it says nothing rather than guess.`
+    );
+  }
+  return `${reason ? sentence(reason) : ""} Lineup says nothing rather than guess.`.trim();
 }
 
 function rate(share, of) {
   return share ? `at most ${oneIn(share)} ${of}` : `only a small share of ${of}`;
 }
 
-const VARIANTS = { jpeg: (value) => `JPEG, quality ${value}`, webp: (value) => `WebP, quality ${value}`, scale: (value) => `Scaled to ${Math.round(100 * value)} %` };
+const VARIANTS = {
+  jpeg: (value) => `JPEG, quality ${value}`,
+  webp: (value) => `WebP, quality ${value}`,
+  scale: (value) => `Scaled to ${Math.round(100 * value)} %`,
+};
 
 /** The name of a re-encoding: "jpeg-70" is "JPEG, quality 70". */
 export function variantName(name) {
@@ -118,7 +133,12 @@ export function variantName(name) {
 /** Whether the verdict survives re-encoding. */
 export function stabilityWords(stability) {
   const tried = Object.values(stability.scores).length;
-  const spread = stability.spread === null ? "" : stability.spread < 0.005 ? " The scores hardly differ." : ` The scores differ by ${decimal(stability.spread)} at most.`;
+  const spread =
+    stability.spread === null
+      ? ""
+      : stability.spread < 0.005
+        ? " The scores hardly differ."
+        : ` The scores differ by ${decimal(stability.spread)} at most.`;
   return stability.flips
     ? `The verdict changes under at least one of ${tried} re-encodings: treat it with care.${spread}`
     : `The verdict stays the same under all ${tried} re-encodings.${spread}`;
@@ -139,7 +159,9 @@ export const HEADS = [
     name: "Vote of the neighbours",
     field: "knn",
     how: "The nearest reference images vote, the more alike the more weight.",
-    said: (head) => `${head.votes.fake} of the ${head.votes.fake + head.votes.real} nearest are generated; generated images hold ${percent(head.score)} of the weight`,
+    said: (head) =>
+      `${head.votes.fake} of the ${head.votes.fake + head.votes.real} nearest are generated; generated images ` +
+      `hold ${percent(head.score)} of the weight`,
     missing: "needs real and generated reference images",
   },
   {

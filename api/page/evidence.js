@@ -1,0 +1,159 @@
+/** What speaks for a verdict: line-up, heads, re-encodings, what the file says, and the version that answered. */
+
+import { badge, bar, facts, h, table } from "./dom.js";
+import { generatorShares, indexWords, lineUp } from "./lineup.js";
+import { CREDENTIALS, HEADS, count, decimal, percent, sentence, stabilityWords, variantName, when } from "./words.js";
+
+/** Sections with headings of this level. `at` is when it was judged, or null. */
+export function evidence(verdict, at, level) {
+  const title = (text) => h(`h${level}`, {}, text);
+  return [
+    h(
+      "section",
+      { class: "why" },
+      title("Why: the line-up"),
+      h(
+        "p",
+        { class: "lead" },
+        `The images most like this one among ${indexWords(verdict)}. 1 is the same, 0 is nothing in common.`,
+      ),
+      lineUp(verdict),
+    ),
+    h(
+      "div",
+      { class: "columns" },
+      h("section", { class: "heads" }, title("Four ways to judge"), heads(verdict)),
+      h("section", {}, title("Which generator"), generatorShares(verdict)),
+      verdict.stability ? h("section", { class: "stability" }, title("Does it hold?"), stability(verdict)) : null,
+      h("section", { class: "provenance" }, title("What the file says of itself"), provenance(verdict.provenance)),
+    ),
+    h("section", { class: "version" }, title("What answered"), version(verdict, at)),
+  ];
+}
+
+function heads(verdict) {
+  return h(
+    "ul",
+    { class: "head-list" },
+    HEADS.map(({ name, field, how, said, missing }) => {
+      const head = verdict.heads[field];
+      return h(
+        "li",
+        {},
+        h(
+          "div",
+          { class: "line" },
+          h("strong", {}, name),
+          head ? badge(head.label) : h("span", { class: "none" }, "no answer"),
+        ),
+        h(
+          "p",
+          {},
+          head ? `${sentence(said(head))}` : `It ${missing.startsWith("there") ? "cannot answer: " : ""}${missing}.`,
+          head && head.probability !== null && head.probability !== undefined
+            ? ` Probability ${decimal(head.probability)}.`
+            : "",
+        ),
+        h("p", { class: "how" }, how),
+      );
+    }),
+  );
+}
+
+function stability(verdict) {
+  const rows = [
+    ["As it came", verdict.score],
+    ...Object.entries(verdict.stability.scores).map(([name, score]) => [variantName(name), score]),
+  ];
+  const { fake, real } = verdict.thresholds;
+  const decided = (score) =>
+    score === null
+      ? "uncertain"
+      : fake !== null && score >= fake
+        ? "fake"
+        : real !== null && score < real
+          ? "real"
+          : "uncertain";
+  return [
+    h("p", { class: "lead" }, stabilityWords(verdict.stability)),
+    h(
+      "ul",
+      { class: "strip" },
+      rows.map(([name, score]) =>
+        h(
+          "li",
+          {},
+          h("span", { class: "name" }, name),
+          bar(score ?? 0, decided(score)),
+          h("span", { class: "number" }, decimal(score)),
+          badge(decided(score)),
+        ),
+      ),
+    ),
+  ];
+}
+
+function provenance({ c2pa, metadata }) {
+  if (!c2pa && !metadata)
+    return h(
+      "p",
+      {},
+      "Nothing: no Content Credentials and no trace of software. That is usual and proves nothing, for such " +
+        "marks are easily removed.",
+    );
+  return [
+    c2pa
+      ? [
+          h("p", {}, h("strong", {}, "Content Credentials. "), CREDENTIALS[c2pa.state] ?? c2pa.state),
+          facts([
+            ["Made with", c2pa.generator],
+            ["Signed by", c2pa.signer],
+            ["Signed at", c2pa.signed_at],
+            ["Title", c2pa.title],
+            ["Actions", c2pa.actions.join(", ")],
+            ["Kind of source", c2pa.source_types.join(", ")],
+            ["Found wrong", c2pa.issues.join(", ")],
+          ]),
+        ]
+      : h("p", {}, "No Content Credentials."),
+    metadata ? table("Fields found in the file", ["Field", "Value"], Object.entries(metadata)) : null,
+    h(
+      "p",
+      { class: "how" },
+      "Such statements are easily removed or forged. They stand beside the verdict and never enter the score.",
+    ),
+  ];
+}
+
+function version(verdict, at) {
+  const { model, image, calibration, timings_ms: times } = verdict;
+  const spent = Object.values(times ?? {}).reduce((sum, value) => sum + value, 0);
+  const shifted =
+    verdict.probability !== null &&
+    verdict.probability !== undefined &&
+    Math.abs(verdict.probability - (verdict.score ?? verdict.probability)) > 1e-6;
+  return facts([
+    ["Checkpoint", [`${model.name} `, h("code", {}, model.checkpoint)]],
+    ["Heads", model.heads ? h("code", {}, model.heads) : "none"],
+    ["Engine", model.engine],
+    ["Index", indexWords(verdict)],
+    [
+      "Calibration",
+      calibration
+        ? `${count(calibration.real)} real and ${count(calibration.fake)} generated images, at revision ` +
+          `${calibration.revision}`
+        : "none",
+    ],
+    ["Probability", shifted ? `${decimal(verdict.probability)} at the prior that the operator set` : null],
+    [
+      "Novelty",
+      verdict.novelty === null
+        ? null
+        : `p = ${decimal(verdict.novelty)}: ${percent(verdict.novelty)} of calibration images lie as far from the references`,
+    ],
+    ["Image", `${count(image.width)} × ${count(image.height)} ${image.format}`],
+    ["SHA-256", h("code", {}, image.sha256)],
+    ["Judged", at ? `${when(at)}, in ${Math.round(spent)} ms` : `in ${Math.round(spent)} ms`],
+    ["Record", h("code", {}, verdict.id)],
+  ]);
+}
