@@ -27,6 +27,7 @@ def run(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("LINEUP_DATABASE_URL", str(settings.database_url))
     monkeypatch.setenv("LINEUP_CHECKPOINT", str(settings.home / "hashing"))
     monkeypatch.setattr("trainer.embedder.Embedder", HashingEmbedder)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # the tests' own process keeps its handlers
 
     def invoke(*arguments: object) -> Result:
         return CliRunner().invoke(app, [str(argument) for argument in arguments])
