@@ -75,8 +75,8 @@ const explanation = h(
       "li",
       {},
       h("strong", {}, "The verdict. "),
-      "“Probably generated”, “probably a real photograph”, or “cannot tell”, with a score and how often real " +
-        "photos score that high.",
+      "“Probably generated”, “probably a real photograph”, or “cannot tell”, with a score and how often " +
+        "real photos score that high.",
     ),
     h(
       "li",

@@ -12,7 +12,10 @@ const MOST_BYTES = 64 * 2 ** 20;
 /** Problems of one file of a batch: the batch is halved until it is known which. */
 const OF_A_FILE = new Set([400, 413, 415]);
 
-/** The form. `onchange` is called when references came or went. */
+/**
+ * The form, `offer` for names that are known, and `clear` for its last report. `onchange` is called when references
+ * came or went.
+ */
 export function enrolment(view, onchange) {
   const radio = (value, text, checked) =>
     h("label", { class: "choice" }, h("input", { type: "radio", name: "kind", value, checked }), ` ${text}`);
@@ -179,7 +182,7 @@ export function enrolment(view, onchange) {
           { class: "report" },
           h("h3", {}, total.added ? `Enrolled: ${name}` : "Nothing was enrolled"),
           reportWords(total),
-          total.added > 0 && effectBars(total.reports),
+          total.added > 0 && effectBars(total.reports, batch.generator),
           undoButton && h("div", { class: "buttons" }, undoButton),
         ),
       ].filter(Boolean),
@@ -187,7 +190,11 @@ export function enrolment(view, onchange) {
     announce(total.added ? `${plural(total.added, "image")} of ${name} enrolled` : "Nothing was enrolled");
   }
 
-  return { form, offer: (known) => names.replaceChildren(...known.map((one) => h("option", { value: one }))) };
+  return {
+    form,
+    offer: (known) => names.replaceChildren(...known.map((one) => h("option", { value: one }))),
+    clear: () => outcome.replaceChildren(),
+  };
 }
 
 /** Files in parts that the service takes in one request. */

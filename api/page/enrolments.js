@@ -2,11 +2,11 @@
 
 import { call } from "./client.js";
 import { bar, confirmed, fileName, h, icon } from "./dom.js";
-import { count, day, percent, plural, sentence } from "./words.js";
+import { count, day, ended, percent, plural } from "./words.js";
 
 /**
- * Recall and false alarms of the neighbours' vote: {recall, alarms}, each [before, after] or null, and {held}, the recall
- * of a fifth that was masked for the measure. Of several generators it is the mean.
+ * Recall and false alarms of the neighbours' vote: {recall, alarms}, each [before, after] or null, and {held}, the
+ * recall of a fifth that was masked for the measure. Of several generators it is the mean.
  */
 export function effect(report, name = null) {
   const rows = (report?.effect?.recall ?? []).filter(
@@ -40,8 +40,8 @@ export function arrow(pair) {
   );
 }
 
-/** Before and after as bars, from the first and the last report of an enrolment that came in parts. */
-export function effectBars(reports) {
+/** Before and after as bars, from the first and last report of an enrolment in parts. `name` is its generator. */
+export function effectBars(reports, name) {
   const [first, last] = [effect(reports[0]), effect(reports.at(-1))];
   const lines = (title, kind, says, rows) =>
     h(
@@ -85,12 +85,13 @@ export function effectBars(reports) {
         ],
       ),
   ].filter(Boolean);
-  const warnings = reports.at(-1)?.warnings ?? [];
+  // The others were there before; the list of generators tells them.
+  const warnings = (reports.at(-1)?.warnings ?? []).filter((warning) => name && warning.includes(name));
   return [
     parts.length
       ? h("div", { class: "effects" }, parts)
       : h("p", { class: "hint" }, "How recall and false alarms changed was not measured for this enrolment."),
-    warnings.map((warning) => h("p", { class: "note" }, icon("problem"), h("span", {}, sentence(warning)))),
+    warnings.map((warning) => h("p", { class: "note" }, icon("problem"), h("span", {}, ended(warning)))),
   ];
 }
 

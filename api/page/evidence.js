@@ -149,7 +149,7 @@ function version(verdict, at) {
       "Novelty",
       verdict.novelty === null
         ? null
-        : `p = ${decimal(verdict.novelty)}: ${percent(verdict.novelty)} of calibration images lie as far from the references`,
+        : `p = ${decimal(verdict.novelty)}: ${percent(verdict.novelty)} of calibration images lie as far off`,
     ],
     ["Image", `${count(image.width)} × ${count(image.height)} ${image.format}`],
     ["SHA-256", h("code", {}, image.sha256)],

@@ -5,7 +5,7 @@ import { announce, h, table } from "./dom.js";
 import { enrolment } from "./enrol.js";
 import { arrow, days, effect, undo } from "./enrolments.js";
 import { problemBox } from "./problems.js";
-import { count, plural, sentence, when } from "./words.js";
+import { count, ended, plural, when } from "./words.js";
 
 const view = document.getElementById("view-generators");
 const place = h("div");
@@ -117,7 +117,7 @@ function known(generators, enrolments, real) {
         h(
           "ul",
           {},
-          warnings.map((warning) => h("li", {}, sentence(warning))),
+          warnings.map((warning) => h("li", {}, ended(warning))),
         ),
       ),
   ].filter(Boolean);
@@ -165,6 +165,7 @@ async function undoOne(one, what) {
     const removed = await undo([one.id], `${plural(one.references, "image")} (${what})`);
     if (removed === null) return;
     announce(`Undone: ${plural(removed, "reference")} removed`);
+    form.clear(); // its report may be of this one
     await load();
     document.getElementById("title-history").scrollIntoView({ block: "nearest" });
   } catch (problem) {

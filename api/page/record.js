@@ -31,7 +31,7 @@ export async function show(id) {
       h(
         "div",
         { class: "buttons" },
-        h("button", { type: "button", onclick: () => replay(id, today) }, "Judge again with today's references"),
+        h("button", { type: "button", onclick: () => replay(id, today) }, "Judge again with today’s references"),
       ),
       today,
       account(result, { address: addresses.get(id) ?? null, at, recorded: true }),
