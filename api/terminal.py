@@ -32,8 +32,10 @@ def in_words(verdict: Verdict) -> str:
     sentence = words[verdict.verdict]
     if verdict.score is not None:
         sentence += f" (score {verdict.score:.3f}"
-        if verdict.false_alarm is not None:
-            sentence += f"; {verdict.false_alarm:.1%} of real images score this high"
+        if verdict.false_alarm is not None and verdict.calibration:
+            reals = verdict.calibration.real
+            share = f"{verdict.false_alarm:.1%} of" if verdict.false_alarm else f"none of {reals}"
+            sentence += f"; {share} real images score this high"
         sentence += ")"
     return f"{sentence}: {verdict.reason}" if verdict.reason else sentence
 
