@@ -4,11 +4,15 @@ Engines know rows only. Ids, labels, filters and guards are the index's (`indexe
 writers and readers apart: no engine is changed while another thread is in it.
 """
 
+import logging
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Protocol
 
 import faiss
 import numpy as np
+
+log = logging.getLogger(__name__)
 
 FP16 = faiss.ScalarQuantizer.QT_fp16
 MAX_THREADS: int = faiss.omp_get_max_threads()
@@ -121,10 +125,22 @@ def new_engine(dim: int, device: str) -> Engine:
 
     Args:
         dim: Length of the vectors.
-        device: "cpu", "cuda", or "auto" for a GPU where FAISS sees one.
+        device: "cpu", "cuda", or "auto" for a GPU where FAISS sees one. Without one, "cuda" is "cpu", with a warning:
+            embedding may have a GPU that this build of FAISS cannot use.
     """
-    if device == "cuda" or (device == "auto" and faiss.get_num_gpus() > 0):
+    if device != "cpu" and has_gpu():
         from indexer.gpu import Gpu
 
         return Gpu(dim)
+    if device == "cuda":
+        log.warning("searching on the CPU: this build of FAISS, or torch beside it, sees no GPU")
     return Flat(dim)
+
+
+def has_gpu() -> bool:
+    """Whether FAISS sees a GPU and torch is there to hold its memory."""
+    if not faiss.get_num_gpus() or not find_spec("torch"):
+        return False
+    import torch
+
+    return torch.cuda.is_available()

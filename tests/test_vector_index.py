@@ -6,14 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from indexer import inverted, outgrowing
+from indexer import engines, inverted, outgrowing
 from indexer.inverted import Inverted
 from indexer.snapshot import write_snapshot
 from indexer.vector_index import BadSnapshot, BadVectors, IndexChanged, Neighbours, VectorIndex
@@ -369,22 +368,49 @@ def test_lists_that_win_nothing_are_dropped(monkeypatch: pytest.MonkeyPatch) -> 
     assert not index.outgrow()
 
 
-def test_a_removal_while_lists_are_made_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", ["trained", "tune"])
+def test_a_removal_while_lists_are_made_ends_it(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     monkeypatch.setattr(outgrowing, "OUTGROWN", 100)
     index = VectorIndex(32)
     index.add(np.arange(4_000), clustered(), np.ones(4_000, int), np.ones(4_000, int), np.zeros(4_000, int))
-    trained = Inverted.trained
+    done = getattr(Inverted, step)
 
-    def remove_meanwhile(n: int, sample: np.ndarray) -> Inverted:
+    def remove_meanwhile(*arguments: Any) -> Any:
         index.remove(np.array([17]))
-        return trained(n, sample)
+        return done(*arguments)
 
-    monkeypatch.setattr(Inverted, "trained", remove_meanwhile)
+    monkeypatch.setattr(Inverted, step, remove_meanwhile)
     assert not index.outgrow()
     assert (index.kind, len(index)) == ("flat-fp16", 3_999)
-    monkeypatch.setattr(Inverted, "trained", trained)
+    monkeypatch.undo()
+    monkeypatch.setattr(outgrowing, "OUTGROWN", 100)
     assert index.outgrow()
     assert index.search(clustered()[17:18], 1).ids[0, 0] != 17
+
+
+def test_additions_while_lists_are_made_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outgrowing, "OUTGROWN", 100)
+    index = VectorIndex(32)
+    ones = np.ones(2_000, int)
+    index.add(np.arange(2_000), clustered()[:2_000], ones, ones, ones)
+    tune = Inverted.tune
+
+    def add_meanwhile(lists: Inverted, queries: np.ndarray) -> None:
+        index.add(np.arange(2_000, 4_000), clustered()[2_000:], ones, ones, ones)
+        tune(lists, queries)
+
+    monkeypatch.setattr(Inverted, "tune", add_meanwhile)
+    assert index.outgrow()
+    assert (index.kind, len(index)) == ("ivf-fp16", 4_000)
+    assert index.search(clustered()[3_000:3_001], 1).ids.tolist() == [[3_000]]
+
+
+def test_cuda_without_a_gpu_is_the_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(engines, "has_gpu", lambda: False)
+    assert VectorIndex(DIM, "auto").device == "cpu"
+    assert not caplog.records
+    assert VectorIndex(DIM, "cuda").device == "cpu"
+    assert "sees no GPU" in caplog.text
 
 
 def test_memory_per_reference_is_under_500_bytes() -> None:
@@ -492,7 +518,7 @@ def test_index_equals_a_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
 
 
-@pytest.mark.skipif(faiss.get_num_gpus() == 0, reason="needs a GPU")
+@pytest.mark.skipif(not engines.has_gpu(), reason="needs a GPU")
 def test_gpu_and_cpu_agree() -> None:
     cpu, gpu = VectorIndex(DIM, "cpu"), VectorIndex(DIM, "cuda")
     assert (cpu.device, gpu.device) == ("cpu", "cuda")
