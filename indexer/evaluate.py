@@ -148,7 +148,7 @@ def verdict_shares(
         chosen = names == name
         if chosen.any():
             shares = {"fake": fake[chosen].mean(), "real": real[chosen].mean()}
-            shares |= {"uncertain": 1 - shares["fake"] - shares["real"], "coverage": shares["fake"] + shares["real"]}
+            shares |= {"uncertain": (~fake & ~real)[chosen].mean(), "coverage": (fake | real)[chosen].mean()}
             row = {"generator": name, "images": int(chosen.sum())}
             rows.append(row | {key: round(float(value), 6) for key, value in shares.items()})
     return rows

@@ -120,7 +120,9 @@ def tell_status(status: Mapping[str, Any]) -> None:
     facts.add_row("checkpoint", f"{status['name']} {status['checkpoint']}")
     facts.add_row("references", f"{references['real']} real, {references['fake']} fake; revision {status['revision']}")
     facts.add_row(
-        "index", f"{index['kind']} on {index['device']}, {index['size']} vectors; revision {index['revision']}"
+        "index",
+        f"{index['kind']} on {index['device']}, {index['size']} vectors, recall@20 {index['recall']:.4g}; "
+        f"revision {index['revision']}",
     )
     calibration = status["calibration"]
     facts.add_row(
