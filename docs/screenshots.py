@@ -1,0 +1,41 @@
+"""Take the README's two pictures of the page: `python docs/screenshots.py URL IMAGE`, with the service at URL."""
+
+import io
+import shutil
+import sys
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, ViewportSize, sync_playwright
+
+FOLDER = Path(__file__).parent
+DETECT: ViewportSize = {"width": 1200, "height": 1580}
+GENERATORS: ViewportSize = {"width": 1200, "height": 1190}
+
+
+def save(page: Page, name: str) -> None:
+    """Write what the window shows, in few enough colours for a small file."""
+    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    picture.quantize(256, dither=Image.Dither.NONE).save(FOLDER / name, optimize=True)
+
+
+def main(url: str, image: str) -> None:
+    """A verdict by day, the generators by night."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport=DETECT, color_scheme="light")
+        page.goto(url)
+        page.locator("#view-detect input[type=file]").set_input_files(image)
+        page.locator(".verdict").wait_for()
+        page.wait_for_load_state("networkidle")
+        save(page, "verdict.png")
+        page = browser.new_page(viewport=GENERATORS, color_scheme="dark")
+        page.goto(f"{url}#/generators")
+        page.locator("#view-generators table").first.wait_for()
+        page.wait_for_load_state("networkidle")
+        save(page, "generators.png")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
