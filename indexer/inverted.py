@@ -62,6 +62,24 @@ class Inverted:
         use_threads_for(len(vectors) // 1_000)
         self._faiss.add(np.asarray(vectors, np.float16).astype(np.float32))  # rounded as in `Flat`
 
+    def assign(self, vectors: np.ndarray) -> np.ndarray:
+        """The list that each vector (n, d) belongs to, shape (n,), int64."""
+        use_threads_for(len(vectors) // 1_000)
+        numbers: np.ndarray = self._quantizer.search(vectors.astype(np.float32), 1)[1][:, 0]
+        return numbers
+
+    def fill(self, numbers: np.ndarray, take: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Fill empty lists, each at once, so that it takes no more memory than it needs.
+
+        Args:
+            numbers: List of each row, shape (n,).
+            take: Vectors of rows: (m,) to (m, d), float16.
+        """
+        order, sizes = np.argsort(numbers, kind="stable"), np.bincount(numbers, minlength=len(self.centroids))
+        for number, rows in enumerate(np.split(order, np.cumsum(sizes)[:-1])):
+            self._put(number, rows, take(rows))
+        self._faiss.ntotal = len(numbers)
+
     def keep(self, rows: np.ndarray) -> None:
         self._faiss.remove_ids(selector(~rows))
         moved = np.cumsum(rows) - 1  # (n,): where each row that stays goes to
@@ -124,13 +142,16 @@ class Inverted:
         engine = cls(fill(np.empty((values["lists"], dim), np.float32)))
         sizes, rows = fill(np.empty(values["lists"], np.int64)), fill(np.empty(n, np.int64))
         for number, part in enumerate(np.split(rows, np.cumsum(sizes)[:-1])):
-            codes = fill(np.empty((len(part), dim), np.float16)).view(np.uint8)
-            if len(part):
-                part = np.ascontiguousarray(part)
-                engine._faiss.invlists.add_entries(number, len(part), faiss.swig_ptr(part), faiss.swig_ptr(codes))
+            engine._put(number, part, fill(np.empty((len(part), dim), np.float16)))
         engine._faiss.ntotal = n
         engine.nprobe, engine.recall, engine.tuned_at = (values[key] for key in ("nprobe", "recall", "tuned_at"))
         return engine
+
+    def _put(self, number: int, rows: np.ndarray, vectors: np.ndarray) -> None:
+        """Append rows and their vectors, float16, to a list."""
+        if len(rows):
+            rows, vectors = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(vectors).view(np.uint8)
+            self._faiss.invlists.add_entries(number, len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(vectors))
 
     def _ids(self, number: int) -> np.ndarray:
         """Rows in a list: FAISS's own memory, shape (m,), int64."""

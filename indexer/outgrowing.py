@@ -31,25 +31,35 @@ def outgrow(shelf: Shelf, lock: ReadWriteLock) -> bool:
     return False
 
 
+class _RowsMoved(Exception):
+    """A removal has moved rows up: what was learnt of them is of others now."""
+
+
 def _invert(shelf: Shelf, flat: Flat, lock: ReadWriteLock) -> bool:
     with lock.read():
         n, removals = len(flat), shelf.removals
-        rows = np.random.default_rng(n).permutation(n)[: max(QUERIES, TRAINING * lists_for(n))]
-        sample = flat.vectors()[rows].astype(np.float32)
-    lists = Inverted.trained(n, sample)
-    while len(lists) < n:
+
+    def take(rows: np.ndarray | slice) -> np.ndarray:
         with lock.read():
             if shelf.removals != removals:
-                return False
-            block = flat.vectors()[len(lists) : len(lists) + BLOCK].copy()
-        lists.add(block)
-    lists.tune(sample[:QUERIES])
+                raise _RowsMoved
+            return flat.vectors()[rows].copy()
+
+    try:
+        some = np.random.default_rng(n).permutation(n)[: max(QUERIES, TRAINING * lists_for(n))]
+        sample = take(some).astype(np.float32)
+        lists = Inverted.trained(n, sample)
+        numbers = [lists.assign(take(slice(first, min(first + BLOCK, n)))) for first in range(0, n, BLOCK)]
+        lists.fill(np.concatenate(numbers), take)
+        lists.tune(sample[:QUERIES])
+    except _RowsMoved:
+        return False
     with lock.write():
         if shelf.removals != removals:
             return False
         if 2 * lists.nprobe > len(lists.centroids):
             shelf.kept_flat = n  # they would win nothing
             return False
-        lists.add(flat.vectors()[len(lists) :])  # what has come since
+        lists.add(flat.vectors()[n:])  # what has come since
         shelf.engine = lists
     return True
