@@ -36,8 +36,13 @@ class Neighbours:
 
     def merge(self, other: "Neighbours", k: int) -> "Neighbours":
         """The k nearest of both."""
-        similarities = np.concatenate([self.similarities, other.similarities], axis=1)
+        similarities = np.concatenate((self.similarities, other.similarities), axis=1)
         order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]  # (q, k), NaN sorts last
         query = np.arange(len(order))[:, None]
-        columns = [np.concatenate([getattr(x, field.name) for x in (self, other)], axis=1) for field in fields(self)]
-        return Neighbours(*(column[query, order] for column in columns))
+        return Neighbours(
+            np.concatenate((self.ids, other.ids), axis=1)[query, order],
+            similarities[query, order],
+            np.concatenate((self.labels, other.labels), axis=1)[query, order],
+            np.concatenate((self.generators, other.generators), axis=1)[query, order],
+            np.concatenate((self.sources, other.sources), axis=1)[query, order],
+        )

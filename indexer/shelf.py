@@ -136,16 +136,16 @@ class Shelf:
         return self.engine.search(queries, k, allowed)
 
     def _neighbours(self, similarities: np.ndarray, rows: np.ndarray) -> Neighbours:
+        """What is known of rows; similarities are brought into -1..1, since halves round beyond."""
+        np.clip(similarities, -1, 1, out=similarities)
         none = rows < 0
+        if not none.any():
+            labels = np.full(rows.shape, self.label, np.int8)
+            return Neighbours(self.ids[rows], similarities, labels, self.generators[rows], self.sources[rows])
         columns = (self.ids, self.generators, self.sources) if len(self) else (np.array([-1]),) * 3
         ids, generators, sources = (np.where(none, column.dtype.type(-1), column[rows]) for column in columns)
-        return Neighbours(
-            ids=ids,
-            similarities=np.where(none, np.float32(np.nan), similarities.clip(-1, 1)),  # halves round beyond 1
-            labels=np.where(none, np.int8(-1), np.int8(self.label)),
-            generators=generators,
-            sources=sources,
-        )
+        labels = np.where(none, np.int8(-1), np.int8(self.label))
+        return Neighbours(ids, np.where(none, np.float32(np.nan), similarities), labels, generators, sources)
 
     def _set(self, ids: np.ndarray, generators: np.ndarray, sources: np.ndarray) -> None:
         self.ids, self.generators, self.sources = ids, generators, sources
