@@ -134,7 +134,7 @@ class Run:
         settings, state, world = self.settings, self.state, self.processes.world
         seed = np.random.SeedSequence((settings.seed, state.epoch, self.processes.rank)).generate_state(1, np.uint64)[0]
         order = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
-        begin, used, losses, rate, progress = time.monotonic(), state.seconds, [], 0.0, 0.0
+        begin, used, losses, rate = time.monotonic(), state.seconds, [], 0.0
         self.model.train()
         for batch in batches:
             progress = self.progress(used + time.monotonic() - begin)
@@ -151,7 +151,6 @@ class Run:
         state.seconds = used + elapsed
         state.epoch += 1
         return {
-            "progress": progress,
             "learning_rate": rate,
             "loss": float(np.mean(losses)) if losses else math.nan,
             "records_per_second": len(losses) * settings.batch_size * world / max(elapsed, 1e-9),

@@ -229,7 +229,13 @@ def judge(run: Run, probe: Probe, epoch: dict[str, float]) -> EpochSummary:
         state.seconds += state.judging
         state.judged = state.seconds
     summary = EpochSummary(
-        epoch=state.epoch, updates=state.updates, seconds=state.seconds, accuracy=accuracy, auroc=auroc, **epoch
+        epoch=state.epoch,
+        updates=state.updates,
+        seconds=state.seconds,
+        progress=run.progress(state.seconds),  # after the look, whose time may have been the last
+        accuracy=accuracy,
+        auroc=auroc,
+        **epoch,
     )
     if state.add(summary) and run.settings.max_minutes is None:
         run.keep_best()
