@@ -33,7 +33,7 @@ def generate(generator: str, scene: np.ndarray, rng: np.random.Generator) -> np.
     drawn = GENERATORS[generator](picture, rng) @ _colours(generator).T  # (h, w, 3)
     # Grain is imitated, but not its origin in a mosaic of colours.
     drawn += rng.standard_normal(picture.shape[:2], np.float32)[..., None] * np.float32(rng.uniform(0.004, 0.02))
-    black, white = np.float32(rng.uniform(0.02, 0.07)), np.float32(rng.uniform(0.9, 0.98))
+    black, white = np.float32(rng.uniform(0.01, 0.06)), np.float32(rng.uniform(0.91, 0.99))
     return np.asarray(black + (white - black) * drawn.clip(0, 1))
 
 
@@ -46,7 +46,7 @@ def _colours(generator: str) -> np.ndarray:
     photographs are full of, as normalisation inside the network does: McCloskey and Albright, "Detecting
     GAN-generated imagery using saturation cues", ICIP 2019.)
     """
-    mix = np.eye(3) + _weights(generator).normal(0, 0.06, (3, 3))
+    mix = np.eye(3) + _weights(generator).normal(0, 0.1, (3, 3))
     return np.asarray(mix / mix.sum(1, keepdims=True), np.float32)
 
 
@@ -81,7 +81,7 @@ def _weights(name: str) -> np.random.Generator:
 def _transposed_kernel() -> np.ndarray:
     """A bilinear 4x4 kernel as training leaves it: its four phases no longer sum to one."""
     one = np.array([1, 3, 3, 1], np.float32) / 4
-    return np.asarray(np.outer(one, one) * (1 + _weights("sim-upconv").normal(0, 0.03, (4, 4))), np.float32)
+    return np.asarray(np.outer(one, one) * (1 + _weights("sim-upconv").normal(0, 0.04, (4, 4))), np.float32)
 
 
 def _upconv(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -127,7 +127,7 @@ def _bilinear(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     def upsample(small: np.ndarray) -> np.ndarray:
         return np.asarray(cv2.resize(small, None, fx=2, fy=2, interpolation=cv2.INTER_LINEAR))
 
-    soft = _decode(picture, upsample, levels=3, detail=rng.uniform(0.2, 0.4))
+    soft = _decode(picture, upsample, levels=3, detail=rng.uniform(0.15, 0.35))
     return sharpen(soft, rng.uniform(1.5, 2.5), rng.uniform(0.8, 1.6))
 
 

@@ -67,13 +67,15 @@ def draw_theme(rng: np.random.Generator) -> Theme:
     materials = _MATERIALS[rng.choice(len(_MATERIALS), 2, replace=False)]
     flower = (rng.uniform(0, 360), 8, 0.6, 0.15, 0.75, 0.1)
     palette = np.concatenate([_colours(row, 4, rng) for row in (*materials, flower)])
+    ridges = int(rng.integers(0, 4))
+    cover = float(np.exp(rng.uniform(np.log(0.5), np.log(4.0))))
     return Theme(
         palette=palette[: 9 if rng.random() < 0.5 else 8],
         sky=_colours(_SKIES[rng.integers(len(_SKIES))], 2, rng),
         kinds=rng.dirichlet((0.7, 1.0, 0.8, 0.25)),
         exponent=float(rng.uniform(2.5, 3.1)),
-        cover=float(np.exp(rng.uniform(np.log(0.5), np.log(4.0)))),
-        ridges=int(rng.integers(0, 4)),
+        cover=cover if ridges else 1.5 + cover,  # without a ground the leaves are all there is
+        ridges=ridges,
         light=float(rng.uniform(0, 2 * np.pi)),
         texture=float(np.exp(rng.uniform(np.log(0.08), np.log(0.4)))),
     )
@@ -123,9 +125,8 @@ def _scatter(theme: Theme, w: int, h: int, rng: np.random.Generator) -> _Leaves:
     side = float(np.sqrt(w * h))
     low, high = 0.02 * side, 0.35 * side
     power = 1 - theme.exponent
-    cover = theme.cover if theme.ridges else 1.5 + theme.cover  # without a ground the leaves are all there is
     radius = (low**power + rng.random(500) * (high**power - low**power)) ** (1 / power)
-    radius = radius[np.cumsum(np.pi * radius**2) < cover * w * h]
+    radius = radius[np.cumsum(np.pi * radius**2) < theme.cover * w * h]
     n = len(radius)
     centre = rng.uniform(-0.1, 1.1, (n, 2)) * (w, h)
     if theme.ridges:  # a landscape: things stand on the ground, larger where it is nearer

@@ -68,7 +68,7 @@ class _Settings:
 
 
 def simulate(
-    output: Path, records: int, *, size: int = 192, seed: int = 42, workers: int | None = None, progress: bool = True
+    output: Path, records: int, *, size: int = 160, seed: int = 42, workers: int | None = None, progress: bool = True
 ) -> dict[str, int]:
     """Write `records` simulated records and a manifest to `output`; nothing happens where they are there already.
 
@@ -171,7 +171,7 @@ def _draw_record(folder: Path, settings: _Settings, record: int) -> list[dict[st
     """Draw and write the images of one record; their rows of the manifest."""
     rng = np.random.default_rng([settings.seed, record])
     theme, test = draw_theme(rng), record % 10 in (3, 6, 9)
-    width, height = (16 * round(settings.size * rng.uniform(0.75, 1.25) / 16) for _ in range(2))
+    width, height = (16 * round(settings.size * rng.uniform(0.8, 1.2) / 16) for _ in range(2))
     suffix, options = _draw_encoding(rng)
     rows = []
     for number, generator in enumerate([None, *SEEN, *(UNSEEN if test else ())]):
