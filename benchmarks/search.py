@@ -43,15 +43,18 @@ def embeddings(n: int, seed: int) -> np.ndarray:
 def turns(searches: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
     """Seconds of each search in each round, after one round that does not count.
 
-    Each has its own go right before it is timed: what the one before left in the caches concerns none.
+    The order changes, and a turn is the best of three calls: the one before leaves its caches and waiting threads.
     """
     seconds: dict[str, list[float]] = {name: [] for name in searches}
+    rng = np.random.default_rng(0)
     for _ in range(rounds + 1):
-        for name, search in searches.items():
-            search()
-            start = time.perf_counter()
-            search()
-            seconds[name].append(time.perf_counter() - start)
+        for name in rng.permutation(list(searches)).tolist():
+            calls = []
+            for _ in range(3):
+                start = time.perf_counter()
+                searches[name]()
+                calls.append(time.perf_counter() - start)
+            seconds[name].append(min(calls))
     return {name: np.array(values[1:]) for name, values in seconds.items()}
 
 

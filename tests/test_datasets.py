@@ -6,6 +6,7 @@ import pickle
 import sys
 import tarfile
 from collections.abc import Callable, Iterable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from trainer.datasets import (
     read_uri,
     role,
 )
+from trainer.entry import default_split
 from trainer.images import ImageTooLarge, UnreadableImage, decode_image
 
 
@@ -382,9 +384,19 @@ def test_splits_are_made_by_hash_where_a_layout_names_none(tmp_path: Path) -> No
     assert FIT_FORBIDDEN_SPLITS == ("test", "unseen")
 
 
-def test_roles_are_fixed_by_the_group() -> None:
-    assert [role(name) for name in ("a", "b", "c")] == [role(name) for name in ("a", "b", "c")]
-    roles = [role(f"group {i}") for i in range(5000)]
+def test_such_splits_do_not_depend_on_the_role() -> None:
+    names = [f"group {i}" for i in range(5000)]
+    held_out = [default_split(name) for name in names if role(name) != "training"]
+    assert held_out.count("train") / len(held_out) == pytest.approx(0.7, abs=0.05)
+
+
+def test_roles_are_fixed_by_the_hash_of_the_group() -> None:
+    names = [f"group {i}" for i in range(5000)]
+    shares = [
+        int.from_bytes(blake2b(f"lineup{name}".encode(), digest_size=8).digest(), "big") / 2**64 for name in names
+    ]
+    roles = [role(name) for name in names]
+    assert roles == ["validation" if s < 0.1 else "calibration" if s < 0.2 else "training" for s in shares]
     assert [round(roles.count(name) / 5000, 1) for name in ("validation", "calibration", "training")] == [0.1, 0.1, 0.8]
 
 
