@@ -1,6 +1,6 @@
 """Speed of the view pipeline and of the training step, against a re-enactment of the reference pipeline.
 
-    python benchmarks/training.py [--image-size 224] [--local-size 96] [--records 32] [--device cpu]
+    python -m benchmarks.training [--image-size 224] [--local-size 96] [--records 32] [--device cpu]
 
 Both sides get the same decoded images and take turns in one run, so the ratios hold on a machine that is not idle.
 """
@@ -19,9 +19,9 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from pillow_views import PillowViews
 from torch import nn
 
+from benchmarks.pillow_views import PillowViews
 from trainer.augmentations import Augmenter, Pixels
 from trainer.loss import code_loss, derangement
 from trainer.objective import Objective
