@@ -1,11 +1,13 @@
 """An embedder without a network, for tests: the vector is drawn from a hash of the pixels.
 
-Run as a program it is the indexer's command line with this embedder in the place of every checkpoint.
+Run as a program it is the indexer's command line with this embedder in the place of every checkpoint, and has a
+command of its own: `follow`, which keeps index and snapshot up to date until it is killed.
 """
 
 import hashlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,10 +58,28 @@ class HashingEmbedder:
         return np.array(vectors, np.float32)  # (n, d)
 
 
+def follow() -> None:
+    """What a service does beside searching, with a snapshot at every chance."""
+    from indexer import follower
+    from indexer.postgres import connect
+    from indexer.settings import Settings
+    from indexer.store import Store
+
+    follower.POLL, follower.QUIET = 0.02, 0.0
+    settings = Settings()
+    store = Store(connect(settings))
+    while not (checkpoints := store.checkpoints()):
+        time.sleep(0.02)
+    one = follower.Follower(settings, store, checkpoints[0].id, checkpoints[0].dim)
+    one.load()
+    one.start()
+    threading.Event().wait()
+
+
 if __name__ == "__main__":
     import trainer.embedder
     from indexer.__main__ import app
 
     trainer.embedder.Embedder = HashingEmbedder  # type: ignore[misc,assignment]
     print("ready", file=sys.stderr, flush=True)  # imports are over, a kill from here on hits something
-    app()
+    follow() if sys.argv[1:] == ["follow"] else app()

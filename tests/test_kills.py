@@ -1,5 +1,6 @@
 """Whatever is killed and whenever, running it again ends with the same rows, and rows, index and snapshot agree."""
 
+import contextlib
 import json
 import os
 import random
@@ -73,19 +74,23 @@ def assert_all_is_there(home: Path) -> None:
 
 
 def kill_again_and_again(home: Path, images: Path, times: int, seed: int) -> None:
-    """Kill adding, removing and rebuilding at random moments, the first start included, then let one add run."""
+    """Kill adding, removing, rebuilding, following at random moments, the first start included; then one add runs."""
     moments = random.Random(seed)
     commands: list[list[object]] = [["add", images]] * 3 + [["remove", "--generator", "gen-a"], ["rebuild"]]
     for turn in range(times):
         command = ["add", images] if turn < 3 else moments.choice(commands)
-        process = start(home, *command, seconds=0.05)
-        assert process.stderr is not None
-        assert process.stderr.readline() == "ready\n"
-        try:
-            process.wait(moments.uniform(0, 1.5))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        processes = [start(home, *command, seconds=0.05)]
+        if turn % 3 == 2:
+            processes.append(start(home, "follow"))  # what the others write meanwhile
+        for process in processes:
+            assert process.stderr is not None
+            assert process.stderr.readline() == "ready\n"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            processes[0].wait(moments.uniform(0, 1.5))
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
     report = result(start(home, "add", images, "--json"))
     assert report["added"] + report["known"] == 120
     assert report["rejected"] == report["conflicts"] == []
