@@ -8,7 +8,7 @@ import typer
 from trainer.embedder import read_config
 from trainer.evaluate import evaluate
 
-HEADS = ("linear", "nn1", "svm", "combined")
+HEADS = ("linear", "nn1", "knn", "svm", "combined")
 
 
 def main(

@@ -108,7 +108,7 @@ def test_every_split_transform_head_and_generator_has_a_row(evaluation: Evaluati
         (split, transform, head, generator)
         for split, generators in (("test", ["gen-a"]), ("unseen", ["gan-b"]))
         for transform in ("none", "transformed", "equalised")
-        for head in ("linear", "svm", "nn1", "combined")
+        for head in ("linear", "svm", "nn1", "knn", "combined")
         for generator in ("all", "real", *generators)
     }
     assert len(evaluation.rows) == len(found)
@@ -345,7 +345,7 @@ def test_report_holds_tables_plots_and_rows(evaluation: Evaluation, tmp_path: Pa
     for title in ("file facts alone", "Real images by source", "Calibration of the checkpoint", "Enrolment"):
         assert title in markdown
     page = (tmp_path / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == 6
+    assert page.count('src="data:image/png;base64,') == page.count("<figcaption>") == 6
     assert not re.search(r'(src|href)="(?!data:)', page)
     with (tmp_path / "rows.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(evaluation.rows)
@@ -369,8 +369,8 @@ def test_tables_beside_those_of_another_checkpoint(evaluation: Evaluation, tmp_p
     }  # fmt: skip
     (tmp_path / "report.json").write_text(json.dumps(document))
     seen = report_tables(document, [tmp_path / "report.json"], published=False)[0]
-    assert [line[0] for line in seen.rows[::4]] == ["tiny (Linear)", "tiny 01234567 (Linear)"]
-    assert seen.rows[0][1:] == seen.rows[4][1:]
+    assert [line[0] for line in seen.rows[::5]] == ["tiny (Linear)", "tiny 01234567 (Linear)"]
+    assert seen.rows[0][1:] == seen.rows[5][1:]
     (tmp_path / "report.json").write_text("[]")
     with pytest.raises(EvaluationError, match="is no report"):
         report_tables(document, [tmp_path / "report.json"], published=False)

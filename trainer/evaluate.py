@@ -48,7 +48,7 @@ class Scorer:
         return cls(heads, calibration if calibration.maps else None)
 
     def __call__(self, embeddings: np.ndarray) -> dict[str, np.ndarray]:
-        """Scores by head, each of shape (n,), higher for fake: linear logit, SVM score, 1-NN margin, combined 0..1.
+        """Scores by head, each of shape (n,), higher for fake: margins of linear, svm, nn1 and knn; combined 0..1.
 
         Args:
             embeddings: Raw, shape (n, d).
@@ -58,6 +58,7 @@ class Scorer:
             scores["combined"] = self.calibration.combine_many(scores)
         if self.heads.nearest:
             scores["nn1"] = self.heads.nearest.margin(embeddings)
+            scores["knn"] = self.heads.nearest.share(embeddings) - 0.5
         return scores
 
 

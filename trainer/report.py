@@ -240,20 +240,22 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 def _markdown(title: str, facts: Sequence[str], tables: Sequence[Table], pictures: Mapping[str, bytes]) -> str:
     parts = [f"# {title}", *facts, *(table.markdown() for table in tables)]
-    parts += [f"![{name}](plots/{name}.png)" for name in pictures]
+    parts += [f"![{name}](plots/{name}.png)\n\n{plots.CAPTIONS[name]}" for name in pictures]
     return "\n\n".join(parts) + "\n"
 
 
 def _html(title: str, facts: Sequence[str], tables: Sequence[Table], pictures: Mapping[str, bytes]) -> str:
     images = "".join(
-        f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+        f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+        f"<figcaption>{html.escape(plots.CAPTIONS[name])}</figcaption></figure>"
         for name, data in pictures.items()
     )
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222}"
         "table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}"
         "td,th{padding:.25em .6em;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}"
-        "td:first-child,th:first-child{text-align:left}img{max-width:100%;margin:1em 0;display:block}"
+        "td:first-child,th:first-child{text-align:left}img{max-width:100%;display:block}"
+        "figure{margin:2em 0}figcaption{color:#555;max-width:46em}"
     )
     text = "".join(f"<p>{html.escape(fact)}</p>" for fact in facts) + images
     return (

@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer import paper
 
-HEADS = {"linear": "Linear", "nn1": "NN", "svm": "SVM", "combined": "linear + SVM, calibrated"}
+HEADS = {"linear": "Linear", "nn1": "NN", "knn": "10-NN", "svm": "SVM", "combined": "linear + SVM, calibrated"}
 """Heads in the poster's order and words."""
 NOT_DIFFUSION = re.compile(r"gan|dall-?e[ -]?(mini|v?1$)|muse|gpt|4o|parti|cogview|\bvar\b|crn|imle|deepfake", re.I)
 """Names of generators that are not diffusion models: GANs, autoregressive and masked-token models."""
