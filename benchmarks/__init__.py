@@ -1,0 +1,1 @@
+"""One script for each table of BENCHMARKS.md."""
