@@ -21,9 +21,9 @@ class Evidence:
     k: int
     """How many neighbours vote."""
     real: Neighbours
-    """The k nearest reals: ids (q, k), -1 for missing, and similarities, NaN for missing."""
+    """The nearest reals, k or more: ids (q, kr), -1 for missing, and similarities, NaN for missing."""
     fake: Neighbours
-    """The k nearest fakes."""
+    """Likewise the nearest fakes."""
     votes: Votes
     logits: dict[str, np.ndarray]
     """Raw logit or score by head, each (q,); NaN where the head cannot answer."""
@@ -50,7 +50,7 @@ def gather(
 
     Args:
         embeddings: Raw, shape (q, d), float32.
-        k: Neighbours of each label.
+        k: Neighbours of each label, more of the one that has more references.
         follower: Where the references are.
         heads: Linear and SVM, where the checkpoint has them.
         calibration: Maps logits to the combined score.
@@ -58,7 +58,7 @@ def gather(
     """
     start = time.perf_counter()
     excluded = None if exclude is None else np.array([exclude], np.int64)
-    real, fake = follower.search_both(embeddings, k, exclude_ids=excluded)  # (q, k) each
+    real, fake = follower.voters(embeddings, k, exclude_ids=excluded)  # (q, kr) and (q, kf), both at least k
     votes = vote(real.similarities, fake.similarities, fake.generators, k)
     searched = time.perf_counter()
     logits = {"knn": votes.logit} | (heads.logits(embeddings) if heads else {})

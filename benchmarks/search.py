@@ -138,7 +138,7 @@ def filters(index: VectorIndex, query: np.ndarray, n: int, rounds: int) -> Table
         "generator, 0.05 %": lambda: index.search(query, K, generator=3),
         "1,000 ids left out": lambda: index.search(query, K, exclude_ids=some),
         "10 ids left out": lambda: index.search(query, K, exclude_ids=some[:10]),
-        "both labels, 20 each": lambda: index.search_both(query, K),
+        "both labels, 20 each": lambda: index.search_both(query, (K, K)),
     }
     seconds = turns(searches, rounds)
     table = Table("filter", "ms", "times the plain search")

@@ -37,7 +37,7 @@ def calibrate(follower: Follower, heads: Heads, images: CalibrationSet, k: int) 
     images = affordable(images, len(follower.index))
     related = relatives(follower.store, images.sha256, images.groups)
     revision = follower.revision  # first: what comes in during the search makes the next calibration
-    real, fake = follower.index.search_both(images.embeddings, k, exclude_each=related)
+    real, fake = follower.voters(images.embeddings, k, exclude_each=related)
     votes = vote(real.similarities, fake.similarities, fake.generators, k)
     calibration = fit_calibration(
         {"knn": votes.logit} | heads.logits(images.embeddings),

@@ -111,7 +111,7 @@ def _called_fake(
     follower: Follower, queries: np.ndarray, k: int, related: list[np.ndarray], masked: np.ndarray
 ) -> dict[str, np.ndarray]:
     """By head, 1 where its raw decision is fake, 0 where it is real, NaN where it cannot answer; shape (n,)."""
-    real, fake = follower.index.search_both(queries, k, exclude_ids=masked, exclude_each=related)
+    real, fake = follower.voters(queries, k, exclude_ids=masked, exclude_each=related)
     votes = vote(real.similarities, fake.similarities, fake.generators, k)
     scores = {"knn": votes.logit, "nn1": votes.nearest_fake - votes.nearest_real}
     return {head: np.where(np.isnan(score), np.nan, score > 0) for head, score in scores.items()}

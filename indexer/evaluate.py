@@ -122,7 +122,7 @@ def index_scores(
         calibration: Of its revision.
         k: Neighbours of each label that vote.
     """
-    real, fake = follower.index.search_both(embeddings, k, exclude_each=related)
+    real, fake = follower.voters(embeddings, k, exclude_each=related)
     votes = vote(real.similarities, fake.similarities, fake.generators, k)
     logits = {"knn": votes.logit} | heads.logits(embeddings)
     combined = {"combined": calibration.combine_many(logits)} if calibration and calibration.maps else {}

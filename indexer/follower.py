@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from indexer.landmark import landmark, stands
 from indexer.settings import Settings
 from indexer.store import CHANNEL, Additions, Store
 from indexer.vector_index import BadSnapshot, IndexChanged, Neighbours, VectorIndex
+from trainer.vote import depths
 
 log = logging.getLogger(__name__)
 
@@ -180,11 +181,26 @@ class Follower:
         )
         return self.neighbours(found)
 
-    def search_both(
-        self, vectors: np.ndarray, k: int, *, exclude_ids: np.ndarray | None = None
+    def voters(
+        self,
+        vectors: np.ndarray,
+        k: int,
+        *,
+        exclude_ids: np.ndarray | None = None,
+        exclude_each: Sequence[np.ndarray] | None = None,
     ) -> tuple[Neighbours, Neighbours]:
-        """The k nearest real and the k nearest fake references as arrays, for the vote."""
-        return self.index.search_both(vectors, k, exclude_ids=exclude_ids)
+        """The real and the fake references that vote on raw embeddings (q, dim): see `trainer.vote.depths`.
+
+        Args:
+            vectors: See `VectorIndex.search_both`.
+            k: Neighbours of the label that has fewer references.
+            exclude_ids: See `VectorIndex.search_both`.
+            exclude_each: See `VectorIndex.search_both`.
+        """
+        reals, fakes = self.index.counts(exclude_ids)
+        return self.index.search_both(
+            vectors, depths(k, reals, fakes), exclude_ids=exclude_ids, exclude_each=exclude_each
+        )
 
     def neighbours(self, found: Neighbours) -> list[list[Neighbour]]:
         """What arrays from the index say, with names; padding is left out."""

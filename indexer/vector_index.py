@@ -57,10 +57,14 @@ class VectorIndex:
     def __len__(self) -> int:
         return sum(self.counts())
 
-    def counts(self) -> tuple[int, int]:
-        """How many real and how many fake references."""
+    def counts(self, exclude_ids: np.ndarray | None = None) -> tuple[int, int]:
+        """How many real and fake references there are, without the given ids."""
         with self._lock.read():
-            return len(self._shelves[0]), len(self._shelves[1])
+            reals, fakes = (
+                len(shelf) - (0 if exclude_ids is None else int((shelf.rows(np.asarray(exclude_ids)) >= 0).sum()))
+                for shelf in self._shelves
+            )
+        return reals, fakes
 
     def ids(self) -> np.ndarray:
         """All ids, ascending, shape (n,), int64."""
@@ -171,17 +175,17 @@ class VectorIndex:
     def search_both(
         self,
         vectors: np.ndarray,
-        k: int,
+        k: tuple[int, int],
         *,
         source: int | None = None,
         exclude_ids: np.ndarray | None = None,
         exclude_each: Sequence[np.ndarray] | None = None,
     ) -> tuple[Neighbours, Neighbours]:
-        """The k nearest real and the k nearest fake references; otherwise like `search`.
+        """The nearest real and the nearest fake references; otherwise like `search`.
 
         Args:
             vectors: See `search`.
-            k: See `search`; of each label.
+            k: How many reals, and how many fakes.
             source: See `search`.
             exclude_ids: See `search`.
             exclude_each: Ids that one query must not find though others may, q arrays of any length.
@@ -189,11 +193,11 @@ class VectorIndex:
         if exclude_each is not None and len(exclude_each) != len(vectors):
             raise BadVectors(f"{len(vectors)} queries came with {len(exclude_each)} exclusions")
         found: tuple[list[Neighbours], list[Neighbours]] = ([], [])
-        for first, queries in self._parts_of(vectors, k):
+        for first, queries in self._parts_of(vectors, max(k)):
             with self._lock.read():
-                for parts, shelf in zip(found, self._shelves, strict=True):
+                for parts, shelf, wanted in zip(found, self._shelves, k, strict=True):
                     each = None if exclude_each is None else exclude_each[first : first + len(queries)]
-                    answer = shelf.nearest(queries, k, source=source, exclude_ids=exclude_ids, exclude_each=each)
+                    answer = shelf.nearest(queries, wanted, source=source, exclude_ids=exclude_ids, exclude_each=each)
                     parts.append(answer)
         return Neighbours.joined(found[0]), Neighbours.joined(found[1])
 

@@ -104,8 +104,13 @@ def test_a_search_gives_names(store: Store, settings: Settings) -> None:
     assert ids(generator="gen-a") == ids(source="elsewhere") == ids(label=1) == [fake]
     assert ids(source="ELSEWHERE") == ids(generator="gen") == ids(source="") == []
     assert ids(exclude_ids=np.array([fake])) == [real]
-    both = follower.search_both(query, 2)
-    assert [one.ids.tolist() for one in both] == [[[real, -1]], [[fake, -1]]]
+    both = follower.voters(query, 2)
+    assert [one.ids.tolist() for one in both] == [[[real]], [[fake]]]
+    (third,) = add(store, 3, generator="gen-a")
+    follower.catch_up()
+    assert [one.ids.tolist() for one in follower.voters(query, 1)] == [[[real]], [[fake, third]]]  # equally deep
+    masked = follower.voters(query, 1, exclude_ids=np.array([fake]))
+    assert [one.ids.tolist() for one in masked] == [[[real]], [[third]]]
 
 
 def test_a_renamed_generator_has_its_new_name(store: Store, settings: Settings) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.vote import generator_shares, vote
+from trainer.vote import DEEPEST, depths, generator_shares, vote
 
 
 def test_two_neighbours_by_hand() -> None:
@@ -34,8 +34,8 @@ def test_missing_neighbours_have_no_weight() -> None:
     full = vote(np.array([[0.5, 0.4]]), np.array([[0.6]]), np.array([[0]]), k=2)
     padded = vote(np.array([[0.5, 0.4, np.nan]]), np.array([[0.6, np.nan, np.nan]]), np.array([[0, -1, -1]]), k=2)
     assert padded.logit[0] == pytest.approx(full.logit[0])
-    assert padded.weights_real[0, 2] == 0
-    assert padded.weights_fake[0, 1:].sum() == 0
+    assert padded.weights_fake[0, 1] == 0
+    np.testing.assert_allclose(padded.weights_real, full.weights_real)
     assert (padded.votes_real[0], padded.votes_fake[0]) == (1, 1)
 
 
@@ -80,6 +80,7 @@ similarities = st.lists(st.one_of(st.floats(-1, 1), st.just(float("nan"))), min_
 def test_weights_sum_to_one_and_their_log_odds_are_the_logit(
     real: list[float], fake: list[float], generators: list[int]
 ) -> None:
+    real, fake = (sorted(one, key=lambda value: (math.isnan(value), -value)) for one in (real, fake))
     missing = np.isnan(fake)
     result = vote(np.array([real]), np.array([fake]), np.where(missing, -1, generators[: len(fake)])[None], k=3)
     if np.isnan(real).all() or missing.all():
@@ -89,3 +90,43 @@ def test_weights_sum_to_one_and_their_log_odds_are_the_logit(
     assert result.score[0] == pytest.approx(result.weights_fake.sum())
     assert result.logit[0] == pytest.approx(math.log(result.weights_fake.sum() / result.weights_real.sum()))
     assert result.votes_real[0] + result.votes_fake[0] == min(3, (~np.isnan(real)).sum() + (~missing).sum())
+
+
+@pytest.mark.parametrize(
+    ("reals", "fakes", "expected"),
+    [
+        (100, 100, (10, 10)),
+        (100, 400, (10, 40)),
+        (400, 100, (40, 10)),
+        (5, 8, (5, 8)),  # all there are
+        (0, 7, (10, 10)),
+        (1, 10_000, (1, DEEPEST)),
+        (30, 50_000, (10, DEEPEST)),
+    ],
+)
+def test_depths_reach_the_same_share_of_each_label(reals: int, fakes: int, expected: tuple[int, int]) -> None:
+    assert depths(10, reals, fakes) == expected
+
+
+def test_more_references_of_one_label_do_not_lean_the_vote() -> None:
+    """Queries and both labels from one distribution: the vote should not know which label is the larger."""
+    rng = np.random.default_rng(0)
+    points = rng.standard_normal((600, 8))
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    queries, real, fake = points[:60], points[60:120], points[120:]
+    similarity = [-np.sort(-queries @ one.T, axis=1) for one in (real, fake)]
+
+    def mean_score(columns: tuple[int, int]) -> float:
+        near, far = (one[:, :count] for one, count in zip(similarity, columns, strict=True))
+        return float(vote(near, far, np.zeros(far.shape, np.int64), k=10).score.mean())
+
+    assert mean_score(depths(10, len(real), len(fake))) == pytest.approx(0.5, abs=0.05)
+    assert mean_score((10, 10)) > 0.7
+
+
+def test_those_shown_carry_the_weight_of_their_label() -> None:
+    result = vote(np.array([[0.5]]), np.array([[0.7, 0.6, 0.5, 0.4]]), np.array([[0, 1, 2, 3]]), k=1)
+    assert result.weights_fake.shape == (1, 1)
+    assert result.weights_fake[0, 0] == pytest.approx(result.score[0])
+    fakes = np.mean(np.exp([7.0, 6.0, 5.0, 4.0]))
+    assert result.score[0] == pytest.approx(fakes / (fakes + math.exp(5.0)))

@@ -1,4 +1,9 @@
-"""The weighted vote of the nearest reference images: k real and k fake neighbours in, score and weights out."""
+"""The weighted vote of the nearest reference images: real and fake neighbours in, score and weights out.
+
+Both labels are asked equally deep, by share of their references: where there are four fakes to a real image, 4k fakes
+answer beside k reals. The k nearest of each would lean to the label with more references, whose k nearest are nearer
+for their number alone (measured in BENCHMARKS.md, the vote).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,8 @@ CAP = 0.5
 """One generator counts as at most this share of the k fake neighbours, so that a large one does not drown a new one.
 
 Measured as harmless: a tenth of a point either way on the benchmark (BENCHMARKS.md, the vote)."""
+DEEPEST = 256
+"""Neighbours of one label that are asked at most; beyond that ratio of references the lean comes back, slowly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +34,29 @@ class Votes:
     votes_fake: np.ndarray
     """Fakes among the k nearest overall, shape (q,), int."""
     weights_real: np.ndarray
-    """Shape (q, kr); with `weights_fake` they sum to 1 over a query's neighbours, 0 for a missing one."""
+    """Of the nearest reals, those that are shown, shape (q, at most k), 0 for a missing one. With `weights_fake` they
+    sum to 1: neighbours further down vote as well, and those shown carry the whole weight of their label."""
     weights_fake: np.ndarray
-    """Shape (q, kf)."""
+    """Likewise of the nearest fakes; they sum to `score`."""
     nearest_real: np.ndarray
     """Highest similarity to a real reference, shape (q,), NaN where there is none."""
     nearest_fake: np.ndarray
     """Highest similarity to a fake reference, shape (q,), NaN where there is none."""
+
+
+def depths(k: int, reals: int, fakes: int) -> tuple[int, int]:
+    """How many nearest reals and fakes to ask: the same share of each label's references, k of the fewer.
+
+    Args:
+        k: At least 1; where a label has fewer references than that, all of them are asked.
+        reals: Real references in the index.
+        fakes: Fake ones.
+    """
+    fewer, more = min(reals, fakes), max(reals, fakes)
+    if not fewer:
+        return k, k
+    share = min(k / fewer, 1.0, DEEPEST / more)
+    return max(min(k, reals), round(share * reals)), max(min(k, fakes), round(share * fakes))
 
 
 def vote(
@@ -51,10 +74,11 @@ def vote(
     neighbours of one generator together as at most `cap` * (fakes found), at least one.
 
     Args:
-        similarity_real: Cosine similarity of the nearest real references, shape (q, kr); NaN is missing.
+        similarity_real: Cosine similarity of the nearest real references, descending, shape (q, kr); NaN is missing.
+            For kr and kf see `depths`.
         similarity_fake: Likewise of fakes, shape (q, kf).
         generators_fake: Generator of each fake neighbour, shape (q, kf), int; -1 is missing.
-        k: How many of the nearest overall `votes_real` and `votes_fake` count.
+        k: How many of each label get a weight of their own, and how many of the nearest overall are counted.
         temperature: Similarities are divided by this.
         cap: See above, 0..1; 1 is no cap.
     """
@@ -71,20 +95,20 @@ def vote(
     total_real, total_fake = _logsumexp(log_real), _logsumexp(log_fake)  # (q,)
     logit = np.full(len(real), np.nan)
     logit[both] = total_fake[both] - total_real[both]
-    whole = np.where(both, np.logaddexp(total_real, total_fake), np.inf)[:, None]  # (q, 1), inf makes all weights 0
-    weights_real, weights_fake = np.exp(log_real - whole), np.exp(log_fake - whole)
+    whole = np.where(both, np.logaddexp(total_real, total_fake), np.inf)  # (q,), inf makes all weights 0
+    score = np.exp(total_fake - whole)
 
     joined = np.concatenate([real, fake], axis=1)  # (q, kr + kf)
     nearest = np.argsort(-joined, axis=1, kind="stable")[:, :k]  # NaN sorts last
     counted = ~np.isnan(np.take_along_axis(joined, nearest, axis=1))
     is_fake = nearest >= real.shape[1]
     return Votes(
-        score=np.where(both, weights_fake.sum(1), np.nan),
+        score=np.where(both, score, np.nan),
         logit=logit,
         votes_real=(counted & ~is_fake).sum(1),
         votes_fake=(counted & is_fake).sum(1),
-        weights_real=weights_real,
-        weights_fake=weights_fake,
+        weights_real=_shown(log_real[:, :k], np.exp(total_real - whole)),
+        weights_fake=_shown(log_fake[:, :k], score),
         nearest_real=_nearest(real),
         nearest_fake=_nearest(fake),
     )
@@ -94,9 +118,10 @@ def generator_shares(weights: np.ndarray, generators: np.ndarray) -> dict[int, f
     """Each generator's share of the fakes' weight for one query, largest first, summing to 1.
 
     Args:
-        weights: One row of `Votes.weights_fake`, shape (kf,).
-        generators: The neighbours' generators, shape (kf,); -1 is missing.
+        weights: One row of `Votes.weights_fake`, shape (k,).
+        generators: The neighbours' generators, shape (kf,); -1 is missing. Those without a weight are passed over.
     """
+    generators = generators[: len(weights)]
     total = float(weights[generators >= 0].sum())
     if total <= 0:
         return {}
@@ -106,11 +131,19 @@ def generator_shares(weights: np.ndarray, generators: np.ndarray) -> dict[int, f
 
 def _capped(there: np.ndarray, generators: np.ndarray, cap: float) -> np.ndarray:
     """Mass of each fake neighbour, shape (q, kf): 1, or less where its generator has more than its share."""
-    same = (generators[:, :, None] == generators[:, None, :]) & there[:, None, :]  # (q, kf, kf)
-    count = same.sum(2)  # (q, kf)
+    numbers = np.unique(generators, return_inverse=True)[1].reshape(generators.shape)
+    cells = numbers + np.arange(len(generators))[:, None] * (numbers.max(initial=0) + 1)  # (q, kf), query and generator
+    count = np.bincount(cells[there], minlength=cells.max(initial=0) + 1)[cells]  # (q, kf)
     most = np.maximum(1.0, cap * there.sum(1, keepdims=True))  # (q, 1)
     mass: np.ndarray = np.where(there, np.minimum(1.0, most / np.maximum(count, 1)), 0.0)
     return mass
+
+
+def _shown(log_weights: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Weights of the neighbours shown, shape (q, k), summing to the weight of their label, shape (q,)."""
+    relative = np.exp(log_weights - _logsumexp(log_weights)[:, None].clip(-1e300))  # (q, k), rows of -inf become 0
+    weights: np.ndarray = relative * total[:, None]
+    return weights
 
 
 def _normalised(mass: np.ndarray) -> np.ndarray:
