@@ -31,6 +31,7 @@ class Question:
     k: int | None = None
     max_false_alarm: float | None = None
     explain: frozenset[Explanation] = frozenset()
+    record: bool = True
 
 
 @dataclass(frozen=True, slots=True)
