@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from sklearn.neighbors import NearestNeighbors
 from typer.testing import CliRunner
 
 from trainer.__main__ import app
 from trainer.datasets import read_dataset, role
 from trainer.embedded_set import EmbeddedSet, embed_entries
 from trainer.embedder import CheckpointConfig, Embedder, build_backbone, save_checkpoint
-from trainer.enrolment import enrolment_curve, nearest_similarities
+from trainer.enrolment import enrolment_curve, knn_logits, nearest_similarities
 from trainer.evaluate import Evaluation, EvaluationError, evaluate
 from trainer.file_facts import file_fact_scores
-from trainer.heads import Heads, HeadsError, NearestHead
+from trainer.heads import Heads, HeadsError, NearestHead, unit_length
 from trainer.images import FileFacts, Preprocess
 from trainer.metrics import auroc
 from trainer.refit import refit
@@ -267,14 +268,29 @@ def test_embedded_set_takes_joins_and_comes_back(tmp_path: Path) -> None:
     assert EmbeddedSet.load(tmp_path / "set", "origin") is None
 
 
-def test_nearest_similarities_equal_brute_force() -> None:
+def test_nearest_similarities_equal_brute_force_and_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     queries, references = rng.normal(size=(7, 4)).astype(np.float32), rng.normal(size=(5, 4)).astype(np.float32)
     found = nearest_similarities(queries, references, 3)
     np.testing.assert_allclose(found, -np.sort(-(queries @ references.T), axis=1)[:, :3], rtol=1e-6)
+    neighbours = NearestNeighbors(n_neighbors=3, metric="cosine").fit(references)
+    near = neighbours.kneighbors(queries)[0]
+    unit = nearest_similarities(unit_length(queries), unit_length(references), 3)
+    np.testing.assert_allclose(unit, 1 - near, rtol=1e-5, atol=1e-6)
     more = nearest_similarities(queries, references, 6)
     assert np.isnan(more[:, 5]).all()
     assert np.isnan(nearest_similarities(queries, references[:0], 2)).all()
+
+
+def test_the_vote_ranks_by_the_neighbours_of_both_labels() -> None:
+    known = np.repeat(np.eye(4)[:2], 12, axis=0) + 0.1 * np.random.default_rng(0).normal(size=(24, 4))
+    nearest = NearestHead(unit_length(known).astype(np.float16), np.repeat(np.array([0, 1], np.uint8), 12))
+    queries = np.array([[2.0, 0, 0, 0], [3, 1, 0, 0], [1, 3, 0, 0], [0, 5, 0, 0]])
+    logits = knn_logits(nearest, queries)
+    assert (np.diff(logits) > 0).all()
+    assert ((logits > 0) == [False, False, True, True]).all()
+    lonely = NearestHead(nearest.embeddings[:12], nearest.labels[:12])
+    assert np.isnan(knn_logits(lonely, queries)).all()
 
 
 def test_enrolment_finds_what_lies_near_the_enrolled() -> None:

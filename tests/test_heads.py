@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -84,27 +83,6 @@ def test_nearest_head_equals_scikit_learn(heads: Heads) -> None:
     np.testing.assert_allclose(similarity, 1 - distance, atol=1e-3)
     np.testing.assert_array_equal(heads.nearest.label(queries), oracle.predict(queries))
     np.testing.assert_array_equal(heads.nearest.margin(queries) > 0, oracle.predict(queries) == 1)
-
-
-@pytest.mark.parametrize("weights", ["uniform", "distance"])
-@pytest.mark.parametrize("k", [1, 7, 300])
-def test_share_of_neighbours_equals_scikit_learn(
-    heads: Heads, k: int, weights: Literal["uniform", "distance"], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert heads.nearest is not None
-    queries = embeddings(50, 2)[0].astype(np.float64)
-    oracle = KNeighborsClassifier(k, weights=weights, metric="cosine")
-    oracle.fit(heads.nearest.embeddings.astype(np.float64), heads.nearest.labels)
-    expected = oracle.predict_proba(queries)[:, 1]
-    np.testing.assert_allclose(heads.nearest.share(queries, k, weights), expected, rtol=1e-5)
-    monkeypatch.setattr("trainer.heads.BLOCK", 1)
-    np.testing.assert_allclose(heads.nearest.share(queries, k, weights), expected, rtol=1e-5)
-
-
-def test_more_neighbours_than_there_are_is_all_of_them(heads: Heads) -> None:
-    assert heads.nearest is not None
-    everyone = heads.nearest.share(embeddings(5, 2)[0], 1000, "uniform")
-    np.testing.assert_allclose(everyone, 2 / 3)
 
 
 def test_margin_by_hand() -> None:

@@ -13,12 +13,28 @@ import numpy as np
 from trainer.embedded_set import EmbeddedSet
 from trainer.heads import NearestHead, unit_length
 from trainer.metrics import RESAMPLES, measure
-from trainer.vote import vote
+from trainer.vote import depths, vote
 
 STEPS = (0, 5, 10, 20, 30)
 """Images enrolled of the generator."""
 K = 10
-"""Neighbours of each label in the k-NN vote."""
+"""Neighbours in the k-NN vote; of each label as many as `depths` says."""
+
+
+def knn_logits(nearest: NearestHead, embeddings: np.ndarray, k: int = K) -> np.ndarray:
+    """The k-NN vote among what the heads were fitted on, shape (n,), above 0 for fake; NaN where a label is missing.
+
+    Args:
+        nearest: The references.
+        embeddings: Raw, shape (n, d).
+        k: Neighbours.
+    """
+    counts = [int((nearest.labels == label).sum()) for label in (0, 1)]
+    real, fake = (
+        nearest_similarities(unit_length(embeddings), nearest.embeddings[nearest.labels == label], depth)
+        for label, depth in zip((0, 1), depths(k, *counts), strict=True)
+    )  # (n, kr), (n, kf)
+    return vote(real, fake, np.zeros(fake.shape, np.int64), k).logit
 
 
 def enrolment_curve(
@@ -29,7 +45,7 @@ def enrolment_curve(
     Args:
         nearest: The references before enrolment.
         images: The unseen split: real images and those of every unseen generator, plain.
-        k: Neighbours of each label.
+        k: Neighbours in the vote.
         resamples: Of the bootstrap.
         seed: Of the bootstrap.
 
@@ -38,9 +54,11 @@ def enrolment_curve(
         "auroc", "recall_at_5", ...}; a generator whose enrolled images leave none to test is left out.
     """
     rows = []
-    references = [nearest.embeddings[nearest.labels == label].astype(np.float32) for label in (0, 1)]
+    references = [nearest.embeddings[nearest.labels == label] for label in (0, 1)]
+    reals, fakes = map(len, references)
+    deepest = np.max([depths(k, reals, fakes + step) for step in STEPS], axis=0)
     queries = unit_length(images.embeddings)
-    real, fake = (nearest_similarities(queries, reference, k) for reference in references)  # (n, k)
+    real, fake = map(nearest_similarities, (queries, queries), references, deepest.tolist())  # (n, kr), (n, kf)
     names = np.array(images.generators)
     hashes = np.array([facts.sha256 for facts in images.facts])
     for generator in sorted(set(names[images.labels == 1].tolist())):
@@ -54,8 +72,9 @@ def enrolment_curve(
             continue
         for step in [step for step in STEPS if step <= most]:
             enrolled = queries[own[:step]] @ queries[tested].T  # (step, tested)
-            joined = -np.sort(-np.concatenate([fake[tested], enrolled.T], axis=1), axis=1)[:, :k]  # NaN last
-            votes = vote(real[tested], joined, np.zeros(joined.shape, np.int64), k)
+            kr, kf = depths(k, reals, fakes + step)
+            joined = -np.sort(-np.concatenate([fake[tested], enrolled.T], axis=1), axis=1)[:, :kf]  # NaN last
+            votes = vote(real[tested, :kr], joined, np.zeros(joined.shape, np.int64), k)
             for head, scores in (("nn1", votes.nearest_fake - votes.nearest_real), ("knn", votes.logit)):
                 measured = measure(
                     scores, part.labels, part.generators, part.groups, 0.0, resamples=resamples, seed=seed
@@ -70,9 +89,10 @@ def nearest_similarities(queries: np.ndarray, references: np.ndarray, k: int) ->
 
     Args:
         queries: Unit length, shape (n, d).
-        references: Unit length, shape (m, d).
+        references: Unit length, shape (m, d), of any precision.
         k: How many.
     """
+    references = references.astype(np.float32)
     best = np.full((len(queries), k), np.nan, np.float32)
     found = min(k, len(references))
     if not found:

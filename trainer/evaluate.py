@@ -13,6 +13,7 @@ from trainer.calibration import Calibration, fit_calibration
 from trainer.calibration_set import CalibrationSet
 from trainer.embedded_set import EmbeddedSet, Rejected, embed_entries
 from trainer.embedder import CheckpointError, Embedder
+from trainer.enrolment import knn_logits
 from trainer.heads import Heads
 from trainer.metrics import RESAMPLES
 from trainer.splits import entries_of, measure_splits
@@ -58,7 +59,7 @@ class Scorer:
             scores["combined"] = self.calibration.combine_many(scores)
         if self.heads.nearest:
             scores["nn1"] = self.heads.nearest.margin(embeddings)
-            scores["knn"] = self.heads.nearest.share(embeddings) - 0.5
+            scores["knn"] = knn_logits(self.heads.nearest, embeddings)
         return scores
 
 

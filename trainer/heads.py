@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -26,8 +26,6 @@ NU = 0.1
 """Share of real training images that the one-class SVM may leave outside (the paper's)."""
 DEGREE = 3
 """Of the one-class SVM's polynomial kernel (the paper's)."""
-K = 10
-"""Neighbours that vote in the k-NN head."""
 BLOCK = 4_000_000
 """Entries of one block of kernel or similarity values, which bounds memory."""
 
@@ -130,28 +128,6 @@ class NearestHead:
         )
         margin: np.ndarray = fake - real
         return margin
-
-    def share(self, x: np.ndarray, k: int = K, weights: Literal["uniform", "distance"] = "distance") -> np.ndarray:
-        """Share of fakes among the k nearest, shape (n,), 0..1, above 0.5 for fake (k-NN as scikit-learn defines it).
-
-        Args:
-            x: Raw embeddings, shape (n, d).
-            k: How many vote, or all where there are fewer.
-            weights: Of their votes: alike, or 1 / cosine distance.
-        """
-        k = min(k, len(self.labels))
-        queries, known = unit_length(x), self.embeddings.astype(np.float32)
-        shares = np.empty(len(x))
-        size = max(1, BLOCK // max(len(self.labels), k * known.shape[1]))
-        for start in range(0, len(x), size):
-            rows = np.argpartition(queries[start : start + size] @ known.T, -k, axis=1)[:, -k:]  # (size, k)
-            query, near = x[start : start + size].astype(np.float64), self.embeddings[rows].astype(np.float64)
-            length = np.linalg.norm(query, axis=-1)[:, None] * np.linalg.norm(near, axis=-1)  # (size, k)
-            similarity = np.einsum("nd,nkd->nk", query, near) / np.maximum(length, 1e-12)  # (size, k)
-            distance = np.maximum(1 - similarity, 1e-9)
-            votes = np.ones_like(distance) if weights == "uniform" else 1 / distance
-            shares[start : start + size] = (votes * self.labels[rows]).sum(1) / votes.sum(1)
-        return shares
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 COLOURS = {"combined": "#b5b5b5", "linear": "#0072B2", "nn1": "#D55E00", "svm": "#009E73", "knn": "#CC79A7"}
 """Of the heads (Okabe and Ito's palette, told apart by colour-blind readers)."""
-NAMES = {"linear": "linear", "nn1": "1-NN", "svm": "one-class SVM", "combined": "linear + SVM", "knn": "k-NN"}
+NAMES = {"linear": "linear", "nn1": "1-NN", "svm": "one-class SVM", "combined": "linear + SVM", "knn": "k-NN vote"}
 WIDTHS = {"combined": 3.2}
 """In points, 1.4 for the others: the combination often lies under one of its heads, and is drawn first."""
 CAPTIONS = {
