@@ -226,6 +226,17 @@ def test_the_size_is_refused_before_any_pixel_is_read() -> None:
             decode_image(data, max_pixels=1999)
 
 
+def test_a_jpeg_that_asks_for_endless_passes_is_refused() -> None:
+    data = encode(noise(64, 48), "JPEG", progressive=True, exif=b"Exif\0\0" + encode(ramp(), "JPEG", progressive=True))
+    last = data[data.rindex(b"\xff\xda") : -2]
+    passes = data[:-2].count(b"\xff\xda") // 2
+    as_many_as_may_be = data[:-2] + (100 - passes) * last + data[-2:]
+    assert decode_image(as_many_as_may_be)[1].width == 64
+    assert decode_image(data + 200 * last)[1].width == 64  # behind the end nothing counts
+    with pytest.raises(UnreadableImage, match="more than 100 scans"):
+        decode_image(data[:-2] + (101 - passes) * last + data[-2:])
+
+
 @pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0"}])
 def test_the_webp_canvas_is_read_from_all_three_headers(options: dict[str, Any]) -> None:
     with pytest.raises(ImageTooLarge, match="image is 37x53;"):

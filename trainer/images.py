@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,11 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+MOST_SCANS = 100
+"""Of a progressive JPEG; encoders write about ten."""
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+"""What may follow in a JPEG: not the bytes that stand for 255 in a scan, restarts and fillers, which have no length."""
+
 # The luminance table of ITU-T T.81, annex K.1, row by row.
 _LUMINANCE = (
     *(16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55),
@@ -108,6 +114,8 @@ def decode_image(data: bytes, *, max_pixels: int = 50_000_000) -> tuple[Image.Im
         raise UnsupportedFormat(f"not an image of an accepted format ({', '.join(FORMATS)})")
     if name == "WEBP":
         _check_size(_webp_size(data), max_pixels)  # this plugin allocates its canvas on opening
+    if name == "JPEG" and _scans(data) > MOST_SCANS:
+        raise UnreadableImage(f"a JPEG of more than {MOST_SCANS} scans, each of which is work on all of its pixels")
     try:
         image = _PLUGINS[name](io.BytesIO(data))
         size = image.size
@@ -160,6 +168,15 @@ def _webp_size(data: bytes) -> tuple[int, int]:
         bits = int.from_bytes(body[1:5], "little")
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
+
+
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG before its end, counted no further than a little beyond `MOST_SCANS`."""
+    at, scans = 2, 0
+    while scans <= MOST_SCANS and (marker := _MARKER.search(data, at)) and marker[0] != b"\xff\xd9":
+        scans += marker[0] == b"\xff\xda"
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")  # over the segment's bytes
+    return scans
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
