@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Mount
 from starlette.types import Scope as ASGIScope
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from api import catalogue, docs, records, resources, schemas
 from api.access import Caller, RateLimit
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
 T = TypeVar("T")
 MOST_SHOWN = 1000
+HEAD_SECONDS = 10.0
+"""Time for the request line and the headers."""
 Id = Annotated[int, PathParameter(ge=1, le=2**63 - 1)]
 Name = Annotated[str, PathParameter(min_length=1, max_length=100, pattern=r"^[^\x00]*$")]
 
@@ -91,7 +94,8 @@ def answer(results: list[Any]) -> list[Any]:
     """The results of a request; the failure of its only file is the failure of the request."""
     if len(results) == 1 and isinstance(results[0], FailedFile):
         problem = results[0].error
-        raise ApiError(cast(Kind, problem.type.removeprefix("urn:lineup:")), problem.detail)
+        kind = cast(Kind, problem.type.removeprefix("urn:lineup:"))
+        raise ApiError(kind, problem.detail, retry_after=1 if kind == "not-ready" else None)
     return results
 
 
@@ -122,11 +126,12 @@ async def detect(
     explain: Annotated[
         str, Query(pattern="^((regions|stability)(,(regions|stability))*)?$", examples=["regions,stability"])
     ] = "",
+    record: Annotated[bool, Query(description="Keep the verdict, where the service keeps them.")] = True,
 ) -> schemas.Detections:
     """Judge images: verdict, score, neighbours and heads of each, in the order they were sent."""
     asked = cast("frozenset[schemas.Explanation]", frozenset(explain.split(",")) - {""})
     uploads = await read_uploads(image, service.settings)
-    results = await service.detect(uploads, Question(k, max_false_alarm, asked), caller)
+    results = await service.detect(uploads, Question(k, max_false_alarm, asked, record), caller)
     return schemas.Detections(results=answer(results))
 
 
@@ -360,8 +365,11 @@ async def on_bad_field(request: Request, error: Exception) -> JSONResponse:
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     """What the framework itself answers: no such path, no such method, a body that does not parse or is too large."""
     assert isinstance(error, HTTPException)
-    status = 413 if str(error.detail).startswith("Too many") else error.status_code  # parts of a form
-    response = problem_response(request, from_status(status, str(error.detail)))
+    status, detail = error.status_code, str(error.detail)
+    if detail.startswith("Too many"):  # parts of a form
+        status = 413
+        detail += " LINEUP_MAX_FILES says how many; add larger batches with `python -m indexer add`."
+    response = problem_response(request, from_status(status, detail))
     response.headers.update(error.headers or {})
     return response
 
@@ -472,6 +480,35 @@ def create_app(settings: Settings | None = None, detector: Detector | None = Non
     return app
 
 
+class Protocol(H11Protocol):
+    """Closes a connection on which no whole request head arrives in time; uvicorn would wait for ever."""
+
+    late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first head."""
+        super().connection_made(transport)
+        self.late = self.loop.call_later(HEAD_SECONDS, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        """A part of a head, or of a body, whose time `Around` limits."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+        elif self.late is None and self.timeout_keep_alive_task is None:
+            self.late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is waited for any more."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _stop_waiting(self) -> None:
+        if self.late is not None:
+            self.late.cancel()
+            self.late = None
+
+
 class Server(uvicorn.Server):
     """Tells where it listens once it does."""
 
@@ -484,17 +521,23 @@ class Server(uvicorn.Server):
             log.info("serving", extra={"address": f"http://{shown}:{port}"})
 
 
-def run(detector: Detector) -> None:
-    """Serve until SIGTERM or SIGINT; requests that have begun are finished, within the time that a request may take."""
+def server(detector: Detector) -> Server:
+    """A server that, told to stop, finishes the requests that have begun, in the time that a request may take."""
     settings = detector.settings
     config = uvicorn.Config(
         create_app(settings, detector),
         host=settings.host,
         port=settings.port,
+        http=Protocol,
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,  # a proxy's word about the client's address is not believed
         timeout_graceful_shutdown=math.ceil(settings.request_seconds),
     )
-    Server(config).run()
+    return Server(config)
+
+
+def run(detector: Detector) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    server(detector).run()

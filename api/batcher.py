@@ -33,7 +33,7 @@ class Batcher:
             thread only.
         max_batch: Rows after which no further caller joins; a larger stack is computed alone, in parts.
         max_wait: Seconds to wait for more callers under load.
-        capacity: Rows that may wait; beyond it `submit` refuses.
+        capacity: Once so many rows wait, `submit` refuses.
         observe: Told the number of rows of each batch.
     """
 
@@ -73,8 +73,8 @@ class Batcher:
         with self._lock:
             if self._closed:
                 raise BatcherFull("the server is shutting down")
-            if self._waiting and self._waiting + len(rows) > self._capacity:
-                raise BatcherFull(f"{self._waiting} images wait for the model already (at most {self._capacity})")
+            if self._waiting >= self._capacity:
+                raise BatcherFull(f"{self._waiting} images wait for the model already; try again shortly")
             self._waiting += len(rows)
             self._jobs.put(job)
         return job.future

@@ -30,6 +30,7 @@ from trainer.heads import HEADS_FILE, Heads
 
 CHUNK = 16
 """Files that `detect` embeds together."""
+FLIPS = "the verdict flips under re-encoding or rescaling"
 
 
 @dataclass(slots=True)
@@ -114,11 +115,14 @@ class Detector:
             embed_ms: How long embedding took.
         """
         reference, degraded = self.neighbourhood.known(prepared.image.sha256)
-        exclude = reference.id if reference else None
+        exclude = [reference.id] if reference else []
         fitted, settings = self.calibrator.current, self.settings
         calibration = fitted.calibration if fitted else None
         index = self.index_facts  # before the search, which may see a little more
-        evidence = shown = gather(embeddings, settings.k, self.follower, self.heads, calibration, exclude)
+        evidence = gather(embeddings, settings.k, self.follower, self.heads, calibration, exclude)
+        if degraded and (exclude := evidence.twins):  # one of them may be this very file
+            evidence = gather(embeddings, settings.k, self.follower, self.heads, calibration, exclude)
+        shown = evidence
         if question.k not in (None, settings.k):
             shown = gather(embeddings[:1], question.k, self.follower, self.heads, calibration, exclude)
         neighbours, away = self.neighbourhood.voters(shown, degraded)
@@ -150,6 +154,11 @@ class Detector:
             label = LABELS[reference.label]
             verdict.known = Known(id=reference.id, label=label, generator=reference.generator)
             verdict.verdict, verdict.basis, verdict.reason, verdict.unknown_generator = label, "known", None, False
+        elif exclude:
+            doubt = (
+                f"reference {exclude[0]} may be this very file, and does not vote: no hash is compared while degraded"
+            )
+            verdict.reason = f"{verdict.reason}; {doubt}" if verdict.reason else doubt
         times = {"decode": prepared.decode_ms, "embed": embed_ms, "search": shown.search_ms, "heads": shown.heads_ms}
         verdict.timings_ms = {stage: round(value, 3) for stage, value in times.items()}
         return verdict
@@ -171,7 +180,7 @@ class Detector:
                     continue
                 vectors = next(rows)  # (1 + regions + variants, d)
                 verdict = self.judge(item, vectors, question, share)
-                self.record(verdict, item, vectors[0])
+                self.record(verdict, item, vectors[0], question)
                 yield verdict
 
     def _prepare_or_fail(self, upload: Upload, question: Question) -> Prepared | FailedFile:
@@ -180,16 +189,24 @@ class Detector:
         except ApiError as error:
             return FailedFile(file=upload.file, error=error.problem())
 
-    def record(self, verdict: Verdict, prepared: Prepared, vector: np.ndarray, api_key_id: int | None = None) -> None:
+    def record(
+        self,
+        verdict: Verdict,
+        prepared: Prepared,
+        vector: np.ndarray,
+        question: Question = Question(),
+        api_key_id: int | None = None,
+    ) -> None:
         """Keep a verdict where settings and database allow it; where the database is away, the verdict says so.
 
         Args:
             verdict: As the caller gets it.
             prepared: Of the image nothing is kept but hash, sizes and the regions' boxes: not what its metadata say.
             vector: The plain view's raw embedding, shape (d,).
+            question: Kept beside the verdict, for a replay to ask the same.
             api_key_id: Who asked.
         """
-        if not self.settings.record or verdict.degraded:
+        if not (self.settings.record and question.record) or verdict.degraded:
             return
         image = prepared.image
         record = Record(
@@ -199,7 +216,8 @@ class Detector:
             width=image.width,
             height=image.height,
             vector=vector,
-            result=verdict.model_copy(update={"provenance": Provenance()}).model_dump(mode="json"),
+            result=verdict.model_copy(update={"provenance": Provenance()}).model_dump(mode="json")
+            | {"question": {"k": question.k, "max_false_alarm": question.max_false_alarm}},
             checkpoint_id=verdict.model.checkpoint,
             heads_id=verdict.model.heads,
             revision=verdict.index.revision,
@@ -238,4 +256,4 @@ class Detector:
         if prepared.variants:
             verdict.stability = judgement.stability(prepared.variants, evidence.scores[ends:], verdict)
             if verdict.stability.flips and self.settings.flip_uncertain:
-                verdict.verdict, verdict.reason = "uncertain", "the verdict flips under re-encoding or rescaling"
+                verdict.verdict, verdict.reason = "uncertain", FLIPS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,9 @@ from indexer.vector_index import Neighbours
 from trainer.calibration import Calibration
 from trainer.heads import Heads
 from trainer.vote import Votes, vote
+
+SAME = 0.9995
+"""Similarity from which on two images may be the same bytes: half precision and another engine cost less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,12 @@ class Evidence:
         """Heads that answered for the first embedding."""
         return [head for head, values in self.logits.items() if not np.isnan(values[0])]
 
+    @property
+    def twins(self) -> list[int]:
+        """References that cannot be told from the first image by their embeddings."""
+        both = (self.real, self.fake)
+        return [int(id) for near in both for id in near.ids[0, near.similarities[0] >= SAME]]
+
 
 def gather(
     embeddings: np.ndarray,
@@ -44,7 +54,7 @@ def gather(
     follower: Follower,
     heads: Heads | None,
     calibration: Calibration | None,
-    exclude: int | None = None,
+    exclude: Sequence[int] = (),
 ) -> Evidence:
     """Ask the index and the heads about q embeddings.
 
@@ -54,10 +64,10 @@ def gather(
         follower: Where the references are.
         heads: Linear and SVM, where the checkpoint has them.
         calibration: Maps logits to the combined score.
-        exclude: A reference that may not vote: the query itself.
+        exclude: References that may not vote: the query itself.
     """
     start = time.perf_counter()
-    excluded = None if exclude is None else np.array([exclude], np.int64)
+    excluded = np.array(exclude, np.int64) if exclude else None
     real, fake = follower.voters(embeddings, k, exclude_ids=excluded)  # (q, kr) and (q, kf), both at least k
     votes = vote(real.similarities, fake.similarities, fake.generators, k)
     searched = time.perf_counter()

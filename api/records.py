@@ -9,12 +9,12 @@ from uuid import UUID
 import numpy as np
 
 from api.access import Caller
-from api.detector import Detector
+from api.detector import FLIPS, Detector
 from api.problems import ApiError
 from api.regions import overlay
-from api.resources import Change, Detection, DetectionPage, DetectionSummary, Feedback, Replay
+from api.resources import Asked, Change, Detection, DetectionPage, DetectionSummary, Feedback, Replay
 from api.schemas import Verdict
-from api.uploads import Prepared
+from api.uploads import Prepared, Question
 from indexer import store
 
 COMPARED = (
@@ -23,6 +23,7 @@ COMPARED = (
     "score",
     "thresholds.fake",
     "thresholds.real",
+    "false_alarm",
     "heads.knn.score",
     "heads.knn.label",
     "heads.nn1.id",
@@ -56,7 +57,8 @@ def find(detector: Detector, caller: Caller, detection_id: UUID) -> store.Detect
 def shown(row: store.Detection) -> Detection:
     """A record with its whole verdict."""
     assert row.at is not None  # the database sets it
-    return Detection(id=str(row.id), at=row.at, result=Verdict.model_validate(row.result), feedback=row.feedback)
+    verdict, question = _kept(row)
+    return Detection(id=str(row.id), at=row.at, result=verdict, question=question, feedback=row.feedback)
 
 
 def page(rows: list[store.Detection], limit: int) -> DetectionPage:
@@ -84,7 +86,7 @@ def drawn(row: store.Detection) -> bytes:
     Raises:
         ApiError: not-found, for a verdict without regions.
     """
-    verdict = Verdict.model_validate(row.result)
+    verdict, _ = _kept(row)
     if verdict.regions is None:
         raise ApiError("not-found", f"detection {row.id} has no regions; detect with explain=regions")
     return overlay(verdict.image.width, verdict.image.height, verdict.regions)
@@ -93,13 +95,16 @@ def drawn(row: store.Detection) -> bytes:
 def replay(detector: Detector, row: store.Detection) -> Replay:
     """Vote and heads again on the embedding that was kept, against the index and the calibration of now.
 
+    The question is the one that was asked then. Regions and stability would need the image, which was not kept; where
+    a flip made the verdict uncertain, it does so still.
+
     Raises:
         ApiError: conflict, when another checkpoint made the embedding.
     """
     if row.checkpoint_id != detector.embedder.id:
         detail = f"detection {row.id} was embedded by checkpoint {row.checkpoint_id}; serving {detector.embedder.id}"
         raise ApiError("conflict", detail)
-    before = Verdict.model_validate(row.result)
+    before, asked = _kept(row)
     prepared = Prepared(
         file=before.file,
         file_bytes=row.file_bytes,
@@ -110,8 +115,10 @@ def replay(detector: Detector, row: store.Detection) -> Replay:
         provenance=before.provenance,
         decode_ms=0.0,
     )
-    after = detector.judge(prepared, row.vector[None])  # (1, d)
+    after = detector.judge(prepared, row.vector[None], Question(asked.k, asked.max_false_alarm))  # (1, d)
     after.id = before.id
+    if detector.settings.flip_uncertain and before.reason == FLIPS and after.basis == "score":
+        after.verdict, after.reason = "uncertain", FLIPS
     return Replay(before=before, after=after, changed=changes(before, after))
 
 
@@ -126,6 +133,13 @@ def dispute(detector: Detector, row: store.Detection, feedback: Feedback, caller
     """Keep what a person says of a verdict; a second time replaces the first."""
     detector.store.set_feedback(row.id, feedback.model_dump(mode="json") | {"by": caller.name})
     return shown(find(detector, caller, row.id))
+
+
+def _kept(row: store.Detection) -> tuple[Verdict, Asked]:
+    """The verdict of a record, and what was asked; older records do not say that."""
+    result = dict(row.result)
+    asked = Asked.model_validate(result.pop("question", {}))
+    return Verdict.model_validate(result), asked
 
 
 def _same(was: Any, now: Any) -> bool:

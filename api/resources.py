@@ -130,12 +130,20 @@ class Feedback(Model):
     note: Annotated[str, Field(max_length=2000, pattern=r"^[^\x00]*$")] = ""
 
 
+class Asked(Model):
+    """How a verdict was asked for; null where the settings decided."""
+
+    k: int | None = None
+    max_false_alarm: float | None = None
+
+
 class Detection(Model):
     """A recorded verdict. Of the image only hash, size, embedding and the regions' boxes are kept."""
 
     id: str
     at: datetime
     result: Verdict
+    question: Asked
     feedback: dict[str, Any] | None = None
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import ParamSpec, TypeVar
@@ -31,6 +31,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 DATABASE_THREADS = 16
+AT_ONCE = 8
+"""Images of one request that are in work at the same time, so that none with many, explained, fills the queue alone."""
 HOUSEKEEPING = 3600.0
 """Seconds between two deletions of old records."""
 
@@ -135,20 +137,18 @@ class Service:
 
     async def detect(self, uploads: Sequence[Upload], question: Question, caller: Caller) -> list[Verdict | FailedFile]:
         """Judge the images of one request, side by side; answers are in the order of the uploads."""
-        results = await asyncio.gather(*(self._detect_one(upload, question, caller) for upload in uploads))
+        detector = self.detector
+
+        async def one(upload: Upload) -> Verdict:
+            prepared = await self._decode(detector.prepare, upload, question)
+            start = time.perf_counter()
+            embeddings = await self._embed(prepared.pixels)
+            waited = 1000 * (time.perf_counter() - start)
+            return await self._judge(self._finish, detector, prepared, embeddings, question, waited, caller)
+
+        results = await self._each(uploads, one)
         self.metrics.judged(results)
         return results
-
-    async def _detect_one(self, upload: Upload, question: Question, caller: Caller) -> Verdict | FailedFile:
-        detector = self.detector
-        try:
-            prepared = await self._decode(detector.prepare, upload, question)
-        except ApiError as error:
-            return FailedFile(file=upload.file, error=error.problem())
-        start = time.perf_counter()
-        embeddings = await self._embed(prepared.pixels)
-        waited = 1000 * (time.perf_counter() - start)
-        return await self._judge(self._finish, detector, prepared, embeddings, question, waited, caller)
 
     @staticmethod
     def _finish(
@@ -160,7 +160,7 @@ class Service:
         caller: Caller,
     ) -> Verdict:
         verdict = detector.judge(prepared, embeddings, question, waited)
-        detector.record(verdict, prepared, embeddings[0], caller.key_id)
+        detector.record(verdict, prepared, embeddings[0], question, caller.key_id)
         return verdict
 
     async def search(
@@ -176,11 +176,8 @@ class Service:
         """The references nearest to each image of one request."""
         detector = self.detector
 
-        async def one(upload: Upload) -> Hits | FailedFile:
-            try:
-                prepared = await self._decode(detector.prepare, upload, Question())
-            except ApiError as error:
-                return FailedFile(file=upload.file, error=error.problem())
+        async def one(upload: Upload) -> Hits:
+            prepared = await self._decode(detector.prepare, upload, Question())
             embedding = (await self._embed(prepared.pixels))[0]  # (d,)
             neighbours, following = await self._judge(
                 detector.neighbourhood.search,
@@ -193,11 +190,25 @@ class Service:
             )
             return Hits(file=upload.file, neighbours=neighbours, next=following)
 
-        return await asyncio.gather(*(one(upload) for upload in uploads))
+        return await self._each(uploads, one)
 
     async def enrol(self, uploads: Sequence[Upload], batch: Batch) -> Added:
         """See `enrolment.enrol`."""
         return await self.run(enrol, self.detector, uploads, batch)
+
+    @staticmethod
+    async def _each(uploads: Sequence[Upload], work: Callable[[Upload], Awaitable[T]]) -> list[T | FailedFile]:
+        """What `work` gives for each upload, or the problem that it raised; so many at once as `AT_ONCE` allows."""
+        turns = asyncio.Semaphore(AT_ONCE)
+
+        async def one(upload: Upload) -> T | FailedFile:
+            async with turns:
+                try:
+                    return await work(upload)
+                except ApiError as error:
+                    return FailedFile(file=upload.file, error=error.problem())
+
+        return await asyncio.gather(*map(one, uploads))
 
     async def _decode(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._decoders, lambda: work(*args, **kwargs))

@@ -1,14 +1,18 @@
 """The HTTP interface, with its real detector and database: every call, and every error of the table."""
 
 import io
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import pytest
 from conftest import small_image
 from fastapi.testclient import TestClient
@@ -17,7 +21,7 @@ from PIL import Image
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from api import access, service
+from api import access, app, service
 from api.access import hash_secret, new_secret
 from api.app import create_app
 from api.detector import Detector
@@ -132,6 +136,30 @@ def test_many_at_once_get_the_answers_of_one_at_a_time(client: TestClient) -> No
         assert second["verdict"] == first["verdict"]
         assert second["score"] == pytest.approx(first["score"], abs=1e-3)
         assert second["neighbours"][0]["id"] == first["neighbours"][0]["id"]
+
+
+def test_one_request_of_many_explained_images_does_not_fill_the_queue(
+    populated: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connected(populated) as client:
+        batcher = client.app.state.service._batcher  # type: ignore[attr-defined]
+        compute, images = batcher._compute, files(*[png(1, size=32)] * 24)
+        monkeypatch.setattr(batcher, "_capacity", 8 * 9)  # each image is itself, one region, and seven variants
+
+        def slow(rows: np.ndarray) -> np.ndarray:
+            time.sleep(0.1)
+            answers: np.ndarray = compute(rows)
+            return answers
+
+        monkeypatch.setattr(batcher, "_compute", slow)
+        results = client.post("/v1/detect", params={"explain": "regions,stability"}, files=images).json()["results"]
+        assert [len(result["stability"]["scores"]) for result in results] == [7] * 24
+        monkeypatch.setattr(batcher, "_capacity", 0)
+        response = client.post("/v1/detect", files=files(png()))
+        assert "images wait for the model" in problem(response, 503, "not-ready")["detail"]
+        assert response.headers["retry-after"] == "1"
+        both = client.post("/v1/detect", files=files(png(), b"no image")).json()["results"]
+        assert [result["error"]["status"] for result in both] == [503, 415]
 
 
 def test_search(client: TestClient) -> None:
@@ -300,6 +328,27 @@ def test_a_detection_is_shown_replayed_disputed_and_drawn(own: TestClient) -> No
     problem(own.post(f"/v1/detections/{uuid4()}/replay"), 404, "not-found")
 
 
+def test_a_replay_asks_what_was_asked(client: TestClient) -> None:
+    options: dict[str, Any] = {"k": 2, "max_false_alarm": 0.5}
+    given = client.post("/v1/detect", params=options, files=files(png(7))).json()["results"][0]
+    assert client.get(f"/v1/detections/{given['id']}").json()["question"] == options
+    again = client.post(f"/v1/detections/{given['id']}/replay").json()
+    assert again["changed"] == []
+    assert len(again["after"]["neighbours"]) == 4
+    assert again["after"]["thresholds"] == given["thresholds"]
+
+
+def test_a_replay_remembers_that_the_verdict_flipped(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = detector_of(client)
+    monkeypatch.setattr(detector, "settings", detector.settings.model_copy(update={"flip_uncertain": True}))
+    for seed in range(20):
+        given = client.post("/v1/detect", params={"explain": "stability"}, files=files(png(seed))).json()["results"][0]
+        if given["stability"]["flips"]:
+            break
+    assert given["reason"] == "the verdict flips under re-encoding or rescaling"
+    assert client.post(f"/v1/detections/{given['id']}/replay").json()["changed"] == []
+
+
 def test_a_detection_by_another_checkpoint_is_not_replayed(client: TestClient) -> None:
     given = client.post("/v1/detect", files=files(png())).json()["results"][0]
     row = store_of(client).get_detection(given["id"])
@@ -334,7 +383,7 @@ def test_too_large(client: TestClient) -> None:
     body = problem(client.post("/v1/detect", files=files(bytes(400_000))), 413, "too-large")
     assert "LINEUP_MAX_REQUEST_BYTES" in body["detail"]
     body = problem(client.post("/v1/detect", files=files(*[png()] * 5)), 413, "too-large")
-    assert body["detail"] == "Too many files. Maximum number of files is 4."
+    assert body["detail"].startswith("Too many files. Maximum number of files is 4. LINEUP_MAX_FILES")
 
 
 def test_a_large_body_that_is_no_form_with_files(client: TestClient) -> None:
@@ -387,6 +436,26 @@ def test_unknown_paths_and_methods(client: TestClient) -> None:
     problem(client.get("/v1/references/0"), 422, "bad-field")
     problem(client.get(f"/v1/references/{2**63}"), 422, "bad-field")
     problem(client.get("/v1/detections/no-uuid"), 422, "bad-field")
+
+
+def test_a_head_that_never_ends_is_hung_up_on(populated: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "HEAD_SECONDS", 0.3)
+    whole = b"GET /health/live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    monkeypatch.setattr(app.Server, "capture_signals", nullcontext)
+    serving = app.server(Detector(populated.model_copy(update={"port": 0})).load())
+    thread = threading.Thread(target=serving.run, daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: serving.started)
+        port = serving.servers[0].sockets[0].getsockname()[1]
+        for sent, answers in ((b"", 0), (whole[:20], 0), (whole + whole[:20], 1)):
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+                connection.sendall(sent)
+                got = b"".join(iter(partial(connection.recv, 65536), b""))  # until the server closes
+            assert got.count(b"HTTP/1.1 200") == answers
+    finally:
+        serving.should_exit = True
+        thread.join(20)
 
 
 def test_a_request_that_takes_too_long_is_ended(populated: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -600,8 +669,8 @@ def test_requests_are_logged_without_what_they_carried(client: TestClient, caplo
 
 
 def test_not_ready_until_loaded_and_never_with_a_bad_checkpoint(settings: Settings, tmp_path: Path) -> None:
-    app = create_app(settings.model_copy(update={"checkpoint": tmp_path / "missing"}))
-    with TestClient(app, base_url=BASE, client=("127.0.0.1", 1)) as client:
+    unready = create_app(settings.model_copy(update={"checkpoint": tmp_path / "missing"}))
+    with TestClient(unready, base_url=BASE, client=("127.0.0.1", 1)) as client:
         wait_for(lambda: "no checkpoint at" in client.get("/health/ready").text)
         body = problem(client.get("/health/ready"), 503, "not-ready")
         assert "trainer fit" in body["detail"]
@@ -610,8 +679,8 @@ def test_not_ready_until_loaded_and_never_with_a_bad_checkpoint(settings: Settin
 
 
 def test_it_loads_in_the_background(settings: Settings, tiny_checkpoint: Path) -> None:
-    app = create_app(settings.model_copy(update={"checkpoint": tiny_checkpoint, "device": "cpu"}))
-    with TestClient(app, base_url=BASE, client=("127.0.0.1", 1)) as client:
+    loading = create_app(settings.model_copy(update={"checkpoint": tiny_checkpoint, "device": "cpu"}))
+    with TestClient(loading, base_url=BASE, client=("127.0.0.1", 1)) as client:
         wait_for(lambda: client.get("/health/ready").status_code == 200)
         assert client.post("/v1/detect", files=files(png())).status_code == 200
 

@@ -236,6 +236,7 @@ def test_a_detection_is_recorded_without_its_image(detector: Detector) -> None:
     assert verdict.provenance.metadata == {"png:parameters": "a private prompt"}
     row = detector.store.get_detection(UUID(verdict.id))
     assert row is not None
+    assert row.result.pop("question") == {"k": None, "max_false_alarm": None}
     assert Verdict.model_validate(row.result) == verdict.model_copy(update={"provenance": Provenance()})
     assert "private" not in str(row)
     assert (row.sha256, row.file_bytes, row.width, row.height) == (verdict.image.sha256, len(upload.data), 64, 64)
@@ -293,6 +294,21 @@ def test_while_the_database_is_away_memory_answers(detector: Detector, monkeypat
     monkeypatch.undo()
     assert detector.store.get_detection(UUID(verdict.id)) is None
     assert not judged(detector, query(50)).degraded
+
+
+def test_while_the_database_is_away_what_may_be_the_image_itself_does_not_vote(
+    detector: Detector, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = image_folder / "fake" / "gen-b" / "003.png"
+    known = judged(detector, Upload("a.png", path.read_bytes()))
+    assert known.known is not None
+    monkeypatch.setattr(detector.follower, "degraded", True)
+    verdict = judged(detector, Upload("a.png", path.read_bytes()))
+    assert (verdict.degraded, verdict.known, verdict.basis) == (True, None, "score")
+    assert verdict.score == known.score
+    assert [n.id for n in verdict.neighbours] == [n.id for n in known.neighbours]
+    assert f"reference {known.known.id} may be this very file" in str(verdict.reason)
+    assert "may be" not in str(judged(detector, query(51)).reason)
 
 
 def test_an_empty_store_still_answers_from_the_heads(settings: Settings, tiny_checkpoint: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from api.regions import VARIANTS, grid, overlay, region_pixels, variant_pixels
+from api.regions import FAKE, REAL, STRONGEST, VARIANTS, grid, overlay, region_pixels, variant_pixels
 from api.schemas import Region
 from trainer.images import Preprocess
 
@@ -69,6 +69,16 @@ def test_an_overlay_is_transparent_red_and_blue(size: tuple[int, int]) -> None:
         assert (image.format, image.mode) == ("PNG", "RGBA")
         assert image.size == ((64, 32) if size[0] == 64 else (2048, 1024))
         left, right = image.getpixel((image.width // 4, 10)), image.getpixel((3 * image.width // 4, 10))
-    assert left == (214, 39, 40, 150)
+    assert left == (*FAKE, STRONGEST)
     assert isinstance(right, tuple)
     assert right[3] == 0
+
+
+def test_where_regions_overlap_their_mean_is_drawn_and_between_them_nothing() -> None:
+    regions = [Region(box=(0, 0, 20, 30), score=0.9), Region(box=(10, 0, 20, 30), score=0.2)]
+    with Image.open(io.BytesIO(overlay(40, 30, regions))) as image:
+        drawn = np.asarray(image)
+    for x, score in ((5, 0.9), (15, 0.55), (25, 0.2)):
+        colour = FAKE if score >= 0.5 else REAL
+        assert drawn[15, x].tolist() == [*colour, round(STRONGEST * 2 * abs(score - 0.5))], x
+    assert drawn[15, 35, 3] == 0
