@@ -19,9 +19,9 @@ from trainer.heads import Heads
 from trainer.probe import Probe
 from trainer.recipe import FitError, FitSettings, learning_rate
 from trainer.roles import read_roles
-from trainer.run import Run
+from trainer.run import Processes, Run
 from trainer.state import RunState, state_folder
-from trainer.train import epoch_steps, fit
+from trainer.train import epoch_steps, fit, make_objective
 from trainer.views import Views
 
 
@@ -155,6 +155,8 @@ def test_a_second_run_changes_nothing_and_other_settings_are_refused(whole: Whol
     assert fit(settings)["reused"]
     with pytest.raises(FitError, match=r"other settings \(seed 42 -> 1\)"):
         fit(replace(settings, seed=1))
+    with pytest.raises(FitError, match=r"other settings \(architecture_args .*'depth': 2.* -> .*'depth': 1"):
+        fit(replace(settings, architecture_args=(("depth", 1), *settings.architecture_args[1:])))
     assert {path.name: path.stat().st_mtime_ns for path in settings.output.iterdir()} == before
 
 
@@ -262,6 +264,63 @@ def test_max_minutes_ends_the_schedule_with_a_usable_checkpoint(tiny: FitSetting
     assert float(last["progress"]) == 1.0
     assert float(last["learning_rate"]) < 1e-4
     assert Embedder.load(settings.output, device="cpu").dim == Heads.load(settings.output).dim == 48
+
+
+def one_update(settings: FitSettings) -> tuple[Run, dict[str, torch.Tensor]]:
+    """A run after one update with random views, and its weights before it."""
+    run = Run(settings, Processes(), "cpu", make_objective(settings, "cpu")[0], 1)
+    before = {name: value.clone() for name, value in run.objective.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    size, local = settings.image_size, settings.local
+    whole = torch.randint(0, 256, (4, 3, 2, size, size, 3), generator=generator, dtype=torch.uint8)
+    crops = torch.randint(0, 256, (4, 2, local, local, 3), generator=generator, dtype=torch.uint8)
+    run.step((whole, crops, []), generator, 1e-3)
+    return run, before
+
+
+def test_the_average_moves_towards_the_weights_by_its_decay(tiny: FitSettings) -> None:
+    run, before = one_update(replace(tiny, ema=0.9))
+    assert run.average is not None
+    assert run.kept is run.average
+    decay = min(0.9, 1 / 10)  # of the first update: a young average forgets its start sooner
+    moved = 0
+    for name, after in run.objective.state_dict().items():
+        expected = decay * before[name] + (1 - decay) * after
+        torch.testing.assert_close(run.average.state_dict()[name], expected)
+        moved += not torch.equal(before[name], after)
+    assert moved > 10
+    assert one_update(tiny)[0].average is None
+
+
+@pytest.mark.parametrize(("clip", "scaled"), [(0.0, False), (1e-3, True)])
+def test_gradients_are_scaled_to_the_norm_that_clip_allows(
+    tiny: FitSettings, monkeypatch: pytest.MonkeyPatch, clip: float, scaled: bool
+) -> None:
+    norms = []
+
+    def watch(self: torch.optim.AdamW) -> None:
+        gradients = [value.grad for group in self.param_groups for value in group["params"] if value.grad is not None]
+        norms.append(float(torch.stack([gradient.norm() for gradient in gradients]).norm()))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+    one_update(replace(tiny, clip=clip))
+    assert (norms[0] == pytest.approx(1e-3, rel=1e-2)) == scaled
+
+
+def test_a_stop_while_the_checkpoint_is_written_leaves_none_and_the_next_run_ends_it(
+    tiny: FitSettings, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("trainer.release.model_card", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(tiny)
+    assert not tiny.output.exists()
+    fit(tiny)
+    assert_same_weights(tiny.output, whole[0].output)
+    assert [path.name for path in tiny.output.parent.iterdir()] == [tiny.output.name]
 
 
 @pytest.mark.parametrize(

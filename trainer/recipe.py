@@ -132,7 +132,8 @@ class FitSettings:
         """What the checkpoint says of its training: every setting that can change the weights, as JSON types."""
         ignored = {"output", "workers", "device", "cache_bytes", "architecture_args", "name", "tensorboard"}
         values = {key: value for key, value in asdict(self).items() if key not in ignored}
-        return values | {"data": str(self.data), "local_size": self.local}
+        values |= {"data": str(self.data), "local_size": self.local}
+        return values | ({"architecture_args": dict(self.architecture_args)} if self.architecture_args else {})
 
 
 def learning_rate(settings: FitSettings, progress: float, processes: int = 1) -> float:
