@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from indexer.postgres import DatabaseUnreachable
 
+log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -78,5 +80,6 @@ class Patience:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _give_up(self) -> DatabaseSlow:
+        log.warning("the database is slow", extra={"waited": self.seconds, "asked_again_in": self.pause})
         self._resume = time.monotonic() + self.pause
         return DatabaseSlow(f"the database did not answer within {self.seconds:g} seconds")
