@@ -1,14 +1,16 @@
 """Refit what depends on the index: the k-NN map, the combination, thresholds and the novelty table."""
 
 import logging
+from collections import Counter
 from hashlib import blake2b
 
 import numpy as np
+from sqlalchemy import text
 
 from indexer.follower import Follower
 from indexer.relatives import relatives
 from indexer.settings import Settings
-from trainer.calibration import Calibration, fit_calibration
+from trainer.calibration import MINIMUM, Calibration, fit_calibration
 from trainer.calibration_set import CALIBRATION_FILE, CalibrationSet
 from trainer.embedder import CONFIG_FILE, CheckpointError, checkpoint_id, read_config, read_weights
 from trainer.heads import HEADS_FILE, Heads
@@ -21,12 +23,18 @@ COMPARISONS = 1_000_000_000
 LEAST = 500
 """Calibration images that are always asked: a rate of 5 % needs 19 of each label, and more to be steady."""
 
+ENROLLED = text("""
+select encode(r.sha256, 'hex') as sha256, r."group", r.source, e.vector from reference_image r
+join embedding e on e.image_id = r.id and e.checkpoint_id = :checkpoint
+where r.generator_id = :generator order by r.id limit :most
+""")
+
 
 def calibrate(follower: Follower, heads: Heads, images: CalibrationSet, k: int) -> Calibration:
     """Fit on the calibration images at the index's revision, and keep the result in the store under that revision.
 
-    Each image ignores references of its own group, of its own bytes, and near duplicates of it: it stands for images
-    that the index has never seen.
+    References of generators that these lack are asked as well (`newcomers`). Each image ignores references of its own
+    group, of its own bytes, and near duplicates of it: it stands for images that the index has never seen.
 
     Args:
         follower: A loaded index.
@@ -35,6 +43,7 @@ def calibrate(follower: Follower, heads: Heads, images: CalibrationSet, k: int) 
         k: Neighbours of each label that vote; kept in the parameters as `k`.
     """
     images = affordable(images, len(follower.index))
+    own, images = len(images), images.joined(newcomers(follower, images))
     related = relatives(follower.store, images.sha256, images.groups)
     revision = follower.revision  # first: what comes in during the search makes the next calibration
     real, fake = follower.voters(images.embeddings, k, exclude_each=related)
@@ -45,6 +54,7 @@ def calibrate(follower: Follower, heads: Heads, images: CalibrationSet, k: int) 
         nearest_fake=votes.nearest_fake,
         labels=images.labels,
         groups=images.groups,
+        enrolled=np.arange(len(images)) >= own,
     )
     params = calibration.to_json() | {"k": k}
     follower.store.save_calibration(follower.checkpoint_id, heads.id, revision, params)
@@ -62,10 +72,34 @@ def affordable(images: CalibrationSet, references: int) -> CalibrationSet:
     order = sorted(range(len(images)), key=lambda row: blake2b(images.groups[row].encode()).digest())
     kept = [[row for row in order if images.labels[row] == label] for label in (0, 1)]
     rows = sorted(kept[0][: max(most // 2, most - len(kept[1]))] + kept[1][: max(most // 2, most - len(kept[0]))])
-    texts = {
-        name: [getattr(images, name)[row] for row in rows] for name in ("generators", "sources", "sha256", "groups")
-    }
-    return CalibrationSet(embeddings=images.embeddings[rows], labels=images.labels[rows], **texts)
+    return images.take(rows)
+
+
+def newcomers(follower: Follower, images: CalibrationSet) -> CalibrationSet:
+    """References of generators that the calibration images lack, each with as many as the most frequent has there.
+
+    No checkpoint's calibration images can show how well k-NN does on a generator enrolled after its training. These
+    can, each asked without itself and its relatives; so the combination learns when to trust the neighbours.
+    """
+    known = Counter(name.casefold() for name, label in zip(images.generators, images.labels, strict=True) if label)
+    new = {number: name for number, name in follower.generator_names.items() if name.casefold() not in known}
+    most = min(max(known.values(), default=0), len(images) // max(1, len(new)))
+    found = images.take([])
+    with follower.store.engine.connect() as connection:
+        for number, name in new.items():
+            values = {"checkpoint": follower.checkpoint_id, "generator": number, "most": max(MINIMUM, most)}
+            if rows := connection.execute(ENROLLED, values).all():
+                found = found.joined(
+                    CalibrationSet(
+                        embeddings=np.stack([np.frombuffer(row.vector, "<f4") for row in rows]),  # (n, d)
+                        labels=np.ones(len(rows), images.labels.dtype),
+                        generators=[name] * len(rows),
+                        sources=[row.source for row in rows],
+                        sha256=[row.sha256 for row in rows],
+                        groups=[row.group for row in rows],
+                    )
+                )
+    return found
 
 
 def recalibrate(settings: Settings, follower: Follower) -> Calibration | None:

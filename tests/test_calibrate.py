@@ -12,7 +12,7 @@ from numbered import CHECKPOINT, DIM, add_all, following, new, opened, sha256
 from safetensors.numpy import save_file
 
 from indexer import calibrate as module
-from indexer.calibrate import affordable, calibrate, recalibrate
+from indexer.calibrate import affordable, calibrate, newcomers, recalibrate
 from indexer.relatives import NEAR_BITS, all_fingerprints, near_duplicates, relatives
 from indexer.settings import Settings
 from indexer.store import Store
@@ -52,7 +52,7 @@ def images(numbers: range) -> CalibrationSet:
     return CalibrationSet(
         embeddings=np.stack([direction(number, number % 2 == 1) for number in numbers]),
         labels=np.array([number % 2 for number in numbers], np.uint8),
-        generators=["gen" if number % 2 else "" for number in numbers],
+        generators=[f"gen-{number % 3}" if number % 2 else "" for number in numbers],
         sources=["tests" for _ in numbers],
         sha256=[sha256(number) for number in numbers],
         groups=[f"group {number}" for number in numbers],
@@ -139,6 +139,47 @@ def test_relatives_are_left_out(store: Store, settings: Settings, monkeypatch: p
     np.testing.assert_allclose(seen["nearest_fake"], fake[:, 0], atol=1e-5)
     assert seen["nearest"].max() < 0.999
     assert seen["groups"] == held.groups
+
+
+def test_a_new_generator_teaches_the_combination_to_trust_its_neighbours(store: Store, settings: Settings) -> None:
+    """The linear head calls it real; only k-NN can tell, and only its references can show that."""
+    add_all(store, [reference(number) for number in range(200)])
+    follower = following(store, settings)
+    follower.load()
+    held = images(range(1000, 1100))
+    before = calibrate(follower, heads(), held, K)
+    corner = np.where(np.arange(DIM) == 0, 6.0, -2.5)
+    fresh = [new(n, "Fresh", vector=(corner + direction(n, True) - 1.5).astype(np.float32)) for n in range(300, 340)]
+    add_all(store, fresh)
+    follower.catch_up()
+    after = calibrate(follower, heads(), held, K)
+    assert after.maps["linear"] == before.maps["linear"]
+    assert (after.n_real, after.n_fake) == (50, 50 + 17)  # as many as gen-0 has among the calibration images
+    trust = [one.maps["knn+linear"].weights[0] / one.maps["knn+linear"].weights[1] for one in (before, after)]
+    assert trust[1] > 2 * trust[0]
+
+    def called_fake(calibration: Calibration) -> float:
+        asked = np.stack([corner + direction(n, True) - 1.5 for n in range(400, 440)])
+        votes = vote(
+            *(near.similarities for near in follower.voters(asked, K)), follower.voters(asked, K)[1].generators, K
+        )
+        return float((calibration.combine_many({"knn": votes.logit} | heads().logits(asked)) > 0.5).mean())
+
+    assert called_fake(after) > 0.8
+    assert called_fake(before) < 0.2
+
+
+def test_newcomers_are_as_many_as_known_generators_have(store: Store, settings: Settings) -> None:
+    rows = [reference(number) for number in range(20)] + [new(number, "Fresh") for number in range(100, 130)]
+    add_all(store, rows)
+    follower = following(store, settings)
+    follower.load()
+    found = newcomers(follower, images(range(1000, 1100)))
+    assert found.generators == ["Fresh"] * 17
+    assert set(found.sha256) <= {sha256(number) for number in range(100, 130)}
+    of = {row.sha256: row.vector for row in rows}
+    np.testing.assert_array_equal(found.embeddings, np.stack([of[one] for one in found.sha256]))
+    assert len(newcomers(follower, images(range(1000, 1012)))) == 10  # the least that calibrates anything
 
 
 def test_a_large_index_is_asked_by_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,7 @@ def fit_calibration(
     nearest_fake: np.ndarray,
     labels: np.ndarray,
     groups: Sequence[str],
+    enrolled: np.ndarray | None = None,
 ) -> Calibration:
     """Fit maps, thresholds' tables and novelty tables from n calibration images: the one place where that is done.
 
@@ -195,8 +196,11 @@ def fit_calibration(
         nearest_fake: Similarity to the nearest fake reference, shape (n,); only those of fakes are used.
         labels: 0 real, 1 fake, shape (n,).
         groups: The images' groups, n of them; references of the same group must not have been asked.
+        enrolled: Whether an image is a reference of a generator that the checkpoint does not know, shape (n,), bool;
+            such count for what depends on the index, not for maps of the checkpoint's own heads. None: no image is.
     """
     labels = np.asarray(labels)
+    own = np.ones(len(labels), bool) if enrolled is None else ~enrolled
     columns = {head: np.asarray(logits[head], np.float64) for head in HEADS if head in logits}
     folds = group_folds(groups, labels)
     maps: dict[str, LogisticMap] = {}
@@ -205,7 +209,7 @@ def fit_calibration(
     for size in range(1, len(columns) + 1):
         for heads in combinations(columns, size):
             table = np.column_stack([columns[head] for head in heads])  # (n, h)
-            rows = np.isfinite(table).all(1)
+            rows = np.isfinite(table).all(1) & (own | ("knn" in heads))
             if not MINIMUM <= labels[rows].sum() <= rows.sum() - MINIMUM:
                 continue
             name = subset(heads)

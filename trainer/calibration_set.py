@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -14,6 +15,8 @@ from trainer.embedder import CheckpointError, write_atomically
 CALIBRATION_FILE = "calibration.safetensors"
 LIMIT = 10_000
 """The most images a set holds."""
+TEXTS = ("generators", "sources", "sha256", "groups")
+"""Columns of text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +44,26 @@ class CalibrationSet:
         digest.update(np.ascontiguousarray(self.labels, np.uint8).tobytes())
         return digest.hexdigest()
 
+    def take(self, rows: Sequence[int]) -> CalibrationSet:
+        """Those images, in that order."""
+        texts = {name: [getattr(self, name)[row] for row in rows] for name in TEXTS}
+        chosen = np.asarray(rows, np.int64)
+        return CalibrationSet(embeddings=self.embeddings[chosen], labels=self.labels[chosen], **texts)
+
+    def joined(self, other: CalibrationSet) -> CalibrationSet:
+        """These images, then those."""
+        texts = {name: getattr(self, name) + getattr(other, name) for name in TEXTS}
+        return CalibrationSet(
+            embeddings=np.concatenate([self.embeddings, other.embeddings]),  # (n + m, d)
+            labels=np.concatenate([self.labels, other.labels]),  # (n + m,)
+            **texts,
+        )
+
     def save(self, folder: Path) -> None:
         """Write `calibration.safetensors` into a checkpoint folder, atomically."""
         from safetensors.numpy import save
 
-        texts = {key: getattr(self, key) for key in ("generators", "sources", "sha256", "groups")}
+        texts = {key: getattr(self, key) for key in TEXTS}
         arrays: dict[str, np.ndarray] = {
             "embeddings": np.ascontiguousarray(self.embeddings, np.float32),
             "labels": np.ascontiguousarray(self.labels, np.uint8),
