@@ -11,6 +11,7 @@ from sqlalchemy import Connection, text
 
 from indexer.checkpoints import Checkpoints
 from indexer.generators import generator_ids
+from indexer.guards import BadVectors, unit_vectors
 from indexer.references import kind
 from indexer.rows import PassingConflict, notify
 
@@ -276,11 +277,12 @@ def _copy(
 
 
 def _stored(vector: np.ndarray, dim: int) -> bytes:
+    """The vector's bytes; what the index would refuse is not stored, or it could never follow."""
     array = np.asarray(vector, "<f4")
-    if array.shape != (dim,):
-        raise BadVector(f"an embedding of shape {array.shape}; this checkpoint's have ({dim},)")
-    if not np.isfinite(array).all() or not array.any():
-        raise BadVector("an embedding that is zero or not finite")
+    try:
+        unit_vectors(array[None], dim)
+    except BadVectors as error:
+        raise BadVector(str(error)) from error
     return array.tobytes()
 
 

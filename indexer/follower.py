@@ -299,19 +299,24 @@ class Follower:
                 log.warning("%s", error)
 
     def _keep_snapshot(self) -> None:
-        revision, changed, stale = self.revision, time.monotonic(), time.monotonic()
+        revision, changed, stale, outgrows = self.revision, time.monotonic(), time.monotonic(), True
         while not self._end.wait(POLL):
             now = time.monotonic()
             if self.revision != revision:
                 revision, changed = self.revision, now
             quiet = now - changed >= QUIET
-            if quiet and self.index.outgrow():
-                log.info("searching %s from now on, recall %.4f", self.index.kind, self.index.recall)
-                self._saved = None
+            try:
+                if quiet and outgrows and self.index.outgrow():
+                    log.info("searching %s from now on, recall %.4f", self.index.kind, self.index.recall)
+                    self._saved = None
+            except Exception:  # for want of memory, say; searches go on as they were, and so must the snapshots
+                log.exception("the index could not be given inverted lists, nor is it tried again")
+                outgrows = False
             if self._saved == (self._store_id, self.revision):
                 stale = now
             elif quiet or now - stale >= LATEST:
                 self._try_to_save()
+                changed = stale = now  # one that failed is not tried again at once
 
     def _try_to_save(self) -> None:
         try:

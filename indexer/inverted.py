@@ -99,28 +99,33 @@ class Inverted:
         return similarities, rows
 
     def tune(self, queries: np.ndarray, hold: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-        """Look into as few lists as give `TARGET` recall, doubling; measured against all lists, which is exact.
+        """Look into as few lists as give `TARGET` recall; measured against all lists, which is exact.
 
         Args:
             queries: Stored vectors, shape (q, d), float32.
             hold: Held while a few queries are searched, so that changes get their turn between.
         """
-        parts = np.array_split(queries, -(-len(queries) // 4))
-        nprobe, recall = 0, 0.0
-        while nprobe < len(self.centroids) and recall < TARGET:
-            nprobe = min(max(1, 2 * nprobe), len(self.centroids))
-            recall = float(np.mean([self._recall(part, nprobe, hold) for part in parts]))
-        self.nprobe, self.recall = nprobe, 1.0 if nprobe == len(self.centroids) else recall
-        self.tuned_at = len(self)
+        steps = np.unique(np.geomspace(1, len(self.centroids), 1 + 4 * len(self.centroids).bit_length()).astype(int))
+        hits = np.zeros(len(steps))
+        for part in np.array_split(queries, -(-len(queries) // 4)):
+            with hold():
+                hits += self._hits(part, steps)
+        recall = 1 - (hits[-1] - hits) / max(1, hits[-1])  # the last step is all lists
+        least = int(np.argmax(recall >= TARGET))
+        self.nprobe, self.recall, self.tuned_at = int(steps[least]), float(recall[least]), len(self)
 
-    def _recall(self, queries: np.ndarray, nprobe: int, hold: Callable[[], AbstractContextManager[None]]) -> float:
-        """Share of the nearest but the query itself that so many lists find."""
-        with hold():
-            k = min(NEIGHBOURS + 1, len(self))
-            exact = self._search(queries, k, None, len(self.centroids))[1][:, 1:]  # (q, k - 1)
+    def _hits(self, queries: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """How many of the nearest but the query itself are found in so many lists, for each step, shape (s,)."""
+        k = min(NEIGHBOURS + 1, len(self))
+        exact = self._search(queries, k, None, len(self.centroids))[1]  # (q, k)
+        hits = np.full(len(steps), exact.size - len(exact), float)
+        for step, nprobe in enumerate(steps[:-1].tolist()):
             found = self._search(queries, k, None, nprobe)[1]
-        hits = sum(len(np.intersect1d(one, other)) for one, other in zip(exact, found, strict=True))
-        return hits / max(1, exact.size)
+            hits[step] = sum(len(np.intersect1d(a[1:], b)) for a, b in zip(exact, found, strict=True))
+            if hits[step] == hits[-1]:
+                hits[step:] = hits[-1]
+                break
+        return hits
 
     def blocks(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for number in range(len(self.centroids)):

@@ -421,6 +421,29 @@ def test_the_snapshot_is_written_after_changes_and_at_the_end(
     assert follower.snapshot.stat().st_mtime_ns == changed  # nothing to write
 
 
+def test_snapshots_go_on_where_lists_cannot_be_made(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "POLL", 0.05)
+    monkeypatch.setattr(module, "QUIET", 0.1)
+    tried: list[int] = []
+
+    def fails(index: VectorIndex) -> bool:
+        tried.append(len(index))
+        raise MemoryError
+
+    monkeypatch.setattr(VectorIndex, "outgrow", fails)
+    follower = following(store, settings)
+    follower.load()
+    follower.start()
+    for number in (1, 2):
+        add(store, number)
+        until(lambda number=number: follower.saved_revision == number)  # type: ignore[misc]
+    follower.stop()
+    assert len(tried) == 1
+    assert "could not be given inverted lists" in caplog.text
+
+
 def test_a_large_index_moves_to_lists_by_itself(
     store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

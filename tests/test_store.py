@@ -173,7 +173,15 @@ def test_vectors_of_two_checkpoints_never_mix(store: Store) -> None:
 
 @pytest.mark.parametrize(
     "vector",
-    [np.zeros(DIM), np.array([1, 2, np.nan, 4]), np.array([1, np.inf, 3, 4]), np.ones(DIM + 1), np.ones((1, 4))],
+    [
+        np.zeros(DIM),
+        np.array([1, 2, np.nan, 4]),
+        np.array([1, np.inf, 3, 4]),
+        np.full(DIM, 1e30),
+        np.full(DIM, 1e-30),
+        np.ones(DIM + 1),
+        np.ones((1, 4)),
+    ],
 )
 def test_bad_vectors_are_refused(store: Store, vector: np.ndarray) -> None:
     with pytest.raises(BadVector):
