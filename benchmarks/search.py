@@ -4,6 +4,8 @@ Times on a busy machine are rough, therefore all searches of a table take turns,
 ratios of the turns. Vectors are simulated: 200 clusters of 24 inner dimensions, as embeddings have.
 
     python -m benchmarks.search --sizes 50000,1000000
+    python -m benchmarks.search --sizes 5000000 --alone
+    python -m benchmarks.search --sizes 50000,100000,200000,500000,1000000 --lists
 """
 
 import argparse
@@ -19,6 +21,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from indexer import outgrowing
+from indexer.inverted import Inverted
 from indexer.vector_index import VectorIndex
 
 DIM, K = 192, 20
@@ -85,33 +89,31 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def compare(n: int, rounds: int, console: Console) -> None:
-    """Print the tables of one size."""
-    from sklearn.neighbors import NearestNeighbors
-
+def compare(n: int, rounds: int, alone: bool, console: Console) -> None:
+    """Print the tables of one size, with others beside us or not."""
     vectors, queries = embeddings(n, 1), embeddings(QUERIES, 2)
     index, memory = built(vectors)
-    bare = faiss.IndexScalarQuantizer(DIM, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-    bare.add(vectors)
-    flat = faiss.IndexFlatIP(DIM)
-    flat.add(vectors)
-    brute = NearestNeighbors(n_neighbors=K, algorithm="brute", metric="cosine").fit(vectors)
-    lists, _ = built(vectors)
-    exact = flat.search(queries, K)[1]
-    answers: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-        "Lineup": lambda q: index.search(q, K).ids,
-        "faiss fp16, the bare call": lambda q: bare.search(q, K)[1],
-        "faiss.IndexFlatIP": lambda q: flat.search(q, K)[1],
-        "scikit-learn brute force": lambda q: brute.kneighbors(q, return_distance=False),
-    }
-    if lists.outgrow():
-        answers["Lineup, inverted lists"] = lambda q: lists.search(q, K).ids
+    answers: dict[str, Callable[[np.ndarray], np.ndarray]] = {"Lineup": lambda q: index.search(q, K).ids}
+    if not alone:
+        from sklearn.neighbors import NearestNeighbors
+
+        bare = faiss.IndexScalarQuantizer(DIM, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+        bare.add(vectors)
+        flat = faiss.IndexFlatIP(DIM)
+        flat.add(vectors)
+        brute = NearestNeighbors(n_neighbors=K, algorithm="brute", metric="cosine").fit(vectors)
+        answers |= {
+            "faiss fp16, the bare call": lambda q: bare.search(q, K)[1],
+            "faiss.IndexFlatIP": lambda q: flat.search(q, K)[1],
+            "scikit-learn brute force": lambda q: brute.kneighbors(q, return_distance=False),
+        }
+    base = list(answers)[-1 if alone else 1]
+    exact = list(answers.values())[-1](queries)
     one = turns({name: partial(answer, queries[:1]) for name, answer in answers.items()}, rounds)
     batch = turns({name: partial(answer, queries) for name, answer in answers.items()}, max(2, rounds // 4))
     table = Table(
         "", "1 query, ms", "ratio", f"{QUERIES} queries, ms each", "ratio", f"recall@{K}", title=f"{n:,} references"
     )
-    base = "faiss fp16, the bare call"
     for name, answer in answers.items():
         table.add_row(
             name,
@@ -124,6 +126,45 @@ def compare(n: int, rounds: int, console: Console) -> None:
     console.print(table)
     console.print(f"memory {memory:.0f} bytes per reference\n")
     console.print(filters(index, queries[:1], n, rounds))
+
+
+def lists(n: int, rounds: int) -> list[str]:
+    """One label of n references, searched flat and through inverted lists: a row of their table."""
+    queries, fresh = embeddings(8, 2), embeddings(256, 3)
+    flat = one_label(embeddings(n, 1))
+    inverted = one_label(embeddings(n, 1))
+    outgrowing.OUTGROWN = 1
+    start = time.perf_counter()
+    moved = inverted.outgrow()
+    took = time.perf_counter() - start
+    seconds = turns(
+        {
+            name: lambda index=index: [index.search(query[None], K) for query in queries]  # type: ignore[misc]
+            for name, index in (("flat", flat), ("lists", inverted))
+        },
+        rounds,
+    )
+    engine = inverted._shelves[1].engine
+    looked = f"{engine.nprobe} of {len(engine.centroids)}" if isinstance(engine, Inverted) else "all"
+    return [
+        f"{n:,}",
+        *(f"{1e3 * np.median(seconds[name]) / len(queries):.2f}" for name in ("flat", "lists")),
+        f"{np.median(seconds['flat'] / seconds['lists']):.1f}" if moved else "-",
+        looked,
+        f"{inverted.recall:.4f}",
+        f"{recall(inverted.search(fresh, K).ids, flat.search(fresh, K).ids):.4f}",
+        f"{took:.0f}",
+    ]
+
+
+def one_label(vectors: np.ndarray) -> VectorIndex:
+    """An index of fakes only, so that its size is that of one label."""
+    index = VectorIndex(DIM, "cpu")
+    for first in range(0, len(vectors), 20_000):
+        part = vectors[first : first + 20_000]
+        ones = np.ones(len(part), int)
+        index.add(first + np.arange(len(part)), part, ones, ones, ones)
+    return index
 
 
 def filters(index: VectorIndex, query: np.ndarray, n: int, rounds: int) -> Table:
@@ -152,11 +193,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="50000,1000000", help="comma list of reference counts")
     parser.add_argument("--rounds", type=int, default=31, help="timed turns; a quarter above 100,000")
+    parser.add_argument("--alone", action="store_true", help="without FAISS and scikit-learn beside it")
+    parser.add_argument("--lists", action="store_true", help="flat search beside inverted lists, of one label")
     options = parser.parse_args(arguments)
     console = Console(width=120, highlight=False)
     faiss.omp_set_num_threads(faiss.omp_get_max_threads())
-    for size in options.sizes.split(","):
-        compare(int(size), options.rounds if int(size) <= 100_000 else -(-options.rounds // 4), console)
+    table = Table("one label", "flat, ms", "lists, ms", "ratio", "looks into", "recall, kept", "fresh", "making, s")
+    for size in map(int, options.sizes.split(",")):
+        rounds = options.rounds if size <= 100_000 else -(-options.rounds // 4)
+        if options.lists:
+            table.add_row(*lists(size, rounds))
+        else:
+            compare(size, rounds, options.alone, console)
+    if options.lists:
+        console.print(table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,242 @@
+"""How memory, start-up, adding, searching and following grow with the references, in an embedded database.
+
+Rows are copied in bulk, with simulated embeddings (`benchmarks.search.embeddings`) and no thumbnails; what is measured
+then goes the ordinary way, the following with a writer in another process. A home folder that is given is kept: the
+next call goes on from the rows that are there, and `--fill-only` only brings them there.
+
+    python -m benchmarks.growth --sizes 10000,100000,1000000,5000000
+"""
+
+import argparse
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import numpy as np
+import psycopg
+from sqlalchemy import text
+
+from benchmarks.search import DIM, K, embeddings, resident
+from indexer.embedded import EmbeddedServer
+from indexer.follower import Follower
+from indexer.postgres import connect
+from indexer.settings import Settings
+from indexer.store import NewReference, Store
+
+CHECKPOINT = "c" * 32
+PER_REVISION = 1_000
+BLOCK = 100_000
+BATCH = 256
+ROWS = """insert into reference_image
+    (sha256, label, generator_id, source, "group", file_bytes, width, height, format, thumbnail, attributes)
+select sha256(i::text::bytea), (i % 2)::smallint, case when i % 2 = 1 then :generator + i % 10 end, 'source ' || i % 4,
+    'group ' || i, 50000, 512, 512, 'JPEG', '', '{}'
+from generate_series(cast(:first as bigint), cast(:last as bigint)) i order by i returning id"""
+
+
+def fill(store: Store, n: int) -> None:
+    """Bring the number of references to n."""
+    with store.engine.begin() as connection:
+        have = int(connection.scalar(text("select count(*) from reference_image")) or 0)
+        if not have:
+            connection.execute(text("insert into generator (name) select 'gen ' || i from generate_series(0, 9) i"))
+        generator = int(connection.scalar(text("select min(id) from generator")) or 0)
+    for first in range(have, n, BLOCK):
+        m = min(BLOCK, n - first)
+        vectors = embeddings(m, 1_000 + first).astype("<f4")
+        with store.engine.begin() as connection:
+            place = {"generator": generator, "first": first, "last": first + m - 1}
+            ids = np.sort(np.array(connection.execute(text(ROWS), place).scalars().all()))
+            revision = store.revision(CHECKPOINT)
+            driver = cast("psycopg.Connection[Any]", connection.connection.driver_connection)
+            with driver.cursor().copy(
+                "copy embedding (image_id, checkpoint_id, vector, revision) from stdin (format binary)"
+            ) as copy:
+                copy.set_types(["int8", "text", "bytea", "int8"])
+                for row, (image_id, vector) in enumerate(zip(ids.tolist(), vectors, strict=True)):
+                    copy.write_row((image_id, CHECKPOINT, vector.tobytes(), revision + 1 + row // PER_REVISION))
+            stamp = text("update index_revision set revision = :revision where checkpoint_id = :checkpoint")
+            connection.execute(stamp, {"revision": revision + -(-m // PER_REVISION), "checkpoint": CHECKPOINT})
+    if have < n:
+        with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("vacuum analyze"))
+
+
+def measure(settings: Settings, store: Store, rounds: int) -> dict[str, Any]:
+    """Everything at the present size; the same rows are there at the end."""
+    with store.engine.connect() as connection:
+        disk = int(connection.scalar(text("select pg_database_size(current_database())")) or 0)
+    row: dict[str, Any] = {}
+    before = resident()
+    follower = following(settings, store)
+    follower.forget_snapshot()
+    row["start from Postgres, s"] = seconds(follower.load)
+    row["references"] = n = len(follower.index)
+    row["bytes on disk each"] = disk / n
+    row["bytes of memory each"] = (resident() - before) / n
+    row["writing the snapshot, s"] = seconds(follower.save)
+    follower = following(settings, store)
+    row["start from the snapshot, s"] = seconds(follower.load)
+    row |= searches(follower, rounds, "flat")
+    row |= changes(follower, store, rounds)
+    outgrown = seconds(lambda: row.update(kind=follower.index.outgrow()))
+    if row.pop("kind"):
+        row["making lists, s"] = outgrown
+        row["recall@20 of lists"] = follower.index.recall
+        row |= searches(follower, rounds, "lists")
+        follower.save()
+        follower = following(settings, store)
+        row["start from their snapshot, s"] = seconds(follower.load)
+    return row
+
+
+def searches(follower: Follower, rounds: int, kind: str) -> dict[str, float]:
+    """Milliseconds of a search for one image and for 32, of the nearest of each label."""
+    queries = embeddings(32, 2)
+    one = [seconds(lambda: follower.index.search_both(queries[:1], (K, K))) for _ in range(rounds)]
+    many = [seconds(lambda: follower.index.search_both(queries, (K, K))) for _ in range(max(2, rounds // 4))]
+    return {
+        f"search {kind}, 1 query, ms": 1e3 * median(one),
+        f"search {kind}, 32 queries, ms each": 1e3 * median(many) / 32,
+    }
+
+
+def changes(follower: Follower, store: Store, rounds: int) -> dict[str, float]:
+    """Seconds of adding and removing, and until a follower in another process than the writer has it."""
+    follower.start()
+    row: dict[str, list[float]] = {}
+    with writer(follower.settings) as write:
+        for turn in range(rounds):
+            for name, command in (("1 reference", "add 1"), (f"{BATCH} references", f"add {BATCH}")):
+                revision, took, done = write(f"{command} {turn}")
+                row.setdefault(f"adding {name}, ms", []).append(1e3 * took)
+                row.setdefault(f"following {name}, ms", []).append(1e3 * (applied(follower, revision) - done))
+            revision, took, done = write("remove")
+            row.setdefault(f"removing {BATCH + 1}, ms", []).append(1e3 * took)
+            row.setdefault(f"following a removal of {BATCH + 1}, ms", []).append(
+                1e3 * (applied(follower, revision) - done)
+            )
+    follower.stop()
+    return {name: median(values) for name, values in row.items()} | {
+        "following at worst, ms": max(value for name, values in row.items() if "follow" in name for value in values)
+    }
+
+
+def applied(follower: Follower, revision: int) -> float:
+    """When the follower has a revision, on the clock that all processes share."""
+    while follower.revision < revision:
+        time.sleep(0.001)
+    return time.monotonic()
+
+
+@contextmanager
+def writer(settings: Settings) -> Iterator[Callable[[str], tuple[int, float, float]]]:
+    """A process that writes on command, and says the revision, the seconds it took and when it was committed."""
+    arguments = [sys.executable, "-m", "benchmarks.growth", "--writer", "--home", str(settings.home)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        given, taken = process.stdin, process.stdout
+
+        def write(command: str) -> tuple[int, float, float]:
+            print(command, file=given, flush=True)
+            revision, took, done = taken.readline().split()
+            return int(revision), float(took), float(done)
+
+        write("remove")  # connects
+        yield write
+        given.close()
+
+
+def write(store: Store) -> None:
+    """The other end of `writer`: `add COUNT SEED` and `remove`, which takes away all that was added."""
+    ids: list[int] = []
+    for line in sys.stdin:
+        command, *numbers = line.split()
+        rows = [] if command == "remove" else references(*map(int, numbers))
+        start = time.monotonic()
+        if rows:
+            ids += [image_id for image_id in store.add(rows, CHECKPOINT).ids if image_id is not None]
+        elif ids:
+            store.remove(ids=ids)
+            ids = []
+        done = time.monotonic()
+        print(store.revision(CHECKPOINT), done - start, done, flush=True)
+
+
+def references(n: int, seed: int) -> list[NewReference]:
+    """Unlike any other, with a thumbnail of the usual size."""
+    thumbnail = np.random.default_rng(seed).bytes(6_000)
+    return [
+        NewReference(
+            sha256=hashlib.sha256(f"{time.time_ns()} {n} {i}".encode()).hexdigest(),
+            label=i % 2,
+            generator="gen 1" if i % 2 else None,
+            source="source 1",
+            group=f"new {i}",
+            uri=None,
+            file_bytes=50_000,
+            mtime=None,
+            width=512,
+            height=512,
+            format="JPEG",
+            jpeg_quality=90,
+            thumbnail=thumbnail,
+            attributes={},
+            vector=vector,
+        )
+        for i, vector in enumerate(embeddings(n, seed))
+    ]
+
+
+def following(settings: Settings, store: Store) -> Follower:
+    """A follower that has read nothing yet."""
+    return Follower(settings, store, CHECKPOINT, DIM)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print one column per size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="10000,100000", help="comma list of reference counts, ascending")
+    parser.add_argument("--home", type=Path, help="folder that is kept; a temporary one otherwise")
+    parser.add_argument("--rounds", type=int, default=9, help="timed turns")
+    parser.add_argument("--fill-only", action="store_true")
+    parser.add_argument("--writer", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    home = options.home or Path(tempfile.mkdtemp(prefix="lineup-"))
+    settings = Settings(home=home, database_url=None, device="cpu")
+    store = Store(connect(settings))
+    try:
+        if options.writer:
+            return write(store)
+        store.register_checkpoint(CHECKPOINT, "simulated", DIM, {})
+        for size in map(int, options.sizes.split(",")):
+            fill(store, size)
+            if not options.fill_only:
+                for name, value in measure(settings, store, options.rounds).items():
+                    print(f"{size:,} | {name} | {value:.4g}", flush=True)
+    finally:
+        store.engine.dispose()
+        if not options.writer:
+            EmbeddedServer(home).stop()
+            if options.home is None:
+                shutil.rmtree(home)
+
+
+if __name__ == "__main__":
+    main()
