@@ -27,6 +27,7 @@ from trainer.augmentations import (
     picture_sheet,
     pixelization,
     random_crop,
+    resize,
     resize_square,
     rotate,
     saturation,
@@ -269,6 +270,15 @@ def test_finish_shows_the_middle_nine_tenths() -> None:
     row = finish(ramp, 90)[45, :, 0].astype(int)
     assert row[0] == pytest.approx(10, abs=2)
     assert row[-1] == pytest.approx(190, abs=2)
+
+
+@pytest.mark.parametrize("shape", [(300, 410), (64, 50), (224, 224)], ids=str)
+def test_finish_is_a_resize_and_a_centre_crop_to_within_a_pixel(shape: tuple[int, int]) -> None:
+    """The recipe's order, all of the square resized, gives the same picture."""
+    image = np.asarray(cv2.GaussianBlur(photograph(*shape), (0, 0), 8))
+    side = round(96 / 0.9)
+    slow = centre_crop(resize(centre_crop(image, min(shape)), side, side), 96)
+    np.testing.assert_allclose(finish(image, 96).astype(int), slow.astype(int), atol=3)
 
 
 def test_crops_cover_the_stated_share_of_the_area(rng: np.random.Generator) -> None:

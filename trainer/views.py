@@ -80,10 +80,9 @@ def window(image: Pixels, size: int, top: int, left: int) -> Pixels:
 
 
 def finish(image: Pixels, size: int) -> Pixels:
-    """Shorter side to round(size / 0.9), then the middle square of `size`."""
-    short = min(image.shape[:2])
-    side = round(size / MARGIN)
-    return centre_crop(resize(centre_crop(image, short), side, side), size)
+    """Shorter side to round(size / 0.9), then the middle square of `size`; what is cut off is not resized first."""
+    inner = max(1, round(min(image.shape[:2]) * size / round(size / MARGIN)))
+    return resize(centre_crop(image, inner), size, size)
 
 
 def plain(image: Pixels, preprocess: Preprocess) -> Pixels:
