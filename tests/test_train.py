@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from tiny import tiny_settings
 
@@ -340,6 +341,24 @@ def test_ablations_train(tiny: FitSettings, change: dict[str, Any]) -> None:
     if change == {"loss": "bce"}:
         assert "linear" in metrics["validation"]
         assert Heads.load(tiny.output).linear.weight.shape == (48,)
+
+
+def test_pretrained_starts_from_timms_weights(tiny: FitSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    create, official = timm.create_model, {}
+
+    def offline(name: str, *, pretrained: bool, **options: Any) -> torch.nn.Module:
+        model: torch.nn.Module = create(name, pretrained=False, **options)
+        if pretrained:
+            official.update({key: torch.full_like(value, 0.25) for key, value in model.state_dict().items()})
+            model.load_state_dict(official)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    started = make_objective(replace(tiny, pretrained=True), "cpu")[0].backbone.state_dict()
+    assert official
+    assert all(torch.equal(started[key], value) for key, value in official.items())
+    other = make_objective(tiny, "cpu")[0].backbone.state_dict()
+    assert not any(torch.equal(other[key], value) for key, value in official.items() if value.dim() > 1)
 
 
 def test_unreadable_images_are_counted_and_listed(tiny: FitSettings, image_folder: Path, tmp_path: Path) -> None:
