@@ -12,6 +12,7 @@ MINUTES ?= 3
 ifeq ($(DATA),)
 DEMO := lineup-data/demo
 IMAGES := $(DEMO)/images
+UNSEEN := Those of $(DEMO)/images/fake/sim-spectral are new to it, by a generator it does not know.
 else
 DEMO := lineup-data/demo-$(shell printf %s '$(abspath $(DATA))' | sha256sum | cut -c1-8)
 IMAGES := $(DATA)
@@ -31,6 +32,7 @@ help:
 # The lock holds hashes of CUDA 13 packages whose version pins only a current pip can read.
 $(VENV)/.locked: requirements.lock
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing the locked dependencies into $(VENV), about 7 GB: this takes some minutes"
 	$(BIN)/pip install --quiet --upgrade "pip>=26"
 	$(BIN)/pip install --quiet --require-hashes -r requirements.lock
 	@touch $@
@@ -41,9 +43,12 @@ ifeq ($(DATA),)
 endif
 	$(RUN) trainer fit --data $(IMAGES) --split train --output $(LINEUP_CHECKPOINT) --image-size 64 --max-minutes $(MINUTES)
 	$(RUN) indexer add $(IMAGES) --split train
-	$(RUN) indexer evaluate --data $(IMAGES) --split test,unseen
-	$(RUN) api detect $(IMAGES) --split test,unseen --sample 2
+	$(RUN) indexer evaluate --data $(IMAGES) --split test,unseen --output $(LINEUP_HOME)/evaluation.json
+	LINEUP_RECORD=false $(RUN) api detect $(IMAGES) --split test,unseen --sample 2
+	@echo
+	@echo "For further commands:  . $(BIN)/activate; export LINEUP_HOME=$(LINEUP_HOME) LINEUP_CHECKPOINT=$(LINEUP_CHECKPOINT)"
 ifneq ($(SERVE),0)
+	@echo "The page comes up at http://127.0.0.1:$${LINEUP_PORT:-8000}: drop an image on it. $(UNSEEN)"
 	$(RUN) api serve
 endif
 

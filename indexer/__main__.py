@@ -224,6 +224,10 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Data set of any layout.")],
     split: Annotated[str, typer.Option(help="Comma list of splits.")] = "test,unseen",
     seed: Annotated[int, typer.Option(help="Fixes transforms and bootstraps.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File to keep the result in; it is not measured again before index or checkpoint change."),
+    ] = None,
     checkpoint: CheckpointFolder = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -233,16 +237,25 @@ def evaluate(
         from indexer.evaluate import EvaluationError
         from indexer.evaluate import evaluate as measure
         from indexer.findings import tell_evaluation
+        from indexer.measured import keep, kept, question
         from trainer.embedder import Embedder
 
         settings = read_settings(checkpoint=checkpoint, device=device)
         embedder = Embedder.load(settings.checkpoint_folder, device=settings.device)
         with opened(settings) as store, image_progress(console, None) as advance:
             follower = renew_snapshot(settings, store, embedder.id)
-            try:
-                found = measure(settings, follower, embedder, data, split=split, seed=seed, on_image=advance)
-            except EvaluationError as error:
-                fail(str(error))
+            asked = question(settings, follower, data, split, seed)
+            found = kept(output, asked) if output else None
+            reused = found is not None
+            if found is None:
+                try:
+                    found = measure(settings, follower, embedder, data, split=split, seed=seed, on_image=advance)
+                except EvaluationError as error:
+                    fail(str(error))
+                if output:
+                    keep(output, asked, found)
+    if reused:
+        console.print(f"reused {output}, measured with this checkpoint and these references", markup=False)
     for rejected in found.rejected:
         console.print(f"rejected {rejected.file}: {rejected.reason}", markup=False)
     if as_json:

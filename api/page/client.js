@@ -15,7 +15,7 @@ export class Problem extends Error {
 /** What a reader can do about each kind of problem. */
 const ADVICE = {
   unreadable: "The file is damaged or cut off. Try to get another copy of it.",
-  "not-an-image": "Lineup reads JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF.",
+  "not-an-image": "If it is an image of another kind, save it as PNG, which loses nothing.",
   "too-large": "Whoever runs the service sets this limit. A smaller copy is another file, and may be judged otherwise.",
   unauthorized: "Reload the page, or try again, to enter a key.",
   forbidden: "Ask whoever runs the service.",

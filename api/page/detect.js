@@ -1,13 +1,16 @@
 /** The view that judges images: several at a time, each with its whole account. */
 
-import { ask, problemFrom } from "./client.js";
+import { ask } from "./client.js";
 import { announce, badge, download, fileName, h } from "./dom.js";
 import { intake } from "./intake.js";
+import { judging } from "./judging.js";
 import { problemBox } from "./problems.js";
 import { account } from "./verdict.js";
+import { tellKnown, welcome } from "./welcome.js";
 import { decimal, headline, oneIn, plural, rarity } from "./words.js";
 
-const AT_ONCE = 2;
+/** Problems of the file itself: it would fail again. */
+const OF_THE_FILE = new Set([400, 413, 415]);
 const view = document.getElementById("view-detect");
 
 /** Blobs of images judged in this tab, by the id of their record: the service keeps none. */
@@ -15,9 +18,7 @@ export const addresses = new Map();
 
 let rates = null;
 const items = [];
-const queue = [];
-let running = 0;
-let stopping = new AbortController();
+const queue = judging({ onchange: redraw, onend: finished });
 
 const closer = h("input", { type: "checkbox", checked: true });
 const strictness = h(
@@ -33,7 +34,7 @@ const progress = h(
   { class: "progress", hidden: true },
   bar,
   counter,
-  h("button", { type: "button", onclick: stop }, "Stop"),
+  h("button", { type: "button", onclick: () => queue.stop() }, "Stop"),
 );
 const tally = h("p", { class: "tally" });
 const tools = h(
@@ -58,37 +59,6 @@ const zone = intake({
   onfiles: add,
 });
 
-const explanation = h(
-  "section",
-  { class: "explanation", "aria-label": "How to read a verdict" },
-  h(
-    "ol",
-    {},
-    h(
-      "li",
-      {},
-      h("strong", {}, "The line-up. "),
-      "Lineup looks for the images most like yours among reference images whose origin is known: real photos, " +
-        "and images by known generators.",
-    ),
-    h(
-      "li",
-      {},
-      h("strong", {}, "The verdict. "),
-      "“Probably generated”, “probably a real photograph”, or “cannot tell”, with a score and how often " +
-        "real photos score that high.",
-    ),
-    h(
-      "li",
-      {},
-      h("strong", {}, "The evidence. "),
-      "You see the neighbours, what each method says, where in the image it comes from, and whether it survives " +
-        "re-encoding. Judge for yourself.",
-    ),
-  ),
-  h("p", { class: "hint" }, "Lineup keeps a fingerprint of the image and the verdict, never the image."),
-);
-
 /** Build the view. */
 export function setUp() {
   view.append(
@@ -102,104 +72,110 @@ export function setUp() {
     progress,
     tools,
     results,
-    explanation,
+    welcome,
   );
 }
 
-/** Called each time the view is shown. */
+/** Called each time the view is shown. Where the service cannot answer, verdicts say less about their cuts. */
 export async function show() {
+  if (!welcome.hidden) ask("/v1/status").then(tellKnown, () => {});
   if (rates) return;
   try {
     const state = await ask("/v1/calibration");
     rates = { false_alarm: state.max_false_alarm, miss: state.max_miss };
-    strictness.options[0].textContent = `${oneIn(rates.false_alarm)}, as the service is set`;
+    const [own, ...others] = strictness.options;
+    own.textContent = `${oneIn(rates.false_alarm)}, as the service is set`;
+    for (const option of others) if (Number(option.value) === rates.false_alarm) option.remove();
   } catch {
-    rates = null; // the verdicts then say less about their cuts, and nothing else fails
+    rates = null;
   }
 }
 
 function add(files) {
-  explanation.hidden = true;
+  welcome.hidden = true;
   zone.classList.add("compact");
-  const options = { explain: closer.checked ? "regions,stability" : "", max_false_alarm: strictness.value };
   const alone = files.length === 1;
   const added = files.map((file) => ({
     file,
-    options,
+    explain: closer.checked ? "regions,stability" : null,
+    max_false_alarm: strictness.value,
     alone,
     address: URL.createObjectURL(file),
     place: h("div", { class: "result" }),
     result: null,
+    whole: false,
+    problem: null,
   }));
-  for (const item of added) {
-    item.place.append(waiting(item, "waiting"));
-    items.push(item);
-    queue.push(item);
-  }
+  items.push(...added);
+  added.forEach(draw);
   results.prepend(...added.map((item) => item.place));
   tools.hidden = false;
   announce(`${plural(files.length, "image")} to judge`);
-  while (running < AT_ONCE && queue.length) work();
+  queue.add(added);
   update();
   if (tools.getBoundingClientRect().top > innerHeight / 2) tools.scrollIntoView();
 }
 
-async function work() {
-  running += 1;
-  while (queue.length) await judge(queue.shift());
-  running -= 1;
-  if (!running) finished();
-}
-
-async function judge(item) {
-  item.place.replaceChildren(waiting(item, "being judged"));
-  const body = new FormData();
-  body.append("image", item.file, item.file.name || "pasted.png");
-  try {
-    const {
-      results: [found],
-    } = await ask("/v1/detect", { method: "POST", query: item.options, body, signal: stopping.signal });
-    if (found.error) throw problemFrom(found.error);
-    item.result = found;
-    item.at = new Date().toISOString();
-    addresses.set(found.id, item.address);
-  } catch (problem) {
-    item.problem =
-      problem.name === "AbortError" ? { title: "Not judged", detail: "Stopped before its turn." } : problem;
-  }
-  item.place.replaceChildren(item.result ? judged(item) : failed(item));
+function redraw(item) {
+  if (!items.includes(item)) return; // cleared meanwhile
+  if (item.whole) addresses.set(item.result.id, item.address);
+  draw(item);
   update();
+  if (item.alone && item.result && !item.whole && !item.busy && !item.problem) announce(spoken(item.result));
 }
 
-function waiting(item, state) {
+/** Show an item as it stands. What is open stays open, and the focus stays where it was. */
+function draw(item) {
+  if (item.result && item.busy) return; // its second part is on the way, as the verdict says already
+  const open = item.place.querySelector("details.one")?.open;
+  const focused = item.place.contains(document.activeElement) ? nameOf(document.activeElement) : null;
+  const shown = item.result ? judged(item) : item.problem ? null : waiting(item);
+  item.place.replaceChildren(...[shown, item.problem && failed(item)].filter(Boolean));
+  const row = item.place.querySelector("details.one");
+  if (open && row) row.open = true;
+  const same = (element) => focused !== null && nameOf(element) === focused;
+  [...item.place.querySelectorAll("button, summary, [tabindex]")].find(same)?.focus({ preventScroll: true });
+}
+
+function nameOf(element) {
+  return element.getAttribute("aria-label") ?? element.textContent;
+}
+
+function waiting(item) {
   return h(
     "div",
     { class: "waiting" },
     h("span", { class: "spinner", "aria-hidden": "true" }),
     fileName(item.file.name),
-    h("span", { class: "hint" }, state),
+    h("span", { class: "hint" }, item.busy ? "being judged" : "waiting"),
   );
 }
 
 function failed(item) {
   const again = () => {
     item.problem = null;
-    queue.push(item);
-    if (running < AT_ONCE) work();
+    draw(item);
+    queue.add([item]);
     update();
   };
   return h(
     "div",
     { class: "failed" },
-    h("p", { class: "of" }, fileName(item.file.name)),
-    problemBox(item.problem, again),
+    h("p", { class: "of" }, fileName(item.file.name), item.result ? ": regions and re-encoded copies are missing" : ""),
+    problemBox(item.problem, OF_THE_FILE.has(item.problem.status) ? null : again),
   );
 }
 
 function judged(item) {
   const verdict = item.result;
-  const own = item.options.max_false_alarm ? Number(item.options.max_false_alarm) : rates?.false_alarm;
-  const options = { address: item.address, at: item.at, rates: { ...rates, false_alarm: own } };
+  const own = item.max_false_alarm ? Number(item.max_false_alarm) : rates?.false_alarm;
+  const options = {
+    address: item.address,
+    at: item.at,
+    rates: { ...rates, false_alarm: own },
+    kept: item.whole,
+    pending: !item.whole && !item.problem,
+  };
   if (item.alone) return account(verdict, options);
   const preview = h("img", { src: item.address, alt: "", width: 56, height: 56 });
   preview.onerror = () => preview.classList.add("missing");
@@ -234,11 +210,15 @@ function judged(item) {
 }
 
 function update() {
-  const done = items.filter((item) => item.result || item.problem).length;
+  const judgedOnes = items.filter((item) => item.result || item.problem).length;
+  const done = items.filter((item) => item.whole || item.problem).length;
   progress.hidden = done === items.length;
-  bar.max = items.length || 1;
-  bar.value = done;
-  counter.textContent = `${done} of ${items.length} judged`;
+  bar.max = 2 * items.length || 1;
+  bar.value = judgedOnes + done;
+  counter.textContent =
+    judgedOnes < items.length
+      ? `${judgedOnes} of ${items.length} judged`
+      : `all judged; regions and re-encoded copies: ${done} of ${items.length}`;
   tally.textContent = counts();
 }
 
@@ -248,7 +228,8 @@ function counts() {
     ["generated", number((item) => item.result?.verdict === "fake")],
     ["real", number((item) => item.result?.verdict === "real")],
     ["cannot tell", number((item) => item.result?.verdict === "uncertain")],
-    ["failed", number((item) => item.problem)],
+    ["incomplete", number((item) => item.problem && item.result)],
+    ["failed", number((item) => item.problem && !item.result)],
   ];
   return parts
     .filter(([, value]) => value)
@@ -259,22 +240,14 @@ function counts() {
 function finished() {
   const last = items.at(-1);
   if (!last) return;
-  if (items.length === 1 && last.result)
-    announce(
-      `${headline(last.result)}. ${last.result.score === null ? "" : `Score ${decimal(last.result.score)}.`} ` +
-        `${rarity(last.result) ?? ""}`,
-    );
-  else announce(`Done: ${counts()}`);
+  if (items.length > 1 || !last.result) announce(`Done: ${counts()}`);
+  else if (last.explain && last.whole) announce("Regions and re-encoded copies are scored");
+  else announce(spoken(last.result));
 }
 
-function stop() {
-  for (const item of queue.splice(0)) {
-    item.problem = { title: "Not judged", detail: "Stopped before its turn." };
-    item.place.replaceChildren(failed(item));
-  }
-  stopping.abort();
-  stopping = new AbortController();
-  update();
+function spoken(verdict) {
+  const score = verdict.score === null ? "" : ` Score ${decimal(verdict.score)}.`;
+  return `${headline(verdict)}.${score} ${rarity(verdict) ?? ""}`.trim();
 }
 
 function exportAll() {
@@ -291,12 +264,12 @@ function exportAll() {
 }
 
 function clear() {
-  stop();
+  queue.stop();
   for (const item of items.splice(0)) URL.revokeObjectURL(item.address);
   addresses.clear();
   results.replaceChildren();
   tools.hidden = true;
-  explanation.hidden = false;
+  welcome.hidden = false;
   zone.classList.remove("compact");
   update();
   announce("Cleared");

@@ -8,7 +8,7 @@ import { count, day, ended, percent, plural } from "./words.js";
  * Recall and false alarms of the neighbours' vote: {recall, alarms}, each [before, after] or null, and {held}, the
  * recall of a fifth that was masked for the measure. Of several generators it is the mean.
  */
-export function effect(report, name = null) {
+function effect(report, name = null) {
   const rows = (report?.effect?.recall ?? []).filter(
     (row) => row.generator !== "real" && (name === null || row.generator === name),
   );
@@ -24,6 +24,60 @@ export function effect(report, name = null) {
     held: mean("held_back"),
     alarms: pair(alarms?.before, alarms?.after),
   };
+}
+
+/** The same of an enrolment in parts, in order of time: before the first, after the last. */
+export function effectOver(reports, name = null) {
+  const [first, last] = [effect(reports[0], name), effect(reports.at(-1), name)];
+  const pair = (kind) => last[kind] && [first[kind]?.[0] ?? null, last[kind][1]];
+  return { recall: pair("recall"), held: last.held, alarms: pair("alarms") };
+}
+
+/** The parts of one dropped folder follow each other at once: a request takes a minute at most. */
+const APART = 90_000;
+
+/**
+ * Enrolments, newest first, with those that are parts of one put together: same origin, one right after the other.
+ *
+ * Each is {ids, at, what, source, added, references, reports}; ids and reports in order of time.
+ */
+export function whole(enrolments) {
+  const groups = [];
+  for (const one of enrolments) {
+    const what = one.generator ?? mixed(one.report);
+    const later = groups.at(-1);
+    const here = {
+      ids: [one.id],
+      at: one.at,
+      what,
+      source: one.source,
+      added: one.report?.added ?? one.references ?? 0,
+      references: one.references,
+      reports: [one.report],
+    };
+    const together =
+      later &&
+      later.what === what &&
+      later.source === one.source &&
+      Boolean(later.references) === Boolean(one.references) &&
+      later.reports.every(Boolean) &&
+      one.report &&
+      new Date(later.at) - new Date(one.at) < APART;
+    if (!together) groups.push(here);
+    else {
+      later.ids.unshift(one.id);
+      later.reports.unshift(one.report);
+      later.at = one.at;
+      later.added += here.added;
+      later.references += here.references;
+    }
+  }
+  return groups;
+}
+
+function mixed(report) {
+  const names = Object.keys(report?.generators ?? {}).map((name) => (name === "real" ? "real photos" : name));
+  return names.length > 3 ? `${names.slice(0, 3).join(", ")} and ${names.length - 3} more` : names.join(", ") || "–";
 }
 
 /** "41 % → 96 %", or that it was not measured. */
@@ -42,7 +96,7 @@ export function arrow(pair) {
 
 /** Before and after as bars, from the first and last report of an enrolment in parts. `name` is its generator. */
 export function effectBars(reports, name) {
-  const [first, last] = [effect(reports[0]), effect(reports.at(-1))];
+  const { recall, held, alarms } = effectOver(reports);
   const lines = (title, kind, says, rows) =>
     h(
       "div",
@@ -62,26 +116,26 @@ export function effectBars(reports, name) {
       h("p", { class: "hint" }, says),
     );
   const parts = [
-    last.recall &&
+    recall &&
       lines(
-        "Found as generated",
+        "Found by the vote",
         "fake",
         "Share of these images that the vote of the neighbours calls generated, each judged without itself. " +
           "“Held back”: of a fifth of them, judged without the whole fifth.",
         [
-          ["before", first.recall?.[0]],
-          ["after", last.recall[1]],
-          ["held back", last.held],
+          ["before", recall[0]],
+          ["after", recall[1]],
+          ["held back", held],
         ],
       ),
-    last.alarms &&
+    alarms &&
       lines(
-        "False alarms",
+        "False alarms of the vote",
         "real",
         "Share of real calibration photos that the vote of the neighbours calls generated.",
         [
-          ["before", first.alarms?.[0]],
-          ["after", last.alarms[1]],
+          ["before", alarms[0]],
+          ["after", alarms[1]],
         ],
       ),
   ].filter(Boolean);

@@ -2,7 +2,18 @@
 
 import { badge, bar, facts, h, table } from "./dom.js";
 import { generatorShares, indexWords, lineUp } from "./lineup.js";
-import { CREDENTIALS, HEADS, count, decimal, percent, sentence, stabilityWords, variantName, when } from "./words.js";
+import {
+  CREDENTIALS,
+  HEADS,
+  count,
+  decimal,
+  labelWord,
+  percent,
+  sentence,
+  stabilityWords,
+  variantName,
+  when,
+} from "./words.js";
 
 /** Sections with headings of this level. `at` is when it was judged, or null. */
 export function evidence(verdict, at, level) {
@@ -15,7 +26,8 @@ export function evidence(verdict, at, level) {
       h(
         "p",
         { class: "lead" },
-        `The images most like this one among ${indexWords(verdict)}. 1 is the same, 0 is nothing in common.`,
+        `The most alike of ${indexWords(verdict)}. Alike in the traces that the model compares, not in what they ` +
+          "show: 1 is the same, 0 is nothing in common.",
       ),
       lineUp(verdict),
     ),
@@ -23,7 +35,7 @@ export function evidence(verdict, at, level) {
       "div",
       { class: "columns" },
       h("section", { class: "heads" }, title("Four ways to judge"), heads(verdict)),
-      h("section", {}, title("Which generator"), generatorShares(verdict)),
+      h("section", {}, title("Which generator, if any"), generatorShares(verdict)),
       verdict.stability ? h("section", { class: "stability" }, title("Does it hold?"), stability(verdict)) : null,
       h("section", { class: "provenance" }, title("What the file says of itself"), provenance(verdict.provenance)),
     ),
@@ -32,7 +44,7 @@ export function evidence(verdict, at, level) {
 }
 
 function heads(verdict) {
-  return h(
+  const list = h(
     "ul",
     { class: "head-list" },
     HEADS.map(({ name, field, how, said, missing }) => {
@@ -50,13 +62,31 @@ function heads(verdict) {
           "p",
           {},
           head ? `${sentence(said(head))}` : `It ${missing.startsWith("there") ? "cannot answer: " : ""}${missing}.`,
-          head && head.probability !== null && head.probability !== undefined
-            ? ` Probability ${decimal(head.probability)}.`
-            : "",
+          head ? probabilityWords(head) : "",
         ),
         h("p", { class: "how" }, how),
       );
     }),
+  );
+  return [h("p", { class: "lead" }, joinedWords(verdict)), list];
+}
+
+/** What calibration made of a head's own score, and a word where the two disagree. */
+function probabilityWords({ label, probability }) {
+  if (probability === null || probability === undefined) return "";
+  const words = ` Calibrated, the probability of “generated” is ${decimal(probability)}`;
+  if (probability >= 0.5 === (label === "fake")) return `${words}.`;
+  return `${words}: this way alone says “${labelWord(label)}” of too many others to be trusted here.`;
+}
+
+function joinedWords({ score, calibration }) {
+  if (score === null) return "Each by itself.";
+  const learned = calibration
+    ? `, learned from ${count(calibration.real)} real and ${count(calibration.fake)} generated images of known origin`
+    : "";
+  return (
+    `The score joins the vote, the classifier and the outlier test by how far each can be trusted${learned}. It is ` +
+    "not their majority."
   );
 }
 

@@ -3,11 +3,13 @@
 import { ask } from "./client.js";
 import { announce, h, table } from "./dom.js";
 import { enrolment } from "./enrol.js";
-import { arrow, days, effect, undo } from "./enrolments.js";
+import { arrow, days, effectOver, undo, whole } from "./enrolments.js";
 import { problemBox } from "./problems.js";
 import { count, ended, plural, when } from "./words.js";
 
 const view = document.getElementById("view-generators");
+/** Of an enrolment, in two columns. */
+const EFFECT = ["Found by the vote: before → after", "False alarms of the vote: before → after"];
 const place = h("div");
 const history = h("div");
 let form = null;
@@ -40,7 +42,7 @@ async function load() {
     ]);
     form.offer(generators.map(({ name }) => name));
     place.replaceChildren(...[known(generators, enrolments, status.references.real)].flat());
-    history.replaceChildren(past(enrolments));
+    history.replaceChildren(past(whole(enrolments)));
   } catch (problem) {
     place.replaceChildren(problemBox(problem, load));
     history.replaceChildren();
@@ -65,10 +67,9 @@ function known(generators, enrolments, real) {
   const rows = generators.map((generator) => {
     const own = broughtBy(generator.name, enrolments);
     const [first, last] = days(own);
-    const { recall, alarms } = effect(
-      own.find(({ report }) => effect(report, generator.name).recall)?.report,
-      generator.name,
-    );
+    const [{ recall, alarms } = { recall: null, alarms: null }] = whole(own)
+      .map(({ reports }) => effectOver(reports, generator.name))
+      .filter((effect) => effect.recall);
     const details = [
       generator.vendor,
       generator.family,
@@ -92,16 +93,17 @@ function known(generators, enrolments, real) {
   return [
     table(
       "Reference images by generator",
-      ["Generator", "Images", "First added", "Last added", "Found: before → after", "False alarms: before → after"],
+      ["Generator", "Images", "First added", "Last added", ...EFFECT],
       rows,
       { numeric: [1], className: "stacking", hideCaption: true },
     ),
     h(
       "p",
       { class: "hint" },
-      "Found: share of a generator’s images that the neighbours’ vote alone calls generated, without and with " +
-        "its enrolment. The verdict also hears the other heads, and its cut keeps false alarms below the rate that " +
-        "Status shows.",
+      "The vote is one of four ways to judge. Found: share of a generator’s images that it calls generated, before " +
+        "and after they were enrolled; false alarms: share of real photos that it calls generated. Where both are " +
+        "high, the vote alone cannot tell them apart. A verdict rests on all ways together, and its cut keeps its own " +
+        "false alarms below the rate that Status shows.",
     ),
     warnings.length > 0 &&
       h(
@@ -126,43 +128,33 @@ function known(generators, enrolments, real) {
 function past(enrolments) {
   if (!enrolments.length) return h("p", { class: "none" }, "None yet.");
   const rows = enrolments.map((one) => {
-    const { recall, alarms } = effect(one.report);
-    const added = one.report?.added;
-    const gone = one.references === 0 && added > 0;
-    const state =
-      one.report === null && !one.references
+    const { recall, alarms } = effectOver(one.reports);
+    const [first, last] = [one.ids[0], one.ids.at(-1)];
+    const numbers = first === last ? `${first}` : `${first}–${last}`;
+    const left =
+      one.reports[0] === null && !one.references
         ? "unfinished"
-        : gone
+        : !one.references && one.added
           ? "undone"
-          : one.references === null || one.references === added || added === undefined
-            ? count(added ?? one.references)
-            : `${count(one.references)} of ${count(added)} left`;
-    const what = one.generator ?? mixed(one.report);
+          : one.references === null || one.references === one.added
+            ? count(one.added)
+            : `${count(one.references)} of ${count(one.added)} left`;
     const button = one.references
-      ? h(
-          "button",
-          { type: "button", "aria-label": `Undo enrolment ${one.id}`, onclick: () => undoOne(one, what) },
-          "Undo",
-        )
+      ? h("button", { type: "button", "aria-label": `Undo enrolment ${numbers}`, onclick: () => undoOne(one) }, "Undo")
       : "";
-    return [one.id, when(one.at), what, one.source ?? "–", state, arrow(recall), arrow(alarms), button];
+    return [numbers, when(one.at), one.what, one.source ?? "–", left, arrow(recall), arrow(alarms), button];
   });
   return table(
     "Enrolments, newest first",
-    ["No.", "When", "What", "Source", "Images", "Found: before → after", "False alarms: before → after", "Undo"],
+    ["No.", "When", "What", "Source", "Images", ...EFFECT, "Undo"],
     rows,
     { numeric: [4], className: "stacking", hideCaption: true },
   );
 }
 
-function mixed(report) {
-  const names = Object.keys(report?.generators ?? {}).map((name) => (name === "real" ? "real photos" : name));
-  return names.length > 3 ? `${names.slice(0, 3).join(", ")} and ${names.length - 3} more` : names.join(", ") || "–";
-}
-
-async function undoOne(one, what) {
+async function undoOne(one) {
   try {
-    const removed = await undo([one.id], `${plural(one.references, "image")} (${what})`);
+    const removed = await undo(one.ids, `${plural(one.references, "image")} (${one.what})`);
     if (removed === null) return;
     announce(`Undone: ${plural(removed, "reference")} removed`);
     form.clear(); // its report may be of this one

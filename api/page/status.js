@@ -122,7 +122,8 @@ function calibrated(found) {
           "p",
           { class: "lead" },
           `Fitted with ${count(base.real)} real and ${count(base.fake)} generated images that trained neither ` +
-            `model nor heads, each judged without references of its own group, at revision ${base.revision}.`,
+            `model nor heads, each judged without itself and its own group, at revision ${base.revision}. Generators that ` +
+            "were enrolled after training are among them.",
         )
       : h("p", { class: "lead" }, "Nothing is calibrated: every verdict is “cannot tell”."),
     found.reason ? h("p", { class: "note" }, sentence(found.reason)) : null,

@@ -11,9 +11,12 @@ import { decimal, headline, labelWord, meaning, percent, rarity } from "./words.
  * The whole account of one image.
  *
  * `address` is a blob of the image or null, `rates` the error rates that the thresholds promise ({false_alarm, miss}),
- * `at` when it was judged, `recorded` whether this is a record already, and `level` that of its heading.
+ * `at` when it was judged, `recorded` whether this is a record already, `kept` whether there is a record, `pending`
+ * whether regions and re-encoded copies are still being scored, and `level` that of its heading.
  */
-export function account(verdict, { address = null, rates = null, at = null, recorded = false, level = 2 } = {}) {
+export function account(verdict, options = {}) {
+  const { address = null, rates = null, at = null, recorded = false, kept = true, pending = false } = options;
+  const { level = 2 } = options;
   const id = `verdict-${verdict.id}`;
   return h(
     "article",
@@ -37,7 +40,7 @@ export function account(verdict, { address = null, rates = null, at = null, reco
         scale(verdict),
         h("p", { class: "meaning" }, meaning(verdict, rates)),
         cautions(verdict),
-        actions(verdict, recorded),
+        pending ? coming() : actions(verdict, { recorded, kept: kept && !verdict.degraded }),
       ),
     ),
     evidence(verdict, at, level + 1),
@@ -46,6 +49,16 @@ export function account(verdict, { address = null, rates = null, at = null, reco
 
 function note(text) {
   return h("p", { class: "note" }, icon("problem"), h("span", {}, text));
+}
+
+/** In place of the buttons, which need the record. */
+function coming() {
+  return h(
+    "p",
+    { class: "coming" },
+    h("span", { class: "spinner", "aria-hidden": "true" }),
+    "Regions and re-encoded copies are still being scored. Then the verdict is recorded.",
+  );
 }
 
 function scoreWords(verdict) {
@@ -106,6 +119,12 @@ function cautions(verdict) {
             `nearest one. The verdict stands on thin ground.`,
         )
       : null,
+    onlySimulated(verdict)
+      ? note(
+          "Compared with simulated images only, as the demo makes them: this shows how Lineup works, and says nothing " +
+            "about a photograph of yours.",
+        )
+      : null,
     stability?.flips ? note("The verdict changes when the image is re-encoded or rescaled.") : null,
     provenance.says_generated
       ? h(
@@ -118,15 +137,19 @@ function cautions(verdict) {
   ];
 }
 
-function actions(verdict, recorded) {
+function onlySimulated({ neighbours }) {
+  return neighbours.length > 0 && neighbours.every(({ source }) => source === "simulated");
+}
+
+function actions(verdict, { recorded, kept }) {
   const record = `#/record/${verdict.id}`;
   const form = h("div", { class: "dispute" });
   return [
     h(
       "div",
       { class: "buttons" },
-      recorded || verdict.degraded ? null : h("a", { class: "button", href: record }, "Record"),
-      verdict.degraded
+      recorded || !kept ? null : h("a", { class: "button", href: record }, "Record"),
+      !kept
         ? null
         : h(
             "button",

@@ -80,8 +80,9 @@ export function rarity(verdict) {
       : "No real photo that Lineup was calibrated with scores this high.";
   }
   if (share >= 0.995) return "Practically every real photo scores this high or higher.";
-  if (share > 0.4) return `${percent(share)} of real photos score this high or higher.`;
-  return `About ${oneIn(share)} real photos scores this high.`;
+  const basis = images ? `: ${count(Math.round(share * images))} of the ${count(images)} it was calibrated with` : "";
+  if (share > 0.4) return `${percent(share)} of real photos score this high or higher${basis}.`;
+  return `About ${oneIn(share)} real photos scores this high${basis}.`;
 }
 
 /** What the decision means, in a sentence or two after the numbers. */
@@ -168,7 +169,7 @@ export const HEADS = [
     name: "Nearest neighbour",
     field: "nn1",
     how: "The single most similar reference image decides alone.",
-    said: (head) => `similarity ${decimal(head.similarity)}`,
+    said: (head) => `alike ${decimal(head.similarity, 3)}`,
     missing: "there is no reference image yet",
   },
   {

@@ -1,0 +1,53 @@
+"""An evaluation kept in a file, so that the same question is not measured twice."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from indexer.evaluate import Evaluation
+from indexer.follower import Follower
+from indexer.settings import Settings
+from trainer.embedded_set import Rejected
+from trainer.heads import Heads
+
+
+def question(settings: Settings, follower: Follower, data: Path, split: str, seed: int) -> dict[str, Any]:
+    """What an evaluation's figures depend on, but for the images' own bytes: two equal ones have one answer.
+
+    Raises:
+        CheckpointError: The heads are missing or broken.
+    """
+    return {
+        "data": str(data.resolve()),
+        "split": split,
+        "seed": seed,
+        "checkpoint": follower.checkpoint_id,
+        "heads": Heads.load(settings.checkpoint_folder).id,
+        "store": str(follower.store.store_id()),
+        "revision": follower.revision,
+        "k": settings.k,
+        "max_false_alarm": settings.max_false_alarm,
+        "max_miss": settings.max_miss,
+    }
+
+
+def kept(file: Path, asked: Mapping[str, Any]) -> Evaluation | None:
+    """The answer that lies in a file; none where there is no file, or one of another question."""
+    try:
+        found = json.loads(file.read_text())
+        if found["question"] != asked:
+            return None
+        answer = found["answer"]
+        return Evaluation(**answer | {"rejected": [Rejected(**one) for one in answer["rejected"]]})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def keep(file: Path, asked: Mapping[str, Any], evaluation: Evaluation) -> None:
+    """Write question and answer aside, then in place of what was there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f"{file.name}.part")
+    aside.write_text(json.dumps({"question": asked, "answer": asdict(evaluation)}))
+    aside.replace(file)
