@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -129,6 +130,19 @@ def test_the_unseen_split_alone_still_borrows_the_reals(checkpoint: Path, data: 
     alone = evaluate(checkpoint, data, split="unseen", resamples=50)
     assert [row for row in evaluation.rows if row["split"] == "unseen"] == alone.rows
     assert set(alone.sets["none"].generators) == {"", "gan-b"}
+
+
+def test_data_without_unseen_generators_have_no_rows_of_them(
+    checkpoint: Path, data: Path, evaluation: Evaluation, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(data, tmp_path / "data")) / "manifest.csv"
+    lines = [line for line in copied.read_text().splitlines() if ",unseen," not in line]
+    copied.write_text("\n".join(lines))
+    found = evaluate(checkpoint, copied.parent, resamples=50)
+    assert found.splits == ["test"]
+    assert found.rows == [row for row in evaluation.rows if row["split"] == "test"]
+    document = write_report(found, tmp_path / "report")
+    assert not [table.title for table in report_tables(document, [], published=False) if "nseen" in table.title]
 
 
 def test_the_transformed_images_of_d3s_archive_stand_for_ours(tmp_path: Path) -> None:

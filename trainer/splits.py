@@ -64,7 +64,7 @@ def measure_splits(
 
 
 def rows_of(images: EmbeddedSet, split: str, default: str) -> np.ndarray:
-    """Which images a split is measured on, shape (n,), bool; the unseen split borrows the reals of `test`.
+    """Which images a split is measured on, shape (n,), bool; the unseen split, where there is one, borrows its reals.
 
     Args:
         images: n of them.
@@ -73,7 +73,7 @@ def rows_of(images: EmbeddedSet, split: str, default: str) -> np.ndarray:
     """
     names = np.array([name or default for name in images.splits])
     rows: np.ndarray = names == split
-    if split == UNSEEN and not (rows & (images.labels == 0)).any():
+    if split == UNSEEN and rows.any() and not (rows & (images.labels == 0)).any():
         rows |= (images.labels == 0) & (names != UNSEEN)
     return rows
 
