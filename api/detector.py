@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 import numpy as np
 
 from api import judgement
-from api.calibrator import Calibrator
+from api.calibrator import Calibrator, Fitted
 from api.evidence import Evidence, gather
 from api.neighbours import Neighbourhood
 from api.patience import DATABASE_AWAY, Patience
@@ -49,6 +49,8 @@ class Detector:
     patience: Patience = field(init=False, default_factory=Patience)
     neighbourhood: Neighbourhood = field(init=False)
     calibrator: Calibrator = field(init=False)
+    model_facts: ModelFacts = field(init=False)
+    """Which checkpoint judges."""
 
     def load(self) -> Detector:
         """Load the checkpoint, reach the database, follow its index. A calibration comes by `calibrate` or `start`.
@@ -59,13 +61,17 @@ class Detector:
             DatabaseBehind: Its schema is another one.
         """
         folder = self.settings.checkpoint_folder
-        self.embedder = Embedder.load(folder, device=self.settings.device)
+        self.embedder = Embedder.load(folder, device=self.settings.device, engine=self.settings.engine)
         self.heads = Heads.load(folder) if (folder / HEADS_FILE).exists() else None
         images = None
         with suppress(CheckpointError):  # then nothing is calibrated, and every verdict says so
             images = CalibrationSet.load(folder)
         self.store = Store(connect(self.settings))
         checkpoint = self.embedder
+        heads_id = self.heads.id if self.heads else None  # a hash: not to be computed for each verdict
+        self.model_facts = ModelFacts(
+            checkpoint=checkpoint.id, heads=heads_id, name=checkpoint.name, engine=checkpoint.engine
+        )
         try:
             self.store.register_checkpoint(checkpoint.id, checkpoint.name, checkpoint.dim, checkpoint.config.to_json())
         except ValueError as error:
@@ -114,18 +120,16 @@ class Detector:
             question: As given to `prepare`.
             embed_ms: How long embedding took.
         """
-        reference, degraded = self.neighbourhood.known(prepared.image.sha256)
-        exclude = [reference.id] if reference else []
-        fitted, settings = self.calibrator.current, self.settings
-        calibration = fitted.calibration if fitted else None
+        fitted, settings, sha256 = self.calibrator.current, self.settings, prepared.image.sha256
         index = self.index_facts  # before the search, which may see a little more
-        evidence = gather(embeddings, settings.k, self.follower, self.heads, calibration, exclude)
-        if degraded and (exclude := evidence.twins):  # one of them may be this very file
-            evidence = gather(embeddings, settings.k, self.follower, self.heads, calibration, exclude)
-        shown = evidence
-        if question.k not in (None, settings.k):
-            shown = gather(embeddings[:1], question.k, self.follower, self.heads, calibration, exclude)
-        neighbours, away = self.neighbourhood.voters(shown, degraded)
+        evidence, shown = self._search(embeddings, question, fitted)
+        rows = self.neighbourhood.rows(shown, sha256)
+        reference = next((row for row in (rows or {}).values() if row.sha256 == sha256), None)
+        # Unless the bytes can be compared, what looks just alike may be this very file.
+        itself = evidence.twins if rows is None else [reference.id] if reference else []
+        if itself:
+            evidence, shown = self._search(embeddings, question, fitted, itself)
+            rows = self.neighbourhood.rows(shown) if reference else None
         ruling = judgement.rule(evidence, fitted, self.calibrator.reason, settings, question.max_false_alarm)
         verdict = Verdict(
             id=str(uuid4()),
@@ -141,22 +145,22 @@ class Detector:
             generators=judgement.shares(shown, self.follower.generator_names),
             unknown_generator=ruling.unknown_generator,
             novelty=ruling.novelty,
-            neighbours=neighbours,
+            neighbours=self.neighbourhood.voters(shown, rows or {}),
             provenance=prepared.provenance,
             image=prepared.image,
             model=self.model_facts,
             index=index,
             calibration=judgement.calibration_facts(fitted),
-            degraded=degraded or away,
+            degraded=rows is None,
         )
         self._explain(verdict, prepared, evidence)
         if reference:
             label = LABELS[reference.label]
             verdict.known = Known(id=reference.id, label=label, generator=reference.generator)
             verdict.verdict, verdict.basis, verdict.reason, verdict.unknown_generator = label, "known", None, False
-        elif exclude:
+        elif itself:
             doubt = (
-                f"reference {exclude[0]} may be this very file, and does not vote: no hash is compared while degraded"
+                f"reference {itself[0]} may be this very file, and does not vote: no hash is compared while degraded"
             )
             verdict.reason = f"{verdict.reason}; {doubt}" if verdict.reason else doubt
         times = {"decode": prepared.decode_ms, "embed": embed_ms, "search": shown.search_ms, "heads": shown.heads_ms}
@@ -229,16 +233,19 @@ class Detector:
             verdict.degraded = True
 
     @property
-    def model_facts(self) -> ModelFacts:
-        """Which checkpoint judges."""
-        heads = self.heads.id if self.heads else None
-        embedder = self.embedder
-        return ModelFacts(checkpoint=embedder.id, heads=heads, name=embedder.name, engine=embedder.engine)
-
-    @property
     def index_facts(self) -> IndexFacts:
         """What is searched."""
         return IndexFacts(revision=self.follower.revision, size=len(self.follower.index))
+
+    def _search(
+        self, embeddings: np.ndarray, question: Question, fitted: Fitted | None, exclude: Sequence[int] = ()
+    ) -> tuple[Evidence, Evidence]:
+        """Evidence of the calibrated k, and of the k asked for, where that is another one for the plain view only."""
+        calibration, k = fitted.calibration if fitted else None, self.settings.k
+        evidence = gather(embeddings, k, self.follower, self.heads, calibration, exclude)
+        if question.k is None or question.k == k:
+            return evidence, evidence
+        return evidence, gather(embeddings[:1], question.k, self.follower, self.heads, calibration, exclude)
 
     def _explain(self, verdict: Verdict, prepared: Prepared, evidence: Evidence) -> None:
         """Add regions and stability, whose embeddings follow the plain view's in the evidence."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,35 +15,30 @@ from indexer.follower import Follower
 from indexer.follower import Neighbour as Nearby
 from indexer.store import Reference, Store
 
-Found = tuple[Nearby, float | None]
-"""A neighbour and its weight."""
-
 
 @dataclass(frozen=True, slots=True)
 class Neighbourhood:
-    """Looks references up by what a query found. While Postgres is away it shows what memory holds, and says so."""
+    """Looks references up by what a query found. While Postgres is away it shows what memory holds."""
 
     store: Store
     follower: Follower
     patience: Patience
 
-    def known(self, sha256: str) -> tuple[Reference | None, bool]:
-        """The reference with these bytes, and whether the database was away."""
-        if self.follower.degraded:
-            return None, True
-        try:
-            return self.patience.ask(self.store.find, sha256), False
-        except DATABASE_AWAY:
-            return None, True
+    def rows(self, evidence: Evidence, sha256: str | None = None) -> dict[int, Reference] | None:
+        """What Postgres says of the first embedding's neighbours, by id, and of the reference with these bytes.
 
-    def voters(self, evidence: Evidence, degraded: bool) -> tuple[list[Neighbour], bool]:
-        """Neighbours of the first embedding, both labels, nearest first, and whether the database was away."""
+        None while it is away.
+        """
+        return self._rows([*evidence.real.ids[0].tolist(), *evidence.fake.ids[0].tolist()], sha256)
+
+    def voters(self, evidence: Evidence, rows: Mapping[int, Reference]) -> list[Neighbour]:
+        """Neighbours of the first embedding, both labels, nearest first, with what `rows` gave."""
         votes = evidence.votes
-        found: list[Found] = []
+        found: list[tuple[Nearby, float]] = []
         for nearest, weights in ((evidence.real, votes.weights_real), (evidence.fake, votes.weights_fake)):
             shown = self.follower.neighbours(nearest)[0]
             found += zip(shown, map(clip, weights[0]), strict=False)  # padding has weights, but is not shown
-        return self._describe(sorted(found, key=lambda item: -item[0].similarity), degraded)
+        return [_shown(near, weight, rows) for near, weight in sorted(found, key=lambda item: -item[0].similarity)]
 
     def search(
         self,
@@ -72,32 +67,32 @@ class Neighbourhood:
             generator=generator,
             source=source,
         )[0]
-        page: list[Found] = [(neighbour, None) for neighbour in found[offset : offset + limit]]
-        neighbours, _ = self._describe(page, self.follower.degraded)
-        return neighbours, offset + limit if len(found) > offset + limit else None
+        page = found[offset : offset + limit]
+        rows = self._rows([near.id for near in page]) or {}
+        return [_shown(near, None, rows) for near in page], offset + limit if len(found) > offset + limit else None
 
-    def _describe(self, found: Sequence[Found], degraded: bool) -> tuple[list[Neighbour], bool]:
-        """What memory holds of neighbours and their weights, with thumbnail, address and attributes from Postgres."""
-        rows: dict[int, Reference] = {}
-        if found and not degraded:
-            try:
-                rows = self.patience.ask(self.store.get_many, [neighbour.id for neighbour, _ in found])
-            except DATABASE_AWAY:
-                degraded = True
-        shown = []
-        for neighbour, weight in found:
-            row = rows.get(neighbour.id)
-            shown.append(
-                Neighbour(
-                    id=neighbour.id,
-                    label=LABELS[neighbour.label],
-                    generator=neighbour.generator,
-                    source=neighbour.source,
-                    similarity=neighbour.similarity,
-                    weight=weight,
-                    thumbnail=f"/v1/references/{neighbour.id}/thumbnail" if row else None,
-                    uri=(row.uri or None) if row else None,
-                    attributes=dict(row.attributes) if row else {},
-                )
-            )
-        return shown, degraded
+    def _rows(self, ids: list[int], sha256: str | None = None) -> dict[int, Reference] | None:
+        if self.follower.degraded:
+            return None
+        if sha256 is None and not ids:
+            return {}
+        try:
+            return self.patience.ask(self.store.get_many, ids, sha256)
+        except DATABASE_AWAY:
+            return None
+
+
+def _shown(near: Nearby, weight: float | None, rows: Mapping[int, Reference]) -> Neighbour:
+    """What memory holds of a neighbour, with thumbnail, address and attributes from Postgres."""
+    row = rows.get(near.id)
+    return Neighbour(
+        id=near.id,
+        label=LABELS[near.label],
+        generator=near.generator,
+        source=near.source,
+        similarity=near.similarity,
+        weight=weight,
+        thumbnail=f"/v1/references/{near.id}/thumbnail" if row else None,
+        uri=(row.uri or None) if row else None,
+        attributes=dict(row.attributes) if row else {},
+    )

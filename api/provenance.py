@@ -26,8 +26,8 @@ LONGEST = 500
 """Characters kept of one field."""
 MOST_XMP = 1_000_000
 """Bytes; a larger packet is not parsed."""
-C2PA_MARKS = (b"c2pa", b"jumb", b"dcterms:provenance", b"terms/provenance")
-"""Without any of these bytes a file holds no manifest and no link to one."""
+C2PA_MARKS = (b"c2pa", b"provenance")
+"""Without any of these bytes a file holds no manifest, whose label is c2pa, and no link to one (dcterms:provenance)."""
 GENERATED_TYPES = ("trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia")
 GENERATORS = re.compile(
     r"midjourney|dall[-·. ]?e\b|stable[ -]?diffusion|comfyui|automatic1111|invokeai|novelai|firefly|imagen\b|ideogram"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import ARRAY, LargeBinary, Row, Select, Text, any_, func, literal, select
+from sqlalchemy import ARRAY, ColumnElement, LargeBinary, Row, Select, Text, any_, func, literal, select
 
 from indexer.rows import Rows
 from indexer.tables import EmbeddingRow, GeneratorRow, ReferenceFileRow, ReferenceRow
@@ -59,10 +59,12 @@ class References(Rows):
         """One reference."""
         return self.get_many([image_id]).get(image_id)
 
-    def get_many(self, image_ids: Iterable[int]) -> dict[int, Reference]:
-        """References by id; unknown ids are left out."""
-        ids = [int(image_id) for image_id in image_ids]
-        return {reference.id: reference for reference in self._select(_references().where(ReferenceRow.id.in_(ids)))}
+    def get_many(self, image_ids: Iterable[int], sha256: str | None = None) -> dict[int, Reference]:
+        """References by id, and the one with exactly these bytes; what is not known is left out."""
+        wanted: ColumnElement[bool] = ReferenceRow.id.in_([int(image_id) for image_id in image_ids])
+        if sha256 is not None:
+            wanted |= ReferenceRow.sha256 == bytes.fromhex(sha256)
+        return {reference.id: reference for reference in self._select(_references().where(wanted))}
 
     def find(self, sha256: str) -> Reference | None:
         """The reference with exactly these bytes (hexadecimal hash)."""

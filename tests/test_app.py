@@ -603,12 +603,12 @@ def test_status_and_calibration(client: TestClient) -> None:
     assert status["generators"] == [{"name": "gen-a", "references": 30}, {"name": "gen-b", "references": 30}]
     assert set(status["index"]) == {"kind", "device", "size", "revision"}
     assert (status["index"]["size"], status["index"]["revision"]) == (120, status["revision"])
-    assert status["calibration"] == {"revision": status["revision"], "real": 60, "fake": 60}
+    assert status["calibration"] == {"revision": status["revision"], "real": 60, "fake": 90}
     assert (status["degraded"], status["reason"]) == (False, None)
     state = client.get("/v1/calibration").json()
     assert state["thresholds"] == client.post("/v1/detect", files=files(png())).json()["results"][0]["thresholds"]
     assert "knn+linear+svm" in state["maps"]
-    assert {label: sum(counts) for label, counts in state["histogram"].items()} == {"real": 60, "fake": 60}
+    assert {label: sum(counts) for label, counts in state["histogram"].items()} == {"real": 60, "fake": 90}
 
 
 def test_a_promise_that_cannot_be_kept_is_told(populated: Settings) -> None:
@@ -692,7 +692,7 @@ def test_a_dead_database_degrades_detection_and_nothing_else(
         raise OperationalError("select", {}, Exception("connection refused"))
 
     monkeypatch.setattr(detector_of(client).patience, "pause", 0.0)
-    for name in ("find", "get_many", "record_detection", "counts", "list", "list_keys"):
+    for name in ("get_many", "record_detection", "counts", "list", "list_keys"):
         monkeypatch.setattr(store_of(client), name, away)
     verdict = client.post("/v1/detect", files=files(png())).json()["results"][0]
     assert verdict["degraded"] is True
@@ -709,7 +709,7 @@ def test_a_dead_database_degrades_detection_and_nothing_else(
 def test_a_database_that_hangs_is_as_good_as_away(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = threading.Event()
     monkeypatch.setattr(detector_of(client).patience, "seconds", 0.1)
-    monkeypatch.setattr(store_of(client), "find", lambda sha256: opened.wait(60))
+    monkeypatch.setattr(store_of(client), "get_many", lambda ids, sha256: opened.wait(60))
     first, second = (client.post("/v1/detect", files=files(png())).json()["results"][0] for _ in range(2))
     opened.set()
     monkeypatch.undo()

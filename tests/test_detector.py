@@ -71,7 +71,8 @@ def test_a_verdict_has_the_fields_of_the_contract(detector: Detector) -> None:
         "crop": list(detector.embedder.preprocess.box(64, 64)),
     }
     assert shown["index"] == {"revision": detector.follower.revision, "size": 120}
-    assert shown["calibration"] == {"revision": detector.follower.revision, "real": 60, "fake": 60}
+    # 60 of each, and the 30 references of the generator that is not among them
+    assert shown["calibration"] == {"revision": detector.follower.revision, "real": 60, "fake": 90}
     assert Verdict.model_validate(shown).model_dump(mode="json") == shown
 
 
@@ -101,7 +102,7 @@ def test_the_heads_and_the_neighbours_tell_the_same_story(detector: Detector) ->
 def test_the_verdict_follows_from_score_and_thresholds(detector: Detector) -> None:
     seen = set()
     for seed in range(12):
-        verdict = judged(detector, query(seed, seed % 2 == 0))
+        verdict = judged(detector, query(seed, seed % 2 == 0), Question(max_false_alarm=0.05 + 0.4 * (seed % 3)))
         assert verdict.score is not None
         assert verdict.thresholds.fake is not None
         assert verdict.thresholds.real is not None
@@ -279,7 +280,7 @@ def test_while_the_database_is_away_memory_answers(detector: Detector, monkeypat
         raise OperationalError("select", {}, Exception("connection refused"))
 
     monkeypatch.setattr(detector.patience, "pause", 0.0)
-    for name in ("find", "get_many", "record_detection"):
+    for name in ("get_many", "record_detection"):
         monkeypatch.setattr(detector.store, name, away)
     verdict = judged(detector, query(50))
     assert verdict.degraded

@@ -200,7 +200,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bit(grey: np.ndarray) -> np.ndarray:
@@ -307,8 +307,10 @@ class Preprocess:
         """Normalised pixels, shape (n, 3, s, s), float32."""
         s = self.image_size
         pixels = np.empty((len(images), 3, s, s), np.float32)
-        scale = np.float32(1 / 255) / np.array(self.std, np.float32)
-        shift = np.array(self.mean, np.float32) / np.array(self.std, np.float32)
+        std = np.array(self.std, np.float32)[:, None, None]  # (3, 1, 1)
+        scale, shift = np.float32(1 / 255) / std, np.array(self.mean, np.float32)[:, None, None] / std
         for row, image in zip(pixels, images, strict=True):
-            row[:] = (np.asarray(self.crop(image), np.float32) * scale - shift).transpose(2, 0, 1)  # (3, s, s)
+            row[:] = np.asarray(self.crop(image)).transpose(2, 0, 1)  # (3, s, s)
+            row *= scale
+            row -= shift
         return pixels
