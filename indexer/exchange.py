@@ -1,32 +1,43 @@
 """A reference set as one file: rows, thumbnails, kept uploads and the vectors of every checkpoint.
 
-The file is a zip whose members carry checksums: `about.json`, then for each page of references `N.json` with their
-facts and `N.bin` with the bytes that these point into. Nothing in it is specific to a database.
+The file is a zip whose members carry checksums: for each page of references `N.json` with their facts and `N.bin` with
+the bytes that these point into, at the end `about.json`, which says how many there are. Nothing in it is specific to a
+database.
 """
 
 import json
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import fields
 from datetime import date
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from sqlalchemy import text
 
+from indexer.generators import FACTS
 from indexer.store import GeneratorExists, NewReference, Store
 
 FORMAT = "lineup references 1"
 PAGE = 250
-CHECKPOINT = ("id", "name", "dim", "config")
-FACTS = ("name", "family", "vendor", "version", "released_on", "notes")
+PAGE_BYTES = 64 * 1024 * 1024
+"""A page ends before its thumbnails and kept uploads exceed this, unless it is a single reference."""
 ROWS = text("""
 select r.*, g.name as generator, f.bytes
 from reference_image r left join generator g on g.id = r.generator_id left join reference_file f on f.image_id = r.id
-where r.id > :after order by r.id limit :page
+where r.id > :after and r.id <= (
+    select max(id) from (
+        select id, row_number() over page as place,
+               sum(octet_length(thumbnail) + coalesce(octet_length(bytes), 0)) over page as total
+        from (
+            select p.id, p.thumbnail, pf.bytes from reference_image p left join reference_file pf on pf.image_id = p.id
+            where p.id > :after order by p.id limit :page
+        ) next window page as (order by id)
+    ) sized where total <= :bytes or place = 1)
+order by r.id
 """)
 VECTORS = text("select image_id, checkpoint_id, vector from embedding where image_id = any(:ids)")
 # What a row of `N.json` holds besides; the rest of it is where its bytes lie.
@@ -43,25 +54,29 @@ def export_references(store: Store, path: Path, on_image: Callable[[], None] = l
     Returns:
         {"file", "references", "checkpoints": [ids]}.
     """
-    checkpoints = [
+    about: dict[str, Any] = {"format": FORMAT, "pages": 0, "references": 0}
+    about["checkpoints"] = [
         {name: getattr(one, name) for name in ("id", "name", "dim", "config")} for one in store.checkpoints()
     ]
-    generators = [{name: getattr(one, name) for name in FACTS} for one in store.generators()]
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.part")
-    count = 0
-    # Thumbnails and vectors are as good as incompressible.
-    with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        about = {"format": FORMAT, "checkpoints": checkpoints, "generators": generators}
-        archive.writestr("about.json", json.dumps(about, default=str))
-        for number, (rows, data) in enumerate(_pages(store)):
-            archive.writestr(f"{number}.json", json.dumps(rows))
-            archive.writestr(f"{number}.bin", data)
-            count += len(rows)
-            for _ in rows:
-                on_image()
-    aside.replace(path)
-    return {"file": str(path), "references": count, "checkpoints": [one["id"] for one in checkpoints]}
+    try:
+        # Stored as it is: thumbnails and vectors are as good as incompressible.
+        with ZipFile(aside, "w") as archive:
+            for rows, data in _pages(store):
+                archive.writestr(f"{about['pages']}.json", json.dumps(rows))
+                archive.writestr(f"{about['pages']}.bin", data)
+                about["pages"] += 1
+                about["references"] += len(rows)
+                for _ in rows:
+                    on_image()
+            about["generators"] = [{name: getattr(one, name) for name in FACTS} for one in store.generators()]
+            archive.writestr("about.json", json.dumps(about, default=str))
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    checkpoints = [one["id"] for one in about["checkpoints"]]
+    return {"file": str(path), "references": about["references"], "checkpoints": checkpoints}
 
 
 def import_references(store: Store, path: Path, on_image: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -74,12 +89,8 @@ def import_references(store: Store, path: Path, on_image: Callable[[], None] = l
     Raises:
         BadExport: The file is no export, or damaged; nothing was added.
     """
-    with _opened(path) as archive:
-        about = json.loads(archive.read("about.json"))
-        if about["format"] != FORMAT:
-            raise BadExport(f"{path} is {about['format']!r}, this version reads {FORMAT!r}")
-        if damaged := archive.testzip():
-            raise BadExport(f"{path} is damaged at {damaged}: export it again")
+    about = _verified(path)
+    with ZipFile(path) as archive:
         for one in about["checkpoints"]:
             store.register_checkpoint(one["id"], one["name"], one["dim"], one["config"])
         for one in about["generators"]:
@@ -89,7 +100,7 @@ def import_references(store: Store, path: Path, on_image: Callable[[], None] = l
         checkpoints = [one["id"] for one in about["checkpoints"]]
         report: dict[str, Any] = {"references": 0, "added": 0, "embeddings": 0, "conflicts": [], "blocked": []}
         report |= {"checkpoints": checkpoints, "enrolment": store.open_enrolment(None, f"import {path.name}")}
-        for number in range((len(archive.namelist()) - 1) // 2):
+        for number in range(about["pages"]):
             rows = json.loads(archive.read(f"{number}.json"))
             _import_page(store, rows, archive.read(f"{number}.bin"), report)
             for _ in rows:
@@ -103,7 +114,7 @@ def _pages(store: Store) -> Iterator[tuple[list[dict[str, Any]], bytes]]:
     after = 0
     while True:
         with store.engine.connect() as connection:
-            found = connection.execute(ROWS, {"after": after, "page": PAGE}).mappings().all()
+            found = connection.execute(ROWS, {"after": after, "page": PAGE, "bytes": PAGE_BYTES}).mappings().all()
             if not found:
                 return
             after = found[-1]["id"]
@@ -153,12 +164,21 @@ def _slice(data: bytes, place: list[int]) -> bytes:
     return data[place[0] : place[1]]
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+def _verified(path: Path) -> dict[str, Any]:
+    """What `about.json` says, once every member has been found there and whole."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
+        with ZipFile(path) as archive:
+            about: dict[str, Any] = json.loads(archive.read("about.json"))
+            known = about["format"] == FORMAT
+            members = {"about.json", *(f"{n}.{kind}" for n in range(about.get("pages", 0)) for kind in ("json", "bin"))}
+            damaged = archive.testzip() or ", ".join(sorted(members ^ set(archive.namelist())))
     except FileNotFoundError as error:
         raise BadExport(f"{path} does not exist") from error
-    except (zipfile.BadZipFile, OSError, KeyError, TypeError, json.JSONDecodeError, zlib.error) as error:
+    # What the readers raise at other bytes: a wrong checksum, an unknown method, a password, an early end.
+    except (BadZipFile, zlib.error, OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise BadExport(f"{path} is no export, or is damaged ({' '.join(str(error).split())})") from error
+    if not known:
+        raise BadExport(f"{path} is {about['format']!r}, this version reads {FORMAT!r}")
+    if damaged:
+        raise BadExport(f"{path} is damaged at {damaged}: export it again")
+    return about

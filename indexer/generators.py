@@ -15,7 +15,7 @@ from indexer.tables import EnrolmentRow, GeneratorRow, ReferenceRow
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}")
 RESERVED = frozenset({"real", "all", "unknown", "none"})
-FACTS = frozenset({"name", "family", "vendor", "version", "released_on", "notes"})
+FACTS = ("name", "family", "vendor", "version", "released_on", "notes")
 
 
 class BadGeneratorName(ValueError):

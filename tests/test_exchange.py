@@ -1,16 +1,19 @@
 """A reference set moves between databases as one checksummed file."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 from conftest import new_database
 from numbered import CHECKPOINT, new, opened, vector
 from sqlalchemy import URL
 
+from indexer import exchange
 from indexer.exchange import BadExport, export_references, import_references
 from indexer.settings import Settings
 from indexer.store import Additions, Store
@@ -90,6 +93,50 @@ def test_conflicts_and_blocked_images_are_told(source: Store, target: Store, tmp
     report = import_references(target, tmp_path / "set")
     assert (report["added"], report["blocked"]) == (298, [new(3).sha256])
     assert report["conflicts"] == [{"sha256": new(2).sha256, "has": "real", "wants": "fake (SD-XL)"}]
+
+
+def test_pages_end_before_they_hold_too_many_bytes(
+    source: Store, target: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "PAGE_BYTES", 400)  # 100 thumbnails of 4 bytes
+    export_references(source, tmp_path / "set")
+    with ZipFile(tmp_path / "set") as archive:
+        pages = [json.loads(archive.read(f"{number}.json")) for number in range(4)]
+        assert len(archive.namelist()) == 9
+    assert sorted(len(page) for page in pages) == [2, 98, 100, 100]  # 98 with an upload of 8 bytes
+    assert import_references(target, tmp_path / "set")["added"] == 300
+    monkeypatch.setattr(exchange, "PAGE_BYTES", 1)
+    monkeypatch.setattr(exchange, "PAGE", 2)
+    source.remove(ids=[row.id for row in source.list(limit=1000)[3:]])
+    assert export_references(source, tmp_path / "set")["references"] == 3
+    assert import_references(target, tmp_path / "set")["references"] == 3
+
+
+def test_every_flipped_bit_of_the_zip_is_noticed_or_does_no_harm(source: Store, tmp_path: Path) -> None:
+    """Damage to a zip's own fields must not make it look smaller than it is."""
+    path = tmp_path / "set"
+    export_references(source, path)
+    good = path.read_bytes()
+    whole = exchange._verified(path)
+    with ZipFile(path) as archive:
+        fields = [*range(archive.start_dir, len(good)), *range(archive.infolist()[0].header_offset + 40)]
+    noticed = 0
+    for at in fields:
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :])
+        try:
+            assert exchange._verified(path) == whole
+        except BadExport:
+            noticed += 1
+    assert noticed > len(fields) / 3
+
+
+def test_a_failed_export_leaves_nothing(source: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        export_references(source, tmp_path / "set", broken)
+    assert list(tmp_path.glob("set*")) == []
 
 
 def test_damage_is_noticed_before_anything_is_added(source: Store, target: Store, tmp_path: Path) -> None:
