@@ -86,7 +86,7 @@ def add(
         settings = read_settings(checkpoint=checkpoint, device=device)
         choice: dict[str, Any] = {"split": split, "label": label, "generator": generator, "source": source}
         entries = read_dataset(path, **choice)
-        embedder = Embedder.load(settings.checkpoint_folder, device=settings.device)
+        embedder = Embedder.load(settings.checkpoint_folder, device=settings.device, engine=settings.engine)
         with opened(settings) as store:
             if facts_given and not dry_run:
                 with suppress(GeneratorExists):
@@ -204,7 +204,7 @@ def rebuild(
                 from indexer.reembedding import reembed
                 from trainer.embedder import Embedder
 
-                embedder = Embedder.load(checkpoint, device=settings.device)
+                embedder = Embedder.load(checkpoint, device=settings.device, engine=settings.engine)
                 with image_progress(console, None) as advance:
                     report = reembed(embedder, store, max_pixels=settings.max_pixels, partial=partial, on_image=advance)
             report["indexes"] = [
@@ -241,7 +241,7 @@ def evaluate(
         from trainer.embedder import Embedder
 
         settings = read_settings(checkpoint=checkpoint, device=device)
-        embedder = Embedder.load(settings.checkpoint_folder, device=settings.device)
+        embedder = Embedder.load(settings.checkpoint_folder, device=settings.device, engine=settings.engine)
         with opened(settings) as store, image_progress(console, None) as advance:
             follower = renew_snapshot(settings, store, embedder.id)
             asked = question(settings, follower, data, split, seed)

@@ -1,14 +1,18 @@
 """The checkpoint folder: what is written is read back, what is broken is named."""
 
 import json
+import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import small_image
 from PIL import Image
 
 from trainer.embedder import (
@@ -17,6 +21,7 @@ from trainer.embedder import (
     Embedder,
     build_backbone,
     checkpoint_id,
+    load_backbone,
     pick_device,
     read_config,
     read_weights,
@@ -24,6 +29,7 @@ from trainer.embedder import (
     write_atomically,
 )
 from trainer.images import Preprocess
+from trainer.vit_graph import NotPlain, build_graph, resized
 
 
 @pytest.fixture
@@ -33,7 +39,7 @@ def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def embedder(tiny_checkpoint: Path) -> Embedder:
-    return Embedder.load(tiny_checkpoint, device="cpu")
+    return Embedder.load(tiny_checkpoint, device="cpu", engine="openvino-f32")
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -48,7 +54,7 @@ def test_embeddings_are_the_backbones_cls_token(embedder: Embedder) -> None:
     assert x.dtype == np.float32
     pixels = torch.from_numpy(embedder.preprocess(images))
     with torch.inference_mode():
-        tokens = embedder.backbone.forward_features(pixels)  # type: ignore[operator]
+        tokens = load_backbone(embedder.folder).forward_features(pixels)  # type: ignore[operator]
     np.testing.assert_allclose(x, tokens[:, 0].numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(embedder.embed_pixels(pixels.numpy()), x, rtol=1e-5, atol=1e-6)
 
@@ -80,12 +86,13 @@ def test_a_saved_checkpoint_is_read_back(tmp_path: Path) -> None:
     )
     backbone = build_backbone(config)
     saved = save_checkpoint(tmp_path / "deep" / "c", backbone, config)
-    loaded = Embedder.load(tmp_path / "deep" / "c", device="cpu")
+    loaded = Embedder.load(tmp_path / "deep" / "c", device="cpu", engine="torch")
     assert (loaded.id, loaded.name, loaded.dim, loaded.engine) == (saved, "a", 24, "torch")
     assert loaded.config == config
+    again = load_backbone(loaded.folder)
     for name, value in backbone.state_dict().items():
-        assert torch.equal(loaded.backbone.state_dict()[name], value)
-    assert {m.eps for m in loaded.backbone.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-12}
+        assert torch.equal(again.state_dict()[name], value)
+    assert {m.eps for m in again.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-12}
     assert sorted(path.name for path in (tmp_path / "deep" / "c").iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -192,3 +199,123 @@ def test_weights_are_float32_whatever_was_trained(tmp_path: Path) -> None:
     config = CheckpointConfig(architecture_args={"depth": 1})
     save_checkpoint(tmp_path, build_backbone(config).bfloat16(), config)
     assert {value.dtype for value in read_weights(tmp_path).values()} == {np.dtype(np.float32)}
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of each row with its counterpart, shape (n,)."""
+    product: np.ndarray = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return product
+
+
+def saved(folder: Path, **changes: Any) -> Path:
+    """A random ViT of depth 2, as the trainer would leave it, its weights far from their start at zero or one."""
+    usual: dict[str, Any] = {"architecture_args": {"depth": 2}, "preprocess": Preprocess(image_size=64)}
+    config = CheckpointConfig(**(usual | changes))
+    torch.manual_seed(0)
+    backbone = build_backbone(config)
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_checkpoint(folder, backbone, config)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"preprocess": Preprocess(image_size=224)},
+        {"preprocess": Preprocess(image_size=256)},
+        {"architecture": "vit_small_patch32_224.augreg_in21k", "dim": 384},
+        {"architecture_args": {"depth": 1, "norm_eps": 1e-12, "qkv_bias": False, "num_heads": 6}},
+        {
+            "architecture_args": {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8},
+            "dim": 48,
+        },
+    ],
+    ids=["smaller", "native", "larger", "small", "arguments", "tiny"],
+)
+def test_engines_agree(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = saved(tmp_path, **changes)
+    exact, rounded = (Embedder.load(folder, device="cpu", engine=engine) for engine in ("openvino-f32", "openvino"))
+    expected = Embedder.load(folder, device="cpu", engine="torch")
+    x = np.random.default_rng(0).normal(size=(5, 3, *[expected.preprocess.image_size] * 2)).astype(np.float32)
+    given = x.copy()
+    for engine, least in ((exact, 0.99999), (rounded, 0.999)):
+        assert cosine(engine.embed_pixels(x), expected.embed_pixels(x)).min() > least
+        assert cosine(engine.embed_pixels(x[3:4]), engine.embed_pixels(x)[3:4]).min() > 0.9999
+    np.testing.assert_allclose(exact.embed_pixels(x), expected.embed_pixels(x), rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(x, given)
+    assert (exact.engine, expected.engine) == ("openvino-f32", "torch")
+    assert rounded.engine in ("openvino-bf16", "openvino-f32")
+
+
+def test_nearest_images_are_the_same_by_every_engine(tiny_checkpoint: Path) -> None:
+    images = [small_image(number, fake=bool(number % 2)) for number in range(80)]
+    orders = []
+    for engine in ("torch", "openvino"):
+        x = Embedder.load(tiny_checkpoint, device="cpu", engine=engine).embed(images)
+        unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+        orders.append(np.argsort(-(unit[:40] @ unit[40:].T), axis=1)[:, :10])
+    shared = [len(set(a) & set(b)) for a, b in zip(*orders, strict=True)]
+    assert np.mean(shared) >= 9.8  # of 10; random weights put all images close together
+
+
+def test_threads_get_their_own_answers(tiny_checkpoint: Path) -> None:
+    embedder = Embedder.load(tiny_checkpoint, device="cpu", engine="openvino")
+    x = np.random.default_rng(0).normal(size=(64, 3, 32, 32)).astype(np.float32)
+    given, expected = x.copy(), embedder.embed_pixels(x)
+    parts = [slice(start, start + size) for size in (1, 2, 3, 5) for start in range(0, 60, 4)] * 4
+    with ThreadPoolExecutor(8) as pool:
+        for part, got in zip(parts, pool.map(lambda part: embedder.embed_pixels(x[part]), parts), strict=True):
+            assert cosine(got, expected[part]).min() > 0.9999
+    np.testing.assert_array_equal(x, given)
+
+
+@pytest.mark.parametrize("side", [3, 7, 20])
+def test_position_embeddings_are_resized_as_timm_does(side: int) -> None:
+    from timm.layers.pos_embed import resample_abs_pos_embed
+
+    positions = np.random.default_rng(0).normal(size=(1, 1 + 14 * 14, 12)).astype(np.float32)
+    expected = resample_abs_pos_embed(torch.from_numpy(positions), [side, side], [14, 14])
+    np.testing.assert_allclose(resized(positions, side), expected.numpy(), atol=1e-5)
+
+
+def test_an_engine_is_chosen_by_device_and_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = saved(tmp_path / "plain")
+    other = saved(tmp_path / "other", architecture_args={"depth": 1, "init_values": 1e-5})
+    assert Embedder.load(plain, device="cpu").engine.startswith("openvino-")
+    with caplog.at_level(logging.INFO):
+        assert Embedder.load(other, device="cpu").engine == "torch"
+    assert "the architecture has the arguments ['init_values']" in caplog.text
+    with pytest.raises(CheckpointError, match=r"OpenVINO cannot run .*init_values.*LINEUP_ENGINE=torch"):
+        Embedder.load(other, device="cpu", engine="openvino")
+    monkeypatch.setattr("trainer.embedder.has_cuda", lambda: True)
+    with pytest.raises(CheckpointError, match=r"computes on the CPU, not on 'cuda'"):
+        Embedder.load(plain, device="cuda", engine="openvino")
+    assert Embedder.load(plain, engine="openvino").device == "cpu"
+    monkeypatch.setattr("trainer.embedder.find_spec", lambda name: None if name == "openvino" else find_spec(name))
+    assert Embedder.load(plain, device="cpu").engine == "torch"
+    monkeypatch.setattr("trainer.embedder.find_spec", lambda name: None if name == "torch" else find_spec(name))
+    with pytest.raises(CheckpointError, match="OpenVINO cannot run"):
+        Embedder.load(other, device="cpu")
+    with pytest.raises(CheckpointError, match=r"not installed: add the extra `train`"):
+        Embedder.load(plain, device="cpu", engine="torch")
+
+
+def test_weights_of_another_model_are_no_plain_vit(tiny_checkpoint: Path) -> None:
+    config, weights = read_config(tiny_checkpoint), read_weights(tiny_checkpoint)
+    build_graph(config, weights)
+    wrong = [
+        (replace(config, architecture="resnet18"), weights, "architecture is 'resnet18'"),
+        (config, weights | {"reg_token": weights["cls_token"]}, r"no plain ViT: \['reg_token'\]"),
+        (config, {name: x for name, x in weights.items() if name != "norm.weight"}, "norm.weight is not among"),
+        (config, weights | {"pos_embed": weights["pos_embed"][:, 1:]}, r"pos_embed .* in the shape \(1, 17, 48\)"),
+        (replace(config, dim=47), weights, "48 dimensions for 47"),
+        (replace(config, preprocess=Preprocess(image_size=30)), weights, "30 pixels in patches of 8"),
+        (replace(config, architecture_args={"patch_size": [8, 8]}), weights, "no number above 0"),
+    ]
+    for of, given, message in wrong:
+        with pytest.raises(NotPlain, match=message):
+            build_graph(of, given)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from trainer.embedder import (
     CheckpointConfig,
     CheckpointError,
-    Embedder,
+    load_backbone,
+    read_config,
     read_weights,
     save_checkpoint,
     write_atomically,
@@ -81,7 +82,7 @@ def import_checkpoint(
     )
     try:
         identity = save_checkpoint(output, tensors, config)
-        Embedder.load(output, device="cpu")
+        load_backbone(output)
     except CheckpointError as error:
         raise HubError(f"{source} is no ViT that this project can hold: {error}") from error
     pickles = sorted([*folder.glob("sklearn/*.sav"), *folder.glob("sklearn/*.joblib")])
@@ -110,8 +111,7 @@ def export_hub(checkpoint: Path, output: Path) -> None:
     import torch
     from safetensors.torch import save
 
-    embedder = Embedder.load(checkpoint, device="cpu")
-    config, backbone = embedder.config, embedder.backbone
+    config, backbone = read_config(checkpoint), load_backbone(checkpoint)
     state = {key: torch.from_numpy(value) for key, value in read_weights(checkpoint).items()}
     blocks: Any = backbone.blocks
     patch = int(backbone.patch_embed.patch_size[0])  # type: ignore[index, union-attr]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from trainer.embedder import Embedder, write_config
+from trainer.embedder import load_backbone, read_config, write_config
 
 INPUT, OUTPUT = "pixels", "embedding"
 
@@ -20,12 +20,12 @@ def export_onnx(checkpoint: Path, output: Path) -> None:
     import torch
 
     output.mkdir(parents=True, exist_ok=True)
-    embedder = Embedder.load(checkpoint, device="cpu")
-    size = embedder.preprocess.image_size
+    config, backbone = read_config(checkpoint), load_backbone(checkpoint)
+    size = config.preprocess.image_size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns of its own libraries
         torch.onnx.export(
-            embedder.backbone,
+            backbone,
             (torch.zeros(2, 3, size, size),),
             output / "model.onnx",
             input_names=[INPUT],
@@ -35,7 +35,7 @@ def export_onnx(checkpoint: Path, output: Path) -> None:
             external_data=False,
             verbose=False,
         )
-    write_config(output, embedder.config.to_json())
+    write_config(output, config.to_json())
 
 
 def export_openvino(checkpoint: Path, output: Path) -> None:
@@ -49,13 +49,13 @@ def export_openvino(checkpoint: Path, output: Path) -> None:
     import torch
 
     output.mkdir(parents=True, exist_ok=True)
-    embedder = Embedder.load(checkpoint, device="cpu")
-    size = embedder.preprocess.image_size
+    config, backbone = read_config(checkpoint), load_backbone(checkpoint)
+    size = config.preprocess.image_size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns of shapes that are fixed here on purpose
-        model = openvino.convert_model(embedder.backbone, example_input=torch.zeros(2, 3, size, size))
+        model = openvino.convert_model(backbone, example_input=torch.zeros(2, 3, size, size))
     model.reshape([-1, 3, size, size])
     model.inputs[0].get_tensor().set_names({INPUT})
     model.outputs[0].get_tensor().set_names({OUTPUT})
     openvino.save_model(model, output / "model.xml", compress_to_fp16=False)
-    write_config(output, embedder.config.to_json())
+    write_config(output, config.to_json())
