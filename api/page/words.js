@@ -154,15 +154,21 @@ export const CREDENTIALS = {
   unreadable: "There is a statement, but it cannot be read.",
 };
 
+/** A share of a vote: one that rounds to half says on which side it lies. */
+function part(share) {
+  if (share === 0.5 || Math.round(100 * share) !== 50) return percent(share);
+  return share < 0.5 ? "just under half" : "just over half";
+}
+
 /** How a head decides, and what it said of this image. Null where it cannot answer. */
 export const HEADS = [
   {
     name: "Vote of the neighbours",
     field: "knn",
-    how: "The nearest reference images vote, the more alike the more weight.",
+    how: "The nearest of each kind vote, as many of both, the more alike the more weight. More than half decides.",
     said: (head) =>
-      `${head.votes.fake} of the ${head.votes.fake + head.votes.real} nearest are generated; generated images ` +
-      `hold ${percent(head.score)} of the weight`,
+      `generated images hold ${part(head.score)} of the weight. Counted without kind, ${head.votes.fake} of the ` +
+      `${head.votes.fake + head.votes.real} nearest are generated`,
     missing: "needs real and generated reference images",
   },
   {
