@@ -32,6 +32,7 @@ from indexer.terminal import (
     image_progress,
     tell_added,
     tell_agreement,
+    tell_imported,
     tell_rebuilt,
     tell_removed,
     tell_status,
@@ -110,7 +111,7 @@ def add(
                     store.finish_enrolment(report["enrolment"], report)
             active = store.active_checkpoint()
         if report["rejected"] or report["conflicts"]:
-            report["report"] = str(write_report(settings.home, report))
+            report["report"] = str(write_report(settings.home, "add", report))
     if as_json:
         print(json.dumps(report))
     else:
@@ -143,12 +144,17 @@ def remove(
                 removed = store.delete_generator(generator, forget=forget)
             else:
                 removed = store.remove(**chosen, forget=forget)
-            for checkpoint_id in removed.revisions:
-                renew_snapshot(settings, store, checkpoint_id)
+            followers = [renew_snapshot(settings, store, checkpoint_id) for checkpoint_id in removed.revisions]
+    report = {"removed": removed.references, "revisions": removed.revisions, "forgotten": forget}
+    report["indexes"] = [
+        {"checkpoint": one.checkpoint_id, "removed": removed.vectors[one.checkpoint_id]}
+        | {"size": len(one.index), "snapshot": one.saved_revision}
+        for one in followers
+    ]
     if as_json:
-        print(json.dumps({"removed": removed.references, "revisions": removed.revisions, "forgotten": forget}))
+        print(json.dumps(report))
     else:
-        tell_removed(removed, forget)
+        tell_removed(report)
 
 
 @app.command()
@@ -205,8 +211,11 @@ def rebuild(
                 from trainer.embedder import Embedder
 
                 embedder = Embedder.load(checkpoint, device=settings.device, engine=settings.engine)
-                with image_progress(console, None) as advance:
+                todo = sum(store.counts().values()) - len(store.embedded_ids(embedder.id))
+                with image_progress(console, total=todo) as advance:
                     report = reembed(embedder, store, max_pixels=settings.max_pixels, partial=partial, on_image=advance)
+                if report["unreadable"]:
+                    report["report"] = str(write_report(settings.home, "rebuild", report))
             report["indexes"] = [
                 {"checkpoint": one.id, "size": len(renew_snapshot(settings, store, one.id, anew=True).index)}
                 for one in store.checkpoints()
@@ -242,7 +251,7 @@ def evaluate(
 
         settings = read_settings(checkpoint=checkpoint, device=device)
         embedder = Embedder.load(settings.checkpoint_folder, device=settings.device, engine=settings.engine)
-        with opened(settings) as store, image_progress(console, None) as advance:
+        with opened(settings) as store, image_progress(console) as advance:
             follower = renew_snapshot(settings, store, embedder.id)
             asked = question(settings, follower, data, split, seed)
             found = kept(output, asked) if output else None
@@ -291,7 +300,10 @@ def export_command(
     with expected_failures():
         from indexer.exchange import export_references
 
-        with opened(read_settings()) as store, image_progress(console, None) as advance:
+        with (
+            opened(read_settings()) as store,
+            image_progress(console, total=sum(store.counts().values())) as advance,
+        ):
             report = export_references(store, file, advance)
     print(json.dumps(report) if as_json else f"wrote {report['references']:,} references to {file}")
 
@@ -306,34 +318,41 @@ def import_command(
 
         settings = read_settings()
         with opened(settings) as store:
-            with image_progress(console, None) as advance:
+            with image_progress(console) as advance:
                 report = import_references(store, file, advance)
             for checkpoint_id in report["checkpoints"]:
                 renew_snapshot(settings, store, checkpoint_id)
+        if report["conflicts"]:
+            report["report"] = str(write_report(settings.home, "import", report))
     if as_json:
         print(json.dumps(report))
     else:
-        print(f"added {report['added']:,} of {report['references']:,} references, {report['embeddings']:,} embeddings")
-        print(f"conflicts {len(report['conflicts'])}, blocked {len(report['blocked'])}")
+        tell_imported(console, report)
 
 
 @app.command("migrate")
 def migrate_command(
     revision: Annotated[str, typer.Argument(help="Where to; `base` drops everything.")] = "head",
+    as_json: AsJson = False,
 ) -> None:
     """Bring the database's tables to this version (the embedded database does so by itself)."""
     with expected_failures(), opened(read_settings(), check=False) as store:
         migrate(store.engine, revision)
         with store.engine.connect() as connection:
-            print(f"schema at {schema_revision(connection) or 'nothing'}")
+            schema = schema_revision(connection)
+    print(json.dumps({"schema": schema}) if as_json else f"schema at {schema or 'nothing'}")
 
 
 @app.command("stop")
-def stop_command() -> None:
+def stop_command(as_json: AsJson = False) -> None:
     """Stop the embedded database of this home, whoever uses it."""
     with expected_failures():
         settings = read_settings()
-        print("stopped" if stop(settings) else f"no embedded database runs in {settings.home}")
+        stopped = stop(settings)
+    if as_json:
+        print(json.dumps({"stopped": stopped}))
+    else:
+        print("stopped" if stopped else f"no embedded database runs in {settings.home}")
 
 
 if __name__ == "__main__":

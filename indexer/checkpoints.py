@@ -1,15 +1,20 @@
 """Checkpoints that have embeddings in the store, their revisions and their calibrations."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from indexer.rows import Rows
 from indexer.tables import CalibrationRow, CheckpointRow, RevisionRow, StoreRow
+
+COMPLETE = """select not exists (select from reference_image r where r.id <> all(:without) and not exists (
+    select from embedding e where e.image_id = r.id and e.checkpoint_id = :checkpoint))"""
+CALIBRATIONS = 20
+"""Revisions whose calibration is kept, the latest of each heads: one holds up to half a megabyte."""
 
 
 class UnknownCheckpoint(LookupError):
@@ -69,21 +74,32 @@ class Checkpoints(Rows):
             raise ValueError(f"checkpoint {checkpoint_id} is stored with {known.dim} dimensions, this one has {dim}")
         return known
 
-    def activate(self, checkpoint_id: str) -> None:
-        """Make this checkpoint the active one.
+    def activate(self, checkpoint_id: str, without: Sequence[int] = ()) -> bool:
+        """Make this checkpoint the active one, unless a reference lacks its embedding.
+
+        Args:
+            checkpoint_id: A known one.
+            without: Ids of references that may lack it.
+
+        Returns:
+            Whether it is the active one now.
 
         Raises:
             UnknownCheckpoint: It was never registered.
         """
 
-        def work(connection: Connection) -> int:
+        def work(connection: Connection) -> bool:
             _one_at_a_time(connection)
+            # No one adds or removes until the switch is done.
+            connection.execute(text("lock table index_revision in exclusive mode"))
+            if not connection.scalar(text(COMPLETE), {"checkpoint": checkpoint_id, "without": list(without)}):
+                return False
             connection.execute(update(CheckpointRow).where(CheckpointRow.active).values(active=False))
-            chosen = update(CheckpointRow).where(CheckpointRow.id == checkpoint_id).values(active=True)
-            return connection.execute(chosen).rowcount
+            connection.execute(update(CheckpointRow).where(CheckpointRow.id == checkpoint_id).values(active=True))
+            return True
 
         self.get_checkpoint(checkpoint_id)
-        self.transaction(work)
+        return self.transaction(work)
 
     def active_checkpoint(self) -> Checkpoint | None:
         """The active checkpoint, or None in a new store."""
@@ -120,13 +136,21 @@ class Checkpoints(Rows):
         return revision
 
     def save_calibration(self, checkpoint_id: str, heads_id: str, revision: int, params: Mapping[str, Any]) -> None:
-        """Keep the calibration of one revision; a second one for the same revision replaces it."""
+        """Keep the calibration of one revision; a second one for it replaces the first, old revisions' are dropped."""
         row = {"checkpoint_id": checkpoint_id, "heads_id": heads_id, "revision": revision, "params": dict(params)}
         query = insert(CalibrationRow).values(row)
         replace = {"params": query.excluded.params, "created_at": func.now()}
         keys = ["checkpoint_id", "heads_id", "revision"]
         query = query.on_conflict_do_update(index_elements=keys, set_=replace)
-        self.transaction(lambda connection: connection.execute(query))
+        same = (CalibrationRow.checkpoint_id == checkpoint_id) & (CalibrationRow.heads_id == heads_id)
+        latest = select(CalibrationRow.revision).where(same).order_by(CalibrationRow.revision.desc())
+        old = CalibrationRow.revision <= latest.offset(CALIBRATIONS).limit(1).scalar_subquery()
+
+        def work(connection: Connection) -> None:
+            connection.execute(query)
+            connection.execute(delete(CalibrationRow).where(same & old))
+
+        self.transaction(work)
 
     def load_calibration(
         self, checkpoint_id: str, heads_id: str | None = None, revision: int | None = None

@@ -10,8 +10,9 @@ from typing import Annotated, NoReturn
 
 import psycopg
 import typer
+from alembic.util import CommandError
 from rich.console import Console
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from indexer.calibrate import recalibrate
 from indexer.embedded import EmbeddedFailure
@@ -43,9 +44,13 @@ def expected_failures() -> Iterator[None]:
     """What can go wrong without a fault of the program ends as one line on stderr and exit code 1."""
     try:
         yield
-    except (OperationalError, psycopg.OperationalError) as error:
-        reason = error.orig if isinstance(error, OperationalError) else error
-        fail(f"the database stopped answering ({reason}); what was written stays, run the command again")
+    except (DBAPIError, psycopg.Error) as error:
+        reason = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(reason, psycopg.errors.LockNotAvailable):
+            fail(f"another transaction holds a lock ({reason}): end it (see pg_stat_activity), then run this again")
+        if isinstance(reason, psycopg.OperationalError):
+            fail(f"the database stopped answering ({reason}); what was written stays, run the command again")
+        fail(f"the database refuses ({reason}): look at LINEUP_DATABASE_URL and the rights of its user")
     except (
         SettingsError,
         DatabaseUnreachable,
@@ -59,6 +64,8 @@ def expected_failures() -> Iterator[None]:
         BadVector,
         UnknownGenerator,
         UnknownCheckpoint,
+        CommandError,
+        OSError,
     ) as error:
         fail(str(error))
 

@@ -1,5 +1,6 @@
 """What an enrolment changed: how many of its images are recognised without it and with it, and false alarms."""
 
+from contextlib import suppress
 from hashlib import blake2b
 from typing import Any
 
@@ -11,7 +12,8 @@ from indexer.follower import Follower
 from indexer.references import LABELS
 from indexer.relatives import relatives
 from indexer.settings import Settings
-from trainer.calibration_set import CALIBRATION_FILE, CalibrationSet
+from trainer.calibration_set import CalibrationSet
+from trainer.embedder import CheckpointError
 from trainer.vote import vote
 
 SAMPLE = 200
@@ -82,8 +84,9 @@ def effect(follower: Follower, enrolment: int, calibration: CalibrationSet | Non
 
 def consequences(settings: Settings, follower: Follower, enrolment: int) -> dict[str, Any]:
     """What `indexer add` says at its end: {"effect": see `effect`, "warnings": about facts of the files}."""
-    folder = settings.checkpoint_folder
-    calibration = CalibrationSet.load(folder) if (folder / CALIBRATION_FILE).exists() else None
+    calibration = None
+    with suppress(CheckpointError):  # missing or broken; the references are added all the same
+        calibration = CalibrationSet.load(settings.checkpoint_folder)
     return {
         "effect": effect(follower, enrolment, calibration, settings.k),
         "warnings": fact_warnings(follower.store),

@@ -1,15 +1,14 @@
 """What `indexer evaluate` and `indexer audit` show to people, as tables on stdout."""
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from indexer.audit import RINGS
 from indexer.evaluate import Evaluation
+from indexer.terminal import results
 
 HEADS = ("knn", "nn1", "linear", "svm", "combined")
 TRANSFORMS = {"none": "plain", "transformed": "transformed", "equalised": "both labels recompressed alike"}
@@ -17,7 +16,7 @@ TRANSFORMS = {"none": "plain", "transformed": "transformed", "equalised": "both 
 
 def tell_evaluation(evaluation: Evaluation) -> None:
     """A table per split and transform: accuracy and AUROC of each head by generator, and the verdicts."""
-    console = Console(highlight=False, width=_width())
+    console = results()
     cells = {(row["split"], row["transform"], row["generator"], row["head"]): row for row in evaluation.rows}
     verdicts = {(row["split"], row["transform"], row["generator"]): row for row in evaluation.verdicts}
     for split, transform in dict.fromkeys((split, transform) for split, transform, _, _ in cells):
@@ -45,7 +44,7 @@ def tell_evaluation(evaluation: Evaluation) -> None:
 
 def tell_audit(found: Mapping[str, Any]) -> None:
     """AUROC of all facts together and of each, by generator; then warnings and near duplicates."""
-    console = Console(highlight=False, soft_wrap=True, width=_width())
+    console = results()
     facts = list(found["facts"])
     table = Table(
         *("fakes", "images", "all facts", *facts),
@@ -61,16 +60,12 @@ def tell_audit(found: Mapping[str, Any]) -> None:
         table.add_row(row["name"] or "(unnamed)", str(row["images"]), *map(_area, areas))
     console.print(table)
     for warning in found["warnings"]:
-        console.print(f"warning: {warning}", markup=False)
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
     duplicates = found["near_duplicates"]
     print(f"{duplicates['count']} near duplicates across labels")
     for pair in duplicates["listed"]:
-        console.print(f"  {_name(pair['real'])} and {_name(pair['fake'])}: {pair['bits']} bits apart", markup=False)
-
-
-def _width() -> int | None:
-    """The terminal's own, or what the widest table needs where there is no terminal that could scroll."""
-    return None if sys.stdout.isatty() else 150
+        line = f"  {_name(pair['real'])} and {_name(pair['fake'])}: {pair['bits']} bits apart"
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:

@@ -22,6 +22,7 @@ from trainer.images import FileFacts, Preprocess, UnreadableImage, decode_image,
 
 WRITE_IMAGES = 256
 WRITE_SECONDS = 2.0
+FORGOTTEN = "was removed with --forget"
 
 
 class Embeds(Protocol):
@@ -141,7 +142,7 @@ def ingest(
         reader = _Reader(embedder, store, report, pool, max_pixels, keep_bytes, 16 * workers, on_image)
         prepared = ahead(reader.prepared(entries), 2 * batch_size)
         if dry_run:
-            _count(prepared, report, on_image)
+            _count(prepared, store, report, on_image)
         else:
             writer = _Writer(store, embedder.id, report, generator, source, on_image)
             with closing(ahead(_embedded(prepared, embedder, batch_size), 4)) as embedded:
@@ -190,9 +191,12 @@ class _Reader:
                 yield entry
 
     def _without_known_hashes(self, read: Sequence[tuple[Entry, bytes, str]]) -> Iterator[tuple[Entry, bytes]]:
-        known = self._store.known_hashes([sha256 for _, _, sha256 in read], self._embedder.id)
+        hashes = [sha256 for _, _, sha256 in read]
+        known, blocked = self._store.known_hashes(hashes, self._embedder.id), self._store.blocked_hashes(hashes)
         for entry, data, sha256 in read:
-            if not self._is_settled(entry, known.get(sha256)):
+            if sha256 in blocked:
+                self._reject(entry, UnreadableImage(FORGOTTEN))
+            elif not self._is_settled(entry, known.get(sha256)):
                 yield entry, data
 
     def _is_settled(self, entry: Entry, known: Known | None) -> bool:
@@ -277,7 +281,7 @@ class _Writer:
                 report.conflict(entries[conflict.position].key, conflict.sha256, conflict.has, conflict.wants)
             for entry, image_id in zip(entries, added.ids, strict=True):
                 if image_id is None:
-                    report.reject(entry.key, "was removed with --forget")
+                    report.reject(entry.key, FORGOTTEN)
                 self._on_image()
 
 
@@ -325,13 +329,17 @@ def _embedded(
             yield list(zip(batch, vectors, strict=True))
 
 
-def _count(prepared: Generator[Prepared, None, None], report: Report, on_image: Callable[[], None]) -> None:
+def _count(
+    prepared: Generator[Prepared, None, None], store: Store, report: Report, on_image: Callable[[], None]
+) -> None:
     """What a dry run would add."""
     seen: set[str] = set()
     with closing(prepared):
         for one in prepared:
             if one.facts.sha256 in seen:
                 report.known += 1
+            elif store.find(one.facts.sha256):
+                report.embedded += 1
             else:
                 report.count_new(one.entry)
             seen.add(one.facts.sha256)

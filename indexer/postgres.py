@@ -1,12 +1,14 @@
 """Reach the database: the server of `LINEUP_DATABASE_URL`, or an embedded one under `LINEUP_HOME`."""
 
 from pathlib import Path
+from typing import Any
 
+import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, make_url, text
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 import migrations
@@ -16,6 +18,8 @@ from indexer.settings import Settings
 OLDEST_SERVER = 14
 # Any constant; whoever holds this advisory lock may change the schema.
 MIGRATION_LOCK = 0x11_E0_B0
+LOCK_SECONDS = 30
+"""Longest wait for a lock. Ours are held for a tenth of a second: what holds one longer is a transaction left open."""
 
 
 class DatabaseUnreachable(RuntimeError):
@@ -47,6 +51,7 @@ def connect(settings: Settings, *, check: bool = True) -> Engine:
     engine = create_engine(
         url, pool_pre_ping=True, max_overflow=30, connect_args={"connect_timeout": 10, "application_name": "lineup"}
     )
+    event.listen(engine, "connect", _limit_waiting)
     try:
         _make_ready(engine, settings.database_url is None, check)
     except DBAPIError as error:
@@ -58,6 +63,11 @@ def connect(settings: Settings, *, check: bool = True) -> Engine:
         engine.dispose()
         raise
     return engine
+
+
+def _limit_waiting(connection: psycopg.Connection[Any], _: object) -> None:
+    connection.execute(f"set lock_timeout = '{LOCK_SECONDS}s'")
+    connection.commit()
 
 
 def _make_ready(engine: Engine, embedded: bool, check: bool) -> None:

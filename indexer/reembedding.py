@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, text
+from sqlalchemy import text
 
 from indexer.ahead import ahead
 from indexer.ingest import Embeds
@@ -19,23 +19,19 @@ from trainer.datasets import read_uri
 from trainer.images import UnreadableImage, decode_image
 
 PAGE = 256
-MISSING = """select r.id, r.sha256, r.uri, f.bytes
-from reference_image r left join reference_file f on f.image_id = r.id
+MISSING = """select r.id, r.sha256, r.uri from reference_image r
 where r.id > :after and not exists (
     select from embedding e where e.image_id = r.id and e.checkpoint_id = :checkpoint)
 order by r.id limit :page"""
-COMPLETE = """select not exists (select from reference_image r where r.id <> all(:given_up) and not exists (
-    select from embedding e where e.image_id = r.id and e.checkpoint_id = :checkpoint))"""
 
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """A reference without an embedding of the new checkpoint; `data` holds its bytes where they were kept."""
+    """A reference without an embedding of the new checkpoint."""
 
     id: int
     sha256: str
     uri: str | None
-    data: bytes | None
 
 
 def reembed(
@@ -66,23 +62,18 @@ def reembed(
     unreadable: dict[int, dict[str, Any]] = {}
     embedded = 0
     active = False
-    while True:
-        done = 0
+    # Each turn leaves nothing but what others add meanwhile.
+    while not active and (partial or not unreadable):
         with (
             ThreadPoolExecutor(min(32, os.cpu_count() or 1), thread_name_prefix="decode") as pool,
             closing(ahead(_decoded(store, embedder, pool, max_pixels, unreadable), 2 * batch_size)) as decoded,
         ):
             while batch := list(islice(decoded, batch_size)):
                 vectors = embedder.embed_pixels(np.stack([pixels for _, pixels in batch]), batch_size)  # (n, d)
-                done += store.embed([image_id for image_id, _ in batch], vectors, embedder.id)
+                embedded += store.embed([image_id for image_id, _ in batch], vectors, embedder.id)
                 for _ in batch:
                     on_image()
-        embedded += done
-        if unreadable and not partial:
-            break
-        active = _switch(store, embedder.id, list(unreadable))
-        if active or not done:
-            break
+        active = (partial or not unreadable) and store.activate(embedder.id, without=list(unreadable))
     return {
         "checkpoint": embedder.id,
         "embedded": embedded,
@@ -96,7 +87,7 @@ def missing(store: Store, checkpoint_id: str, after: int = 0) -> Sequence[Missin
     values = {"after": after, "checkpoint": checkpoint_id, "page": PAGE}
     with store.engine.connect() as connection:
         rows = connection.execute(text(MISSING), values).all()
-    return [Missing(row.id, row.sha256.hex(), row.uri, row.bytes) for row in rows]
+    return [Missing(row.id, row.sha256.hex(), row.uri) for row in rows]
 
 
 def _decoded(
@@ -104,8 +95,7 @@ def _decoded(
 ) -> Generator[tuple[int, np.ndarray], None, None]:
     def pixels(image: Missing) -> np.ndarray | None:
         try:
-            data = image.data if image.data is not None else _read(image)
-            picture, _ = decode_image(data, max_pixels=max_pixels)
+            picture, _ = decode_image(_read(store, image), max_pixels=max_pixels)
             prepared: np.ndarray = embedder.preprocess([picture])[0]  # (3, s, s)
             return prepared
         except (UnreadableImage, OSError) as error:
@@ -121,26 +111,14 @@ def _decoded(
                 yield image.id, made
 
 
-def _read(image: Missing) -> bytes:
+def _read(store: Store, image: Missing) -> bytes:
+    """The bytes that were kept, or the file's."""
+    kept = store.file(image.id)
+    if kept is not None:
+        return kept
     if image.uri is None:
         raise UnreadableImage("its bytes were not kept")
     data = read_uri(image.uri)
     if hashlib.sha256(data).hexdigest() != image.sha256:
         raise UnreadableImage("the file has changed since it was added")
     return data
-
-
-def _switch(store: Store, checkpoint_id: str, given_up: list[int]) -> bool:
-    """Make the checkpoint active unless a reference that is not given up still lacks its embedding."""
-
-    def work(connection: Connection) -> bool:
-        connection.execute(text("select id from store for update"))
-        # No one adds or removes until the switch is done.
-        connection.execute(text("lock table index_revision in exclusive mode"))
-        if not connection.scalar(text(COMPLETE), {"checkpoint": checkpoint_id, "given_up": given_up}):
-            return False
-        connection.execute(text("update checkpoint set active = false where active"))
-        connection.execute(text("update checkpoint set active = true where id = :id"), {"id": checkpoint_id})
-        return True
-
-    return store.transaction(work)

@@ -8,7 +8,7 @@ from typing import Any, cast
 from sqlalchemy import ARRAY, ColumnElement, LargeBinary, Row, Select, Text, any_, func, literal, select
 
 from indexer.rows import Rows
-from indexer.tables import EmbeddingRow, GeneratorRow, ReferenceFileRow, ReferenceRow
+from indexer.tables import BlockedHashRow, EmbeddingRow, GeneratorRow, ReferenceFileRow, ReferenceRow
 
 LABELS = ("real", "fake")
 
@@ -109,6 +109,13 @@ class References(Rows):
         with self.engine.connect() as connection:
             rows = connection.execute(query).all()
         return {row.sha256.hex(): _as_known(row) for row in rows}
+
+    def blocked_hashes(self, hashes: Sequence[str]) -> set[str]:
+        """Those of these hashes (hexadecimal) that were removed for good."""
+        wanted = literal([bytes.fromhex(sha256) for sha256 in hashes], ARRAY(LargeBinary))
+        query = select(BlockedHashRow.sha256).where(BlockedHashRow.sha256 == any_(wanted))
+        with self.engine.connect() as connection:
+            return {sha256.hex() for sha256 in connection.scalars(query)}
 
     # Last in its class: below it, `list` would mean this method.
     def list(

@@ -1,5 +1,6 @@
 """Removing references, so that no follower of any checkpoint keeps them."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -17,15 +18,27 @@ where checkpoint_id in (select checkpoint_id from embedding where image_id = any
 returning checkpoint_id, revision"""
 RECORD = """insert into removal (checkpoint_id, image_id, revision)
 select e.checkpoint_id, e.image_id, r.revision from embedding e join index_revision r using (checkpoint_id)
-where e.image_id = any(:ids)"""
+where e.image_id = any(:ids) returning checkpoint_id"""
 
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """What one `remove` did: rows gone (thumbnails and vectors with them), and the revision each index has now."""
+    """What one `remove` did.
+
+    Attributes:
+        references: Rows that are gone, with thumbnails and kept files.
+        vectors: Embeddings that are gone, by checkpoint.
+        revisions: What each index has now, by checkpoint.
+    """
 
     references: int = 0
+    vectors: Counter[str] = field(default_factory=Counter)
     revisions: dict[str, int] = field(default_factory=dict)
+
+    def __add__(self, later: "Removed") -> "Removed":
+        return Removed(
+            self.references + later.references, self.vectors + later.vectors, self.revisions | later.revisions
+        )
 
 
 class Removing(Generators):
@@ -64,14 +77,10 @@ class Removing(Generators):
             criteria.append(ReferenceRow.enrolment_id == enrolment)
         if len(criteria) != 1:
             raise ValueError("give one of ids, generator, source and enrolment")
-        removed = 0
-        revisions: dict[str, int] = {}
-        while True:
-            count, latest = self.transaction(lambda connection: _remove(connection, criteria[0], forget))
-            if count == 0:
-                return Removed(removed, revisions)
-            removed += count
-            revisions |= latest
+        removed = Removed()
+        while (more := self.transaction(lambda connection: _remove(connection, criteria[0], forget))).references:
+            removed += more
+        return removed
 
     def delete_generator(self, name: str, *, forget: bool = False) -> Removed:
         """Remove a generator's references, then the generator itself.
@@ -82,8 +91,7 @@ class Removing(Generators):
         query = delete(GeneratorRow).where(GeneratorRow.id == self.known_generator(name).id)
         removed = Removed()
         while True:
-            more = self.remove(generator=name, forget=forget)
-            removed = Removed(removed.references + more.references, removed.revisions | more.revisions)
+            removed += self.remove(generator=name, forget=forget)
             try:
                 self.transaction(lambda connection: connection.execute(query))
             except IntegrityError:  # someone added one meanwhile
@@ -91,20 +99,20 @@ class Removing(Generators):
             return removed
 
 
-def _remove(connection: Connection, criterion: ColumnElement[bool], forget: bool) -> tuple[int, dict[str, int]]:
+def _remove(connection: Connection, criterion: ColumnElement[bool], forget: bool) -> Removed:
     # Locks every checkpoint's row, and against new ones too: an embedding that appeared now would stay in an index.
     connection.execute(text("lock table index_revision in exclusive mode"))
     query = select(ReferenceRow.id, ReferenceRow.sha256).where(criterion).order_by(ReferenceRow.id).limit(BATCH)
     rows = connection.execute(query).all()
     if not rows:
-        return 0, {}
+        return Removed()
     ids = {"ids": [row.id for row in rows]}
     revisions = {row.checkpoint_id: row.revision for row in connection.execute(text(STAMP), ids)}
-    connection.execute(text(RECORD), ids)
+    vectors = Counter(connection.scalars(text(RECORD), ids))
     if forget:
         blocked = [{"sha256": row.sha256} for row in rows]
         connection.execute(insert(BlockedHashRow).values(blocked).on_conflict_do_nothing())
     connection.execute(text("delete from reference_image where id = any(:ids)"), ids)
     for checkpoint_id, revision in revisions.items():
         notify(connection, f"{checkpoint_id} {revision}")
-    return len(rows), revisions
+    return Removed(len(rows), vectors, revisions)

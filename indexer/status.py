@@ -5,6 +5,7 @@ from typing import Any
 from sqlalchemy import make_url
 
 from indexer.follower import Follower
+from indexer.generators import FACTS
 from indexer.settings import Settings
 from indexer.store import Checkpoint, Enrolment, Store
 
@@ -14,17 +15,26 @@ ENROLMENTS = 5
 def store_status(settings: Settings, store: Store, checkpoint: Checkpoint | None) -> dict[str, Any]:
     """Counts of rows, and the state of the index that a service would have now.
 
+    `not_embedded` counts references that searches with this checkpoint do not find; an enrolment's `references` are
+    those that are still there.
+
     Args:
         settings: Where database and snapshots are.
         store: The rows.
         checkpoint: Whose index; None in a store without any.
     """
+    references = store.counts()
     status: dict[str, Any] = {
         "checkpoint": None,
         "name": None,
+        "active": False,
         "revision": 0,
-        "references": store.counts(),
-        "generators": [{"name": one.name, "references": one.references} for one in store.generators()],
+        "not_embedded": 0,
+        "references": references,
+        "generators": [
+            {"name": one.name, "references": one.references} | {name: getattr(one, name) for name in FACTS[1:]}
+            for one in store.generators()
+        ],
         "sources": [{"name": name, "references": count} for name, count in store.sources().items()],
         "index": {"kind": None, "device": None, "size": 0, "revision": 0},
         "calibration": None,
@@ -44,7 +54,9 @@ def store_status(settings: Settings, store: Store, checkpoint: Checkpoint | None
     return status | {
         "checkpoint": checkpoint.id,
         "name": checkpoint.name,
+        "active": checkpoint.active,
         "revision": store.revision(checkpoint.id),
+        "not_embedded": max(0, sum(references.values()) - len(index)),
         "index": {
             "kind": index.kind,
             "device": index.device,
@@ -72,5 +84,6 @@ def _enrolment(enrolment: Enrolment) -> dict[str, Any]:
         "generator": enrolment.generator,
         "source": enrolment.source,
         "added": report.get("added"),
+        "references": enrolment.references,
         "effect": report.get("effect"),
     }

@@ -1,6 +1,7 @@
 """What the indexer's commands show to people: progress on stderr, results on stdout."""
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from indexer.agreement import Agreement
-from indexer.store import Removed
+from indexer.generators import FACTS
 from trainer.datasets import DatasetError
 
 SHOWN = 10
@@ -32,17 +33,25 @@ class Speed(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.0f} images/s")
 
 
+def results() -> Console:
+    """For tables on stdout: as wide as the terminal, or as the widest table needs where there is no terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+
+
 @contextmanager
-def image_progress(console: Console, again: Callable[[], Iterable[object]] | None) -> Iterator[Callable[[], None]]:
+def image_progress(
+    console: Console, again: Callable[[], Iterable[object]] | None = None, total: int | None = None
+) -> Iterator[Callable[[], None]]:
     """A bar that the given function advances by one image; nothing where stderr is no terminal.
 
     Args:
         console: On stderr.
         again: Gives the images anew, to be counted in the background while the first of them are added.
+        total: How many there are, where that is known.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("images", total=None)
+        task = bar.add_task("images", total=total)
 
         def count(images: Callable[[], Iterable[object]]) -> None:
             with suppress(DatasetError, OSError):  # adding them says it better
@@ -53,9 +62,9 @@ def image_progress(console: Console, again: Callable[[], Iterable[object]] | Non
         yield lambda: bar.advance(task)
 
 
-def write_report(home: Path, report: Mapping[str, Any]) -> Path:
-    """Keep a report with everything that was skipped; returns where."""
-    path = home / "reports" / f"add-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
+def write_report(home: Path, command: str, report: Mapping[str, Any]) -> Path:
+    """Keep a command's report with everything that was skipped; returns where."""
+    path = home / "reports" / f"{command}-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     return path
@@ -63,15 +72,8 @@ def write_report(home: Path, report: Mapping[str, Any]) -> Path:
 
 def tell_added(console: Console, report: Mapping[str, Any], dry_run: bool) -> None:
     """The result of `add`; what was skipped goes to stderr."""
-    for item in report["rejected"][:SHOWN]:
-        console.print(f"rejected {item['file']}: {item['reason']}", markup=False)
-    for item in report["conflicts"][:SHOWN]:
-        console.print(f"conflict {item['file']}: stored as {item['has']}, not as {item['wants']}", markup=False)
-    hidden = sum(max(0, len(report[key]) - SHOWN) for key in ("rejected", "conflicts"))
-    if hidden:
-        console.print(f"... and {hidden} more", markup=False)
-    if "report" in report:
-        console.print(f"all of them are in {report['report']}", markup=False, soft_wrap=True)
+    _tell_skipped(console, report, [f"rejected {item['file']}: {item['reason']}" for item in report["rejected"]])
+    _tell_skipped(console, report, [_conflict(item["file"], item) for item in report["conflicts"]])
     verb = "would add" if dry_run else "added"
     kinds = ", ".join(f"{count} {name}" for name, count in sorted(report["generators"].items()))
     print(f"{verb} {report['added']} of {report['images']} images" + (f" ({kinds})" if kinds else ""))
@@ -97,7 +99,7 @@ def tell_effect(effect: Mapping[str, Any]) -> None:
         table.add_row(row["generator"], str(row["images"]), *_shares(row))
     if alarms := effect["false_alarms"]:
         table.add_row("false alarms", str(alarms["images"]), *_shares(alarms))
-    Console(highlight=False, width=100).print(table)
+    results().print(table)
 
 
 def _shares(row: Mapping[str, Any]) -> list[str]:
@@ -108,17 +110,35 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def _conflict(name: str, item: Mapping[str, str]) -> str:
+    return f"conflict {name}: stored as {item['has']}, not as {item['wants']}"
+
+
+def _tell_skipped(console: Console, report: Mapping[str, Any], lines: Sequence[str]) -> None:
+    """The first of these, and where all of them are."""
+    for line in lines[:SHOWN]:
+        console.print(line, markup=False, soft_wrap=True)
+    if len(lines) > SHOWN:
+        console.print(f"... and {len(lines) - SHOWN} more, see {report['report']}", markup=False, soft_wrap=True)
+
+
 def tell_status(status: Mapping[str, Any]) -> None:
     """The result of `status`, as tables."""
-    console = Console(highlight=False)
+    console = results()
     if status["checkpoint"] is None:
-        console.print(f"database {status['database']}: nothing was added yet", markup=False)
+        console.print(f"database {status['database']}: nothing was added yet", markup=False, soft_wrap=True)
         return
     index, references = status["index"], status["references"]
     facts = Table(box=None, show_header=False)
     facts.add_row("database", status["database"])
-    facts.add_row("checkpoint", f"{status['name']} {status['checkpoint']}")
+    others = [one for one in status["checkpoints"] if one["id"] != status["checkpoint"]]
+    facts.add_row("checkpoint", _checkpoint(status["name"], status["checkpoint"], status["active"]))
+    for one in others:
+        facts.add_row("beside it", _checkpoint(one["name"], one["id"], one["active"]))
     facts.add_row("references", f"{references['real']} real, {references['fake']} fake; revision {status['revision']}")
+    if status["not_embedded"]:
+        missing = f"{status['not_embedded']} references, which its searches do not find"
+        facts.add_row("not embedded", f"{missing}: python -m indexer rebuild --checkpoint with its folder")
     facts.add_row(
         "index",
         f"{index['kind']} on {index['device']}, {index['size']} vectors, recall@20 {index['recall']:.4g}; "
@@ -132,33 +152,37 @@ def tell_status(status: Mapping[str, Any]) -> None:
         else f"{calibration['real']} real, {calibration['fake']} fake; revision {calibration['revision']}",
     )
     console.print(facts)
-    for title, first, rows in (
-        ("generators", "generator", [(row["name"], row["references"]) for row in status["generators"]]),
-        ("sources", "source", [(row["name"], row["references"]) for row in status["sources"]]),
-    ):
-        if rows:
-            table = Table(first, "references", title=title, title_justify="left", box=SIMPLE)
-            for name, count in rows:
-                table.add_row(name, f"{count:,}")
+    for kind in ("generator", "source"):
+        if rows := status[f"{kind}s"]:
+            facts_of = [name for name in FACTS[1:] if any(row.get(name) for row in rows)]
+            table = Table(kind, "references", *facts_of, title=f"{kind}s", title_justify="left", box=SIMPLE)
+            for row in rows:
+                table.add_row(row["name"], f"{row['references']:,}", *(str(row[name] or "") for name in facts_of))
             console.print(table)
     if status["enrolments"]:
-        table = Table("id", "at", "added", "recall by knn", title="latest enrolments", title_justify="left", box=SIMPLE)
+        columns = ("id", "at", "added", "still there", "recall by knn")
+        table = Table(*columns, title="latest enrolments", title_justify="left", box=SIMPLE)
         for row in status["enrolments"]:
             added = "unfinished" if row["added"] is None else f"{row['added']:,}"
             recall = row["effect"]["recall"] if row["effect"] else []
             changes = [
                 f"{one['generator']} {_share(one['knn']['before'])} to {_share(one['knn']['after'])}" for one in recall
             ]
-            table.add_row(str(row["id"]), row["at"], added, ", ".join(changes))
+            table.add_row(str(row["id"]), row["at"], added, f"{row['references']:,}", ", ".join(changes))
         console.print(table)
 
 
-def tell_removed(removed: Removed, forget: bool) -> None:
+def _checkpoint(name: str, checkpoint_id: str, active: bool) -> str:
+    return f"{name} {checkpoint_id}" + (", the active one" if active else "")
+
+
+def tell_removed(report: Mapping[str, Any]) -> None:
     """The result of `remove`."""
-    blocked = ", which may not come back" if forget else ""
-    print(f"removed {removed.references:,} references with thumbnails and embeddings{blocked}")
-    for checkpoint_id, revision in removed.revisions.items():
-        print(f"index of {checkpoint_id}: revision {revision}")
+    blocked = ", which may not come back" if report["forgotten"] else ""
+    print(f"removed {report['removed']:,} references with their thumbnails{blocked}")
+    for index in report["indexes"]:
+        left = f"{index['removed']:,} vectors removed, {index['size']:,} left"
+        print(f"index of {index['checkpoint']}: {left}, snapshot of revision {index['snapshot']} written")
 
 
 def tell_agreement(results: Sequence[Agreement]) -> None:
@@ -171,12 +195,20 @@ def tell_agreement(results: Sequence[Agreement]) -> None:
 
 def tell_rebuilt(console: Console, report: Mapping[str, Any]) -> None:
     """The result of `rebuild`; what cannot be read any more goes to stderr."""
-    for item in report.get("unreadable", [])[:SHOWN]:
-        console.print(f"cannot read {item['id']} {item['uri'] or ''}: {item['reason']}", markup=False, soft_wrap=True)
+    unreadable = report.get("unreadable", [])
+    lines = [f"cannot read {item['id']} {item['uri'] or ''}: {item['reason']}" for item in unreadable]
+    _tell_skipped(console, report, lines)
     if "checkpoint" in report:
         state = "it is the active one now" if report["active"] else "the active one stays"
         print(f"embedded {report['embedded']:,} references with {report['checkpoint']}; {state}")
-        if report["unreadable"] and not report["active"]:
-            print(f"{len(report['unreadable'])} cannot be read; --partial switches without them")
+        if unreadable and not report["active"]:
+            print(f"{len(unreadable)} cannot be read; --partial switches without them")
     for index in report["indexes"]:
         print(f"index of {index['checkpoint']}: {index['size']:,} vectors, snapshot written")
+
+
+def tell_imported(console: Console, report: Mapping[str, Any]) -> None:
+    """The result of `import`; conflicts go to stderr."""
+    _tell_skipped(console, report, [_conflict(item["sha256"], item) for item in report["conflicts"]])
+    print(f"added {report['added']:,} of {report['references']:,} references, {report['embeddings']:,} embeddings")
+    print(f"conflicts {len(report['conflicts'])}, blocked {len(report['blocked'])}")

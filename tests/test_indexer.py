@@ -2,20 +2,23 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from hashing import HashingEmbedder
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, event, make_url
 from typer.testing import CliRunner, Result
 
 from indexer.__main__ import app
+from indexer.ingest import ingest
 from indexer.postgres import connect
 from indexer.settings import Settings
 from indexer.store import Store
+from trainer.calibration_set import CALIBRATION_FILE
+from trainer.datasets import read_dataset
 
 Run = Callable[..., Result]
 
@@ -76,14 +79,23 @@ def test_add_status_check_remove(run: Run, images: Path, settings: Settings) -> 
     assert status["checkpoint"] == HashingEmbedder().id
     assert status["revision"] == 1
     assert status["references"] == {"real": 8, "fake": 8}
-    assert status["generators"] == [{"name": "gen-a", "references": 4}, {"name": "gen-b", "references": 4}]
+    assert [(row["name"], row["references"]) for row in status["generators"]] == [("gen-a", 4), ("gen-b", 4)]
+    assert (status["active"], status["not_embedded"]) == (True, 0)
     assert status["index"] == {"kind": "flat-fp16", "device": "cpu", "size": 16, "revision": 1, "recall": 1.0}
     assert status["calibration"] is None
-    assert [(row["id"], row["added"]) for row in status["enrolments"]] == [(added["enrolment"], 16)]
+    (enrolment,) = status["enrolments"]
+    assert (enrolment["id"], enrolment["added"], enrolment["references"]) == (added["enrolment"], 16, 16)
 
     assert document(run("check", "--json"))["agree"] is True
     removed = document(run("remove", "--generator", "GEN-A", "--json"))
-    assert removed == {"removed": 4, "revisions": {HashingEmbedder().id: 2}, "forgotten": False}
+    hashing = HashingEmbedder().id
+    assert removed == {
+        "removed": 4,
+        "revisions": {hashing: 2},
+        "forgotten": False,
+        "indexes": [{"checkpoint": hashing, "removed": 4, "size": 12, "snapshot": 2}],
+    }
+    assert document(run("status", "--json"))["enrolments"][0]["references"] == 12
     (one,) = document(run("check", "--json"))["checkpoints"]
     assert (one["rows"], one["index"], one["snapshot"], one["problems"]) == (12, 12, 2, [])
     assert document(run("remove", "--enrolment", added["enrolment"], "--json"))["removed"] == 12
@@ -100,21 +112,30 @@ def test_people_get_lines(run: Run, images: Path) -> None:
     assert "known 16" in run("add", images).stdout
     assert "8 real, 8 fake; revision 1" in run("status").stdout
     assert run("check").stdout.endswith("revision 1, 16 rows, 16 in the index, snapshot of revision 1: they agree\n")
-    assert "removed 1 references" in run("remove", "--id", 1, "--forget").stdout
+    gone = run("remove", "--id", 1, "--forget").stdout.splitlines()
+    assert gone == [
+        "removed 1 references with their thumbnails, which may not come back",
+        f"index of {HashingEmbedder().id}: 1 vectors removed, 15 left, snapshot of revision 2 written",
+    ]
     assert "index of" in run("rebuild").stdout
 
 
 def test_a_dry_run_says_what_would_be(run: Run, images: Path, store: Store) -> None:
     assert run("add", images, "--dry-run").stdout.startswith("would add 16 of 17 images")
     assert store.counts() == {"real": 0, "fake": 0}
+    run("add", images)
+    other = document(run("add", images, "--dry-run", "--json", "--checkpoint", images.parent / "newer"))
+    assert (other["added"], other["known"], other["embedded"]) == (0, 0, 16)
 
 
 def test_forgotten_images_stay_away(run: Run, images: Path) -> None:
     run("add", images)
     document(run("remove", "--source", "images", "--forget", "--json"))
-    again = run("add", images, "--json")
-    assert again.exit_code == 1  # nothing was usable
-    assert len(json.loads(again.stdout)["rejected"]) == 17
+    for options in (["--json"], ["--json", "--dry-run"]):
+        again = run("add", images, *options)
+        assert again.exit_code == 1  # nothing was usable
+        report = json.loads(again.stdout)
+        assert (len(report["rejected"]), report["enrolment"]) == (17, None)
 
 
 def test_facts_of_a_generator(run: Run, images: Path, store: Store) -> None:
@@ -126,6 +147,9 @@ def test_facts_of_a_generator(run: Run, images: Path, store: Store) -> None:
     generator = store.get_generator("gen a")
     assert generator is not None
     assert (generator.vendor, generator.version, generator.family) == ("ACME", "2", "diffusion")
+    (row,) = document(run("status", "--json"))["generators"]
+    assert (row["vendor"], row["released_on"]) == ("ACME", "2025-01-31")
+    assert all(part in run("status").stdout for part in ("ACME", "2025-01-31", "diffusion"))
     assert str(generator.released_on) == "2025-01-31"
     enrolment = store.get_enrolment(report["enrolment"])
     assert enrolment is not None
@@ -164,6 +188,7 @@ def test_rebuild_with_another_checkpoint(run: Run, images: Path, settings: Setti
     assert half.exit_code == 1
     report = json.loads(half.stdout)
     assert (report["embedded"], report["active"]) == (14, False)
+    assert json.loads(Path(report["report"]).read_text())["unreadable"] == report["unreadable"]
     reasons = sorted(item["reason"] for item in report["unreadable"])
     assert reasons == ["no such file", "the file has changed since it was added"]
     active = store.active_checkpoint()
@@ -175,8 +200,52 @@ def test_rebuild_with_another_checkpoint(run: Run, images: Path, settings: Setti
     assert active is not None
     assert active.id == new.id
     assert len(store.embedded_ids(new.id)) == 14
+    status = run("status").stdout
+    assert f"newer {new.id}, the active one" in status
+    assert "2 references, which its searches do not find" in status
     assert document(run("check", "--json"))["agree"] is True
     assert "is not the active checkpoint" in run("add", images).stderr
+
+
+def test_what_comes_in_during_the_switch_is_embedded_too(
+    run: Run, images: Path, settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("add", images / "real", "--label", "real")
+    switch = Store.activate
+    rest = [["add", images / "fake" / name, "--label", "fake", "--generator", name] for name in ("gen-a", "gen-b")]
+
+    def late(store: Store, checkpoint_id: str, without: Sequence[int] = ()) -> bool:
+        if rest:
+            run(*rest.pop())
+        return switch(store, checkpoint_id, without)
+
+    monkeypatch.setattr(Store, "activate", late)
+    report = document(run("rebuild", "--checkpoint", settings.home / "newer", "--json"))
+    assert (report["embedded"], report["active"]) == (16, True)
+    rest.append(["add", images / "real/000.jpg", "--label", "fake"])  # a conflict: nothing new
+    again = document(run("rebuild", "--checkpoint", settings.home / "newer", "--json"))
+    assert (again["embedded"], again["active"]) == (0, True)
+
+
+def test_uploads_that_were_kept_are_embedded_again(run: Run, images: Path, settings: Settings, store: Store) -> None:
+    embedder = HashingEmbedder()
+    ingest(read_dataset(images / "real/000.jpg", label="real"), embedder, store, keep_bytes=True)
+    ingest(read_dataset(images / "real/001.png", label="real"), embedder, store)
+    shutil.rmtree(images)
+    report = json.loads(run("rebuild", "--checkpoint", settings.home / "newer", "--json").stdout)
+    assert (report["embedded"], [item["id"] for item in report["unreadable"]]) == (1, [2])
+
+
+def test_a_broken_calibration_loses_no_enrolment(run: Run, images: Path, settings: Settings, store: Store) -> None:
+    folder = settings.home / "hashing"
+    folder.mkdir(parents=True)
+    (folder / CALIBRATION_FILE).write_bytes(b"half a fi")
+    report = document(run("add", images, "--json"))
+    assert report["effect"]["false_alarms"] is None
+    enrolment = store.get_enrolment(report["enrolment"])
+    assert enrolment is not None
+    assert enrolment.report is not None
+    assert enrolment.report["effect"] == report["effect"]
 
 
 def test_export_and_import(run: Run, images: Path, tmp_path: Path) -> None:
@@ -201,6 +270,9 @@ def test_export_and_import(run: Run, images: Path, tmp_path: Path) -> None:
         (["remove", "--id", "1", "--source", "x"], 2, "--enrolment"),
         (["remove", "--generator", "nobody"], 1, "no generator 'nobody'"),
         (["status", "--checkpoint", "nowhere"], 1, "nowhere"),
+        (["migrate", "nonsense"], 1, "nonsense"),
+        (["export", "/proc/nowhere/set"], 1, "/proc/nowhere"),
+        (["import", "nothing"], 1, "does not exist"),
     ],
 )
 def test_failures_are_one_line(
@@ -256,12 +328,41 @@ def test_a_database_that_goes_away_is_one_line_and_the_next_run_goes_on(
     assert document(run("check", "--json"))["agree"] is True
 
 
+def test_a_transaction_left_open_is_one_line(
+    run: Run, images: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("add", images)
+    monkeypatch.setattr("indexer.postgres.LOCK_SECONDS", 0.2)
+    with psycopg.connect(str(settings.database_url)) as other:
+        other.execute("select * from index_revision for update")
+        for arguments in (["remove", "--id", 1], ["migrate", "base"]):
+            blocked = run(*arguments)
+            assert blocked.exit_code == 1
+            (line,) = blocked.stderr.splitlines()
+            assert line.startswith("error: another transaction holds a lock (")
+    assert run("remove", "--id", 1).exit_code == 0
+
+
+def test_what_the_database_forbids_is_one_line(run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("migrate", "base")
+    read_only = make_url(str(settings.database_url)).update_query_dict(
+        {"options": "-c default_transaction_read_only=on"}
+    )
+    monkeypatch.setenv("LINEUP_DATABASE_URL", read_only.render_as_string(hide_password=False))
+    refused = run("migrate")
+    assert refused.exit_code == 1
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("error: the database refuses (")
+    assert "LINEUP_DATABASE_URL" in line
+
+
 def test_migrate_and_stop(run: Run, settings: Settings) -> None:
     assert run("migrate", "base").stdout == "schema at nothing\n"
     behind = run("status")
     assert behind.exit_code == 1
     assert "python -m indexer migrate" in behind.stderr
-    assert run("migrate").stdout == "schema at 0001\n"
+    assert document(run("migrate", "--json")) == {"schema": "0001"}
     assert run("status").stdout.strip().endswith("nothing was added yet")
     assert run("stop").stdout.startswith("no embedded database runs")
+    assert document(run("stop", "--json")) == {"stopped": False}
     assert run("check").stdout == "nothing was added yet\n"

@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import Connection, event, text
 
 from indexer.changes import GONE, PAGE
+from indexer.checkpoints import CALIBRATIONS
 from indexer.postgres import connect
 from indexer.removing import STAMP
 from indexer.settings import Settings
@@ -90,7 +91,7 @@ def test_checkpoints_stand_side_by_side(store: Store) -> None:
     store.register_checkpoint("d" * 32, "other", 8, {})
     store.register_checkpoint("d" * 32, "other", 8, {})
     assert [(c.name, c.dim, c.active) for c in store.checkpoints()] == [("tiny", 4, True), ("other", 8, False)]
-    store.activate("d" * 32)
+    assert store.activate("d" * 32)
     active = store.active_checkpoint()
     assert active is not None
     assert active.name == "other"
@@ -100,6 +101,16 @@ def test_checkpoints_stand_side_by_side(store: Store) -> None:
         store.revision("missing")
     with pytest.raises(ValueError, match="4 dimensions, this one has 5"):
         store.register_checkpoint(CHECKPOINT, "tiny", 5, {})
+
+
+def test_a_checkpoint_becomes_active_when_nothing_lacks_its_embedding(store: Store) -> None:
+    other = "d" * 32
+    store.register_checkpoint(other, "other", DIM, {})
+    first, second = store.add([new(1), new(2)], CHECKPOINT).ids
+    assert not store.activate(other, without=[first or 0])
+    assert store.activate(other, without=[first or 0, second or 0])
+    assert store.activate(CHECKPOINT)
+    assert [one.id for one in store.checkpoints() if one.active] == [CHECKPOINT]
 
 
 def test_add_keeps_everything(store: Store) -> None:
@@ -242,6 +253,7 @@ def test_removal_reaches_the_followers_of_every_checkpoint(store: Store) -> None
     removed = store.remove(ids=[*gone, 12345])
     assert removed.references == 2
     assert removed.revisions == {CHECKPOINT: 2, other: 2}
+    assert removed.vectors == {CHECKPOINT: 2, other: 1}
     mine.catch_up()
     theirs.catch_up()
     assert sorted(mine.rows) == store.embedded_ids(CHECKPOINT).tolist()
@@ -281,6 +293,7 @@ def test_forgotten_images_do_not_come_back(store: Store) -> None:
     added = store.add([new(1), new(2), new(3)], CHECKPOINT)
     assert (added.added, added.known, added.blocked) == (1, 1, [new(1).sha256])
     assert added.ids[0] is None
+    assert store.blocked_hashes([new(1).sha256, new(2).sha256]) == {new(1).sha256}
 
 
 def test_changes_come_in_pages_that_lose_nothing(store: Store) -> None:
@@ -336,6 +349,12 @@ def test_calibrations(store: Store) -> None:
     assert latest is not None
     assert third is not None
     assert (latest.revision, latest.params, third.params) == (5, {"a": 3}, {"a": 1})
+    for revision in range(6, 6 + CALIBRATIONS):
+        store.save_calibration(CHECKPOINT, "h", revision, {})
+    store.save_calibration(CHECKPOINT, "other", 1, {})
+    kept = [revision for revision in range(40) if store.load_calibration(CHECKPOINT, "h", revision)]
+    assert kept == list(range(6, 6 + CALIBRATIONS))
+    assert store.load_calibration(CHECKPOINT, "other", 1)
 
 
 def test_detections(store: Store) -> None:
