@@ -1,28 +1,39 @@
-"""Images per second of `indexer add` against embedding alone, in one process, with an empty embedded database.
+"""Images per second of `indexer add` against embedding alone, with an empty embedded database; medians of rounds.
 
-Embedding alone gets pixels that are decoded and preprocessed already; adding also reads, decodes, makes thumbnails and
-writes. Run it as `python benchmarks/adding.py DATA --checkpoint DIR`.
+Embedding alone gets pixels that are decoded and preprocessed already. "decode and embed" overlaps the two as adding
+does, without thumbnails and a database. Adding does all of it. The processor time of each stage, measured on one thread
+(embedding: of the whole process), says what the cores could do at best if they did nothing else.
+
+    python -m benchmarks.adding DATA --checkpoint DIR
 """
 
+import os
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from statistics import median
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 
+from indexer.ahead import ahead
 from indexer.embedded import EmbeddedServer
-from indexer.ingest import ingest
+from indexer.ingest import fingerprint, ingest
 from indexer.postgres import connect
 from indexer.settings import Settings
 from indexer.store import Store
-from trainer.datasets import read_dataset
+from trainer.datasets import Entry, read_dataset
 from trainer.embedder import Embedder
-from trainer.images import decode_image
+from trainer.images import decode_image, thumbnail
 
 BATCH = 32
+CORES = len(os.sched_getaffinity(0))
 
 
 def main(
@@ -30,26 +41,80 @@ def main(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")],
     images: Annotated[int, typer.Option(help="At most so many.")] = 1000,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    engine: Annotated[str, typer.Option(help="What embeds: auto, torch, openvino.")] = "auto",
+    rounds: Annotated[int, typer.Option(help="Timed turns.")] = 3,
 ) -> None:
-    """Print both rates and their ratio."""
-    embedder = Embedder.load(checkpoint, device=device)
+    """Print the rates, their ratio to embedding alone, and where the processor's time goes."""
+    embedder = Embedder.load(checkpoint, device=device, engine=engine)
     entries = list(islice(read_dataset(data), images))
-    decoded = (embedder.preprocess([decode_image(entry.read())[0]]) for entry in entries)
-    pixels = np.concatenate(list(decoded))  # (n, 3, s, s)
-    embedder.embed_pixels(pixels[:BATCH], BATCH)  # warm
-    start = time.perf_counter()
-    embedder.embed_pixels(pixels, BATCH)
-    alone = len(pixels) / (time.perf_counter() - start)
+    stages, pixels = processor_time(entries, embedder)
+    ways: dict[str, Callable[[], float]] = {
+        "embedding alone": lambda: timed(lambda: embedder.embed_pixels(pixels, BATCH)),
+        "decode and embed": lambda: timed(lambda: decode_and_embed(entries, embedder)),
+        "adding": lambda: adding(entries, embedder),
+    }
+    seconds = {name: [way() for _ in range(rounds)] for name, way in ways.items()}
+    rates = {name: len(entries) / median(values) for name, values in seconds.items()}
+    rates[f"the same work, {CORES} cores never idle"] = CORES / sum(stages.values())
+    print(f"{len(entries)} images, {embedder.engine}, {embedder.preprocess.image_size} pixels\n")
+    print("| | images per second | ratio |\n|---|---:|---:|")
+    for name, rate in rates.items():
+        print(f"| {name} | {rate:.0f} | {rate / rates['embedding alone']:.2f} |")
+    print("\n| stage | processor time per image, ms |\n|---|---:|")
+    for name, value in stages.items():
+        print(f"| {name} | {1e3 * value:.2f} |")
+
+
+def processor_time(entries: Sequence[Entry], embedder: Embedder) -> tuple[dict[str, float], np.ndarray]:
+    """Seconds of processor time per image and stage, and all pixels, shape (n, 3, s, s)."""
+    spent: Counter[str] = Counter()
+
+    def clocked(name: str, work: Callable[[], Any], clock: Callable[[], float] = time.thread_time) -> Any:
+        start = clock()
+        result = work()
+        spent[name] += clock() - start
+        return result
+
+    pixels = []
+    for entry in entries:
+        file = clocked("read", entry.read)
+        image, _ = clocked("decode, with facts and hash", lambda file=file: decode_image(file))
+        clocked("thumbnail", lambda image=image: thumbnail(image))
+        clocked("fingerprint", lambda image=image: fingerprint(image))
+        pixels.append(clocked("preprocess", lambda image=image: embedder.preprocess([image])[0]))
+    stacked = np.stack(pixels)  # (n, 3, s, s)
+    embedder.embed_pixels(stacked[:BATCH], BATCH)  # warm
+    clocked("embed", lambda: embedder.embed_pixels(stacked, BATCH), time.process_time)
+    return {name: value / len(entries) for name, value in spent.items()}, stacked
+
+
+def decode_and_embed(entries: Sequence[Entry], embedder: Embedder) -> None:
+    """The least that any indexer has to do, on as many threads as adding has."""
+
+    def decoded(pool: ThreadPoolExecutor) -> Generator[np.ndarray, None, None]:
+        yield from pool.map(lambda entry: embedder.preprocess([decode_image(entry.read())[0]])[0], entries)
+
+    with ThreadPoolExecutor(CORES) as pool, closing(ahead(decoded(pool), 2 * BATCH)) as pixels:
+        while batch := list(islice(pixels, BATCH)):
+            embedder.embed_pixels(np.stack(batch), BATCH)
+
+
+def adding(entries: Sequence[Entry], embedder: Embedder) -> float:
+    """Seconds of adding everything to an empty database."""
     with tempfile.TemporaryDirectory(prefix="lineup-") as home:
         settings = Settings(home=Path(home), database_url=None)
         engine = connect(settings)
-        start = time.perf_counter()
-        report = ingest(entries, embedder, Store(engine), batch_size=BATCH)
-        adding = report["images"] / (time.perf_counter() - start)
+        took = timed(lambda: ingest(entries, embedder, Store(engine), batch_size=BATCH))
         engine.dispose()
         EmbeddedServer(settings.home).stop()
-    print("| images | engine | embedding alone | adding | ratio |\n|---|---|---|---|---|")
-    print(f"| {len(pixels)} | {embedder.engine} | {alone:.1f}/s | {adding:.1f}/s | {adding / alone:.2f} |")
+    return took
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that it takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def compare(n: int, graphs: bool, milvus: str | None, home: Path, url: str, roun
     exact = flat.search(queries, K)[1]
     del flat
     start = time.perf_counter()
-    index, _ = built(vectors)
+    index, _ = built(n)
     loading = {"Lineup": time.perf_counter() - start}
     with ExitStack() as stack:
         answers: dict[str, Answer] = {"Lineup": lambda q: index.search(queries[:q], K).ids.tolist()}

@@ -12,7 +12,7 @@ import argparse
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import faiss
@@ -31,17 +31,23 @@ QUERIES = 32
 
 def embeddings(n: int, seed: int) -> np.ndarray:
     """Simulated embeddings of unit length, shape (n, DIM), float32."""
+    x = np.empty((n, DIM), np.float32)
+    for first, block in blocks(n, seed):
+        x[first : first + len(block)] = block
+    return x
+
+
+def blocks(n: int, seed: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The same in parts: row of the first, shape (m, DIM)."""
     fixed, rng = np.random.default_rng(0), np.random.default_rng(seed)
     centres = fixed.standard_normal((200, DIM), dtype=np.float32)
     basis = fixed.standard_normal((24, DIM), dtype=np.float32)
-    x = np.empty((n, DIM), np.float32)
     for first in range(0, n, 100_000):
         m = min(100_000, n - first)
         inner = rng.standard_normal((m, 24), dtype=np.float32) @ basis  # (m, DIM)
         noise = rng.standard_normal((m, DIM), dtype=np.float32)
-        x[first : first + m] = centres[rng.integers(0, 200, m)] + 0.2 * inner + 0.3 * noise
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    return x
+        x = centres[rng.integers(0, 200, m)] + 0.2 * inner + 0.3 * noise  # (m, DIM)
+        yield first, x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def turns(searches: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
@@ -67,18 +73,17 @@ def recall(found: np.ndarray, exact: np.ndarray) -> float:
     return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found.tolist(), exact.tolist(), strict=True)]))
 
 
-def built(vectors: np.ndarray) -> tuple[VectorIndex, float]:
-    """The index as a follower fills it, page by page, and the bytes of resident memory for each reference."""
-    n = len(vectors)
+def built(n: int, real: float = 0.5) -> tuple[VectorIndex, float]:
+    """The index as a follower fills it, part by part, and the bytes of resident memory for each reference."""
     rng = np.random.default_rng(1)
-    labels = rng.integers(0, 2, n)
+    labels = np.where(rng.random(n) < real, 0, 1)
     generators = np.where(labels == 1, rng.choice([1, 2, 3], n, p=[0.9, 0.099, 0.001]), -1)
     sources = rng.integers(0, 2, n)
     before = resident()
-    index = VectorIndex(vectors.shape[1], "cpu")
-    for first in range(0, n, 20_000):
-        part = slice(first, first + 20_000)
-        index.add(np.arange(n)[part], vectors[part], labels[part], generators[part], sources[part])
+    index = VectorIndex(DIM, "cpu")
+    for first, vectors in blocks(n, 1):
+        part = slice(first, first + len(vectors))
+        index.add(first + np.arange(len(vectors)), vectors, labels[part], generators[part], sources[part])
     return index, (resident() - before) / n
 
 
@@ -91,12 +96,13 @@ def resident() -> int:
 
 def compare(n: int, rounds: int, alone: bool, console: Console) -> None:
     """Print the tables of one size, with others beside us or not."""
-    vectors, queries = embeddings(n, 1), embeddings(QUERIES, 2)
-    index, memory = built(vectors)
+    queries = embeddings(QUERIES, 2)
+    index, memory = built(n)
     answers: dict[str, Callable[[np.ndarray], np.ndarray]] = {"Lineup": lambda q: index.search(q, K).ids}
     if not alone:
         from sklearn.neighbors import NearestNeighbors
 
+        vectors = embeddings(n, 1)
         bare = faiss.IndexScalarQuantizer(DIM, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
         bare.add(vectors)
         flat = faiss.IndexFlatIP(DIM)
@@ -128,11 +134,11 @@ def compare(n: int, rounds: int, alone: bool, console: Console) -> None:
     console.print(filters(index, queries[:1], n, rounds))
 
 
-def lists(n: int, rounds: int) -> list[str]:
-    """One label of n references, searched flat and through inverted lists: a row of their table."""
+def lists(n: int, rounds: int, console: Console) -> list[str]:
+    """A row on one label of n references, searched flat and through inverted lists; prints the latter's filters."""
     queries, fresh = embeddings(8, 2), embeddings(256, 3)
-    flat = one_label(embeddings(n, 1))
-    inverted = one_label(embeddings(n, 1))
+    flat, _ = built(n, real=0)
+    inverted, _ = built(n, real=0)
     outgrowing.OUTGROWN = 1
     start = time.perf_counter()
     moved = inverted.outgrow()
@@ -144,6 +150,7 @@ def lists(n: int, rounds: int) -> list[str]:
         },
         rounds,
     )
+    console.print(filters(inverted, queries[:1], n, rounds), f"{n:,}, {inverted.kind}")
     engine = inverted._shelves[1].engine
     looked = f"{engine.nprobe} of {len(engine.centroids)}" if isinstance(engine, Inverted) else "all"
     return [
@@ -155,16 +162,6 @@ def lists(n: int, rounds: int) -> list[str]:
         f"{recall(inverted.search(fresh, K).ids, flat.search(fresh, K).ids):.4f}",
         f"{took:.0f}",
     ]
-
-
-def one_label(vectors: np.ndarray) -> VectorIndex:
-    """An index of fakes only, so that its size is that of one label."""
-    index = VectorIndex(DIM, "cpu")
-    for first in range(0, len(vectors), 20_000):
-        part = vectors[first : first + 20_000]
-        ones = np.ones(len(part), int)
-        index.add(first + np.arange(len(part)), part, ones, ones, ones)
-    return index
 
 
 def filters(index: VectorIndex, query: np.ndarray, n: int, rounds: int) -> Table:
@@ -202,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for size in map(int, options.sizes.split(",")):
         rounds = options.rounds if size <= 100_000 else -(-options.rounds // 4)
         if options.lists:
-            table.add_row(*lists(size, rounds))
+            table.add_row(*lists(size, rounds, console))
         else:
             compare(size, rounds, options.alone, console)
     if options.lists:
