@@ -76,11 +76,13 @@ def choose(page: Page, *files: Any, view: str = "detect") -> Locator:
     return page.locator("#view-detect .verdict, #view-detect .problem").first
 
 
-def judge(page: Page, *files: Any) -> Locator:
-    """The verdict on the first file."""
+def judge(page: Page, *files: Any, whole: bool = True) -> Locator:
+    """The verdict on the first file; `whole` when it has all that belongs to it and is recorded."""
     choose(page, *(files or [picture()]))
     verdict = page.locator("#view-detect .verdict").first
     expect(verdict).to_be_visible()
+    if whole:
+        expect(verdict.locator(".coming")).to_have_count(0)
     return verdict
 
 
@@ -161,7 +163,7 @@ def test_the_verdict_comes_before_what_takes_longer(opens: Opens) -> None:
     page = opens(axe=True)
     held: list[Route] = []
     page.route(re.compile("explain="), lambda route: held.append(route))
-    verdict = judge(page, picture("slow.png", seed=12))
+    verdict = judge(page, picture("slow.png", seed=12), whole=False)
     expect(verdict.locator(".coming")).to_contain_text("still being scored")
     expect(verdict.locator(".line-up .suspect")).to_have_count(10)
     expect(page.locator("#view-detect .counter")).to_contain_text("all judged")

@@ -142,7 +142,7 @@ function past(enrolments) {
     const button = one.references
       ? h("button", { type: "button", "aria-label": `Undo enrolment ${numbers}`, onclick: () => undoOne(one) }, "Undo")
       : "";
-    return [numbers, when(one.at), one.what, one.source ?? "–", left, arrow(recall), arrow(alarms), button];
+    return [h("span", { class: "arrow" }, numbers), when(one.at), one.what, one.source ?? "–", left, arrow(recall), arrow(alarms), button];
   });
   return table(
     "Enrolments, newest first",
