@@ -100,7 +100,7 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
 ) -> None:
     """Serve the HTTP interface and the page."""
-    from api.app import run
+    from api.server import run
 
     detector = load(host=host, port=port, checkpoint=checkpoint, device=device)
     address = detector.settings.host

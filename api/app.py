@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from socket import socket
 from typing import Annotated, Any, TypeVar, cast
 from uuid import UUID
 
-import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, File, Form, Query, Request, Response, UploadFile
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
@@ -24,7 +21,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Mount
 from starlette.types import Scope as ASGIScope
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from api import catalogue, docs, records, resources, schemas
 from api.access import Caller, RateLimit
@@ -45,8 +41,6 @@ log = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
 T = TypeVar("T")
 MOST_SHOWN = 1000
-HEAD_SECONDS = 10.0
-"""Time for the request line and the headers."""
 Id = Annotated[int, PathParameter(ge=1, le=2**63 - 1)]
 Name = Annotated[str, PathParameter(min_length=1, max_length=100, pattern=r"^[^\x00]*$")]
 
@@ -478,66 +472,3 @@ def create_app(settings: Settings | None = None, detector: Detector | None = Non
         excess=partial(HTTPException, 413),
     )
     return app
-
-
-class Protocol(H11Protocol):
-    """Closes a connection on which no whole request head arrives in time; uvicorn would wait for ever."""
-
-    late: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first head."""
-        super().connection_made(transport)
-        self.late = self.loop.call_later(HEAD_SECONDS, transport.close)
-
-    def data_received(self, data: bytes) -> None:
-        """A part of a head, or of a body, whose time `Around` limits."""
-        super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._stop_waiting()
-        elif self.late is None and self.timeout_keep_alive_task is None:
-            self.late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is waited for any more."""
-        self._stop_waiting()
-        super().connection_lost(exc)
-
-    def _stop_waiting(self) -> None:
-        if self.late is not None:
-            self.late.cancel()
-            self.late = None
-
-
-class Server(uvicorn.Server):
-    """Tells where it listens once it does."""
-
-    async def startup(self, sockets: list[socket] | None = None) -> None:
-        """Begin to listen."""
-        await super().startup(sockets)
-        for listener in (listener for server in getattr(self, "servers", []) for listener in server.sockets):
-            host, port = listener.getsockname()[:2]
-            shown = f"[{host}]" if ":" in host else host
-            log.info("serving", extra={"address": f"http://{shown}:{port}"})
-
-
-def server(detector: Detector) -> Server:
-    """A server that, told to stop, finishes the requests that have begun, in the time that a request may take."""
-    settings = detector.settings
-    config = uvicorn.Config(
-        create_app(settings, detector),
-        host=settings.host,
-        port=settings.port,
-        http=Protocol,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # a proxy's word about the client's address is not believed
-        timeout_graceful_shutdown=math.ceil(settings.request_seconds),
-    )
-    return Server(config)
-
-
-def run(detector: Detector) -> None:
-    """Serve until SIGTERM or SIGINT."""
-    server(detector).run()

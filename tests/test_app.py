@@ -21,7 +21,7 @@ from PIL import Image
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from api import access, app, service
+from api import access, server, service
 from api.access import hash_secret, new_secret
 from api.app import create_app
 from api.detector import Detector
@@ -439,10 +439,10 @@ def test_unknown_paths_and_methods(client: TestClient) -> None:
 
 
 def test_a_head_that_never_ends_is_hung_up_on(populated: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
     whole = b"GET /health/live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
-    monkeypatch.setattr(app.Server, "capture_signals", nullcontext)
-    serving = app.server(Detector(populated.model_copy(update={"port": 0})).load())
+    monkeypatch.setattr(server.Server, "capture_signals", nullcontext)
+    serving = server.server(Detector(populated.model_copy(update={"port": 0})).load())
     thread = threading.Thread(target=serving.run, daemon=True)
     thread.start()
     try:
