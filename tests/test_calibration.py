@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from trainer.calibration import Calibration, fit_calibration, group_folds, shift_prior, subset
-from trainer.logistic import LogisticMap, fit_logistic, sigmoid
+from trainer.logistic import APART, RIDGE, LogisticMap, fit_logistic, sigmoid
 
 
 def head_scores(labels: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -51,6 +51,9 @@ def test_fit_equals_scikit_learn(columns: int) -> None:
     weights = np.where(labels == 1, 0.5 / labels.mean(), 0.5 / (1 - labels.mean()))
     mean = np.average(x, axis=0, weights=weights)
     standard = (x - mean) / np.sqrt(np.average((x - mean) ** 2, axis=0, weights=weights))
+    # The penalty is plain in directions of its own: the common weight, and what sets weights apart.
+    directions = np.linalg.qr(np.column_stack([np.ones(columns), np.eye(columns)[:, 1:]]))[0]
+    standard = standard @ directions / np.sqrt([RIDGE] + [APART] * (columns - 1))  # (n, columns)
     oracle = LogisticRegression(C=1.0, class_weight="balanced", tol=1e-10, max_iter=10_000).fit(standard, labels)
     logistic = fit_logistic(("knn", "linear", "svm")[:columns], x, labels)
     np.testing.assert_allclose(logistic(x), oracle.decision_function(standard), atol=1e-4)
@@ -258,3 +261,16 @@ def test_probabilities_are_calibrated_at_prior_one_half(prevalence: float) -> No
     for low in (0.1, 0.4, 0.7):
         chosen = (scores >= low) & (scores < low + 0.2)
         assert fresh[chosen].mean() == pytest.approx(scores[chosen].mean(), abs=0.06)
+
+
+def test_few_images_weigh_the_heads_alike_and_many_as_they_deserve() -> None:
+    def weights(n: int) -> np.ndarray:
+        rng = np.random.default_rng(n)
+        labels = np.arange(n) % 2
+        good, poor = labels + 0.3 * rng.standard_normal(n), labels + 3.0 * rng.standard_normal(n)
+        x = np.column_stack([good, poor])
+        return np.array(fit_logistic(("knn", "linear"), x, labels).weights) * x.std(0)
+
+    few, many = weights(12), weights(20_000)
+    assert few[1] > 0.3 * few[0]
+    assert many[1] < 0.1 * many[0]
