@@ -160,9 +160,8 @@ def test_a_new_generator_teaches_the_combination_to_trust_its_neighbours(store: 
 
     def called_fake(calibration: Calibration) -> float:
         asked = np.stack([corner + direction(n, True) - 1.5 for n in range(400, 440)])
-        votes = vote(
-            *(near.similarities for near in follower.voters(asked, K)), follower.voters(asked, K)[1].generators, K
-        )
+        real, fake = follower.voters(asked, K)
+        votes = vote(real.similarities, fake.similarities, fake.generators, K)
         return float((calibration.combine_many({"knn": votes.logit} | heads().logits(asked)) > 0.5).mean())
 
     assert called_fake(after) > 0.8
