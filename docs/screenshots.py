@@ -26,7 +26,7 @@ def main(url: str, image: str) -> None:
         page = browser.new_page(viewport=DETECT, color_scheme="light")
         page.goto(url)
         page.locator("#view-detect input[type=file]").set_input_files(image)
-        page.locator(".verdict").wait_for()
+        page.locator(".stability").wait_for()  # comes after the verdict
         page.wait_for_load_state("networkidle")
         save(page, "verdict.png")
         page = browser.new_page(viewport=GENERATORS, color_scheme="dark")
