@@ -31,7 +31,8 @@ C2PA_MARKS = (b"c2pa", b"provenance")
 GENERATED_TYPES = ("trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia")
 GENERATORS = re.compile(
     r"midjourney|dall[-·. ]?e\b|stable[ -]?diffusion|comfyui|automatic1111|invokeai|novelai|firefly|imagen\b|ideogram"
-    r"|leonardo\.ai|flux\.1|playground[ -]?v|gpt-4o|gpt-image|chatgpt|openai|made with google ai|sdxl|diffusers",
+    r"|leonardo\.ai|flux\.1|playground[ -]?v|gpt-4o|gpt-image|chatgpt|openai|made with google ai|sdxl|diffusers"
+    r"|steps: \d+, sampler: ",
     re.IGNORECASE,
 )
 PROMPT_FIELDS = frozenset(
@@ -154,7 +155,7 @@ def _exif_fields(image: Image.Image) -> Iterator[tuple[str, str]]:
     comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
     if isinstance(comment, bytes):  # eight bytes name the character set
         charset, text = comment[:8], comment[8:]
-        yield "exif:UserComment", _short(text.decode("utf-16", "replace") if charset.startswith(b"UNICODE") else text)
+        yield "exif:UserComment", _short(_utf16(text) if charset.startswith(b"UNICODE") else text)
     elif comment:
         yield "exif:UserComment", _short(comment)
 
@@ -182,6 +183,12 @@ def _iptc_fields(image: Image.Image) -> Iterator[tuple[str, str]]:
         value = info.get(key)
         if value:
             yield f"iptc:{name}", _short(value[0] if isinstance(value, list) else value)
+
+
+def _utf16(text: bytes) -> str:
+    """Of both byte orders the one that reads as text: writers follow the file's, or big-endian whatever that is."""
+    both = (text.decode(order, "replace") for order in ("utf-16-be", "utf-16-le"))
+    return max(both, key=lambda read: sum(map(str.isascii, read)))
 
 
 def _short(value: object) -> str:

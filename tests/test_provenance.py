@@ -3,6 +3,7 @@
 import datetime
 import io
 import json
+import struct
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -189,6 +190,28 @@ def test_exif_and_xmp() -> None:
         "xmp:CreatorTool": "Editor 3",
         "xmp:DigitalSourceType": AI,
     }
+    assert found.says_generated is True
+
+
+@pytest.mark.parametrize("order", ["utf-16-be", "utf-16-le"])
+def test_generator_parameters_in_the_comment_of_a_jpeg(order: str) -> None:
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + "a cat, été\nSteps: 20, Sampler: Euler a".encode(order)
+    found = read_provenance(encoded("JPEG", exif=exif), "JPEG")
+    assert found.metadata == {"exif:UserComment": "a cat, été Steps: 20, Sampler: Euler a"}
+    assert found.says_generated is True
+
+
+def test_iptc_fields() -> None:
+    fields = b"".join(
+        struct.pack(">BBBH", 0x1C, 2, number, len(value)) + value
+        for number, value in ((65, b"Midjourney"), (110, b"A. Person"))
+    )
+    resource = b"Photoshop 3.0\0" + b"8BIM" + struct.pack(">HHL", 0x0404, 0, len(fields)) + fields
+    jpeg = encoded("JPEG")
+    data = jpeg[:2] + b"\xff\xed" + struct.pack(">H", 2 + len(resource)) + resource + jpeg[2:]
+    found = read_provenance(data, "JPEG")
+    assert found.metadata == {"iptc:OriginatingProgram": "Midjourney", "iptc:Credit": "A. Person"}
     assert found.says_generated is True
 
 
