@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from indexer.settings import Settings
+
 ROOT = Path(__file__).parent.parent
 SERVING = [
     "trainer.images",
@@ -47,3 +49,59 @@ def test_importing_starts_nothing(tmp_path: Path) -> None:
     )
     assert result.stdout.strip() == "1"
     assert list(tmp_path.iterdir()) == []
+
+
+LEAN = """
+import sys
+from pathlib import Path
+
+for name in ("torch", "timm", "sklearn", "torchvision", "webdataset", "cv2", "matplotlib", "scipy"):
+    sys.modules[name] = None  # an import of it fails
+from fastapi.testclient import TestClient
+from typer.testing import CliRunner
+
+from api.__main__ import app as api
+from api.app import create_app
+from indexer.__main__ import app as indexer
+from indexer.settings import read_settings
+
+folder = Path(sys.argv[1])
+image = folder / "real" / "000.jpg"
+for app, arguments in (
+    (indexer, ["add", str(folder)]),
+    (indexer, ["status"]),
+    (indexer, ["check"]),
+    (api, ["detect", str(image), "--json"]),
+):
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, (arguments, done.output, done.exception)
+assert '"engine":"openvino-' in done.stdout, done.stdout
+settings = read_settings()
+with TestClient(create_app(settings), base_url="http://127.0.0.1:8000", client=("127.0.0.1", 50000)) as client:
+    from time import monotonic, sleep
+
+    deadline, score = monotonic() + 120, None
+    while score is None:  # not ready yet, or not calibrated
+        answer = client.post("/v1/detect", files={"image": ("a.jpg", image.read_bytes(), "image/jpeg")})
+        score = answer.json()["results"][0]["score"] if answer.status_code == 200 else None
+        assert monotonic() < deadline, answer.text
+        sleep(0.05)
+assert not [name for name in ("torch", "timm", "sklearn") if sys.modules[name]]
+print("served")
+"""
+
+
+def test_adding_detecting_and_serving_need_no_training_library(
+    settings: Settings, tiny_checkpoint: Path, image_folder: Path
+) -> None:
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "PATH": "/usr/bin:/bin",
+        "LINEUP_HOME": str(settings.home),
+        "LINEUP_DATABASE_URL": str(settings.database_url),
+        "LINEUP_CHECKPOINT": str(tiny_checkpoint),
+    }
+    command = [sys.executable, "-c", LEAN, str(image_folder)]
+    result = subprocess.run(command, cwd=settings.home.parent, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip() == "served"

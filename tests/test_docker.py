@@ -1,6 +1,7 @@
 """What the container files name exists: settings, commands, folders, and the order of services."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,18 @@ def test_copied_paths_exist_and_reach_the_build() -> None:
 
 
 def test_every_copied_package_is_installed_and_every_target_exists(services: dict[str, Any]) -> None:
-    assert set(re.findall(r"^FROM \S+ AS (\w+)$", DOCKERFILE, re.MULTILINE)) == {"base", "cpu", "cuda"}
-    assert services["api"]["build"]["target"] == "${LINEUP_TARGET:-cpu}"
+    assert set(re.findall(r"^FROM \S+ AS (\w+)$", DOCKERFILE, re.MULTILINE)) == {"base", "lean", "cpu", "cuda"}
+    assert services["api"]["build"]["target"] == "${LINEUP_TARGET:-lean}"
     assert (ROOT / "docker" / services["api"]["build"]["context"] / services["api"]["build"]["dockerfile"]).exists()
+
+
+def test_the_lean_image_installs_no_training_library() -> None:
+    lean = DOCKERFILE.split("FROM base AS lean")[1].split("FROM ")[0]
+    assert re.findall(r"pip install (.*)", lean) == ['".[cpu]"']
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = " ".join(project["dependencies"] + project["optional-dependencies"]["cpu"])
+    assert "openvino" in needed
+    assert not re.search("torch|timm|scikit|opencv|webdataset", needed)
 
 
 def test_commands_exist(services: dict[str, Any]) -> None:
