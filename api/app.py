@@ -108,7 +108,7 @@ class Png(Response):
     media_type = "image/png"
 
 
-@router.post("/detect", tags=["detection"], responses=documented("unreadable", "too-large", "not-an-image"))
+@router.post("/detect", tags=["detection"], responses=documented("unreadable", "not-an-image"))
 async def detect(
     service: Served,
     caller: Detecting,
@@ -129,7 +129,7 @@ async def detect(
     return schemas.Detections(results=answer(results))
 
 
-@router.post("/search", tags=["detection"], responses=documented("unreadable", "too-large", "not-an-image"))
+@router.post("/search", tags=["detection"], responses=documented("unreadable", "not-an-image"))
 async def search(
     service: Served,
     caller: Detecting,
@@ -146,9 +146,7 @@ async def search(
     return schemas.Searches(results=answer(await hits))
 
 
-@router.post(
-    "/references", tags=["references"], responses=documented("unreadable", "too-large", "not-an-image", "conflict")
-)
+@router.post("/references", tags=["references"], responses=documented("unreadable", "not-an-image", "conflict"))
 async def add_references(
     service: Served,
     caller: Enrolling,

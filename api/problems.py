@@ -89,7 +89,7 @@ class ApiError(Exception):
 def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's account of the problems that a call may answer with, beside those that any call may."""
     responses: dict[int | str, dict[str, Any]] = {}
-    for kind in (*kinds, "unauthorized", "forbidden", "bad-field", "too-many-requests", "not-ready"):
+    for kind in (*kinds, "unauthorized", "forbidden", "too-large", "bad-field", "too-many-requests", "not-ready"):
         status, title = TABLE[kind]
         example = ApiError(kind, title).problem("4f6c0a2e").model_dump()
         schema = {"$ref": "#/components/schemas/Problem"}

@@ -734,7 +734,7 @@ def test_openapi_documents_every_error_with_an_example(client: TestClient) -> No
         if not path.startswith("/v1/"):
             continue
         for call in methods.values():
-            assert {"401", "403", "422", "429", "500", "503"} <= set(call["responses"]), path
+            assert {"401", "403", "413", "422", "429", "500", "503"} <= set(call["responses"]), path
             for status, answer in call["responses"].items():
                 if int(status) >= 400:
                     (content,) = answer["content"].items()
