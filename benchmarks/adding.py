@@ -10,7 +10,7 @@ does, without thumbnails and a database. Adding does all of it. The processor ti
 import os
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -67,24 +67,24 @@ def main(
 
 def processor_time(entries: Sequence[Entry], embedder: Embedder) -> tuple[dict[str, float], np.ndarray]:
     """Seconds of processor time per image and stage, and all pixels, shape (n, 3, s, s)."""
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
 
-    def clocked(name: str, work: Callable[[], Any], clock: Callable[[], float] = time.thread_time) -> Any:
+    def clocked(name: str, work: Callable[..., Any], *given: Any, clock: Callable[[], float] = time.thread_time) -> Any:
         start = clock()
-        result = work()
+        result = work(*given)
         spent[name] += clock() - start
         return result
 
     pixels = []
     for entry in entries:
         file = clocked("read", entry.read)
-        image, _ = clocked("decode, with facts and hash", lambda file=file: decode_image(file))
-        clocked("thumbnail", lambda image=image: thumbnail(image))
-        clocked("fingerprint", lambda image=image: fingerprint(image))
-        pixels.append(clocked("preprocess", lambda image=image: embedder.preprocess([image])[0]))
+        image, _ = clocked("decode, with facts and hash", decode_image, file)
+        clocked("thumbnail", thumbnail, image)
+        clocked("fingerprint", fingerprint, image)
+        pixels.append(clocked("preprocess", embedder.preprocess, [image])[0])
     stacked = np.stack(pixels)  # (n, 3, s, s)
     embedder.embed_pixels(stacked[:BATCH], BATCH)  # warm
-    clocked("embed", lambda: embedder.embed_pixels(stacked, BATCH), time.process_time)
+    clocked("embed", embedder.embed_pixels, stacked, BATCH, clock=time.process_time)
     return {name: value / len(entries) for name, value in spent.items()}, stacked
 
 

@@ -27,11 +27,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.search import DIM, QUERIES, K, built, embeddings, recall, turns
+from indexer import outgrowing
 from indexer.embedded import EmbeddedServer
 
 NEAREST = "select id from {table} order by embedding <=> %s::vector limit %s"
-EF = 100
-"""pgvector's hnsw.ef_search, the same as Milvus's `ef`; graphs are built with m 16 and ef_construction 64."""
+EF = 400
+"""pgvector's hnsw.ef_search and Milvus's ef; graphs are built with m 16 and ef_construction 64, pgvector's defaults."""
+
+BATCHES = 200_000
+"""Largest size at which batches are timed: exact search in a database takes minutes for them above."""
 
 Answer = Callable[[int], list[list[int]]]
 """Ids found for the first so many queries."""
@@ -68,8 +72,15 @@ def compare(n: int, graphs: bool, milvus: str | None, home: Path, url: str, roun
     start = time.perf_counter()
     index, _ = built(n)
     loading = {"Lineup": time.perf_counter() - start}
+    lists, _ = built(n)
+    outgrowing.OUTGROWN = 1  # sooner than by default, to be compared with graphs
+    lists.outgrow()
+    loading["Lineup, lists"] = time.perf_counter() - start - loading["Lineup"]
     with ExitStack() as stack:
-        answers: dict[str, Answer] = {"Lineup": lambda q: index.search(queries[:q], K).ids.tolist()}
+        answers: dict[str, Answer] = {
+            "Lineup": lambda q: index.search(queries[:q], K).ids.tolist(),
+            "Lineup, lists": lambda q: lists.search(queries[:q], K).ids.tolist(),
+        }
         kinds = (("exact", False), ("HNSW", True))[: 1 + graphs]
         for kind, graph in kinds:
             name = f"pgvector, {kind}"
@@ -79,7 +90,7 @@ def compare(n: int, graphs: bool, milvus: str | None, home: Path, url: str, roun
                 arguments = (milvus, name.split()[-1], vectors, queries, home)
                 answers[name], loading[name] = stack.enter_context(milvus_lite(*arguments))
         one = turns({name: partial(answer, 1) for name, answer in answers.items()}, rounds)
-        batch = turns({name: partial(answer, QUERIES) for name, answer in answers.items()}, 2)
+        batch = turns({name: partial(answer, QUERIES) for name, answer in answers.items() if n <= BATCHES}, 1)
         table = Table(
             "", "1 query, ms", "ratio", f"{QUERIES} queries, ms each", "ratio", f"recall@{K}", "loading, s",
             title=f"{n:,} references",
@@ -89,10 +100,10 @@ def compare(n: int, graphs: bool, milvus: str | None, home: Path, url: str, roun
                 name,
                 f"{1e3 * np.median(one[name]):.2f}",
                 f"{np.median(one[name] / one['Lineup']):.1f}",
-                f"{1e3 * np.median(batch[name]) / QUERIES:.2f}",
-                f"{np.median(batch[name] / batch['Lineup']):.1f}",
+                f"{1e3 * np.median(batch[name]) / QUERIES:.2f}" if batch else "-",
+                f"{np.median(batch[name] / batch['Lineup']):.1f}" if batch else "-",
                 f"{recall(np.array(answer(QUERIES)), exact):.4f}",
-                f"{loading[name]:.0f}",
+                "kept" if np.isnan(loading[name]) else f"{loading[name]:.0f}",
             )
     Console(width=120, highlight=False).print(table)
 
@@ -100,12 +111,13 @@ def compare(n: int, graphs: bool, milvus: str | None, home: Path, url: str, roun
 def pgvector(
     connection: psycopg.Connection[Any], vectors: np.ndarray, queries: np.ndarray, graph: bool
 ) -> tuple[Answer, float]:
-    """Search by pgvector, and the seconds that loading took; the table is named after its size and kind."""
+    """Search by pgvector, and the seconds that loading took, NaN where the table was there (it is named by size)."""
     start = time.perf_counter()
     connection.autocommit = True
     connection.execute("create extension if not exists vector")
     table = f"{'hnsw' if graph else 'exact'}_{len(vectors)}"
-    if connection.execute("select to_regclass(%s)", [table]).fetchone() == (None,):
+    kept = connection.execute("select to_regclass(%s)", [table]).fetchone() != (None,)
+    if not kept:
         with connection.transaction(), connection.cursor() as cursor:
             cursor.execute(f"create table {table} (id bigint, embedding vector({DIM}))")
             with cursor.copy(f"copy {table} from stdin (format binary)") as copy:
@@ -125,7 +137,7 @@ def pgvector(
         found = [connection.execute(query, [one, K], prepare=True).fetchall() for one in texts[:q]]
         return [[number for (number,) in rows] for rows in found]
 
-    return answer, time.perf_counter() - start
+    return answer, float("nan") if kept else time.perf_counter() - start
 
 
 def _rows(first: int, vectors: np.ndarray) -> bytes:
@@ -142,7 +154,7 @@ def _rows(first: int, vectors: np.ndarray) -> bytes:
 def milvus_lite(
     python: str, kind: str, vectors: np.ndarray, queries: np.ndarray, home: Path
 ) -> Iterator[tuple[Answer, float]]:
-    """Search by Milvus Lite in another process, and the seconds that loading took."""
+    """Search by Milvus Lite in another process, and the seconds that loading took, NaN where it was there."""
     with tempfile.TemporaryDirectory(prefix="lineup-") as folder:
         files = [str(Path(folder) / "vectors.npy"), str(Path(folder) / "queries.npy")]
         for file, array in zip(files, (vectors, queries), strict=True):
