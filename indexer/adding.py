@@ -12,7 +12,7 @@ from sqlalchemy import Connection, text
 from indexer.checkpoints import Checkpoints
 from indexer.generators import generator_ids
 from indexer.guards import BadVectors, unit_vectors
-from indexer.references import kind
+from indexer.references import ImageFacts, kind
 from indexer.rows import PassingConflict, notify
 
 BATCH = 1000
@@ -67,47 +67,19 @@ class BadVector(ValueError):
     """An embedding that may not be stored: wrong length, not finite, or zero."""
 
 
-@dataclass(frozen=True, slots=True)
-class NewReference:
-    """An image with its embedding, ready to be stored.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewReference(ImageFacts):
+    """An image with its embedding, ready to be stored; a generator that is new is created.
 
     Attributes:
-        sha256: Of the file's bytes, hexadecimal.
-        label: 0 real, 1 fake.
-        generator: Name, None for real images (and for fakes of which it is not known); created if new.
-        source: The data set or feed it came from.
-        group: Images that must not be split apart share it.
-        uri: Where the bytes can be read again; None for uploads.
-        file_bytes: Size of the file.
-        mtime: Modification time of the file in seconds, for skipping it next time.
-        width: Of the upright image, pixels.
-        height: Of the upright image, pixels.
-        format: As Pillow names it.
-        jpeg_quality: Estimate 1..100, None for other formats.
         thumbnail: WebP.
-        attributes: Anything else that is known.
         vector: Raw embedding, shape (d,), float32.
         data: The file itself, to be kept (uploads).
-        fingerprint: 64-bit difference hash of the pixels as a signed integer; near duplicates differ in few bits.
     """
 
-    sha256: str
-    label: int
-    generator: str | None
-    source: str
-    group: str
-    uri: str | None
-    file_bytes: int
-    mtime: float | None
-    width: int
-    height: int
-    format: str
-    jpeg_quality: int | None
     thumbnail: bytes
-    attributes: dict[str, str]
     vector: np.ndarray
     data: bytes | None = None
-    fingerprint: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,9 +61,9 @@ def reembed(
     store.register_checkpoint(embedder.id, embedder.name, embedder.dim, embedder.config.to_json())
     unreadable: dict[int, dict[str, Any]] = {}
     embedded = 0
-    active = False
+    complete = False
     # Each turn leaves nothing but what others add meanwhile.
-    while not active and (partial or not unreadable):
+    while not complete and (partial or not unreadable):
         with (
             ThreadPoolExecutor(min(32, os.cpu_count() or 1), thread_name_prefix="decode") as pool,
             closing(ahead(_decoded(store, embedder, pool, max_pixels, unreadable), 2 * batch_size)) as decoded,
@@ -73,12 +73,13 @@ def reembed(
                 embedded += store.embed([image_id for image_id, _ in batch], vectors, embedder.id)
                 for _ in batch:
                     on_image()
-        active = (partial or not unreadable) and store.activate(embedder.id, without=list(unreadable))
+        complete = (partial or not unreadable) and store.activate(embedder.id, without=list(unreadable))
+    active = store.active_checkpoint()
     return {
         "checkpoint": embedder.id,
         "embedded": embedded,
         "unreadable": [unreadable[image_id] for image_id in sorted(unreadable)],
-        "active": active,
+        "active": active is not None and active.id == embedder.id,
     }
 
 

@@ -18,11 +18,27 @@ def kind(label: int, generator: str | None) -> str:
     return LABELS[label] if generator is None else f"{LABELS[label]} ({generator})"
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """A known image, without its thumbnail. `label` is 0 for real and 1 for fake; `sha256` is hexadecimal."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageFacts:
+    """What is kept of an image beside its pixels.
 
-    id: int
+    Attributes:
+        sha256: Of the file's bytes, hexadecimal.
+        label: 0 real, 1 fake.
+        generator: Name, None for real images (and for fakes of which it is not known).
+        source: The data set or feed it came from.
+        group: Images that must not be split apart share it.
+        uri: Where the bytes can be read again; None for uploads.
+        file_bytes: Size of the file.
+        mtime: Modification time of the file in seconds, for skipping it next time.
+        width: Of the upright image, pixels.
+        height: Of the upright image, pixels.
+        format: As Pillow names it.
+        jpeg_quality: Estimate 1..100, None for other formats.
+        fingerprint: 64-bit difference hash of the pixels as a signed integer; near duplicates differ in few bits.
+        attributes: Anything else that is known.
+    """
+
     sha256: str
     label: int
     generator: str | None
@@ -35,8 +51,15 @@ class Reference:
     height: int
     format: str
     jpeg_quality: int | None
-    fingerprint: int | None
+    fingerprint: int | None = None
     attributes: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference(ImageFacts):
+    """A known image, without its thumbnail."""
+
+    id: int
     enrolment_id: int | None
     added_at: datetime
 

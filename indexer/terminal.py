@@ -199,7 +199,7 @@ def tell_rebuilt(console: Console, report: Mapping[str, Any]) -> None:
     lines = [f"cannot read {item['id']} {item['uri'] or ''}: {item['reason']}" for item in unreadable]
     _tell_skipped(console, report, lines)
     if "checkpoint" in report:
-        state = "it is the active one now" if report["active"] else "the active one stays"
+        state = "it is the active one" if report["active"] else "the active one stays"
         print(f"embedded {report['embedded']:,} references with {report['checkpoint']}; {state}")
         if unreadable and not report["active"]:
             print(f"{len(unreadable)} cannot be read; --partial switches without them")

@@ -196,6 +196,8 @@ def test_rebuild_with_another_checkpoint(run: Run, images: Path, settings: Setti
     assert active.id == old.id
     whole = document(run("rebuild", "--checkpoint", settings.home / "newer", "--partial", "--json"))
     assert (whole["embedded"], whole["active"], len(whole["unreadable"])) == (0, True, 2)
+    again = document(run("rebuild", "--checkpoint", settings.home / "newer", "--json"))
+    assert (again["active"], len(again["unreadable"])) == (True, 2)  # it was before, and stays
     active = store.active_checkpoint()
     assert active is not None
     assert active.id == new.id

@@ -590,7 +590,7 @@ def test_hot_queries_can_use_their_indexes(store: Store) -> None:
     store.load_calibration(CHECKPOINT, "h", 1)
     relatives(store, [hashlib.sha256().hexdigest()], ["group 1"])
     for chosen in ({"ids": [1]}, {"generator": "sd-xl"}, {"source": "none"}, {"enrolment": enrolment}):
-        store.remove(**chosen)  # type: ignore[arg-type]
+        store.remove(**chosen)
     event.remove(store.engine, "before_cursor_execute", note)
     place = {"checkpoint": CHECKPOINT, "seen": 0, "target": 1, "revision": 0, "image": 0, "page": 20}
     statements = [*seen, (PAGE, place), (GONE, place), (STAMP.replace(":ids", "%(ids)s"), {"ids": [1, 2]})]
