@@ -45,9 +45,9 @@ def main(
         split="train",
         image_size=image_size,
         batch_size=batch_size,
-        epochs=10,
-        epoch_steps=max(1, updates // 10),
-        warmup_epochs=0.5,
+        epochs=4,
+        epoch_steps=max(1, updates // 4),
+        warmup_epochs=0.2,
         patience=0,
         seed=seed,
     )
