@@ -8,7 +8,7 @@ from indexer.lock import ReadWriteLock
 from indexer.shelf import Shelf
 
 OUTGROWN = 200_000
-"""References of one label from which flat search, 3 ms here, is felt beside embedding an image, 8 ms. Lists take 0.1 ms
+"""References of one label from which flat search, 3 ms here, is felt beside embedding an image, 6 ms. Lists take 0.1 ms
 at recall 0.995; they are faster from 20,000 on, but up to here being exact costs next to nothing."""
 GROWN = 1.5
 """A label that has grown by this factor since lists were last tried or tuned is looked at again."""
