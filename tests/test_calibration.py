@@ -269,7 +269,8 @@ def test_few_images_weigh_the_heads_alike_and_many_as_they_deserve() -> None:
         labels = np.arange(n) % 2
         good, poor = labels + 0.3 * rng.standard_normal(n), labels + 3.0 * rng.standard_normal(n)
         x = np.column_stack([good, poor])
-        return np.array(fit_logistic(("knn", "linear"), x, labels).weights) * x.std(0)
+        weights: np.ndarray = np.array(fit_logistic(("knn", "linear"), x, labels).weights) * x.std(0)
+        return weights
 
     few, many = weights(12), weights(20_000)
     assert few[1] > 0.3 * few[0]
