@@ -444,7 +444,9 @@ def test_unseen_generators_come_in_blocks_with_their_average() -> None:
     assert "<td>80.0</td>" in diffusion.html()
 
 
-@pytest.mark.parametrize("name", ["stylegan2-ffhq", "dalle-mini", "DALL-E v1", "muse", "gpt-4o-image", "BigGAN"])
+@pytest.mark.parametrize(
+    "name", ["stylegan2-ffhq", "dalle-mini", "DALL-E v1", "muse", "gpt-4o-image", "BigGAN", "sim-latent"]
+)
 def test_generators_that_are_not_diffusion_models(name: str) -> None:
     assert NOT_DIFFUSION.search(name)
 

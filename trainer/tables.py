@@ -12,8 +12,10 @@ from trainer import paper
 
 HEADS = {"linear": "Linear", "nn1": "NN", "knn": "k-NN vote", "svm": "SVM", "combined": "linear + SVM, calibrated"}
 """Heads in the poster's order and words; the k-NN vote is Lineup's, on what the heads were fitted on."""
-NOT_DIFFUSION = re.compile(r"gan|dall-?e[ -]?(mini|v?1$)|muse|gpt|4o|parti|cogview|\bvar\b|crn|imle|deepfake", re.I)
-"""Names of generators that are not diffusion models: GANs, autoregressive and masked-token models."""
+NOT_DIFFUSION = re.compile(
+    r"^sim-|gan|dall-?e[ -]?(mini|v?1$)|muse|gpt|4o|parti|cogview|\bvar\b|crn|imle|deepfake", re.I
+)
+"""Names of generators that are not diffusion models: GANs, autoregressive and masked-token models, simulated ones."""
 
 
 @dataclass(frozen=True, slots=True)
