@@ -24,12 +24,13 @@ import numpy as np
 import psycopg
 from sqlalchemy import text
 
-from benchmarks.search import DIM, K, embeddings, resident
+from benchmarks.search import DIM, K, built, embeddings, resident
 from indexer.embedded import EmbeddedServer
 from indexer.follower import Follower
 from indexer.postgres import connect
 from indexer.settings import Settings
 from indexer.store import NewReference, Store
+from indexer.vector_index import VectorIndex
 
 CHECKPOINT = "c" * 32
 PER_REVISION = 1_000
@@ -85,24 +86,50 @@ def measure(settings: Settings, store: Store, rounds: int) -> dict[str, Any]:
     row["writing the snapshot, s"] = seconds(follower.save)
     follower = following(settings, store)
     row["start from the snapshot, s"] = seconds(follower.load)
-    row |= searches(follower, rounds, "flat")
+    row |= searches(follower.index, rounds, "flat")
     row |= changes(follower, store, rounds)
-    outgrown = seconds(lambda: row.update(kind=follower.index.outgrow()))
-    if row.pop("kind"):
-        row["making lists, s"] = outgrown
-        row["recall@20 of lists"] = follower.index.recall
-        row |= searches(follower, rounds, "lists")
+    if lists := outgrown(follower.index, rounds):
+        row |= lists
         follower.save()
         follower = following(settings, store)
-        row["start from their snapshot, s"] = seconds(follower.load)
+        row["start from the snapshot of lists, s"] = seconds(follower.load)
     return row
 
 
-def searches(follower: Follower, rounds: int, kind: str) -> dict[str, float]:
+def measure_alone(n: int, rounds: int) -> dict[str, Any]:
+    """What the index alone does at this size, without a database."""
+    index, memory = built(n)
+    row: dict[str, Any] = {"references": n, "bytes of memory each": memory}
+    with tempfile.TemporaryDirectory(prefix="lineup-") as folder:
+        path = Path(folder) / "snapshot"
+        row["writing the snapshot, s"] = seconds(lambda: index.save(path, {}))
+        row["start from the snapshot, s"] = seconds(lambda: VectorIndex.load(path, "cpu"))
+    row |= searches(index, rounds, "flat")
+    ids, vectors, ones = n + np.arange(BATCH), embeddings(BATCH, 5), np.ones(BATCH, int)
+    adding, removing = [], []
+    for _ in range(rounds):
+        adding.append(seconds(lambda: index.add(ids, vectors, ids % 2, ones, ones)))
+        removing.append(seconds(lambda: index.remove(ids)))
+    row[f"the index: adding {BATCH}, ms"] = 1e3 * median(adding)
+    row[f"the index: removing the last {BATCH}, ms"] = 1e3 * median(removing)
+    row["the index: removing the first, ms"] = 1e3 * seconds(lambda: index.remove(np.array([0, 1])))
+    return row | outgrown(index, rounds)
+
+
+def outgrown(index: VectorIndex, rounds: int) -> dict[str, float]:
+    """Seconds of moving to lists, and what they are like; nothing where no label is large enough."""
+    moved: list[bool] = []
+    took = seconds(lambda: moved.append(index.outgrow()))
+    if not moved[0]:
+        return {}
+    return {"making lists, s": took, "recall@20 of lists": index.recall} | searches(index, rounds, "lists")
+
+
+def searches(index: VectorIndex, rounds: int, kind: str) -> dict[str, float]:
     """Milliseconds of a search for one image and for 32, of the nearest of each label."""
     queries = embeddings(32, 2)
-    one = [seconds(lambda: follower.index.search_both(queries[:1], (K, K))) for _ in range(rounds)]
-    many = [seconds(lambda: follower.index.search_both(queries, (K, K))) for _ in range(max(2, rounds // 4))]
+    one = [seconds(lambda: index.search_both(queries[:1], (K, K))) for _ in range(rounds)]
+    many = [seconds(lambda: index.search_both(queries, (K, K))) for _ in range(max(2, rounds // 4))]
     return {
         f"search {kind}, 1 query, ms": 1e3 * median(one),
         f"search {kind}, 32 queries, ms each": 1e3 * median(many) / 32,
@@ -210,14 +237,19 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print one column per size."""
+    """Print what was measured at each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="10000,100000", help="comma list of reference counts, ascending")
     parser.add_argument("--home", type=Path, help="folder that is kept; a temporary one otherwise")
     parser.add_argument("--rounds", type=int, default=9, help="timed turns")
-    parser.add_argument("--fill-only", action="store_true")
+    parser.add_argument("--fill-only", action="store_true", help="make the rows, measure nothing")
+    parser.add_argument("--index-only", action="store_true", help="no database: what the index does alone")
     parser.add_argument("--writer", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.index_only:
+        for size in map(int, options.sizes.split(",")):
+            show(size, measure_alone(size, options.rounds))
+        return None
     home = options.home or Path(tempfile.mkdtemp(prefix="lineup-"))
     settings = Settings(home=home, database_url=None, device="cpu")
     store = Store(connect(settings))
@@ -228,14 +260,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for size in map(int, options.sizes.split(",")):
             fill(store, size)
             if not options.fill_only:
-                for name, value in measure(settings, store, options.rounds).items():
-                    print(f"{size:,} | {name} | {value:.4g}", flush=True)
+                show(size, measure(settings, store, options.rounds))
     finally:
         store.engine.dispose()
         if not options.writer:
             EmbeddedServer(home).stop()
             if options.home is None:
                 shutil.rmtree(home)
+    return None
+
+
+def show(size: int, row: dict[str, Any]) -> None:
+    """Print a line for each value."""
+    for name, value in row.items():
+        print(f"{size:,} | {name} | {value:.4g}", flush=True)
 
 
 if __name__ == "__main__":
