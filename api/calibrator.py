@@ -7,9 +7,8 @@ import threading
 import time
 from dataclasses import dataclass
 
-from indexer.calibrate import calibrate
+from indexer.calibrate import calibrate, kept
 from indexer.follower import Follower
-from indexer.store import Store
 from trainer.calibration import MINIMUM, Calibration
 from trainer.calibration_set import CalibrationSet
 from trainer.heads import Heads
@@ -29,11 +28,9 @@ class Calibrator:
     """Holds the newest calibration; `current` may be read from any thread.
 
     Args:
-        store: Where calibrations are kept, so that one process fits for all.
         follower: The index that is calibrated.
         heads: The checkpoint's heads, if it has any.
         images: The checkpoint's calibration images, if it has any.
-        checkpoint_id: Whose calibration this is.
         k: Neighbours that vote.
     """
 
@@ -44,15 +41,12 @@ class Calibrator:
 
     def __init__(
         self,
-        store: Store,
         follower: Follower,
         heads: Heads | None,
         images: CalibrationSet | None,
-        checkpoint_id: str,
         k: int,
     ) -> None:
-        self._store, self._follower, self._heads = store, follower, heads
-        self._images, self._checkpoint_id, self._k = images, checkpoint_id, k
+        self._follower, self._heads, self._images, self._k = follower, heads, images, k
         self._end = threading.Event()
         self._fitting = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -84,9 +78,8 @@ class Calibrator:
             revision = self._follower.revision
             if self.current is not None and self.current.revision == revision:
                 return
-            saved = self._store.load_calibration(self._checkpoint_id, self._heads.id, revision)
-            if saved is not None and saved.params.get("k", self._k) == self._k:
-                self.current = Fitted(Calibration.from_json(saved.params), revision)
+            if (saved := kept(self._follower, self._heads, revision, self._k)) is not None:
+                self.current = Fitted(saved, revision)
                 return
             start = time.perf_counter()
             self.current = Fitted(calibrate(self._follower, self._heads, self._images, self._k), revision)

@@ -79,7 +79,7 @@ class Detector:
         self.follower = Follower(self.settings, self.store, checkpoint.id, checkpoint.dim)
         self.follower.load()
         self.neighbourhood = Neighbourhood(self.store, self.follower, self.patience)
-        self.calibrator = Calibrator(self.store, self.follower, self.heads, images, checkpoint.id, self.settings.k)
+        self.calibrator = Calibrator(self.follower, self.heads, images, self.settings.k)
         return self
 
     def calibrate(self) -> None:
@@ -201,7 +201,7 @@ class Detector:
         question: Question = Question(),
         api_key_id: int | None = None,
     ) -> None:
-        """Keep a verdict where settings and database allow it; where the database is away, the verdict says so.
+        """Keep a verdict where settings and database allow it; the verdict says whether, and that the database is away.
 
         Args:
             verdict: As the caller gets it.
@@ -212,7 +212,7 @@ class Detector:
         """
         if not (self.settings.record and question.record) or verdict.degraded:
             return
-        image = prepared.image
+        image, verdict.recorded = prepared.image, True
         record = Record(
             id=UUID(verdict.id),
             sha256=image.sha256,
@@ -230,7 +230,7 @@ class Detector:
         try:
             self.patience.ask(self.store.record_detection, record)
         except DATABASE_AWAY:
-            verdict.degraded = True
+            verdict.degraded, verdict.recorded = True, False
 
     @property
     def index_facts(self) -> IndexFacts:
@@ -263,4 +263,4 @@ class Detector:
         if prepared.variants:
             verdict.stability = judgement.stability(prepared.variants, evidence.scores[ends:], verdict)
             if verdict.stability.flips and self.settings.flip_uncertain:
-                verdict.verdict, verdict.reason = "uncertain", FLIPS
+                verdict.verdict, verdict.reason, verdict.unknown_generator = "uncertain", FLIPS, False

@@ -68,11 +68,13 @@ def thresholds_of(
     return Thresholds(fake=fake, real=real)
 
 
-def shortage(fitted: Fitted | None, max_false_alarm: float, max_miss: float) -> str | None:
+def shortage(
+    fitted: Fitted | None, max_false_alarm: float, max_miss: float, heads: list[str] | None = None
+) -> str | None:
     """What keeps a rate from being promised, as one line."""
     if fitted is None or not fitted.calibration.maps:
         return None
-    real, fake = fitted.calibration.more_images(max_false_alarm, max_miss)
+    real, fake = fitted.calibration.more_images(max_false_alarm, max_miss, heads)
     parts = []
     if real:
         parts.append(f"a false alarm rate of {max_false_alarm:g} needs {real} more real calibration images")
@@ -105,7 +107,7 @@ def rule(
     calibration, answering = fitted.calibration, evidence.answering
     thresholds = thresholds_of(fitted, rate, settings.max_miss, answering)
     verdict = decide(score, thresholds)
-    short = shortage(fitted, rate, settings.max_miss) or "the score lies between the thresholds"
+    short = shortage(fitted, rate, settings.max_miss, answering) or "the score lies between the thresholds"
     reason = short if verdict == "uncertain" else None
     nearest_real, nearest_fake = evidence.votes.nearest_real[0], evidence.votes.nearest_fake[0]
     p_value = calibration.fake_novelty(float(nearest_fake))

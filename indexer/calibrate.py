@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Collection
 from hashlib import blake2b
 
 import numpy as np
@@ -10,7 +11,7 @@ from sqlalchemy import text
 from indexer.follower import Follower
 from indexer.relatives import relatives
 from indexer.settings import Settings
-from trainer.calibration import MINIMUM, Calibration, fit_calibration
+from trainer.calibration import METHOD, MINIMUM, Calibration, fit_calibration
 from trainer.calibration_set import CALIBRATION_FILE, CalibrationSet
 from trainer.embedder import CONFIG_FILE, CheckpointError, checkpoint_id, read_config, read_weights
 from trainer.heads import HEADS_FILE, Heads
@@ -42,10 +43,11 @@ def calibrate(follower: Follower, heads: Heads, images: CalibrationSet, k: int) 
         images: The checkpoint's calibration set.
         k: Neighbours of each label that vote; kept in the parameters as `k`.
     """
+    revision = follower.revision  # first: what comes in meanwhile makes the next calibration
+    known = {name.casefold() for name in (*images.generators, *images.trained)}
     images = affordable(images, len(follower.index))
-    own, images = len(images), images.joined(newcomers(follower, images))
+    own, images = len(images), images.joined(newcomers(follower, images, known))
     related = relatives(follower.store, images.sha256, images.groups)
-    revision = follower.revision  # first: what comes in during the search makes the next calibration
     real, fake = follower.voters(images.embeddings, k, exclude_each=related)
     votes = vote(real.similarities, fake.similarities, fake.generators, k)
     calibration = fit_calibration(
@@ -56,7 +58,7 @@ def calibrate(follower: Follower, heads: Heads, images: CalibrationSet, k: int) 
         groups=images.groups,
         enrolled=np.arange(len(images)) >= own,
     )
-    params = calibration.to_json() | {"k": k}
+    params = calibration.to_json() | {"k": k, "method": METHOD}
     follower.store.save_calibration(follower.checkpoint_id, heads.id, revision, params)
     return calibration
 
@@ -70,20 +72,26 @@ def affordable(images: CalibrationSet, references: int) -> CalibrationSet:
     if len(images) <= most:
         return images
     order = sorted(range(len(images)), key=lambda row: blake2b(images.groups[row].encode()).digest())
-    kept = [[row for row in order if images.labels[row] == label] for label in (0, 1)]
-    rows = sorted(kept[0][: max(most // 2, most - len(kept[1]))] + kept[1][: max(most // 2, most - len(kept[0]))])
+    real, fake = ([row for row in order if images.labels[row] == label] for label in (0, 1))
+    rows = sorted(real[: max(most // 2, most - len(fake))] + fake[: max(most // 2, most - len(real))])
     return images.take(rows)
 
 
-def newcomers(follower: Follower, images: CalibrationSet) -> CalibrationSet:
-    """References of generators that the calibration images lack, each with as many as the most frequent has there.
+def newcomers(follower: Follower, images: CalibrationSet, known: Collection[str]) -> CalibrationSet:
+    """References of generators that are new to the checkpoint, of each as many as the most frequent has in the images.
 
     No checkpoint's calibration images can show how well k-NN does on a generator enrolled after its training. These
-    can, each asked without itself and its relatives; so the combination learns when to trust the neighbours.
+    can, each asked without itself and its relatives; so the combination learns when to trust the neighbours. Images
+    that trained the checkpoint would teach it wrongly: what its heads say of them is too sure.
+
+    Args:
+        follower: A loaded index.
+        images: The calibration images that are asked.
+        known: Generators of all calibration and training images of the checkpoint, in lower case.
     """
-    known = Counter(name.casefold() for name, label in zip(images.generators, images.labels, strict=True) if label)
     new = {number: name for number, name in follower.generator_names.items() if name.casefold() not in known}
-    most = min(max(known.values(), default=0), len(images) // max(1, len(new)))
+    counts = Counter(name for name, label in zip(images.generators, images.labels, strict=True) if label)
+    most = min(max(counts.values(), default=0), len(images) // max(1, len(new)))
     found = images.take([])
     with follower.store.engine.connect() as connection:
         for number, name in new.items():
@@ -118,7 +126,13 @@ def recalibrate(settings: Settings, follower: Follower) -> Calibration | None:
     except CheckpointError as error:
         log.warning("not calibrated: %s", error)
         return None
-    saved = follower.store.load_calibration(follower.checkpoint_id, heads.id, follower.revision)
-    if saved is not None and saved.params["k"] == settings.k:
-        return Calibration.from_json(saved.params)
-    return calibrate(follower, heads, images, settings.k) if len(images) else None
+    saved = kept(follower, heads, follower.revision, settings.k)
+    return saved or (calibrate(follower, heads, images, settings.k) if len(images) else None)
+
+
+def kept(follower: Follower, heads: Heads, revision: int, k: int) -> Calibration | None:
+    """What was fitted at that revision for the same k and by the same method."""
+    saved = follower.store.load_calibration(follower.checkpoint_id, heads.id, revision)
+    if saved is None or (saved.params.get("k"), saved.params.get("method")) != (k, METHOD):
+        return None
+    return Calibration.from_json(saved.params)

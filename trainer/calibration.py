@@ -22,6 +22,8 @@ HEADS = ("knn", "linear", "svm")
 """Whose raw scores are combined: the vote's logit, the linear logit, the one-class score."""
 FOLDS = 5
 """Thresholds come from scores of maps that have not seen the image's group."""
+METHOD = 2
+"""Changes whenever scores or their fit do, here or in the vote: what was fitted otherwise is not used again."""
 MINIMUM = 10
 """Fewer calibration images of either label than this calibrate nothing."""
 MINIMUM_NOVELTY = 50
@@ -131,9 +133,13 @@ class Calibration:
             t_real = float(fake[below]) if below < len(fake) else 1.0
         return t_fake, t_real
 
-    def more_images(self, max_false_alarm: float, max_miss: float) -> tuple[int, int]:
+    def more_images(
+        self, max_false_alarm: float, max_miss: float, heads: Collection[str] | None = None
+    ) -> tuple[int, int]:
         """How many more real and fake calibration images the two rates would need before they can be promised."""
-        return _missing(max_false_alarm, self.n_real), _missing(max_miss, self.n_fake)
+        name = self.largest(heads)
+        real, fake = (0, 0) if name is None else (len(self.real[name]), len(self.fake[name]))
+        return _missing(max_false_alarm, real), _missing(max_miss, fake)
 
     def false_alarm(self, score: float, heads: Collection[str] | None = None) -> float | None:
         """Share of real calibration images that score at least this, 0..1; None when nothing is calibrated."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -32,6 +32,8 @@ class CalibrationSet:
     sources: list[str]
     sha256: list[str]
     groups: list[str]
+    trained: list[str] = field(default_factory=list)
+    """Generators whose images trained the checkpoint, whether or not any is here."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,12 +50,13 @@ class CalibrationSet:
         """Those images, in that order."""
         texts = {name: [getattr(self, name)[row] for row in rows] for name in TEXTS}
         chosen = np.asarray(rows, np.int64)
-        return CalibrationSet(embeddings=self.embeddings[chosen], labels=self.labels[chosen], **texts)
+        return replace(self, embeddings=self.embeddings[chosen], labels=self.labels[chosen], **texts)
 
     def joined(self, other: CalibrationSet) -> CalibrationSet:
         """These images, then those."""
         texts = {name: getattr(self, name) + getattr(other, name) for name in TEXTS}
-        return CalibrationSet(
+        return replace(
+            self,
             embeddings=np.concatenate([self.embeddings, other.embeddings]),  # (n + m, d)
             labels=np.concatenate([self.labels, other.labels]),  # (n + m,)
             **texts,
@@ -63,7 +66,7 @@ class CalibrationSet:
         """Write `calibration.safetensors` into a checkpoint folder, atomically."""
         from safetensors.numpy import save
 
-        texts = {key: getattr(self, key) for key in TEXTS}
+        texts = {key: getattr(self, key) for key in (*TEXTS, "trained")}
         arrays: dict[str, np.ndarray] = {
             "embeddings": np.ascontiguousarray(self.embeddings, np.float32),
             "labels": np.ascontiguousarray(self.labels, np.uint8),
@@ -85,7 +88,7 @@ class CalibrationSet:
                 arrays = {key: file.get_tensor(key) for key in ("embeddings", "labels")}
                 texts = json.loads(file.metadata()["texts"])
             loaded = cls(**arrays, **texts)
-            if {len(loaded.embeddings)} != {len(getattr(loaded, name)) for name in ("labels", *texts)}:
+            if {len(loaded.embeddings)} != {len(getattr(loaded, name)) for name in ("labels", *TEXTS)}:
                 raise ValueError("its columns differ in length")
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing: run `python -m trainer heads`") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def refit(
         if cache:
             training.save(cache / "training.safetensors", origin)
             calibration.save(cache / "calibration.safetensors", origin)
-    held = calibration.calibration_set()
+    held = replace(calibration.calibration_set(), trained=sorted(set(training.generators) - {""}))
     heads = fit_heads(training.embeddings, training.labels, seed=seed, calibration=held)
     held.save(checkpoint)
     heads.save(checkpoint)

@@ -167,6 +167,8 @@ def _heads(
 ) -> Heads:
     """Heads on augmented views of the training images, with calibration; its set is saved beside the checkpoint."""
     calibration = calibration_set(embedder, roles["calibration"], views, seed)
+    trained = {entry.generator for entry in roles["training"].entries if entry.generator}
+    calibration = replace(calibration, trained=sorted(trained))
     calibration.save(embedder.folder)
     training = roles["training"]
     x, y = [], []
