@@ -27,7 +27,7 @@ help:
 	@echo "make demo         simulate, train, index, evaluate, detect, serve   (SERVE=0: end after printing, DATA=PATH: your images)"
 	@echo "make test         the whole test suite"
 	@echo "make check        lint, types, import contracts, migrations"
-	@echo "make bench        the tables of BENCHMARKS.md that need no data;  make soak: the long tests"
+	@echo "make bench        speed of search, training and serving;  make soak: the long tests"
 
 # The lock holds hashes of CUDA 13 packages whose version pins only a current pip can read.
 $(VENV)/.locked: requirements.lock

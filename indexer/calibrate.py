@@ -41,7 +41,7 @@ def calibrate(follower: Follower, heads: Heads, images: CalibrationSet, k: int) 
         follower: A loaded index.
         heads: Of the same checkpoint.
         images: The checkpoint's calibration set.
-        k: Neighbours of each label that vote; kept in the parameters as `k`.
+        k: Neighbours that vote, of the label with fewer references; kept in the parameters as `k`.
     """
     revision = follower.revision  # first: what comes in meanwhile makes the next calibration
     known = {name.casefold() for name in (*images.generators, *images.trained)}

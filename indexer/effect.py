@@ -47,7 +47,7 @@ def effect(follower: Follower, enrolment: int, calibration: CalibrationSet | Non
         follower: A loaded index.
         enrolment: Its id.
         calibration: The checkpoint's calibration images, for false alarms among their reals; None without.
-        k: Neighbours of each label that vote.
+        k: Neighbours that vote, of the label with fewer references.
 
     Returns:
         {"recall": [{"generator", "images", "knn": {"before", "after", "held_back"}, "nn1": {...}}],

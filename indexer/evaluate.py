@@ -120,7 +120,7 @@ def index_scores(
         follower: The index.
         heads: Of its checkpoint.
         calibration: Of its revision.
-        k: Neighbours of each label that vote.
+        k: Neighbours that vote, of the label with fewer references.
     """
     real, fake = follower.voters(embeddings, k, exclude_each=related)
     votes = vote(real.similarities, fake.similarities, fake.generators, k)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 TEMPERATURE = 0.1
-"""Similarities are divided by this. The loss's own; between 0.07 and 0.5 no measure moved (BENCHMARKS.md, the vote)."""
+"""Similarities are divided by this. The loss's own; between 0.05 and 0.5 no measure moved (BENCHMARKS.md, the vote)."""
 CAP = 0.5
 """One generator counts as at most this share of the k fake neighbours, so that a large one does not drown a new one.
 

@@ -165,7 +165,7 @@ export const HEADS = [
   {
     name: "Vote of the neighbours",
     field: "knn",
-    how: "The nearest of each kind vote, as many of both, the more alike the more weight. More than half decides.",
+    how: "The nearest of each kind vote, the same share of both kinds, the more alike the more weight. More than half decides.",
     said: (head) =>
       `generated images hold ${part(head.score)} of the weight. Counted without kind, ${head.votes.fake} of the ` +
       `${head.votes.fake + head.votes.real} nearest are generated`,
