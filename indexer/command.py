@@ -34,6 +34,17 @@ from trainer.embedder import CheckpointError, checkpoint_id, read_config, read_w
 
 console = Console(stderr=True, highlight=False)
 
+REFUSALS = (
+    psycopg.errors.InsufficientPrivilege,
+    psycopg.errors.ReadOnlySqlTransaction,
+    psycopg.errors.InvalidSchemaName,
+    psycopg.errors.UndefinedTable,
+    psycopg.errors.UndefinedColumn,
+)
+"""What a database raises that is another one than was meant, or does not let its user in."""
+TRAINING = ("cv2", "sklearn")
+"""Libraries of the extra `train` that `evaluate` and `audit` use."""
+
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 CheckpointFolder = Annotated[Path | None, typer.Option("--checkpoint", help="Checkpoint folder.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
@@ -50,7 +61,13 @@ def expected_failures() -> Iterator[None]:
             fail(f"another transaction holds a lock ({reason}): end it (see pg_stat_activity), then run this again")
         if isinstance(reason, psycopg.OperationalError):
             fail(f"the database stopped answering ({reason}); what was written stays, run the command again")
-        fail(f"the database refuses ({reason}): look at LINEUP_DATABASE_URL and the rights of its user")
+        if isinstance(reason, REFUSALS):
+            fail(f"the database refuses ({reason}): look at LINEUP_DATABASE_URL and the rights of its user")
+        fail(f"the database cannot do that: {reason}")
+    except ModuleNotFoundError as error:
+        if error.name not in TRAINING:
+            raise
+        fail(f"this command needs {error.name}, which is not installed: add the extra `train`")
     except (
         SettingsError,
         DatabaseUnreachable,

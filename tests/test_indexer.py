@@ -120,9 +120,10 @@ def test_people_get_lines(run: Run, images: Path) -> None:
     assert "index of" in run("rebuild").stdout
 
 
-def test_a_dry_run_says_what_would_be(run: Run, images: Path, store: Store) -> None:
+def test_a_dry_run_says_what_would_be(run: Run, images: Path, settings: Settings, store: Store) -> None:
     assert run("add", images, "--dry-run").stdout.startswith("would add 16 of 17 images")
     assert store.counts() == {"real": 0, "fake": 0}
+    assert not settings.home.exists()  # not even a report of the file that is no image
     run("add", images)
     other = document(run("add", images, "--dry-run", "--json", "--checkpoint", images.parent / "newer"))
     assert (other["added"], other["known"], other["embedded"]) == (0, 0, 16)
@@ -356,6 +357,15 @@ def test_what_the_database_forbids_is_one_line(run: Run, settings: Settings, mon
     (line,) = refused.stderr.splitlines()
     assert line.startswith("error: the database refuses (")
     assert "LINEUP_DATABASE_URL" in line
+
+
+def test_other_errors_of_the_database_blame_no_rights(run: Run) -> None:
+    wrong = run("remove", "--id", 10**20)
+    assert wrong.exit_code == 1
+    (line,) = wrong.stderr.splitlines()
+    assert line.startswith("error: the database cannot do that: ")
+    assert "out of range" in line
+    assert "rights" not in line
 
 
 def test_migrate_and_stop(run: Run, settings: Settings) -> None:
