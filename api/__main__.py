@@ -104,10 +104,13 @@ def serve(
 
     detector = load(host=host, port=port, checkpoint=checkpoint, device=device)
     address = detector.settings.host
-    if not is_loopback(address) and not Keys(detector.store, detector.patience).exist():
+    try:
+        if not is_loopback(address) and not Keys(detector.store, detector.patience).exist():
+            advice = "make one with `python -m api keys create NAME --scope admin`, or listen on 127.0.0.1"
+            raise SettingsError(f"LINEUP_HOST is {address}, which needs an API key: {advice}")
+    except (SettingsError, ApiError) as error:
         detector.close()
-        advice = "make one with `python -m api keys create NAME --scope admin`, or listen on 127.0.0.1"
-        raise fail(SettingsError(f"LINEUP_HOST is {address}, which needs an API key: {advice}"))
+        raise fail(error) from None
     log_as_json()
     run(detector)
 

@@ -120,7 +120,7 @@ async def detect(
     explain: Annotated[
         str, Query(pattern="^((regions|stability)(,(regions|stability))*)?$", examples=["regions,stability"])
     ] = "",
-    record: Annotated[bool, Query(description="Keep the verdict, where the service keeps them.")] = True,
+    record: Annotated[bool, Query(description="Keep the verdict where the service keeps any, and count it.")] = True,
 ) -> schemas.Detections:
     """Judge images: verdict, score, neighbours and heads of each, in the order they were sent."""
     asked = cast("frozenset[schemas.Explanation]", frozenset(explain.split(",")) - {""})

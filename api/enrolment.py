@@ -13,7 +13,7 @@ from api.resources import Added
 from api.schemas import LABELS, FieldError, Label
 from api.uploads import Upload, decode
 from indexer.effect import consequences
-from indexer.ingest import ingest
+from indexer.ingest import FORGOTTEN, ingest
 from indexer.store import check_generator_name
 from trainer.entry import Entry
 
@@ -61,7 +61,7 @@ def enrol(detector: Detector, uploads: Sequence[Upload], batch: Batch) -> Added:
 
     Raises:
         ApiError: conflict, when all are known with another label or generator; the first file's own problem, when
-            none can be read.
+            none can be read. Images that may not come back are only listed as rejected.
     """
     settings = detector.settings
     small = [upload for upload in uploads if len(upload.data) <= settings.max_upload_bytes]
@@ -81,9 +81,8 @@ def enrol(detector: Detector, uploads: Sequence[Upload], batch: Batch) -> Added:
         if added.conflicts and not added.rejected:
             detail = "every image is known with another label or generator; remove those references first"
             raise ApiError("conflict", detail, conflicts=added.conflicts)
-        if not added.conflicts:
+        if not added.conflicts and all(item.reason != FORGOTTEN for item in added.rejected):
             decode(uploads[0], settings)  # raises what is wrong with it
-            raise ApiError("conflict", f"{added.rejected[0].file}: {added.rejected[0].reason}")
     detector.follower.catch_up()
     if added.enrolment is not None:
         changed = consequences(settings, detector.follower, added.enrolment)

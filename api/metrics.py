@@ -48,19 +48,27 @@ class Metrics:
         self.calibration = Gauge("lineup_calibration_revision", "Revision of the calibration in use.", registry=every)
         self.degraded = Gauge("lineup_degraded", "1 while the database is away.", registry=every)
 
-    def judged(self, results: Iterable[Verdict | FailedFile]) -> None:
-        """Count what a request gave."""
+    def judged(self, results: Iterable[Verdict | FailedFile], final: bool) -> None:
+        """Count what a request gave.
+
+        Args:
+            results: Of its files.
+            final: The verdicts count; otherwise only the time they took and the files that failed, for the caller asks
+                again.
+        """
         for result in results:
             if isinstance(result, FailedFile):
                 self.rejected.labels(result.error.type.removeprefix("urn:lineup:")).inc()
+                continue
+            for stage, milliseconds in result.timings_ms.items():
+                self.stage_seconds.labels(stage).observe(milliseconds / 1000)
+            if not final:
                 continue
             self.verdicts.labels(result.verdict, result.basis).inc()
             if result.score is not None:
                 self.score.observe(result.score)
             if result.heads.nn1:
                 self.similarity.observe(result.heads.nn1.similarity)
-            for stage, milliseconds in result.timings_ms.items():
-                self.stage_seconds.labels(stage).observe(milliseconds / 1000)
 
     def page(self) -> bytes:
         """Everything, as Prometheus reads it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from api.patience import DATABASE_AWAY, Patience
 from api.schemas import LABELS, Label, Neighbour
 from indexer.follower import Follower
 from indexer.follower import Neighbour as Nearby
+from indexer.neighbours import Neighbours
 from indexer.store import Reference, Store
 
 
@@ -25,18 +26,19 @@ class Neighbourhood:
     patience: Patience
 
     def rows(self, evidence: Evidence, sha256: str | None = None) -> dict[int, Reference] | None:
-        """What Postgres says of the first embedding's neighbours, by id, and of the reference with these bytes.
+        """What Postgres says of the neighbours that `voters` shows, by id, and of the reference with these bytes.
 
         None while it is away.
         """
-        return self._rows([*evidence.real.ids[0].tolist(), *evidence.fake.ids[0].tolist()], sha256)
+        ids = np.concatenate([_first(near, evidence.k).ids[0] for near in (evidence.real, evidence.fake)])  # (2 k,)
+        return self._rows(ids.tolist(), sha256)
 
     def voters(self, evidence: Evidence, rows: Mapping[int, Reference]) -> list[Neighbour]:
         """Neighbours of the first embedding, both labels, nearest first, with what `rows` gave."""
         votes = evidence.votes
         found: list[tuple[Nearby, float]] = []
         for nearest, weights in ((evidence.real, votes.weights_real), (evidence.fake, votes.weights_fake)):
-            shown = self.follower.neighbours(nearest)[0]
+            shown = self.follower.neighbours(_first(nearest, evidence.k))[0]
             found += zip(shown, map(clip, weights[0]), strict=False)  # padding has weights, but is not shown
         return [_shown(near, weight, rows) for near, weight in sorted(found, key=lambda item: -item[0].similarity)]
 
@@ -80,6 +82,11 @@ class Neighbourhood:
             return self.patience.ask(self.store.get_many, ids, sha256)
         except DATABASE_AWAY:
             return None
+
+
+def _first(nearest: Neighbours, k: int) -> Neighbours:
+    """The k nearest of the first embedding. Those further down vote unseen, as do the other embeddings'."""
+    return Neighbours(*(getattr(nearest, column.name)[:1, :k] for column in fields(nearest)))  # (1, k)
 
 
 def _shown(near: Nearby, weight: float | None, rows: Mapping[int, Reference]) -> Neighbour:

@@ -118,7 +118,7 @@ def replay(detector: Detector, row: store.Detection) -> Replay:
     after = detector.judge(prepared, row.vector[None], Question(asked.k, asked.max_false_alarm))  # (1, d)
     after.id = before.id
     if detector.settings.flip_uncertain and before.reason == FLIPS and after.basis == "score":
-        after.verdict, after.reason = "uncertain", FLIPS
+        after.verdict, after.reason, after.unknown_generator = "uncertain", FLIPS, False
     return Replay(before=before, after=after, changed=changes(before, after))
 
 

@@ -254,6 +254,7 @@ EXAMPLE_VERDICT: dict[str, Any] = {
     "index": {"revision": 4711, "size": 50000},
     "calibration": {"revision": 4711, "real": 1000, "fake": 4000},
     "degraded": False,
+    "recorded": True,
     "timings_ms": {"decode": 3.1, "embed": 5.2, "search": 0.4, "heads": 0.2},
 }
 
@@ -296,6 +297,8 @@ class Verdict(Model):
     calibration: CalibrationFacts | None = None
     degraded: bool = False
     """The database is away: judged from memory, neither recorded nor compared with known hashes."""
+    recorded: bool = False
+    """`/v1/detections/{id}` gives it again."""
     timings_ms: dict[str, float] = {}
 
 

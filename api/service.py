@@ -32,7 +32,11 @@ T = TypeVar("T")
 
 DATABASE_THREADS = 16
 AT_ONCE = 8
-"""Images of one request that are in work at the same time, so that none with many, explained, fills the queue alone."""
+"""Images of one request that are in work at the same time."""
+EXPLAINED_AT_ONCE = 3
+"""Likewise where each has regions and re-encoded copies: at most half of the queue, so that others find room in it."""
+RETRY = 2.0
+"""Seconds between two attempts to start while the database is away."""
 HOUSEKEEPING = 3600.0
 """Seconds between two deletions of old records."""
 
@@ -77,10 +81,10 @@ class Service:
         while not self._ready:
             try:
                 await asyncio.get_running_loop().run_in_executor(self._workers, self.start)
-            except (*DATABASE_AWAY, DatabaseBehind) as error:
+            except (*DATABASE_AWAY, DatabaseBehind, ApiError) as error:
                 self.failure = " ".join(str(error).split())
                 log.warning("waiting for the database", extra={"reason": self.failure})
-                await asyncio.sleep(2)
+                await asyncio.sleep(RETRY)
             except Exception as error:
                 self.failure = " ".join(str(error).split())
                 log.exception("loading failed")
@@ -146,8 +150,8 @@ class Service:
             waited = 1000 * (time.perf_counter() - start)
             return await self._judge(self._finish, detector, prepared, embeddings, question, waited, caller)
 
-        results = await self._each(uploads, one)
-        self.metrics.judged(results)
+        results = await self._each(uploads, one, EXPLAINED_AT_ONCE if question.explain else AT_ONCE)
+        self.metrics.judged(results, final=question.record)
         return results
 
     @staticmethod
@@ -197,9 +201,11 @@ class Service:
         return await self.run(enrol, self.detector, uploads, batch)
 
     @staticmethod
-    async def _each(uploads: Sequence[Upload], work: Callable[[Upload], Awaitable[T]]) -> list[T | FailedFile]:
-        """What `work` gives for each upload, or the problem that it raised; so many at once as `AT_ONCE` allows."""
-        turns = asyncio.Semaphore(AT_ONCE)
+    async def _each(
+        uploads: Sequence[Upload], work: Callable[[Upload], Awaitable[T]], at_once: int = AT_ONCE
+    ) -> list[T | FailedFile]:
+        """What `work` gives for each upload, or the problem that it raised."""
+        turns = asyncio.Semaphore(at_once)
 
         async def one(upload: Upload) -> T | FailedFile:
             async with turns:

@@ -15,11 +15,13 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 from conftest import small_image
+from sqlalchemy.exc import OperationalError
 from typer.testing import CliRunner, Result
 
 from api.__main__ import app
 from api.schemas import FailedFile, Verdict
 from indexer.settings import Settings
+from indexer.store import Store
 
 Call = Callable[..., Result]
 
@@ -121,6 +123,17 @@ def test_what_goes_wrong_is_one_line(
         assert len(done.stderr.strip().splitlines()) <= 2
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
+
+
+def test_serving_to_others_ends_in_one_line_when_no_key_can_be_looked_up(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(store: Store) -> None:
+        raise OperationalError("select", {}, Exception("connection refused"))
+
+    monkeypatch.setattr(Store, "list_keys", away)
+    done = call("serve", "--host", "0.0.0.0")
+    assert (done.exit_code, done.stderr) == (1, "error: the database does not answer\n")
 
 
 def test_keys_are_made_listed_and_revoked(own: Call) -> None:

@@ -25,10 +25,11 @@ from api import access, server, service
 from api.access import hash_secret, new_secret
 from api.app import create_app
 from api.detector import Detector
+from api.regions import MOST_REGIONS, VARIANTS
 from api.schemas import Verdict
 from indexer import follower
 from indexer.settings import Settings
-from indexer.store import Store
+from indexer.store import ApiKey, Store
 
 BASE = "http://127.0.0.1:8000"
 Files = list[tuple[str, tuple[str, bytes, str]]]
@@ -143,8 +144,9 @@ def test_one_request_of_many_explained_images_does_not_fill_the_queue(
 ) -> None:
     with connected(populated) as client:
         batcher = client.app.state.service._batcher  # type: ignore[attr-defined]
-        compute, images = batcher._compute, files(*[png(1, size=32)] * 24)
-        monkeypatch.setattr(batcher, "_capacity", 8 * 9)  # each image is itself, one region, and seven variants
+        compute, images = batcher._compute, files(*[png(1, size=32)] * 12)
+        assert service.EXPLAINED_AT_ONCE * (1 + MOST_REGIONS + len(VARIANTS)) <= batcher._capacity / 2
+        monkeypatch.setattr(batcher, "_capacity", 3 * 9)  # each image is itself, one region, and seven variants
 
         def slow(rows: np.ndarray) -> np.ndarray:
             time.sleep(0.1)
@@ -153,7 +155,7 @@ def test_one_request_of_many_explained_images_does_not_fill_the_queue(
 
         monkeypatch.setattr(batcher, "_compute", slow)
         results = client.post("/v1/detect", params={"explain": "regions,stability"}, files=images).json()["results"]
-        assert [len(result["stability"]["scores"]) for result in results] == [7] * 24
+        assert [len(result["stability"]["scores"]) for result in results] == [7] * 12
         monkeypatch.setattr(batcher, "_capacity", 0)
         response = client.post("/v1/detect", files=files(png()))
         assert "images wait for the model" in problem(response, 503, "not-ready")["detail"]
@@ -213,6 +215,21 @@ def test_conflicts_are_409_only_when_they_are_all_there_was(own: TestClient) -> 
     assert [(c["file"], c["has"], c["wants"]) for c in mixed.json()["conflicts"]] == [("0.png", "real", "fake (a)")]
     only = own.post("/v1/references", data=other, files=files(png(1), field="images"))
     assert problem(only, 409, "conflict")["conflicts"][0]["has"] == "real"
+
+
+def test_what_may_not_come_back_is_rejected_and_no_conflict(own: TestClient) -> None:
+    def add(*data: bytes) -> Response:
+        return own.post("/v1/references", data={"label": "real"}, files=files(*data, field="images"))
+
+    add(png(1))
+    store_of(own).remove(source="upload", forget=True)
+    for sent in ([png(1)], [png(1), b"no image"], [b"no image", png(1)]):
+        response = add(*sent)
+        assert response.status_code == 200, response.text
+        answer = response.json()
+        assert (answer["added"], answer["conflicts"], answer["enrolment"]) == (0, [], None)
+        assert [item["file"] for item in answer["rejected"]] == [f"{number}.png" for number in range(len(sent))]
+        assert answer["rejected"][sent.index(png(1))]["reason"] == "was removed with --forget"
 
 
 @pytest.mark.parametrize(
@@ -647,6 +664,19 @@ def test_metrics_count_what_happened(own: TestClient) -> None:
     assert "lineup_index_lag_seconds" in page
 
 
+def test_what_is_asked_again_is_counted_once(own: TestClient) -> None:
+    own.post("/v1/detect", params={"record": False}, files=files(png(), b"x"))  # as the page asks first
+    own.post("/v1/detect", params={"explain": "stability"}, files=files(png()))
+    page = own.get("/metrics").text.splitlines()
+    assert sum(float(line.split()[1]) for line in page if line.startswith("lineup_verdicts_total")) == 1
+    for line in (
+        "lineup_score_count 1.0",
+        'lineup_stage_seconds_count{stage="embed"} 2.0',
+        'lineup_rejected_total{kind="not-an-image"} 1.0',
+    ):
+        assert line in page
+
+
 def test_request_ids_and_headers(client: TestClient) -> None:
     response = client.get("/v1/status", headers={"x-request-id": "mine-1"})
     assert response.headers["x-request-id"] == "mine-1"
@@ -683,6 +713,26 @@ def test_it_loads_in_the_background(settings: Settings, tiny_checkpoint: Path) -
     with TestClient(loading, base_url=BASE, client=("127.0.0.1", 1)) as client:
         wait_for(lambda: client.get("/health/ready").status_code == 200)
         assert client.post("/v1/detect", files=files(png())).status_code == 200
+
+
+def test_a_database_that_fails_while_starting_is_asked_again(
+    populated: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = Detector(populated).load()
+    monkeypatch.setattr(service, "RETRY", 0.01)
+    monkeypatch.setattr(detector.patience, "pause", 0.0)
+    failures = [OperationalError("select", {}, Exception("connection refused"))]
+    list_keys = detector.store.list_keys
+
+    def once_away() -> list[ApiKey]:
+        if failures:
+            raise failures.pop()
+        return list_keys()
+
+    monkeypatch.setattr(detector.store, "list_keys", once_away)
+    with TestClient(create_app(populated, detector), base_url=BASE, client=("127.0.0.1", 1)) as client:
+        wait_for(lambda: client.get("/health/ready").status_code == 200)
+    assert failures == []
 
 
 def test_a_dead_database_degrades_detection_and_nothing_else(

@@ -17,13 +17,17 @@ from api.problems import ApiError
 from api.regions import VARIANTS
 from api.schemas import FailedFile, Provenance, Verdict
 from api.uploads import Question, Upload, file_name
+from indexer import follower
+from indexer.follower import Neighbour
+from indexer.neighbours import Neighbours
 from indexer.settings import Settings
+from indexer.store import Reference
 from trainer.heads import unit_length
 
 FIELDS = {
     *("id", "file", "verdict", "basis", "score", "false_alarm", "reason", "thresholds", "known", "heads"),
     *("generators", "unknown_generator", "novelty", "neighbours", "provenance", "image", "model", "index"),
-    *("calibration", "degraded", "timings_ms"),
+    *("calibration", "degraded", "recorded", "timings_ms"),
 }
 
 
@@ -168,6 +172,29 @@ def test_k_changes_what_is_shown_and_not_the_verdict(detector: Detector) -> None
     assert len(many.neighbours) == 120
 
 
+def test_only_what_is_shown_is_looked_up(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    named: list[tuple[int, ...]] = []
+    get_many, neighbours = detector.store.get_many, detector.follower.neighbours
+
+    def seen(ids: list[int], sha256: str | None = None) -> dict[int, Reference]:
+        asked.append(ids)
+        return get_many(ids, sha256)
+
+    def told(found: Neighbours) -> list[list[Neighbour]]:
+        named.append(found.ids.shape)
+        return neighbours(found)
+
+    monkeypatch.setattr(detector.store, "get_many", seen)
+    monkeypatch.setattr(detector.follower, "neighbours", told)
+    monkeypatch.setattr(follower, "depths", lambda k, reals, fakes: (k, 4 * k))  # of a lopsided reference set
+    verdict = judged(detector, query(), Question(explain=frozenset({"regions"})))
+    assert [len(ids) for ids in asked] == [10]
+    assert named == [(1, 5), (1, 5)]
+    assert {n.id for n in verdict.neighbours} == set(asked[0])
+    assert None not in {n.thumbnail for n in verdict.neighbours}
+
+
 def test_the_prior_moves_probabilities_only(detector: Detector) -> None:
     wary = Detector(detector.settings.model_copy(update={"prior": 0.9, "record": False})).load()
     wary.calibrate()
@@ -215,16 +242,20 @@ def test_regions_and_stability_come_when_asked_for(detector: Detector) -> None:
 
 
 def test_a_flip_makes_uncertain_where_the_operator_says_so(detector: Detector) -> None:
-    strict = with_settings(detector, flip_uncertain=True)
+    usual, strict = (with_settings(detector, flip_uncertain=flip, unknown=1.1) for flip in (False, True))
     explain = Question(explain=frozenset({"stability"}))
-    flipped = 0
+    flipped, unknown = 0, 0
     for seed in range(8):
-        usual = judged(detector, query(seed), explain)
-        careful = judged(strict, query(seed), explain)
-        assert usual.stability is not None
-        flipped += usual.stability.flips
-        assert careful.verdict == ("uncertain" if usual.stability.flips else usual.verdict)
+        first, careful = judged(usual, query(seed), explain), judged(strict, query(seed), explain)
+        assert first.stability is not None
+        flips = first.stability.flips
+        assert first.unknown_generator == (first.verdict == "fake")
+        assert careful.verdict == ("uncertain" if flips else first.verdict)
+        assert careful.unknown_generator == (careful.verdict == "fake")
+        flipped += flips
+        unknown += flips and first.unknown_generator
     assert flipped
+    assert unknown
 
 
 def test_a_detection_is_recorded_without_its_image(detector: Detector) -> None:
@@ -242,8 +273,10 @@ def test_a_detection_is_recorded_without_its_image(detector: Detector) -> None:
     assert "private" not in str(row)
     assert (row.sha256, row.file_bytes, row.width, row.height) == (verdict.image.sha256, len(upload.data), 64, 64)
     assert row.vector.shape == (48,)
-    quiet = with_settings(detector, record=False)
-    assert detector.store.get_detection(UUID(judged(quiet, query(41)).id)) is None
+    assert verdict.recorded
+    quiet = judged(with_settings(detector, record=False), query(41))
+    assert not quiet.recorded
+    assert detector.store.get_detection(UUID(quiet.id)) is None
 
 
 @pytest.mark.parametrize(
@@ -283,8 +316,8 @@ def test_while_the_database_is_away_memory_answers(detector: Detector, monkeypat
     for name in ("get_many", "record_detection"):
         monkeypatch.setattr(detector.store, name, away)
     verdict = judged(detector, query(50))
-    assert verdict.degraded
-    assert not usual.degraded
+    assert (verdict.degraded, verdict.recorded) == (True, False)
+    assert (usual.degraded, usual.recorded) == (False, True)
     assert (verdict.verdict, verdict.score) == (usual.verdict, usual.score)
     kept = ("id", "label", "generator", "source", "similarity", "weight")
     assert [[getattr(n, f) for f in kept] for n in verdict.neighbours] == [

@@ -173,7 +173,6 @@ function judged(item) {
     address: item.address,
     at: item.at,
     rates: { ...rates, false_alarm: own },
-    kept: item.whole,
     pending: !item.whole && !item.problem,
   };
   if (item.alone) return account(verdict, options);

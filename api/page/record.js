@@ -34,7 +34,7 @@ export async function show(id) {
         h("button", { type: "button", onclick: () => replay(id, today) }, "Judge again with today’s references"),
       ),
       today,
-      account(result, { address: addresses.get(id) ?? null, at, recorded: true }),
+      account(result, { address: addresses.get(id) ?? null, at, record: true }),
     );
   } catch (problem) {
     place.replaceChildren(problemBox(problem, () => show(id)));

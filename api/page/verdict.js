@@ -11,12 +11,11 @@ import { decimal, headline, labelWord, meaning, percent, rarity } from "./words.
  * The whole account of one image.
  *
  * `address` is a blob of the image or null, `rates` the error rates that the thresholds promise ({false_alarm, miss}),
- * `at` when it was judged, `recorded` whether this is a record already, `kept` whether there is a record, `pending`
- * whether regions and re-encoded copies are still being scored, and `level` that of its heading.
+ * `at` when it was judged, `record` whether this is shown from its record, `pending` whether regions and re-encoded
+ * copies are still being scored, and `level` that of its heading.
  */
 export function account(verdict, options = {}) {
-  const { address = null, rates = null, at = null, recorded = false, kept = true, pending = false } = options;
-  const { level = 2 } = options;
+  const { address = null, rates = null, at = null, record = false, pending = false, level = 2 } = options;
   const id = `verdict-${verdict.id}`;
   return h(
     "article",
@@ -40,7 +39,7 @@ export function account(verdict, options = {}) {
         scale(verdict),
         h("p", { class: "meaning" }, meaning(verdict, rates)),
         cautions(verdict),
-        pending ? coming() : actions(verdict, { recorded, kept: kept && !verdict.degraded }),
+        pending ? coming() : actions(verdict, record),
       ),
     ),
     evidence(verdict, at, level + 1),
@@ -51,13 +50,13 @@ function note(text) {
   return h("p", { class: "note" }, icon("problem"), h("span", {}, text));
 }
 
-/** In place of the buttons, which need the record. */
+/** In place of the buttons, most of which need the record. */
 function coming() {
   return h(
     "p",
     { class: "coming" },
     h("span", { class: "spinner", "aria-hidden": "true" }),
-    "Regions and re-encoded copies are still being scored. Then the verdict is recorded.",
+    "Regions and re-encoded copies are still being scored.",
   );
 }
 
@@ -141,17 +140,15 @@ function onlySimulated({ neighbours }) {
   return neighbours.length > 0 && neighbours.every(({ source }) => source === "simulated");
 }
 
-function actions(verdict, { recorded, kept }) {
-  const record = `#/record/${verdict.id}`;
+function actions(verdict, record) {
   const form = h("div", { class: "dispute" });
   return [
     h(
       "div",
       { class: "buttons" },
-      recorded || !kept ? null : h("a", { class: "button", href: record }, "Record"),
-      !kept
-        ? null
-        : h(
+      verdict.recorded && !record ? h("a", { class: "button", href: `#/record/${verdict.id}` }, "Record") : null,
+      verdict.recorded || record
+        ? h(
             "button",
             {
               type: "button",
@@ -159,7 +156,8 @@ function actions(verdict, { recorded, kept }) {
               onclick: (event) => dispute(event.currentTarget, form, verdict),
             },
             "This is wrong",
-          ),
+          )
+        : null,
       h("button", { type: "button", onclick: (event) => printOne(event.currentTarget.closest(".verdict")) }, "Print"),
       h("button", { type: "button", onclick: () => download(verdict, `lineup-${verdict.id}.json`) }, "JSON"),
     ),

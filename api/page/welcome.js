@@ -31,7 +31,7 @@ export const welcome = h(
     ),
   ),
   known,
-  h("p", { class: "hint" }, "Lineup keeps a fingerprint of the image and the verdict, never the image."),
+  h("p", { class: "hint" }, "Lineup keeps at most a fingerprint of the image and the verdict, never the image."),
 );
 
 /** Say what there is to compare with, from `/v1/status`. */
