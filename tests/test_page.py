@@ -331,6 +331,14 @@ def test_the_strictness_asked_for_is_sent_and_told(opens: Opens) -> None:
     expect(verdict.locator(".strip, .regions")).to_have_count(0)
 
 
+def test_without_records_the_page_offers_none(opens: Opens, populated: Settings) -> None:
+    with served(populated, record=False) as url:
+        verdict = judge(opens(url=url))
+        expect(verdict.get_by_role("button", name="Print")).to_be_visible()
+        for name in ("Record", "This is wrong"):
+            expect(verdict.get_by_text(name, exact=True)).to_have_count(0)
+
+
 # Search
 
 
@@ -427,6 +435,20 @@ def test_an_enrolment_is_undone_from_the_list_and_clashes_are_told(opens: Opens,
     row.get_by_role("button").click()
     page.get_by_role("dialog").get_by_role("button", name="Undo it").click()
     expect(view.get_by_role("row").filter(has_text="gen-d").filter(has_text="undone")).to_have_count(1)
+
+
+def test_enrolments_are_undone_together_only_where_this_page_sent_them_so(opens: Opens) -> None:
+    page = opens()
+    report = {"added": 3, "generators": {"gen-a": 3}}
+    rows = [
+        {"id": number, "at": f"2026-01-01T00:00:0{number}Z", "generator": "gen-a", "source": "feed"}
+        | {"references": 3, "report": report}
+        for number in (2, 1)
+    ]
+    page.route("**/v1/enrolments*", fulfilled(json.dumps({"enrolments": rows, "next": None})))
+    page.get_by_role("link", name="Generators", exact=True).click()
+    for number in (1, 2):
+        expect(page.get_by_role("button", name=f"Undo enrolment {number}", exact=True)).to_have_count(1)
 
 
 # Status

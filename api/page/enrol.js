@@ -2,7 +2,7 @@
 
 import { ask, Problem } from "./client.js";
 import { announce, h } from "./dom.js";
-import { effectBars, reportWords, undo } from "./enrolments.js";
+import { effectBars, ofOneFolder, reportWords, undo } from "./enrolments.js";
 import { intake, looksLikeImage } from "./intake.js";
 import { problemBox } from "./problems.js";
 import { bytes, plural } from "./words.js";
@@ -146,6 +146,7 @@ export function enrolment(view, onchange) {
       tell();
     }
     progress.hidden = true;
+    ofOneFolder(total.enrolments);
     files = trouble || stopped ? files.slice(done) : [];
     begin.disabled = files.length === 0;
     chosen.textContent = files.length ? `${plural(files.length, "image")} not sent yet.` : "No images chosen yet.";

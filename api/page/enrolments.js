@@ -33,15 +33,27 @@ export function effectOver(reports, name = null) {
   return { recall: pair("recall"), held: last.held, alarms: pair("alarms") };
 }
 
-/** The parts of one dropped folder follow each other at once: a request takes a minute at most. */
-const APART = 90_000;
+/** The first enrolment of each folder that this page sent in parts, by the number of each part. */
+const folders = new Map();
+
+/** Note the enrolments that one folder became, in order of time. */
+export function ofOneFolder(ids) {
+  for (const id of ids) folders.set(id, ids[0]);
+}
+
+/** Surely parts of one: what is undone together. */
+export const sentTogether = (later, one) => folders.has(one.id) && folders.get(one.id) === folders.get(later.ids[0]);
+
+/** Probably parts of one: nothing but a figure hangs on it. A request takes a minute at most. */
+export const oneAfterTheOther = (later, one) => new Date(later.at) - new Date(one.at) < 90_000;
 
 /**
- * Enrolments, newest first, with those that are parts of one put together: same origin, one right after the other.
+ * Enrolments, newest first, with those of the same origin that are parts of one put together.
  *
- * Each is {ids, at, what, source, added, references, reports}; ids and reports in order of time.
+ * Each is {ids, at, what, source, added, references, reports}; ids and reports in order of time. `parts` tells of a
+ * whole and the enrolment before it whether they belong together.
  */
-export function whole(enrolments) {
+export function whole(enrolments, parts) {
   const groups = [];
   for (const one of enrolments) {
     const what = one.generator ?? mixed(one.report);
@@ -62,7 +74,7 @@ export function whole(enrolments) {
       Boolean(later.references) === Boolean(one.references) &&
       later.reports.every(Boolean) &&
       one.report &&
-      new Date(later.at) - new Date(one.at) < APART;
+      parts(later, one);
     if (!together) groups.push(here);
     else {
       later.ids.unshift(one.id);

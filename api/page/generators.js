@@ -3,7 +3,7 @@
 import { ask } from "./client.js";
 import { announce, h, table } from "./dom.js";
 import { enrolment } from "./enrol.js";
-import { arrow, days, effectOver, undo, whole } from "./enrolments.js";
+import { arrow, days, effectOver, oneAfterTheOther, sentTogether, undo, whole } from "./enrolments.js";
 import { problemBox } from "./problems.js";
 import { count, ended, plural, when } from "./words.js";
 
@@ -42,7 +42,7 @@ async function load() {
     ]);
     form.offer(generators.map(({ name }) => name));
     place.replaceChildren(...[known(generators, enrolments, status.references.real)].flat());
-    history.replaceChildren(past(whole(enrolments)));
+    history.replaceChildren(past(whole(enrolments, sentTogether)));
   } catch (problem) {
     place.replaceChildren(problemBox(problem, load));
     history.replaceChildren();
@@ -67,7 +67,7 @@ function known(generators, enrolments, real) {
   const rows = generators.map((generator) => {
     const own = broughtBy(generator.name, enrolments);
     const [first, last] = days(own);
-    const [{ recall, alarms } = { recall: null, alarms: null }] = whole(own)
+    const [{ recall, alarms } = { recall: null, alarms: null }] = whole(own, oneAfterTheOther)
       .map(({ reports }) => effectOver(reports, generator.name))
       .filter((effect) => effect.recall);
     const details = [
