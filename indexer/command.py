@@ -65,9 +65,10 @@ def expected_failures() -> Iterator[None]:
             fail(f"the database refuses ({reason}): look at LINEUP_DATABASE_URL and the rights of its user")
         fail(f"the database cannot do that: {reason}")
     except ModuleNotFoundError as error:
-        if error.name not in TRAINING:
+        library = (error.name or "").partition(".")[0]
+        if library not in TRAINING:
             raise
-        fail(f"this command needs {error.name}, which is not installed: add the extra `train`")
+        fail(f"this command needs {library}, which is not installed: add the extra `train`")
     except (
         SettingsError,
         DatabaseUnreachable,
