@@ -204,7 +204,9 @@ class EmbeddedServer:
     def _last_words(self, error: Exception) -> str:
         """The end of the server's log where the server itself failed, else the error, on one line."""
         if isinstance(error, subprocess.SubprocessError):
-            with contextlib.suppress(OSError, IndexError):
+            with contextlib.suppress(OSError, IndexError, KeyError):
+                if os.getuid() == 0 and self.data.stat().st_uid == 0:  # copied by root: PostgreSQL never runs as root
+                    return "its files belong to root: give them to the user that ran it, chown -R pgserver"
                 return (self.data / "log").read_text(errors="replace").splitlines()[-1]
         return " ".join(str(error).split()) or type(error).__name__
 

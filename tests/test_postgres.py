@@ -183,6 +183,17 @@ def test_a_folder_that_is_something_else_is_left_alone(home: Path) -> None:
     assert (home / "postgres/mine.txt").read_text() == "keep"
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root's copies belong to root")
+def test_a_home_that_root_copied_says_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("indexer.embedded.FAILURE_SECONDS", 0)
+    EmbeddedServer(home).start()
+    EmbeddedServer(home).stop()
+    for path in [home / "postgres", *(home / "postgres").rglob("*")]:
+        shutil.chown(path, "root")
+    with pytest.raises(EmbeddedFailure, match="chown"):
+        EmbeddedServer(home).start()
+
+
 @pytest.mark.parametrize(
     "url",
     [
