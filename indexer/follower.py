@@ -151,7 +151,7 @@ class Follower:
             self._threads[-1].start()
 
     def stop(self) -> None:
-        """End the background threads; the snapshot is written where it is out of date."""
+        """End the background threads, also one that makes lists; the snapshot is written where it is out of date."""
         self._end.set()
         for thread in self._threads:
             thread.join()
@@ -306,7 +306,7 @@ class Follower:
                 revision, changed = self.revision, now
             quiet = now - changed >= QUIET
             try:
-                if quiet and outgrows and self.index.outgrow():
+                if quiet and outgrows and self.index.outgrow(self._end.is_set):
                     log.info("searching %s from now on, recall %.4f", self.index.kind, self.index.recall)
                     self._saved = None
             except Exception:  # for want of memory, say; searches go on as they were, and so must the snapshots

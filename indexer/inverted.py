@@ -21,6 +21,8 @@ QUERIES = 256
 """Stored vectors that recall is measured with."""
 TRAINING = 40
 """Vectors per list that the clustering learns from."""
+ROUNDS = 8
+"""Of the clustering."""
 
 
 class Inverted:
@@ -42,18 +44,23 @@ class Inverted:
         self._faiss.is_trained = True
 
     @classmethod
-    def trained(cls, n: int, sample: np.ndarray, seed: int = 0) -> Self:
+    def trained(cls, n: int, sample: np.ndarray, step: Callable[[], None] = lambda: None, seed: int = 0) -> Self:
         """Empty lists for about n vectors.
 
         Args:
             n: How many vectors there will be.
             sample: Some of them, unit length, shape (m, d), float32; `TRAINING` for each list are enough.
+            step: Called before each round of the clustering; what it raises ends that.
             seed: Of the clustering.
         """
         use_threads_for(len(sample) // 1_000)
-        clusters = faiss.Kmeans(sample.shape[1], lists_for(n), niter=8, spherical=True, seed=seed)
-        clusters.train(sample)
-        return cls(clusters.centroids)
+        centroids: Any = None  # the first are drawn
+        for _ in range(ROUNDS):  # one at a time, which gives the same centroids
+            step()
+            clusters = faiss.Kmeans(sample.shape[1], lists_for(n), niter=1, spherical=True, seed=seed)
+            clusters.train(sample, init_centroids=centroids)
+            centroids = clusters.centroids
+        return cls(centroids)
 
     def __len__(self) -> int:
         return int(self._faiss.ntotal)

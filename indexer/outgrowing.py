@@ -1,5 +1,8 @@
 """When a label has outgrown flat search: moving it to inverted lists, while searches and additions go on."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 
 from indexer.engines import Flat
@@ -16,45 +19,68 @@ BLOCK = 65_536
 """Rows that are copied under the lock at a time."""
 
 
-def outgrow(shelf: Shelf, lock: ReadWriteLock) -> bool:
+def outgrow(shelf: Shelf, lock: ReadWriteLock, ended: Callable[[], bool] = lambda: False) -> bool:
     """Give a label inverted lists once it is large, and tune them again as it grows; True where anything changed.
 
     Takes minutes for millions. A removal meanwhile ends it, to be tried again later.
+
+    Args:
+        shelf: The label.
+        lock: Of its index.
+        ended: Asked at each step; once it says so, nothing is changed.
     """
+
+    def step() -> None:
+        if ended():
+            raise _Abandoned
+
     engine = shelf.engine
-    if isinstance(engine, Inverted) and len(engine) > GROWN * engine.tuned_at:
-        with lock.read():
-            queries = np.concatenate([vectors[:1] for _, vectors in engine.blocks(BLOCK)])[:QUERIES].astype(np.float32)
-        engine.tune(queries, lock.read)
-        return True
-    if isinstance(engine, Flat) and len(engine) >= max(OUTGROWN, GROWN * shelf.kept_flat):
-        return _invert(shelf, engine, lock)
+    try:
+        if isinstance(engine, Inverted) and len(engine) > GROWN * engine.tuned_at:
+            return _tune(engine, lock, step)
+        if isinstance(engine, Flat) and len(engine) >= max(OUTGROWN, GROWN * shelf.kept_flat):
+            return _invert(shelf, engine, lock, step)
+    except _Abandoned:
+        pass
     return False
 
 
-class _RowsMoved(Exception):
-    """A removal has moved rows up: what was learnt of them is of others now."""
+class _Abandoned(Exception):
+    """The index is closed, or a removal has moved rows up: what was learnt of them is of others now."""
 
 
-def _invert(shelf: Shelf, flat: Flat, lock: ReadWriteLock) -> bool:
+def _tune(lists: Inverted, lock: ReadWriteLock, step: Callable[[], None]) -> bool:
+    def hold() -> AbstractContextManager[None]:
+        step()
+        return lock.read()
+
+    with lock.read():
+        queries = np.concatenate([vectors[:1] for _, vectors in lists.blocks(BLOCK)])[:QUERIES].astype(np.float32)
+    lists.tune(queries, hold)
+    return True
+
+
+def _invert(shelf: Shelf, flat: Flat, lock: ReadWriteLock, step: Callable[[], None]) -> bool:
     with lock.read():
         n, removals = len(flat), shelf.removals
 
     def take(rows: np.ndarray | slice) -> np.ndarray:
+        step()
         with lock.read():
             if shelf.removals != removals:
-                raise _RowsMoved
+                raise _Abandoned
             return flat.vectors()[rows].copy()
 
-    try:
-        some = np.random.default_rng(n).permutation(n)[: max(QUERIES, TRAINING * lists_for(n))]
-        sample = take(some).astype(np.float32)
-        lists = Inverted.trained(n, sample)
-        numbers = [lists.assign(take(slice(first, min(first + BLOCK, n)))) for first in range(0, n, BLOCK)]
-        lists.fill(np.concatenate(numbers), take)
-        lists.tune(sample[:QUERIES])
-    except _RowsMoved:
-        return False
+    def hold() -> AbstractContextManager[None]:
+        step()
+        return nullcontext()  # nobody else knows of the lists yet
+
+    some = np.random.default_rng(n).permutation(n)[: max(QUERIES, TRAINING * lists_for(n))]
+    sample = take(some).astype(np.float32)
+    lists = Inverted.trained(n, sample, step)
+    numbers = [lists.assign(take(slice(first, min(first + BLOCK, n)))) for first in range(0, n, BLOCK)]
+    lists.fill(np.concatenate(numbers), take)
+    lists.tune(sample[:QUERIES], hold)
     with lock.write():
         if shelf.removals != removals:
             return False

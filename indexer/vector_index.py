@@ -1,6 +1,6 @@
 """The vectors of one checkpoint in memory: nearest neighbours of each label by cosine similarity, exact by default."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -257,12 +257,15 @@ class VectorIndex:
                         flat.add(fill(np.empty((min(BLOCK, n - first), index.dim), np.float16)))
         return index, header["header"]
 
-    def outgrow(self) -> bool:
+    def outgrow(self, ended: Callable[[], bool] = lambda: False) -> bool:
         """Search labels that have outgrown flat search through inverted lists; True where anything changed.
 
         Minutes for millions, while searches and additions go on; a removal meanwhile ends it, to be tried again.
+
+        Args:
+            ended: Whether to leave it; asked again and again.
         """
-        return any([outgrow(shelf, self._lock) for shelf in self._shelves])  # noqa: C419 - both, not the first
+        return any([outgrow(shelf, self._lock, ended) for shelf in self._shelves])  # noqa: C419 - both, not the first
 
     def _parts_of(self, vectors: np.ndarray, k: int) -> list[tuple[int, np.ndarray]]:
         """Unit vectors in parts of `PART`, each with its first row; one part where there are none."""

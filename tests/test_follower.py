@@ -21,6 +21,7 @@ from indexer import follower as module
 from indexer import outgrowing
 from indexer.embedded import EmbeddedServer
 from indexer.follower import Follower
+from indexer.inverted import Inverted
 from indexer.settings import Settings
 from indexer.store import Additions, Store
 from indexer.vector_index import VectorIndex
@@ -428,7 +429,7 @@ def test_snapshots_go_on_where_lists_cannot_be_made(
     monkeypatch.setattr(module, "QUIET", 0.1)
     tried: list[int] = []
 
-    def fails(index: VectorIndex) -> bool:
+    def fails(index: VectorIndex, ended: Callable[[], bool]) -> bool:
         tried.append(len(index))
         raise MemoryError
 
@@ -463,6 +464,35 @@ def test_a_large_index_moves_to_lists_by_itself(
     again.load()
     assert (again.index.kind, again.index.recall) == ("ivf-fp16", follower.index.recall)
     assert_equal(again, store)
+
+
+@pytest.mark.parametrize("part", ["trained", "assign", "tune"])
+def test_stopping_does_not_wait_for_lists(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """The end that is set as a part of the work begins keeps its first step from being done."""
+    monkeypatch.setattr(module, "POLL", 0.05)
+    monkeypatch.setattr(module, "QUIET", 0.1)
+    monkeypatch.setattr(outgrowing, "OUTGROWN", 300)
+    monkeypatch.setattr(outgrowing, "BLOCK", 100)
+    directions = np.eye(DIM, dtype=np.float32)
+    add_all(store, [new(n, "gen-a", vector=20 * directions[n % DIM] + vector(n)) for n in range(500)])
+    follower = following(store, settings)
+    follower.load()
+    begun, done = [], getattr(Inverted, part)
+
+    def end_meanwhile(*arguments: Any) -> Any:
+        begun.append(part)
+        follower._end.set()
+        return done(*arguments)
+
+    monkeypatch.setattr(Inverted, part, end_meanwhile)
+    follower.start()
+    until(lambda: bool(begun))
+    follower.stop()
+    assert begun == [part]
+    assert follower.index.kind == "flat-fp16"
+    assert_equal(follower, store)
 
 
 def _snapshot_size(path: Path) -> int:

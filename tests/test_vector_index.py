@@ -395,9 +395,9 @@ def test_additions_while_lists_are_made_are_kept(monkeypatch: pytest.MonkeyPatch
     index.add(np.arange(2_000), clustered()[:2_000], ones, ones, ones)
     tune = Inverted.tune
 
-    def add_meanwhile(lists: Inverted, queries: np.ndarray) -> None:
+    def add_meanwhile(*arguments: Any) -> None:
         index.add(np.arange(2_000, 4_000), clustered()[2_000:], ones, ones, ones)
-        tune(lists, queries)
+        tune(*arguments)
 
     monkeypatch.setattr(Inverted, "tune", add_meanwhile)
     assert index.outgrow()
