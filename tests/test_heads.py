@@ -9,9 +9,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import OneClassSVM
 
+from trainer import refit
 from trainer.calibration_set import CalibrationSet
+from trainer.datasets import read_dataset, role
 from trainer.embedder import CheckpointError
 from trainer.heads import Heads, HeadsError, NearestHead, fit_heads, unit_length
+from trainer.transforms import Transform, unchanged
 
 DIM = 16
 
@@ -187,3 +190,37 @@ def test_missing_and_broken_calibration_sets_are_refused(folder: Path) -> None:
     (folder / "calibration.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="broken"):
         CalibrationSet.load(folder)
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """100 empty files of each of four generators, and 100 real ones."""
+    for folder in ("fake/gen-a", "fake/gen-b", "fake/gen-c", "fake/gen-d", "real"):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(100):
+            (tmp_path / folder / f"{number:02}.png").touch()
+    return tmp_path
+
+
+def test_heads_are_fitted_on_images_from_all_over_the_data_set(many: Path) -> None:
+    """30 of 400 fakes: the first of them are all of one generator."""
+    views = [Transform(name, unchanged) for name in ("plain", "augmented")]
+
+    def chosen() -> list[tuple[str, int, int]]:
+        work = [(entry, len(copies)) for entry, copies in refit._work(many, None, views, 119) if copies[0] in views]
+        return [(entry.key, entry.label, count) for entry, count in work]
+
+    found = chosen()
+    assert found == chosen()
+    assert [sum(count for _, of, count in found if of == label) for label in (0, 1)] == [59, 60]
+    assert {key.split("/")[1] for key, label, _ in found if label} == {"gen-a", "gen-b", "gen-c", "gen-d"}
+    order = [entry.key for entry in read_dataset(many)]
+    assert [order.index(key) for key, _, _ in found] == sorted(order.index(key) for key, _, _ in found)
+
+
+def test_calibration_images_come_from_all_over_the_data_set(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refit, "LIMIT", 20)
+    entries = [entry for entry, _ in refit._work(many, None, [Transform("plain", unchanged)], 0)]
+    assert {role(entry.group) for entry in entries} == {"calibration"}
+    assert sum(entry.label for entry in entries) == 10
+    assert len({entry.generator for entry in entries if entry.label}) > 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from hashlib import blake2b
+from heapq import heappush, heappushpop
 from pathlib import Path
 
 import numpy as np
@@ -109,15 +111,29 @@ def _work(
 ) -> Iterator[tuple[Entry, list[Transform]]]:
     """Entries with what they are embedded under; either label gets at most half of the images."""
     left = {0: images // 2, 1: images - images // 2}
-    held = {0: LIMIT // 2, 1: LIMIT // 2}
-    for entry in read_dataset(data, split=split):
-        if entry.split in FIT_FORBIDDEN_SPLITS:
-            continue
-        part = role(entry.group)
-        if part == "calibration" and held[entry.label] > 0:
-            held[entry.label] -= 1
+    most = {("training", label): -(-left[label] // len(copies)) for label in (0, 1)}
+    most |= {("calibration", label): LIMIT // 2 for label in (0, 1)}
+    for entry in _chosen(data, split, most):
+        if role(entry.group) == "calibration":
             yield entry, [Transform("none", unchanged)]
-        if part == "training" and left[entry.label] > 0:
+        else:
             chosen = copies[: left[entry.label]]
             left[entry.label] -= len(chosen)
             yield entry, chosen
+
+
+def _chosen(data: Path, split: str | None, most: dict[tuple[str, int], int]) -> list[Entry]:
+    """At most so many entries of each role and label, those whose hashes are lowest: generators come by their shares.
+
+    In the order of the data set, so that archives are read from front to back.
+    """
+    heaps: dict[tuple[str, int], list[tuple[int, int, Entry]]] = {key: [] for key in most}
+    for place, entry in enumerate(read_dataset(data, split=split)):
+        key = role(entry.group), entry.label
+        if entry.split in FIT_FORBIDDEN_SPLITS or not most.get(key):
+            continue
+        digest = blake2b(f"lineup heads {entry.key}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+        item = -int.from_bytes(digest, "big"), place, entry  # a heap gives up its least: the highest hash
+        (heappush if len(heaps[key]) < most[key] else heappushpop)(heaps[key], item)
+    kept = sorted((place, entry) for heap in heaps.values() for _, place, entry in heap)
+    return [entry for _, entry in kept]
