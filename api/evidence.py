@@ -15,7 +15,7 @@ from trainer.heads import Heads
 from trainer.vote import Votes, vote
 
 SAME = 0.9995
-"""Similarity from which on two images may be the same bytes: half precision and another engine cost less."""
+"""Similarity from which on two images may be the same bytes: half precision and engines cost under 0.0001."""
 
 
 @dataclass(frozen=True, slots=True)

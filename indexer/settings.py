@@ -28,7 +28,8 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where embeddings and searches are computed; `auto` takes a GPU where there is one."""
     engine: Literal["auto", "torch", "openvino", "openvino-f32"] = "auto"
-    """What embeds: `auto` is OpenVINO on a CPU where it fits, else torch; `openvino-f32` never rounds to bfloat16."""
+    """What embeds in serving and indexing: `auto`, which the trainer always takes, is OpenVINO on a CPU where it
+    fits, else torch; `openvino-f32` never rounds to bfloat16."""
     host: str = "127.0.0.1"
     """Address that `api serve` listens on; anything but loopback needs API keys."""
     port: int = Field(default=8000, ge=0, le=65535)

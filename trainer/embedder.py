@@ -2,7 +2,7 @@
 
 A checkpoint is a folder: `config.json` rebuilds backbone and preprocessing, `model.safetensors` holds the weights.
 Its id is a hash of weights and preprocessing, so two folders with one id give the same embeddings: on a GPU torch
-makes them, on a CPU OpenVINO, which needs no torch and is several times faster; they agree to a cosine of 0.999.
+makes them, on a CPU OpenVINO, which needs no torch and is several times faster; they agree to a cosine of 0.9999.
 """
 
 from __future__ import annotations
