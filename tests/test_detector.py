@@ -243,7 +243,7 @@ def test_regions_and_stability_come_when_asked_for(detector: Detector) -> None:
 
 def test_a_flip_makes_uncertain_where_the_operator_says_so(detector: Detector) -> None:
     usual, strict = (with_settings(detector, flip_uncertain=flip, unknown=1.1) for flip in (False, True))
-    explain = Question(explain=frozenset({"stability"}))
+    explain = Question(max_false_alarm=0.15, explain=frozenset({"stability"}))
     flipped, unknown = 0, 0
     for seed in range(8):
         first, careful = judged(usual, query(seed), explain), judged(strict, query(seed), explain)

@@ -184,6 +184,6 @@ function version(verdict, at) {
     ["Image", `${count(image.width)} × ${count(image.height)} ${image.format}`],
     ["SHA-256", h("code", {}, image.sha256)],
     ["Judged", at ? `${when(at)}, in ${Math.round(spent)} ms` : `in ${Math.round(spent)} ms`],
-    ["Record", h("code", {}, verdict.id)],
+    ["Verdict", h("code", {}, verdict.id)],
   ]);
 }
