@@ -110,7 +110,7 @@ def add(
                     report |= consequences(settings, follower, report["enrolment"])
                     store.finish_enrolment(report["enrolment"], report)
             active = store.active_checkpoint()
-        if report["rejected"] or report["conflicts"]:
+        if (report["rejected"] or report["conflicts"]) and not dry_run:
             report["report"] = str(write_report(settings.home, "add", report))
     if as_json:
         print(json.dumps(report))
@@ -235,7 +235,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Fixes transforms and bootstraps.")] = 0,
     output: Annotated[
         Path | None,
-        typer.Option(help="File to keep the result in; it is not measured again before index or checkpoint change."),
+        typer.Option(
+            help="File to keep the result in; nothing is measured again before data, index or checkpoint change."
+        ),
     ] = None,
     checkpoint: CheckpointFolder = None,
     device: Device = None,
@@ -253,7 +255,7 @@ def evaluate(
         embedder = Embedder.load(settings.checkpoint_folder, device=settings.device, engine=settings.engine)
         with opened(settings) as store, image_progress(console) as advance:
             follower = renew_snapshot(settings, store, embedder.id)
-            asked = question(settings, follower, data, split, seed)
+            asked = question(settings, follower, embedder, data, split, seed) if output else {}
             found = kept(output, asked) if output else None
             reused = found is not None
             if found is None:
@@ -264,7 +266,9 @@ def evaluate(
                 if output:
                     keep(output, asked, found)
     if reused:
-        console.print(f"reused {output}, measured with this checkpoint and these references", markup=False)
+        console.print(
+            f"reused {output}, measured with these images, this checkpoint and these references", markup=False
+        )
     for rejected in found.rejected:
         console.print(f"rejected {rejected.file}: {rejected.reason}", markup=False)
     if as_json:

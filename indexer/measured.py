@@ -3,27 +3,42 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from indexer.evaluate import Evaluation
 from indexer.follower import Follower
 from indexer.settings import Settings
+from trainer.calibration import METHOD
+from trainer.datasets import read_dataset
 from trainer.embedded_set import Rejected
+from trainer.embedder import Embedder
 from trainer.heads import Heads
 
 
-def question(settings: Settings, follower: Follower, data: Path, split: str, seed: int) -> dict[str, Any]:
-    """What an evaluation's figures depend on, but for the images' own bytes: two equal ones have one answer.
+def question(
+    settings: Settings, follower: Follower, embedder: Embedder, data: Path, split: str, seed: int
+) -> dict[str, Any]:
+    """What an evaluation's figures depend on: two equal ones have one answer.
+
+    Of the images it takes address, size and time of the last change, not their bytes.
 
     Raises:
         CheckpointError: The heads are missing or broken.
+        DatasetError: The data cannot be read.
     """
+    images = blake2b(digest_size=16)
+    for entry in read_dataset(data):
+        facts = (entry.uri, entry.size, entry.mtime, entry.label, entry.generator, entry.group, entry.split)
+        images.update(repr(facts).encode())
     return {
-        "data": str(data.resolve()),
+        "images": images.hexdigest(),
+        "method": METHOD,
         "split": split,
         "seed": seed,
         "checkpoint": follower.checkpoint_id,
+        "engine": embedder.engine,
         "heads": Heads.load(settings.checkpoint_folder).id,
         "store": str(follower.store.store_id()),
         "revision": follower.revision,

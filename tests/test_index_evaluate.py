@@ -1,9 +1,12 @@
 """The index's heads on a data set: the trainer's rows, without references that are the images themselves."""
 
 import json
+import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from indexer.__main__ import app
 from indexer.calibrate import recalibrate
 from indexer.evaluate import EvaluationError, evaluate, index_scores, verdict_shares
 from indexer.follower import Follower
+from indexer.measured import question
 from indexer.postgres import connect
 from indexer.settings import Settings
 from indexer.store import Store
@@ -103,8 +107,9 @@ def test_a_kept_evaluation_answers_its_own_question_only(
 ) -> None:
     for name in ("home", "database_url", "checkpoint"):
         monkeypatch.setenv(f"LINEUP_{name.upper()}", str(getattr(populated, name)))
-    file = tmp_path / "new" / "evaluation.json"
-    command = ["evaluate", "--data", str(image_folder), "--split", "test", "--output", str(file)]
+    data, file = tmp_path / "images", tmp_path / "new" / "evaluation.json"
+    shutil.copytree(image_folder, data)
+    command = ["evaluate", "--data", str(data), "--split", "test", "--output", str(file)]
     first = CliRunner().invoke(app, command)
     assert first.exit_code == 0, first.output
     written = file.read_text()
@@ -120,6 +125,33 @@ def test_a_kept_evaluation_answers_its_own_question_only(
         assert other.exit_code == 0, other.output
         assert "reused" not in other.stderr
         assert file.read_text() != written if change else file.read_text() == written
+
+
+def test_a_question_changes_with_images_engine_and_method(
+    populated: Settings,
+    follower: Follower,
+    embedder: Embedder,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = tmp_path / "images"
+    shutil.copytree(image_folder, data)
+
+    def asked(by: Embedder = embedder) -> dict[str, Any]:
+        return question(populated, follower, by, data, "test", 0)
+
+    first = asked()
+    assert asked() == first
+    seen = [first, asked(Embedder.load(embedder.folder, device="cpu", engine="torch"))]
+    changed = data / "real" / "000.jpg"
+    os.utime(changed, (1, 1))
+    seen.append(asked())
+    changed.unlink()
+    seen.append(asked())
+    monkeypatch.setattr("indexer.measured.METHOD", -1)
+    seen.append(asked())
+    assert len({json.dumps(one) for one in seen}) == len(seen) == 5
 
 
 def test_commands(populated: Settings, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
