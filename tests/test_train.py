@@ -22,7 +22,7 @@ from trainer.recipe import FitError, FitSettings, learning_rate
 from trainer.roles import read_roles
 from trainer.run import Processes, Run
 from trainer.state import RunState, state_folder
-from trainer.train import epoch_steps, fit, make_objective
+from trainer.train import epoch_steps, finishing_seconds, fit, make_objective
 from trainer.views import Views
 
 
@@ -265,6 +265,23 @@ def test_max_minutes_ends_the_schedule_with_a_usable_checkpoint(tiny: FitSetting
     assert float(last["progress"]) == 1.0
     assert float(last["learning_rate"]) < 1e-4
     assert Embedder.load(settings.output, device="cpu").dim == Heads.load(settings.output).dim == 48
+
+
+@pytest.mark.parametrize(("device", "slower"), [("cpu", 1), ("cuda", 3)])
+def test_time_kept_for_the_heads_follows_from_what_will_embed_them(
+    tiny: FitSettings, monkeypatch: pytest.MonkeyPatch, device: str, slower: int
+) -> None:
+    """A second per view here: OpenVINO takes no longer than the training, torch in float32 does."""
+    roles = read_roles(tiny)
+    views = Views(preprocess=tiny.preprocessing, local_size=tiny.local)
+    probe = Probe.of(roles["training"], roles["validation"], views, 0)
+    run = Run(tiny, Processes(), "cpu", make_objective(tiny, "cpu")[0], 1)
+    run.device = device
+    monkeypatch.setattr(Run, "embed", lambda *_: None)
+    clock = iter([0.0, float(len(probe.training[:128]))])
+    monkeypatch.setattr("trainer.train.time.monotonic", lambda: next(clock))
+    heads = min(3 * len(roles["training"]), tiny.head_images) + len(roles["calibration"]) + len(roles["validation"])
+    assert finishing_seconds(run, probe, roles) == 6 + len(probe) + slower * heads
 
 
 def one_update(settings: FitSettings) -> tuple[Run, dict[str, torch.Tensor]]:
