@@ -6,7 +6,7 @@ RUN := $(BIN)/python -m
 SERVE ?= 1
 # A real image set instead of the simulated one: `make demo DATA=/path/to/images`.
 DATA ?=
-RECORDS ?= 240
+RECORDS ?= 600
 MINUTES ?= 3
 
 ifeq ($(DATA),)
