@@ -105,7 +105,7 @@ function stability(verdict) {
           ? "real"
           : "uncertain";
   return [
-    h("p", { class: "lead" }, stabilityWords(verdict.stability)),
+    h("p", { class: "lead" }, stabilityWords(verdict)),
     h(
       "ul",
       { class: "strip" },

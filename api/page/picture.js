@@ -135,7 +135,7 @@ function fader(marks) {
       oninput: (event) => slide(Number(event.target.value)),
     }),
     output,
-    h("p", { class: "key" }, icon("fake"), " like generated ", icon("real"), " like real; paler is less sure"),
+    h("p", { class: "key" }, icon("fake"), " like generated ", icon("real"), " like real; paler is less sure. A region is less to judge by: no verdict."),
   );
 }
 
@@ -154,6 +154,6 @@ function regionTable(regions) {
     "details",
     { class: "region-list" },
     h("summary", {}, "Regions as a table"),
-    table("Score of each region", ["Region", "Pixels", "Score", "Says", "Nearest generator"], rows, { numeric: [2] }),
+    table("Score of each region", ["Region", "Pixels", "Score", "Leans to", "Nearest generator"], rows, { numeric: [2] }),
   );
 }

@@ -91,7 +91,8 @@ export function meaning(verdict, rates) {
   if (verdict.basis === "known") {
     const origin = verdict.known.label === "fake" ? "a generated image" : "a real image";
     const by = verdict.known.generator ? ` by ${verdict.known.generator}` : "";
-    return `This very file is in the reference set as ${origin}${by}. It did not vote for itself.`;
+    const alone = score === null ? "" : ` On its score alone Lineup would say “${scoreWord(score, thresholds)}”.`;
+    return `This very file is in the reference set as ${origin}${by}. It did not vote for itself.${alone}`;
   }
   if (score === null) return reason ? `No score: ${reason}.` : "No head could give a calibrated score.";
   if (verdict.verdict === "fake") {
@@ -115,6 +116,12 @@ export function meaning(verdict, rates) {
   return `${reason ? sentence(reason) : ""} Lineup says nothing rather than guess.`.trim();
 }
 
+/** What the score alone decides. */
+function scoreWord(score, { fake, real }) {
+  if (fake !== null && score >= fake) return labelWord("fake");
+  return labelWord(real !== null && score < real ? "real" : "uncertain");
+}
+
 function rate(share, of) {
   return share ? `at most ${oneIn(share)} ${of}` : `only a small share of ${of}`;
 }
@@ -132,7 +139,7 @@ export function variantName(name) {
 }
 
 /** Whether the verdict survives re-encoding. */
-export function stabilityWords(stability) {
+export function stabilityWords({ stability, basis }) {
   const tried = Object.values(stability.scores).length;
   const spread =
     stability.spread === null
@@ -140,6 +147,7 @@ export function stabilityWords(stability) {
       : stability.spread < 0.005
         ? " The scores hardly differ."
         : ` The scores differ by ${decimal(stability.spread)} at most.`;
+  if (basis === "known") return `A re-encoded copy is no longer the known file: its score decides.${spread}`;
   return stability.flips
     ? `The verdict changes under at least one of ${tried} re-encodings: treat it with care.${spread}`
     : `The verdict stays the same under all ${tried} re-encodings.${spread}`;
