@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
@@ -319,3 +321,25 @@ def test_weights_of_another_model_are_no_plain_vit(tiny_checkpoint: Path) -> Non
     for of, given, message in wrong:
         with pytest.raises(NotPlain, match=message):
             build_graph(of, given)
+
+
+DROPPED = """
+import gc, signal, sys, threading
+from pathlib import Path
+from PIL import Image
+from trainer.embedder import Embedder
+seen = []
+signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
+held = [Embedder.load(Path(sys.argv[1]), device="cpu", engine="openvino")]
+held[0].embed([Image.new("RGB", (40, 40))])
+thread = threading.Thread(target=lambda: (held.clear(), gc.collect()))
+thread.start()
+thread.join()
+signal.raise_signal(signal.SIGUSR1)
+print(seen)
+"""
+
+
+def test_signals_are_survived_after_an_embedder_is_dropped_in_another_thread(tiny_checkpoint: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", DROPPED, str(tiny_checkpoint)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[1]"), done.stderr

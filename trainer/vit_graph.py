@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -130,6 +131,18 @@ def resized(positions: np.ndarray, side: int) -> np.ndarray:
     return np.concatenate([positions[:, :1], patches], 1)
 
 
+@cache
+def _core() -> openvino.Core:
+    """One for the process, kept to its end.
+
+    A core gives the thread that makes it a signal stack, and takes the memory back when it goes, perhaps in another
+    thread: the next signal would then end the process.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class CompiledGraph:
     """A graph ready to run on the CPU. Threads may share it: each has inference requests of its own.
 
@@ -144,15 +157,13 @@ class CompiledGraph:
             graph: As `build_graph` makes it.
             precision: None for bf16 where the processor has it.
         """
-        import openvino
-
         # Threads bound to cores would wait there for the threads that decode.
         settings: dict[str, Any] = {"ENABLE_CPU_PINNING": False}
         if precision is not None:
             settings["INFERENCE_PRECISION_HINT"] = precision
         one = graph.clone()
         one.reshape([1, *list(graph.inputs[0].partial_shape)[1:]])  # a fixed shape is a third faster
-        core = openvino.Core()
+        core = _core()
         self._one = core.compile_model(one, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"})
         self._many = core.compile_model(graph, "CPU", settings | {"PERFORMANCE_HINT": "THROUGHPUT"})
         self._parts = int(self._many.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
