@@ -10,10 +10,14 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import numpy as np
 from PIL import Image, ImageFilter
+
+if TYPE_CHECKING:
+    from trainer.augmentations import Augmenter
 
 EQUALISED_QUALITY = 75
 """JPEG quality that both labels are recompressed at."""
@@ -47,11 +51,9 @@ def unchanged(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return image
 
 
-def augmented(image: Image.Image, rng: np.random.Generator, *, image_size: int) -> Image.Image:
+def augmented(image: Image.Image, rng: np.random.Generator, *, augmenter: Augmenter) -> Image.Image:
     """0 to 2 of the training's augmentations (the paper's "with transforms")."""
-    from trainer.augmentations import Augmenter
-
-    return Image.fromarray(np.ascontiguousarray(Augmenter(image_size=image_size)(np.asarray(image), rng)))
+    return Image.fromarray(np.ascontiguousarray(augmenter(np.asarray(image), rng)))
 
 
 def equalised(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -103,9 +105,11 @@ def basic(image_size: int) -> tuple[Transform, ...]:
     Args:
         image_size: Of the checkpoint; the augmentations that cut to a side in pixels scale with it.
     """
+    from trainer.augmentations import Augmenter  # here, before threads share the work: a failing import is one error
+
     return (
         Transform("none", unchanged),
-        Transform("transformed", partial(augmented, image_size=image_size)),
+        Transform("transformed", partial(augmented, augmenter=Augmenter(image_size=image_size))),
         Transform("equalised", equalised),
     )
 
