@@ -69,15 +69,20 @@ class Keys:
     _any: tuple[float, bool] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def remembered(self) -> bool | None:
+        """What `exist` answers without asking the database; None where it has to ask."""
+        known = self._any
+        return known[1] if known is not None and (known[1] or time.monotonic() - known[0] < FRESH) else None
+
     def exist(self) -> bool:
         """Whether any key was ever made. Revoked ones count: revoking the last key must not open the door.
 
         Raises:
             ApiError: not-ready, when the database is away and was never asked.
         """
+        if (remembered := self.remembered()) is not None:
+            return remembered
         now, known = time.monotonic(), self._any
-        if known is not None and (known[1] or now - known[0] < FRESH):
-            return known[1]
         try:
             self._any = (now, bool(self.patience.ask(self.store.list_keys)))
         except DATABASE_AWAY as error:

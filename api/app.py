@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -45,20 +45,23 @@ Id = Annotated[int, PathParameter(ge=1, le=2**63 - 1)]
 Name = Annotated[str, PathParameter(min_length=1, max_length=100, pattern=r"^[^\x00]*$")]
 
 
-def service_of(request: Request) -> Service:
+# Dependencies are coroutines though they wait for nothing: FastAPI runs plain functions in threads of its own.
+
+
+async def service_of(request: Request) -> Service:
     """The application's service."""
     return cast(Service, request.app.state.service)
 
 
-def detector_of(request: Request) -> Detector:
+async def detector_of(service: Annotated[Service, Depends(service_of)]) -> Detector:
     """The loaded detector; not-ready before."""
-    return service_of(request).detector
+    return service.detector
 
 
-def caller_with(*scopes: Scope) -> Callable[[Request], Caller]:
+def caller_with(*scopes: Scope) -> Callable[[Request], Awaitable[Caller]]:
     """A dependency: the caller, who holds one of these scopes."""
 
-    def caller(request: Request) -> Caller:
+    async def caller(request: Request) -> Caller:
         found: Caller = request.state.caller
         if not any(found.may(scope) for scope in scopes):
             raise ApiError("forbidden", f"this key needs the scope {' or '.join(scopes)}")

@@ -1,57 +1,60 @@
-"""One thread that computes for many callers, so that concurrent requests share a forward pass."""
+"""One thread that works for many callers, so that concurrent requests share a forward pass, a search, a transaction."""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
-import numpy as np
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class BatcherFull(RuntimeError):
-    """More rows wait than the batcher takes; try again shortly."""
+    """More images wait than the batcher takes; try again shortly."""
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    rows: np.ndarray
-    future: Future[np.ndarray] = field(default_factory=Future)
+class Job(Generic[Item, Result]):
+    item: Item
+    weight: int
+    future: Future[Result] = field(default_factory=Future)
 
 
-class Batcher:
-    """Collects stacks of rows from any thread and computes them together.
+class Batcher(Generic[Item, Result]):
+    """Collects items from any thread and works on them together.
 
     An idle batcher computes at once. Only after a batch of several callers, thus under load, does it wait for more,
     and never longer than `max_wait`: a lone request pays nothing, and no request pays more than the bound.
 
     Args:
-        compute: Rows (n, ...) -> results (n, d); each row's result must not depend on the others. Called from one
+        work: Items to their results, in the same order; no result may depend on the other items. Called from one
             thread only.
-        max_batch: Rows after which no further caller joins; a larger stack is computed alone, in parts.
+        max_batch: Weight from which on no further item joins; a heavier item is worked on alone.
         max_wait: Seconds to wait for more callers under load.
-        capacity: Once so many rows wait, `submit` refuses.
-        observe: Told the number of rows of each batch.
+        capacity: Once so much weight waits, `submit` refuses.
+        observe: Told the weight of each batch.
     """
 
     def __init__(
         self,
-        compute: Callable[[np.ndarray], np.ndarray],
+        work: Callable[[Sequence[Item]], Sequence[Result]],
         *,
         max_batch: int = 32,
         max_wait: float = 0.004,
         capacity: int = 512,
-        observe: Callable[[int], None] = lambda rows: None,
+        observe: Callable[[int], None] = lambda weight: None,
     ) -> None:
-        self._compute = compute
+        self._work = work
         self._max_batch = max_batch
         self._max_wait = max_wait
         self._capacity = capacity
         self._observe = observe
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job[Item, Result] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting = 0
         self._closed = False
@@ -60,22 +63,26 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Rows submitted and not yet answered."""
+        """Weight submitted and not yet answered."""
         return self._waiting
 
-    def submit(self, rows: np.ndarray) -> Future[np.ndarray]:
-        """Queue rows (n, ...); the future gives (n, d), or what `compute` raised.
+    def submit(self, item: Item, weight: int = 1) -> Future[Result]:
+        """Queue an item; the future gives its result, or what `work` raised.
+
+        Args:
+            item: What `work` gets.
+            weight: Images in it.
 
         Raises:
-            BatcherFull: Too many rows wait already, or the batcher is closed.
+            BatcherFull: Too many images wait already, or the batcher is closed.
         """
-        job = Job(rows)
+        job: Job[Item, Result] = Job(item, weight)
         with self._lock:
             if self._closed:
                 raise BatcherFull("the server is shutting down")
             if self._waiting >= self._capacity:
-                raise BatcherFull(f"{self._waiting} images wait for the model already; try again shortly")
-            self._waiting += len(rows)
+                raise BatcherFull(f"{self._waiting} images wait already; try again shortly")
+            self._waiting += weight
             self._jobs.put(job)
         return job.future
 
@@ -99,10 +106,12 @@ class Batcher:
             if last:
                 return
 
-    def _gather(self, first: Job, patience: float) -> tuple[list[Job], Job | None, bool]:
+    def _gather(
+        self, first: Job[Item, Result], patience: float
+    ) -> tuple[list[Job[Item, Result]], Job[Item, Result] | None, bool]:
         """The jobs of one batch, a job that did not fit any more, and whether the end of the queue was seen."""
-        batch, rows, deadline = [first], len(first.rows), time.monotonic() + patience
-        while rows < self._max_batch:
+        batch, weight, deadline = [first], first.weight, time.monotonic() + patience
+        while weight < self._max_batch:
             try:
                 wait = deadline - time.monotonic()
                 job = self._jobs.get(timeout=wait) if wait > 0 else self._jobs.get_nowait()
@@ -110,21 +119,18 @@ class Batcher:
                 break
             if job is None:
                 return batch, None, True
-            if rows + len(job.rows) > self._max_batch:
+            if weight + job.weight > self._max_batch:
                 return batch, job, False
             batch.append(job)
-            rows += len(job.rows)
+            weight += job.weight
         return batch, None, False
 
-    def _answer(self, batch: list[Job]) -> None:
-        rows = sum(len(job.rows) for job in batch)
+    def _answer(self, batch: list[Job[Item, Result]]) -> None:
         try:
             running = [job for job in batch if job.future.set_running_or_notify_cancel()]
             if running:
-                self._observe(sum(len(job.rows) for job in running))
-                results = self._compute(np.concatenate([job.rows for job in running]))
-                ends = np.cumsum([len(job.rows) for job in running])
-                for job, result in zip(running, np.split(results, ends[:-1]), strict=True):
+                self._observe(sum(job.weight for job in running))
+                for job, result in zip(running, self._work([job.item for job in running]), strict=True):
                     job.future.set_result(result)
         except Exception as error:  # the callers get it; the thread must live on
             for job in batch:
@@ -132,4 +138,4 @@ class Batcher:
                     job.future.set_exception(error)
         finally:
             with self._lock:
-                self._waiting -= rows
+                self._waiting -= sum(job.weight for job in batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,6 +21,7 @@ from api.schemas import LABELS, FailedFile, IndexFacts, Known, ModelFacts, Prove
 from api.uploads import Prepared, Question, Upload, prepare
 from indexer.follower import Follower
 from indexer.postgres import connect
+from indexer.references import Reference
 from indexer.settings import Settings
 from indexer.store import Detection as Record
 from indexer.store import Store
@@ -31,6 +32,25 @@ from trainer.heads import HEADS_FILE, Heads
 CHUNK = 16
 """Files that `detect` embeds together."""
 FLIPS = "the verdict flips under re-encoding or rescaling"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One image to be judged.
+
+    Attributes:
+        prepared: What `Detector.prepare` made.
+        embeddings: Of `prepared.pixels`, shape (1 + regions + variants, d), the plain view's first.
+        question: As given to `prepare`.
+        embed_ms: How long embedding took.
+        api_key_id: Who asks.
+    """
+
+    prepared: Prepared
+    embeddings: np.ndarray
+    question: Question = field(default_factory=Question)
+    embed_ms: float = 0.0
+    api_key_id: int | None = None
 
 
 @dataclass(slots=True)
@@ -106,30 +126,45 @@ class Detector:
         """
         return prepare(upload, question, self.embedder.preprocess, self.settings)
 
-    def judge(
-        self, prepared: Prepared, embeddings: np.ndarray, question: Question = Question(), embed_ms: float = 0.0
-    ) -> Verdict:
-        """The verdict on an image from the embeddings of its pixels.
+    def judge(self, cases: Sequence[Case]) -> list[Verdict]:
+        """The verdicts on images, whose searches and look-ups are made together.
 
         A `k` other than the setting changes the neighbours shown and the vote among them; score and verdict stay
         those of the k that was calibrated.
-
-        Args:
-            prepared: What `prepare` made.
-            embeddings: Of `prepared.pixels`, shape (1 + regions + variants, d).
-            question: As given to `prepare`.
-            embed_ms: How long embedding took.
         """
-        fitted, settings, sha256 = self.calibrator.current, self.settings, prepared.image.sha256
+        if not cases:
+            return []
+        fitted = self.calibrator.current
         index = self.index_facts  # before the search, which may see a little more
-        evidence, shown = self._search(embeddings, question, fitted)
-        rows = self.neighbourhood.rows(shown, sha256)
-        reference = next((row for row in (rows or {}).values() if row.sha256 == sha256), None)
+        every = np.concatenate([case.embeddings for case in cases])  # (n, d)
+        gathered = self._gather(every, self.settings.k, fitted)
+        evidence = gathered.split([len(case.embeddings) for case in cases])
+        shown = [self._shown(case, own, fitted) for case, own in zip(cases, evidence, strict=True)]
+        rows = self.neighbourhood.rows(shown, [case.prepared.image.sha256 for case in cases])
+        known = {row.sha256: row for row in (rows or {}).values()}
+        return [
+            self._judge(case, own, seen, rows, known.get(case.prepared.image.sha256), fitted, index)
+            for case, own, seen in zip(cases, evidence, shown, strict=True)
+        ]
+
+    def _judge(
+        self,
+        case: Case,
+        evidence: Evidence,
+        shown: Evidence,
+        rows: Mapping[int, Reference] | None,
+        reference: Reference | None,
+        fitted: Fitted | None,
+        index: IndexFacts,
+    ) -> Verdict:
+        """The verdict on one image; `reference` is the one that has its bytes."""
+        prepared, question, settings = case.prepared, case.question, self.settings
         # Unless the bytes can be compared, what looks just alike may be this very file.
         itself = evidence.twins if rows is None else [reference.id] if reference else []
         if itself:
-            evidence, shown = self._search(embeddings, question, fitted, itself)
-            rows = self.neighbourhood.rows(shown) if reference else None
+            evidence = self._gather(case.embeddings, settings.k, fitted, itself)
+            shown = self._shown(case, evidence, fitted, itself)
+            rows = self.neighbourhood.rows([shown]) if reference else None
         ruling = judgement.rule(evidence, fitted, self.calibrator.reason, settings, question.max_false_alarm)
         verdict = Verdict(
             id=str(uuid4()),
@@ -163,7 +198,8 @@ class Detector:
                 f"reference {itself[0]} may be this very file, and does not vote: no hash is compared while degraded"
             )
             verdict.reason = f"{verdict.reason}; {doubt}" if verdict.reason else doubt
-        times = {"decode": prepared.decode_ms, "embed": embed_ms, "search": shown.search_ms, "heads": shown.heads_ms}
+        times = {"decode": prepared.decode_ms, "embed": case.embed_ms}
+        times |= {"search": shown.search_ms, "heads": shown.heads_ms}
         verdict.timings_ms = {stage: round(value, 3) for stage, value in times.items()}
         return verdict
 
@@ -174,18 +210,12 @@ class Detector:
             prepared = [self._prepare_or_fail(upload, question) for upload in chunk]
             good = [item for item in prepared if isinstance(item, Prepared)]
             start = time.perf_counter()
-            embeddings = self.embedder.embed_pixels(np.concatenate([item.pixels for item in good])) if good else ()
+            embeddings = self.embedder.embed_stacks([item.pixels for item in good])
             share = 1000 * (time.perf_counter() - start) / max(1, len(good))
-            ends = np.cumsum([len(item.pixels) for item in good])
-            rows = iter(np.split(np.asarray(embeddings), ends[:-1]))
+            cases = [Case(item, own, question, share) for item, own in zip(good, embeddings, strict=True)]
+            verdicts = iter(self.answer(cases))
             for item in prepared:
-                if isinstance(item, FailedFile):
-                    yield item
-                    continue
-                vectors = next(rows)  # (1 + regions + variants, d)
-                verdict = self.judge(item, vectors, question, share)
-                self.record(verdict, item, vectors[0], question)
-                yield verdict
+                yield item if isinstance(item, FailedFile) else next(verdicts)
 
     def _prepare_or_fail(self, upload: Upload, question: Question) -> Prepared | FailedFile:
         try:
@@ -193,59 +223,40 @@ class Detector:
         except ApiError as error:
             return FailedFile(file=upload.file, error=error.problem())
 
-    def record(
-        self,
-        verdict: Verdict,
-        prepared: Prepared,
-        vector: np.ndarray,
-        question: Question = Question(),
-        api_key_id: int | None = None,
-    ) -> None:
-        """Keep a verdict where settings and database allow it; the verdict says whether, and that the database is away.
+    def answer(self, cases: Sequence[Case]) -> list[Verdict]:
+        """Judge images, and keep the verdicts where settings and database allow it.
 
-        Args:
-            verdict: As the caller gets it.
-            prepared: Of the image nothing is kept but hash, sizes and the regions' boxes: not what its metadata say.
-            vector: The plain view's raw embedding, shape (d,).
-            question: Kept beside the verdict, for a replay to ask the same.
-            api_key_id: Who asked.
+        Each verdict says whether it was kept, and that the database is away. Of an image nothing is kept but the plain
+        view's embedding, hash, sizes and the regions' boxes: not what its metadata say.
         """
-        if not (self.settings.record and question.record) or verdict.degraded:
-            return
-        image, verdict.recorded = prepared.image, True
-        record = Record(
-            id=UUID(verdict.id),
-            sha256=image.sha256,
-            file_bytes=prepared.file_bytes,
-            width=image.width,
-            height=image.height,
-            vector=vector,
-            result=verdict.model_copy(update={"provenance": Provenance()}).model_dump(mode="json")
-            | {"question": {"k": question.k, "max_false_alarm": question.max_false_alarm}},
-            checkpoint_id=verdict.model.checkpoint,
-            heads_id=verdict.model.heads,
-            revision=verdict.index.revision,
-            api_key_id=api_key_id,
-        )
-        try:
-            self.patience.ask(self.store.record_detection, record)
-        except DATABASE_AWAY:
-            verdict.degraded, verdict.recorded = True, False
+        verdicts = self.judge(cases)
+        kept = [
+            (verdict, case)
+            for verdict, case in zip(verdicts, cases, strict=True)
+            if self.settings.record and case.question.record and not verdict.degraded
+        ]
+        for verdict, _ in kept:
+            verdict.recorded = True
+        if kept:
+            try:
+                self.patience.ask(self.store.record_detections, [_record(verdict, case) for verdict, case in kept])
+            except DATABASE_AWAY:
+                for verdict, _ in kept:
+                    verdict.degraded, verdict.recorded = True, False
+        return verdicts
 
     @property
     def index_facts(self) -> IndexFacts:
         """What is searched."""
         return IndexFacts(revision=self.follower.revision, size=len(self.follower.index))
 
-    def _search(
-        self, embeddings: np.ndarray, question: Question, fitted: Fitted | None, exclude: Sequence[int] = ()
-    ) -> tuple[Evidence, Evidence]:
-        """Evidence of the calibrated k, and of the k asked for, where that is another one for the plain view only."""
-        calibration, k = fitted.calibration if fitted else None, self.settings.k
-        evidence = gather(embeddings, k, self.follower, self.heads, calibration, exclude)
-        if question.k is None or question.k == k:
-            return evidence, evidence
-        return evidence, gather(embeddings[:1], question.k, self.follower, self.heads, calibration, exclude)
+    def _gather(self, embeddings: np.ndarray, k: int, fitted: Fitted | None, exclude: Sequence[int] = ()) -> Evidence:
+        return gather(embeddings, k, self.follower, self.heads, fitted.calibration if fitted else None, exclude)
+
+    def _shown(self, case: Case, evidence: Evidence, fitted: Fitted | None, exclude: Sequence[int] = ()) -> Evidence:
+        """The evidence that is shown: for another k than the calibrated one it is gathered for the plain view alone."""
+        k = case.question.k
+        return evidence if k in (None, evidence.k) else self._gather(case.embeddings[:1], k, fitted, exclude)
 
     def _explain(self, verdict: Verdict, prepared: Prepared, evidence: Evidence) -> None:
         """Add regions and stability, whose embeddings follow the plain view's in the evidence."""
@@ -264,3 +275,21 @@ class Detector:
             verdict.stability = judgement.stability(prepared.variants, evidence.scores[ends:], verdict)
             if verdict.stability.flips and self.settings.flip_uncertain:
                 verdict.verdict, verdict.reason, verdict.unknown_generator = "uncertain", FLIPS, False
+
+
+def _record(verdict: Verdict, case: Case) -> Record:
+    image, question = verdict.image, case.question
+    return Record(
+        id=UUID(verdict.id),
+        sha256=image.sha256,
+        file_bytes=case.prepared.file_bytes,
+        width=image.width,
+        height=image.height,
+        vector=case.embeddings[0],  # (d,)
+        result=verdict.model_copy(update={"provenance": Provenance()}).model_dump(mode="json")
+        | {"question": {"k": question.k, "max_false_alarm": question.max_false_alarm}},  # for a replay to ask the same
+        checkpoint_id=verdict.model.checkpoint,
+        heads_id=verdict.model.heads,
+        revision=verdict.index.revision,
+        api_key_id=case.api_key_id,
+    )

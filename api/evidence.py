@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from trainer.calibration import Calibration
 from trainer.heads import Heads
 from trainer.vote import Votes, vote
 
+Arrays = TypeVar("Arrays", Neighbours, Votes)
 SAME = 0.9995
 """Similarity from which on two images may be the same bytes: half precision and engines cost under 0.0001."""
 
@@ -46,6 +48,26 @@ class Evidence:
         """References that cannot be told from the first image by their embeddings."""
         both = (self.real, self.fake)
         return [int(id) for near in both for id in near.ids[0, near.similarities[0] >= SAME]]
+
+    def split(self, lengths: Sequence[int]) -> list[Evidence]:
+        """The evidence of the first so many embeddings, of the next, and so on."""
+        ends = np.cumsum(lengths)
+        return [
+            replace(
+                self,
+                real=_rows(self.real, slice(end - length, end)),
+                fake=_rows(self.fake, slice(end - length, end)),
+                votes=_rows(self.votes, slice(end - length, end)),
+                logits={head: values[end - length : end] for head, values in self.logits.items()},
+                scores=self.scores[end - length : end],
+            )
+            for end, length in zip(ends, lengths, strict=True)
+        ]
+
+
+def _rows(arrays: Arrays, rows: slice) -> Arrays:
+    """Those rows of every array of a dataclass of arrays."""
+    return type(arrays)(*(getattr(arrays, column.name)[rows] for column in fields(arrays)))
 
 
 def gather(

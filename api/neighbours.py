@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from api.patience import DATABASE_AWAY, Patience
 from api.schemas import LABELS, Label, Neighbour
 from indexer.follower import Follower
 from indexer.follower import Neighbour as Nearby
-from indexer.neighbours import Neighbours
 from indexer.store import Reference, Store
 
 
@@ -25,20 +24,20 @@ class Neighbourhood:
     follower: Follower
     patience: Patience
 
-    def rows(self, evidence: Evidence, sha256: str | None = None) -> dict[int, Reference] | None:
-        """What Postgres says of the neighbours that `voters` shows, by id, and of the reference with these bytes.
+    def rows(self, evidence: Iterable[Evidence], hashes: Sequence[str] = ()) -> dict[int, Reference] | None:
+        """What Postgres says of the neighbours that `voters` shows, by id, and of the references with these bytes.
 
         None while it is away.
         """
-        ids = np.concatenate([_first(near, evidence.k).ids[0] for near in (evidence.real, evidence.fake)])  # (2 k,)
-        return self._rows(ids.tolist(), sha256)
+        ids = {int(id) for one in evidence for near in (one.real, one.fake) for id in near.ids[0, : one.k]}
+        return self._rows(ids - {-1}, hashes)
 
     def voters(self, evidence: Evidence, rows: Mapping[int, Reference]) -> list[Neighbour]:
         """Neighbours of the first embedding, both labels, nearest first, with what `rows` gave."""
         votes = evidence.votes
         found: list[tuple[Nearby, float]] = []
         for nearest, weights in ((evidence.real, votes.weights_real), (evidence.fake, votes.weights_fake)):
-            shown = self.follower.neighbours(_first(nearest, evidence.k))[0]
+            shown = self.follower.neighbours(nearest.first(evidence.k))[0]
             found += zip(shown, map(clip, weights[0]), strict=False)  # padding has weights, but is not shown
         return [_shown(near, weight, rows) for near, weight in sorted(found, key=lambda item: -item[0].similarity)]
 
@@ -70,23 +69,18 @@ class Neighbourhood:
             source=source,
         )[0]
         page = found[offset : offset + limit]
-        rows = self._rows([near.id for near in page]) or {}
+        rows = self._rows({near.id for near in page}) or {}
         return [_shown(near, None, rows) for near in page], offset + limit if len(found) > offset + limit else None
 
-    def _rows(self, ids: list[int], sha256: str | None = None) -> dict[int, Reference] | None:
+    def _rows(self, ids: Collection[int], hashes: Sequence[str] = ()) -> dict[int, Reference] | None:
         if self.follower.degraded:
             return None
-        if sha256 is None and not ids:
+        if not hashes and not ids:
             return {}
         try:
-            return self.patience.ask(self.store.get_many, ids, sha256)
+            return self.patience.ask(self.store.get_many, ids, hashes)
         except DATABASE_AWAY:
             return None
-
-
-def _first(nearest: Neighbours, k: int) -> Neighbours:
-    """The k nearest of the first embedding. Those further down vote unseen, as do the other embeddings'."""
-    return Neighbours(*(getattr(nearest, column.name)[:1, :k] for column in fields(nearest)))  # (1, k)
 
 
 def _shown(near: Nearby, weight: float | None, rows: Mapping[int, Reference]) -> Neighbour:

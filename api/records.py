@@ -9,7 +9,7 @@ from uuid import UUID
 import numpy as np
 
 from api.access import Caller
-from api.detector import FLIPS, Detector
+from api.detector import FLIPS, Case, Detector
 from api.problems import ApiError
 from api.regions import overlay
 from api.resources import Asked, Change, Detection, DetectionPage, DetectionSummary, Feedback, Replay
@@ -115,7 +115,8 @@ def replay(detector: Detector, row: store.Detection) -> Replay:
         provenance=before.provenance,
         decode_ms=0.0,
     )
-    after = detector.judge(prepared, row.vector[None], Question(asked.k, asked.max_false_alarm))  # (1, d)
+    case = Case(prepared, row.vector[None], Question(asked.k, asked.max_false_alarm))  # (1, d)
+    [after] = detector.judge([case])
     after.id = before.id
     if detector.settings.flip_uncertain and before.reason == FLIPS and after.basis == "score":
         after.verdict, after.reason, after.unknown_generator = "uncertain", FLIPS, False

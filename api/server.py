@@ -8,6 +8,7 @@ import math
 from socket import socket
 
 import uvicorn
+from threadpoolctl import threadpool_limits
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from api.app import create_app
@@ -78,4 +79,6 @@ def server(detector: Detector) -> Server:
 
 def run(detector: Detector) -> None:
     """Serve until SIGTERM or SIGINT."""
-    server(detector).run()
+    # Between the heads' small products further threads of the BLAS would wait on cores that have images to decode.
+    with threadpool_limits(1, "blas"):
+        server(detector).run()

@@ -14,15 +14,15 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 
 from api.access import Caller, Keys
-from api.batcher import Batcher, BatcherFull
-from api.detector import Detector
+from api.batcher import Batcher, BatcherFull, Item, Result
+from api.detector import Case, Detector
 from api.enrolment import Batch, enrol
 from api.metrics import Metrics
 from api.patience import DATABASE_AWAY
 from api.problems import ApiError
 from api.resources import Added
 from api.schemas import FailedFile, Hits, Label, Verdict
-from api.uploads import Prepared, Question, Upload
+from api.uploads import Question, Upload
 from indexer.postgres import DatabaseBehind
 from indexer.settings import Settings
 
@@ -60,7 +60,8 @@ class Service:
         self._judges = ThreadPoolExecutor(2 * (os.cpu_count() or 2), "judge")
         self._workers = ThreadPoolExecutor(DATABASE_THREADS, "work")
         self._keys: Keys
-        self._batcher: Batcher
+        self._embedding: Batcher[np.ndarray, np.ndarray]
+        self._judging: Batcher[Case, Verdict]
 
     @property
     def detector(self) -> Detector:
@@ -97,7 +98,8 @@ class Service:
         detector = self._detector
         self._keys = Keys(detector.store, detector.patience)
         self._keys.exist()
-        self._batcher = Batcher(detector.embedder.embed_pixels, observe=self.metrics.batch.observe)
+        self._embedding = Batcher(detector.embedder.embed_stacks, observe=self.metrics.batch.observe)
+        self._judging = Batcher(detector.answer, max_wait=0)
         detector.start()
         self._watch(detector)
         self._ready = True
@@ -120,7 +122,8 @@ class Service:
         was_ready, self._ready = self._ready, False
         self._decoders.shutdown(cancel_futures=True)
         if was_ready:
-            self._batcher.close()
+            self._embedding.close()
+            self._judging.close()
         self._judges.shutdown()
         self._workers.shutdown()
         if self._detector is not None:
@@ -133,7 +136,8 @@ class Service:
     async def keys_exist(self) -> bool:
         """See `Keys.exist`."""
         self.detector  # noqa: B018 - not ready before there are keys to ask
-        return await self._judge(self._keys.exist)
+        remembered = self._keys.remembered()  # a thread for what is known would cost more than all the rest of this
+        return await self._judge(self._keys.exist) if remembered is None else remembered
 
     async def authenticate(self, secret: str) -> Caller:
         """See `Keys.authenticate`."""
@@ -148,24 +152,11 @@ class Service:
             start = time.perf_counter()
             embeddings = await self._embed(prepared.pixels)
             waited = 1000 * (time.perf_counter() - start)
-            return await self._judge(self._finish, detector, prepared, embeddings, question, waited, caller)
+            return await self._join(self._judging, Case(prepared, embeddings, question, waited, caller.key_id), 1)
 
         results = await self._each(uploads, one, EXPLAINED_AT_ONCE if question.explain else AT_ONCE)
         self.metrics.judged(results, final=question.record)
         return results
-
-    @staticmethod
-    def _finish(
-        detector: Detector,
-        prepared: Prepared,
-        embeddings: np.ndarray,
-        question: Question,
-        waited: float,
-        caller: Caller,
-    ) -> Verdict:
-        verdict = detector.judge(prepared, embeddings, question, waited)
-        detector.record(verdict, prepared, embeddings[0], question, caller.key_id)
-        return verdict
 
     async def search(
         self,
@@ -224,15 +215,19 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._judges, lambda: work(*args, **kwargs))
 
     async def _embed(self, pixels: np.ndarray) -> np.ndarray:
+        return await self._join(self._embedding, pixels, len(pixels))
+
+    @staticmethod
+    async def _join(batcher: Batcher[Item, Result], item: Item, weight: int) -> Result:
         try:
-            return await asyncio.wrap_future(self._batcher.submit(pixels))
+            return await asyncio.wrap_future(batcher.submit(item, weight))
         except BatcherFull as error:
             raise ApiError("not-ready", str(error), retry_after=1) from error
 
     def _watch(self, detector: Detector) -> None:
         """Let the gauges read what they show when they are asked."""
         follower, calibrator, metrics = detector.follower, detector.calibrator, self.metrics
-        metrics.queue.set_function(lambda: self._batcher.waiting)
+        metrics.queue.set_function(lambda: self._embedding.waiting)
         metrics.revision.set_function(lambda: follower.revision)
         metrics.lag.set_function(lambda: follower.lag)
         metrics.degraded.set_function(lambda: float(follower.degraded))

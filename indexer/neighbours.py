@@ -34,6 +34,10 @@ class Neighbours:
             return parts[0]
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
+    def first(self, k: int) -> "Neighbours":
+        """The k nearest of the first query."""
+        return type(self)(*(getattr(self, field.name)[:1, :k] for field in fields(self)))  # (1, k)
+
     def merge(self, other: "Neighbours", k: int) -> "Neighbours":
         """The k nearest of both."""
         similarities = np.concatenate((self.similarities, other.similarities), axis=1)

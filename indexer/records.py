@@ -1,6 +1,6 @@
 """Verdicts as they were given, and the keys of those who may ask for them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -61,12 +61,17 @@ class ApiKey:
 class Records(Rows):
     """Detections and API keys."""
 
-    def record_detection(self, detection: Detection) -> None:
-        """Keep a verdict; `at` is set by the database."""
-        row = {name: getattr(detection, name) for name in Detection.__slots__ if name != "at"}
-        row["sha256"] = bytes.fromhex(detection.sha256)
-        row["vector"] = np.asarray(detection.vector, "<f4").tobytes()
-        self.transaction(lambda connection: connection.execute(insert(DetectionRow).values(row)))
+    def record_detections(self, detections: Sequence[Detection]) -> None:
+        """Keep verdicts, all or none; `at` is set by the database."""
+        rows = [
+            {name: getattr(detection, name) for name in Detection.__slots__ if name != "at"}
+            | {
+                "sha256": bytes.fromhex(detection.sha256),
+                "vector": np.asarray(detection.vector, "<f4").tobytes(),
+            }
+            for detection in detections
+        ]
+        self.transaction(lambda connection: connection.execute(insert(DetectionRow), rows))
 
     def get_detection(self, detection_id: UUID) -> Detection | None:
         """One verdict."""

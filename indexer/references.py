@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import ARRAY, ColumnElement, LargeBinary, Row, Select, Text, any_, func, literal, select
+from sqlalchemy import ARRAY, BigInteger, ColumnElement, LargeBinary, Row, Select, Text, any_, func, literal, select
 
 from indexer.rows import Rows
 from indexer.tables import BlockedHashRow, EmbeddingRow, GeneratorRow, ReferenceFileRow, ReferenceRow
@@ -82,11 +82,12 @@ class References(Rows):
         """One reference."""
         return self.get_many([image_id]).get(image_id)
 
-    def get_many(self, image_ids: Iterable[int], sha256: str | None = None) -> dict[int, Reference]:
-        """References by id, and the one with exactly these bytes; what is not known is left out."""
-        wanted: ColumnElement[bool] = ReferenceRow.id.in_([int(image_id) for image_id in image_ids])
-        if sha256 is not None:
-            wanted |= ReferenceRow.sha256 == bytes.fromhex(sha256)
+    def get_many(self, image_ids: Iterable[int], hashes: Sequence[str] = ()) -> dict[int, Reference]:
+        """References by id, and those of exactly these bytes (hexadecimal); what is not known is left out."""
+        ids = literal([int(image_id) for image_id in image_ids], ARRAY(BigInteger))
+        wanted: ColumnElement[bool] = ReferenceRow.id == any_(ids)
+        if hashes:
+            wanted |= ReferenceRow.sha256 == any_(_binary(hashes))
         return {reference.id: reference for reference in self._select(_references().where(wanted))}
 
     def find(self, sha256: str) -> Reference | None:
@@ -127,16 +128,14 @@ class References(Rows):
 
     def known_hashes(self, hashes: Sequence[str], checkpoint_id: str) -> dict[str, Known]:
         """Rows of these hashes (hexadecimal)."""
-        wanted = literal([bytes.fromhex(sha256) for sha256 in hashes], ARRAY(LargeBinary))
-        query = _known(checkpoint_id).where(ReferenceRow.sha256 == any_(wanted))
+        query = _known(checkpoint_id).where(ReferenceRow.sha256 == any_(_binary(hashes)))
         with self.engine.connect() as connection:
             rows = connection.execute(query).all()
         return {row.sha256.hex(): _as_known(row) for row in rows}
 
     def blocked_hashes(self, hashes: Sequence[str]) -> set[str]:
         """Those of these hashes (hexadecimal) that were removed for good."""
-        wanted = literal([bytes.fromhex(sha256) for sha256 in hashes], ARRAY(LargeBinary))
-        query = select(BlockedHashRow.sha256).where(BlockedHashRow.sha256 == any_(wanted))
+        query = select(BlockedHashRow.sha256).where(BlockedHashRow.sha256 == any_(_binary(hashes)))
         with self.engine.connect() as connection:
             return {sha256.hex() for sha256 in connection.scalars(query)}
 
@@ -162,9 +161,14 @@ class References(Rows):
         return self._select(query)
 
     def _select(self, query: Select[Any]) -> Sequence[Reference]:
-        with self.engine.connect() as connection:
+        # One statement needs no transaction, whose beginning and end are two more ways to the server and back.
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             rows = connection.execute(query).mappings().all()
         return [Reference(**{**row, "sha256": row["sha256"].hex()}) for row in rows]
+
+
+def _binary(hashes: Sequence[str]) -> ColumnElement[Any]:
+    return literal([bytes.fromhex(sha256) for sha256 in hashes], ARRAY(LargeBinary))
 
 
 def _references() -> Select[Any]:

@@ -143,7 +143,7 @@ def test_one_request_of_many_explained_images_does_not_fill_the_queue(
     populated: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with connected(populated) as client:
-        batcher = client.app.state.service._batcher  # type: ignore[attr-defined]
+        batcher = client.app.state.service._embedding  # type: ignore[attr-defined]
         compute, images = batcher._compute, files(*[png(1, size=32)] * 12)
         assert service.EXPLAINED_AT_ONCE * (1 + MOST_REGIONS + len(VARIANTS)) <= batcher._capacity / 2
         monkeypatch.setattr(batcher, "_capacity", 3 * 9)  # each image is itself, one region, and seven variants
@@ -374,7 +374,7 @@ def test_a_detection_by_another_checkpoint_is_not_replayed(client: TestClient) -
     assert row is not None
     other = uuid4()
     values = {name: getattr(row, name) for name in type(row).__slots__} | {"id": other, "checkpoint_id": "0" * 32}
-    store_of(client).record_detection(type(row)(**values))
+    store_of(client).record_detections([type(row)(**values)])
     assert "0" * 32 in problem(client.post(f"/v1/detections/{other}/replay"), 409, "conflict")["detail"]
 
 
@@ -744,7 +744,7 @@ def test_a_dead_database_degrades_detection_and_nothing_else(
         raise OperationalError("select", {}, Exception("connection refused"))
 
     monkeypatch.setattr(detector_of(client).patience, "pause", 0.0)
-    for name in ("get_many", "record_detection", "counts", "list", "list_keys"):
+    for name in ("get_many", "record_detections", "counts", "list", "list_keys"):
         monkeypatch.setattr(store_of(client), name, away)
     verdict = client.post("/v1/detect", files=files(png())).json()["results"][0]
     assert verdict["degraded"] is True
@@ -761,7 +761,7 @@ def test_a_dead_database_degrades_detection_and_nothing_else(
 def test_a_database_that_hangs_is_as_good_as_away(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = threading.Event()
     monkeypatch.setattr(detector_of(client).patience, "seconds", 0.1)
-    monkeypatch.setattr(store_of(client), "get_many", lambda ids, sha256: opened.wait(60))
+    monkeypatch.setattr(store_of(client), "get_many", lambda ids, hashes: opened.wait(60))
     first, second = (client.post("/v1/detect", files=files(png())).json()["results"][0] for _ in range(2))
     opened.set()
     monkeypatch.undo()

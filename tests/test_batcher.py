@@ -1,8 +1,8 @@
 """Concurrent callers share forward passes, get their own rows back, and wait no longer than promised."""
 
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,18 +11,18 @@ from api.batcher import Batcher, BatcherFull
 
 
 class Gate:
-    """Computes twice the input, noting batch sizes; the first call waits until it is opened."""
+    """Computes twice each stack, noting the rows of each call; the first call waits until it is opened."""
 
     def __init__(self) -> None:
         self.opened = threading.Event()
         self.entered = threading.Event()
         self.sizes: list[int] = []
 
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
-        self.sizes.append(len(rows))
+    def __call__(self, stacks: Sequence[np.ndarray]) -> list[np.ndarray]:
+        self.sizes.append(sum(map(len, stacks)))
         self.entered.set()
         assert self.opened.wait(10)
-        return rows * 2
+        return [stack * 2 for stack in stacks]
 
 
 @pytest.fixture
@@ -32,24 +32,27 @@ def gate() -> Iterator[Gate]:
     gate.opened.set()
 
 
-def rows(*values: float) -> np.ndarray:
-    return np.array(values)[:, None]  # (n, 1)
+Rows = Batcher[np.ndarray, np.ndarray]
+
+
+def submit(batcher: Rows, *values: float) -> Future[np.ndarray]:
+    return batcher.submit(np.array(values)[:, None], len(values))  # (n, 1)
 
 
 def test_a_lone_caller_is_computed_at_once(gate: Gate) -> None:
     gate.opened.set()
-    batcher = Batcher(gate, max_wait=60)
-    assert batcher.submit(rows(1, 2)).result(10).tolist() == [[2], [4]]
+    batcher: Rows = Batcher(gate, max_wait=60)
+    assert submit(batcher, 1, 2).result(10).tolist() == [[2], [4]]
     assert gate.sizes == [2]
     batcher.close()
 
 
 def test_what_waits_is_computed_together_and_each_gets_its_own(gate: Gate) -> None:
     seen: list[int] = []
-    batcher = Batcher(gate, max_batch=8, max_wait=0, observe=seen.append)
-    first = batcher.submit(rows(0))
+    batcher: Rows = Batcher(gate, max_batch=8, max_wait=0, observe=seen.append)
+    first = submit(batcher, 0)
     assert gate.entered.wait(10)
-    others = [batcher.submit(rows(i, -i)) for i in range(1, 4)]
+    others = [submit(batcher, i, -i) for i in range(1, 4)]
     assert batcher.waiting == 7
     gate.opened.set()
     assert first.result(10).tolist() == [[0]]
@@ -60,10 +63,10 @@ def test_what_waits_is_computed_together_and_each_gets_its_own(gate: Gate) -> No
 
 
 def test_a_batch_does_not_outgrow_its_limit_unless_one_caller_does(gate: Gate) -> None:
-    batcher = Batcher(gate, max_batch=4, max_wait=0)
-    first = batcher.submit(rows(0))
+    batcher: Rows = Batcher(gate, max_batch=4, max_wait=0)
+    first = submit(batcher, 0)
     assert gate.entered.wait(10)
-    futures = [batcher.submit(rows(*range(n))) for n in (3, 2, 9, 1)]
+    futures = [submit(batcher, *range(n)) for n in (3, 2, 9, 1)]
     gate.opened.set()
     assert [len(future.result(10)) for future in [first, *futures]] == [1, 3, 2, 9, 1]
     batcher.close()
@@ -71,34 +74,34 @@ def test_a_batch_does_not_outgrow_its_limit_unless_one_caller_does(gate: Gate) -
 
 
 def test_full_and_closed_are_refused(gate: Gate) -> None:
-    batcher = Batcher(gate, capacity=2, max_wait=0)
-    waiting = [batcher.submit(rows(1)), batcher.submit(rows(2))]
+    batcher: Rows = Batcher(gate, capacity=2, max_wait=0)
+    waiting = [submit(batcher, 1), submit(batcher, 2)]
     with pytest.raises(BatcherFull, match="2 images wait"):
-        batcher.submit(rows(3))
+        submit(batcher, 3)
     gate.opened.set()
     batcher.close()
     assert [future.result(0).tolist() for future in waiting] == [[[2]], [[4]]]
     with pytest.raises(BatcherFull, match="shutting down"):
-        batcher.submit(rows(1))
+        submit(batcher, 1)
 
 
 def test_a_failure_reaches_its_callers_and_the_thread_lives_on() -> None:
-    def compute(rows: np.ndarray) -> np.ndarray:
-        if rows.max() > 9:
+    def compute(stacks: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        if max(stack.max() for stack in stacks) > 9:
             raise MemoryError("too much")
-        return rows
+        return stacks
 
-    batcher = Batcher(compute)
+    batcher: Rows = Batcher(compute)
     with pytest.raises(MemoryError, match="too much"):
-        batcher.submit(rows(10)).result(10)
-    assert batcher.submit(rows(1)).result(10).tolist() == [[1]]
+        submit(batcher, 10).result(10)
+    assert submit(batcher, 1).result(10).tolist() == [[1]]
     assert batcher.waiting == 0
     batcher.close()
 
 
 def test_many_threads_lose_and_mix_nothing() -> None:
-    batcher = Batcher(lambda rows: rows + 1, max_batch=5)
+    batcher: Rows = Batcher(lambda stacks: [stack + 1 for stack in stacks], max_batch=5)
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda i: batcher.submit(rows(i, 1000 + i)).result(10).tolist(), range(200)))
+        answers = list(pool.map(lambda i: submit(batcher, i, 1000 + i).result(10).tolist(), range(200)))
     batcher.close()
     assert answers == [[[i + 1], [1001 + i]] for i in range(200)]

@@ -2,7 +2,8 @@
 
 import copy
 import io
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from uuid import UUID
 
@@ -12,7 +13,8 @@ from conftest import small_image
 from PIL import Image, PngImagePlugin
 from sqlalchemy.exc import OperationalError
 
-from api.detector import Detector
+from api import records
+from api.detector import Case, Detector
 from api.problems import ApiError
 from api.regions import VARIANTS
 from api.schemas import FailedFile, Provenance, Verdict
@@ -173,13 +175,13 @@ def test_k_changes_what_is_shown_and_not_the_verdict(detector: Detector) -> None
 
 
 def test_only_what_is_shown_is_looked_up(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[int]] = []
+    asked: list[set[int]] = []
     named: list[tuple[int, ...]] = []
     get_many, neighbours = detector.store.get_many, detector.follower.neighbours
 
-    def seen(ids: list[int], sha256: str | None = None) -> dict[int, Reference]:
+    def seen(ids: set[int], hashes: Sequence[str] = ()) -> dict[int, Reference]:
         asked.append(ids)
-        return get_many(ids, sha256)
+        return get_many(ids, hashes)
 
     def told(found: Neighbours) -> list[list[Neighbour]]:
         named.append(found.ids.shape)
@@ -191,7 +193,7 @@ def test_only_what_is_shown_is_looked_up(detector: Detector, monkeypatch: pytest
     verdict = judged(detector, query(), Question(explain=frozenset({"regions"})))
     assert [len(ids) for ids in asked] == [10]
     assert named == [(1, 5), (1, 5)]
-    assert {n.id for n in verdict.neighbours} == set(asked[0])
+    assert {n.id for n in verdict.neighbours} == asked[0]
     assert None not in {n.thumbnail for n in verdict.neighbours}
 
 
@@ -220,9 +222,33 @@ def test_an_answer_does_not_depend_on_its_batch(detector: Detector) -> None:
     for item, vector in zip(prepared, together, strict=True):
         alone = detector.embedder.embed_pixels(item.pixels)[0]
         assert float(unit_length(alone[None])[0] @ unit_length(vector[None])[0]) > 0.9999
-        first, second = (detector.judge(item, v[None]) for v in (alone, vector))
+        first, second = detector.judge([Case(item, v[None]) for v in (alone, vector)])
         assert first.score == pytest.approx(second.score, abs=1e-3)
         assert [n.id for n in first.neighbours[:3]] == [n.id for n in second.neighbours[:3]]
+
+
+def test_cases_judged_together_are_judged_as_each_alone(detector: Detector) -> None:
+    known = Upload("known.png", png(small_image(1, False)))
+    asked = [
+        (query(1), Question()),
+        (query(2, size=80), Question(explain=frozenset({"regions", "stability"}))),
+        (known, Question(k=3)),
+        (query(3), Question(k=9, max_false_alarm=0.4)),
+    ]
+    prepared = [detector.prepare(*one) for one in asked]
+    embeddings = detector.embedder.embed_stacks([item.pixels for item in prepared])
+    cases = [Case(*one) for one in zip(prepared, embeddings, [question for _, question in asked], strict=True)]
+    together, alone = detector.judge(cases), [detector.judge([case])[0] for case in cases]
+    assert [verdict.basis for verdict in together] == ["score", "score", "known", "score"]
+    assert [len(verdict.neighbours) for verdict in together] == [10, 10, 6, 18]
+    for one, other in zip(together, alone, strict=True):
+        assert [n.id for n in one.neighbours] == [n.id for n in other.neighbours]
+        assert records.changes(one, other) == []
+        for name in ("regions", "stability"):
+            first, second = (verdict.model_dump().get(name) for verdict in (one, other))
+            assert (first is None) == (name not in cases[together.index(one)].question.explain)
+            assert json.dumps(second) == json.dumps(first)
+    assert detector.judge([]) == []
 
 
 def test_regions_and_stability_come_when_asked_for(detector: Detector) -> None:
@@ -313,7 +339,7 @@ def test_while_the_database_is_away_memory_answers(detector: Detector, monkeypat
         raise OperationalError("select", {}, Exception("connection refused"))
 
     monkeypatch.setattr(detector.patience, "pause", 0.0)
-    for name in ("get_many", "record_detection"):
+    for name in ("get_many", "record_detections"):
         monkeypatch.setattr(detector.store, name, away)
     verdict = judged(detector, query(50))
     assert (verdict.degraded, verdict.recorded) == (True, False)

@@ -366,7 +366,7 @@ def test_detections(store: Store) -> None:
         for n in range(3)
     ]
     for detection in given:
-        store.record_detection(detection)
+        store.record_detections([detection])
     got = store.get_detection(given[0].id)
     assert got is not None
     np.testing.assert_array_equal(got.vector, vector)

@@ -295,6 +295,11 @@ class Embedder:
         embeddings = [self.forward(chunk) for chunk in chunks]
         return np.concatenate(embeddings) if embeddings else np.empty((0, self.dim), np.float32)  # (n, d)
 
+    def embed_stacks(self, stacks: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Embeddings of several stacks of preprocessed images, each (n, 3, s, s), in one pass: each (n, d), float32."""
+        ends = np.cumsum([len(stack) for stack in stacks])
+        return np.split(self.embed_pixels(np.concatenate(stacks)), ends[:-1]) if stacks else []
+
 
 def _start(
     engine: str, device: str, config: CheckpointConfig, weights: Mapping[str, np.ndarray], folder: Path
