@@ -24,6 +24,7 @@ from api.uploads import Upload
 from indexer.settings import read_settings
 from trainer.datasets import read_dataset
 from trainer.embedder import Embedder, load_backbone, read_config, read_weights, save_checkpoint
+from trainer.runtimes import export_onnx
 
 BATCHES = (1, 8, 32)
 BASELINE = "torch"
@@ -37,7 +38,7 @@ def main(
     sizes: Annotated[str, typer.Option(help="Sides in pixels, a comma list.")] = "112,224",
     rounds: Annotated[int, typer.Option(help="Timed turns of every engine.")] = 5,
     seconds: Annotated[float, typer.Option(help="Of one turn.")] = 0.5,
-    compiled: Annotated[bool, typer.Option(help="Time torch.compile too; it needs a C++ compiler.")] = False,
+    others: Annotated[bool, typer.Option(help="ONNX Runtime and torch.compile too (it needs a C++ compiler).")] = False,
 ) -> None:
     """Print one Markdown table."""
     if data is not None:
@@ -47,10 +48,10 @@ def main(
     print("| pixels | engine | cosine to torch |" + "".join(f" batch {n} | ratio |" for n in BATCHES))
     print("|---:|---|---:|" + "---:|" * 2 * len(BATCHES))
     for size in sizes.split(","):
-        speed(checkpoint, int(size), rounds, seconds, compiled)
+        speed(checkpoint, int(size), rounds, seconds, others)
 
 
-def speed(checkpoint: Path, size: int, rounds: int, seconds: float, compiled: bool) -> None:
+def speed(checkpoint: Path, size: int, rounds: int, seconds: float, others: bool) -> None:
     """Rows for one input size: median rates of turns that all engines take alternately."""
     config = read_config(checkpoint)
     config = replace(config, image_size=size, preprocess=replace(config.preprocess, image_size=size))
@@ -62,8 +63,9 @@ def speed(checkpoint: Path, size: int, rounds: int, seconds: float, compiled: bo
         backbone = load_backbone(folder)
         engines: dict[str, Forward] = {"torch": Embedder.load(folder, device="cpu", engine="torch").forward}
         engines["torch, bfloat16"] = rounding(backbone)
-        if compiled:
-            engines["torch.compile, bfloat16"] = rounding(torch.compile(backbone))
+        if others:
+            engines["torch.compile, bfloat16"] = rounding(torch.compile(backbone, dynamic=False))
+            engines["ONNX Runtime"] = onnx_runtime(folder)
         for engine in ("openvino-f32", "openvino"):
             embedder = Embedder.load(folder, device="cpu", engine=engine)
             engines[embedder.engine] = embedder.forward
@@ -85,6 +87,20 @@ def rounding(backbone: Callable[[torch.Tensor], torch.Tensor]) -> Forward:
     def forward(pixels: np.ndarray) -> np.ndarray:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             embeddings: np.ndarray = backbone(torch.from_numpy(pixels)).float().numpy()
+        return embeddings
+
+    return forward
+
+
+def onnx_runtime(checkpoint: Path) -> Forward:
+    """ONNX Runtime on the exported checkpoint, in float32: its processor kernels have no bfloat16."""
+    from onnxruntime import InferenceSession
+
+    export_onnx(checkpoint, checkpoint / "onnx")
+    session = InferenceSession(checkpoint / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+
+    def forward(pixels: np.ndarray) -> np.ndarray:
+        embeddings: np.ndarray = session.run(None, {"pixels": pixels})[0]
         return embeddings
 
     return forward

@@ -53,13 +53,15 @@ def blocks(n: int, seed: int) -> Iterator[tuple[int, np.ndarray]]:
 def turns(searches: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
     """Seconds of each search in each round, after one round that does not count.
 
-    The order changes, and a turn is the best of three calls: the one before leaves its caches and waiting threads.
+    The order changes, and a turn is the best of three calls, after a pause: the one before leaves its caches, and
+    threads (OpenBLAS's) that spin on the cores for some 30 ms in wait of more work.
     """
     seconds: dict[str, list[float]] = {name: [] for name in searches}
     rng = np.random.default_rng(0)
     for _ in range(rounds + 1):
         for name in rng.permutation(list(searches)).tolist():
             calls = []
+            time.sleep(0.05)
             for _ in range(3):
                 start = time.perf_counter()
                 searches[name]()
