@@ -1,6 +1,6 @@
 """Speed of the view pipeline and of the training step, against a re-enactment of the reference pipeline.
 
-    python -m benchmarks.training [--image-size 224] [--local-size 96] [--records 32] [--device cpu]
+    python -m benchmarks.training [--image-size 224] [--local-size 96] [--records 32] [--device cpu] [--compile]
 
 Both sides get the same decoded images and take turns in one run, so the ratios hold on a machine that is not idle.
 """
@@ -88,21 +88,31 @@ def time_views(settings: FitSettings, images: list[Pixels], rounds: int) -> dict
     return {name: 4 * len(images) / value for name, value in seconds.items()}
 
 
-def time_steps(settings: FitSettings, device: str, rounds: int) -> dict[str, float]:
-    """Records per second of a training step: forward, loss, backward, update; views are at hand."""
+def time_steps(settings: FitSettings, device: str, rounds: int, compiled: bool) -> dict[str, float]:
+    """Records per second of a training step: forward, loss, backward, update; views are at hand.
+
+    `compiled` times ours once more with the backbone through torch.compile.
+    """
     records = settings.batch_size
     generator = torch.Generator().manual_seed(0)
     size, local_size = settings.image_size, settings.local
     whole = torch.randint(0, 256, (records, 3, 2, size, size, 3), generator=generator, dtype=torch.uint8)
     local = torch.randint(0, 256, (records, 2, local_size, local_size, 3), generator=generator, dtype=torch.uint8)
-    run = Run(settings, Processes(), device, make_objective(settings, device)[0], 1)
     backbone, optimiser, scaler = reference_model(settings, device)
     wholes = (whole.permute(1, 2, 0, 5, 3, 4).flatten(0, 2).float() / 255).to(device)  # (3 * 2 * n, 3, s, s)
     locals_ = (local.permute(1, 0, 4, 2, 3).flatten(0, 1).float() / 255).to(device)  # (2 * n, 3, l, l)
 
-    def fast() -> None:
-        torch.set_num_threads(1 if run.slices else torch.get_num_threads())
-        run.step((whole, local, []), torch.Generator().manual_seed(0), 1e-5)
+    def ours(compiled: bool) -> Callable[[], None]:
+        objective: Objective = make_objective(settings, device)[0]
+        if compiled:
+            objective.backbone.compile(dynamic=False)
+        run = Run(settings, Processes(), device, objective, 1)
+
+        def step() -> None:
+            torch.set_num_threads(1 if run.slices else torch.get_num_threads())
+            run.step((whole, local, []), torch.Generator().manual_seed(0), 1e-5)
+
+        return step
 
     def slow() -> None:
         torch.set_num_threads(os.cpu_count() or 1)
@@ -117,7 +127,8 @@ def time_steps(settings: FitSettings, device: str, rounds: int) -> dict[str, flo
         scaler.update()
         loss.item()
 
-    seconds = best_of(rounds, {"lineup": fast, "reference": slow}, time.perf_counter)
+    sides = {"lineup": ours(False)} | ({"lineup, compiled": ours(True)} if compiled else {}) | {"reference": slow}
+    seconds = best_of(rounds, sides, time.perf_counter)
     return {name: records / value for name, value in seconds.items()}
 
 
@@ -141,6 +152,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile too; on a CPU it needs a compiler")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     cv2.setNumThreads(1)
@@ -153,7 +165,7 @@ def main() -> None:
     )
     tables = {
         "views/s per core": time_views(settings, source_images(asked.images), asked.rounds),
-        "training records/s": time_steps(settings, asked.device, asked.rounds),
+        "training records/s": time_steps(settings, asked.device, asked.rounds, asked.compile),
     }
     views, steps = tables.values()
     cores = os.cpu_count() or 1
