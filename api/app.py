@@ -103,8 +103,8 @@ def found(value: T | None, what: str) -> T:
     return value
 
 
-class WebP(Response):
-    media_type = "image/webp"
+class Jpeg(Response):
+    media_type = "image/jpeg"
 
 
 class Png(Response):
@@ -187,11 +187,11 @@ async def get_reference(service: Served, detector: Loaded, caller: Reading, id: 
     return catalogue.reference_image(found(await service.run(detector.store.get, id), f"reference {id}"))
 
 
-@router.get("/references/{id}/thumbnail", tags=["references"], responses=documented("not-found"), response_class=WebP)
+@router.get("/references/{id}/thumbnail", tags=["references"], responses=documented("not-found"), response_class=Jpeg)
 async def get_thumbnail(service: Served, detector: Loaded, caller: Reading, id: Id) -> Response:
     """A reference image, its longest side at most 256 pixels."""
     data = found(await service.run(detector.store.thumbnail, id), f"reference {id}")
-    return WebP(data, headers={"cache-control": "private, max-age=86400"})
+    return Jpeg(data, headers={"cache-control": "private, max-age=86400"})
 
 
 @router.delete("/references/{id}", tags=["references"], responses=documented("not-found"))

@@ -123,7 +123,7 @@ class Neighbour(Model):
     weight: Unit | None = None
     """Its part of the vote; 0 for one that is shown but does not vote, null in a search."""
     thumbnail: str | None = None
-    """Path of a small WebP, null while the database is away."""
+    """Path of a small JPEG, null while the database is away."""
     uri: str | None = None
     attributes: dict[str, Any] = {}
 

@@ -72,7 +72,7 @@ class NewReference(ImageFacts):
     """An image with its embedding, ready to be stored; a generator that is new is created.
 
     Attributes:
-        thumbnail: WebP.
+        thumbnail: JPEG.
         vector: Raw embedding, shape (d,), float32.
         data: The file itself, to be kept (uploads).
     """

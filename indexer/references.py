@@ -96,7 +96,7 @@ class References(Rows):
         return next(iter(self._select(query)), None)
 
     def thumbnail(self, image_id: int) -> bytes | None:
-        """WebP bytes, longest side at most 256."""
+        """JPEG bytes, longest side at most 256."""
         with self.engine.connect() as connection:
             return connection.scalar(select(ReferenceRow.thumbnail).where(ReferenceRow.id == image_id))
 

@@ -4,7 +4,7 @@ import io
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -144,21 +144,21 @@ def test_one_request_of_many_explained_images_does_not_fill_the_queue(
 ) -> None:
     with connected(populated) as client:
         batcher = client.app.state.service._embedding  # type: ignore[attr-defined]
-        compute, images = batcher._compute, files(*[png(1, size=32)] * 12)
+        work, images = batcher._work, files(*[png(1, size=32)] * 12)
         assert service.EXPLAINED_AT_ONCE * (1 + MOST_REGIONS + len(VARIANTS)) <= batcher._capacity / 2
         monkeypatch.setattr(batcher, "_capacity", 3 * 9)  # each image is itself, one region, and seven variants
 
-        def slow(rows: np.ndarray) -> np.ndarray:
+        def slow(stacks: Sequence[np.ndarray]) -> list[np.ndarray]:
             time.sleep(0.1)
-            answers: np.ndarray = compute(rows)
+            answers: list[np.ndarray] = work(stacks)
             return answers
 
-        monkeypatch.setattr(batcher, "_compute", slow)
+        monkeypatch.setattr(batcher, "_work", slow)
         results = client.post("/v1/detect", params={"explain": "regions,stability"}, files=images).json()["results"]
         assert [len(result["stability"]["scores"]) for result in results] == [7] * 12
         monkeypatch.setattr(batcher, "_capacity", 0)
         response = client.post("/v1/detect", files=files(png()))
-        assert "images wait for the model" in problem(response, 503, "not-ready")["detail"]
+        assert "images wait already" in problem(response, 503, "not-ready")["detail"]
         assert response.headers["retry-after"] == "1"
         both = client.post("/v1/detect", files=files(png(), b"no image")).json()["results"]
         assert [result["error"]["status"] for result in both] == [503, 415]
@@ -192,7 +192,7 @@ def test_references_are_added_searched_shown_and_removed(own: TestClient) -> Non
     (second,) = own.get("/v1/references", params={"after": listed["next"]}).json()["references"]
     assert own.get(f"/v1/references/{second['id']}").json() == second
     thumbnail = own.get(first["thumbnail"])
-    assert thumbnail.headers["content-type"] == "image/webp"
+    assert thumbnail.headers["content-type"] == "image/jpeg"
     with Image.open(io.BytesIO(thumbnail.content)) as image:
         assert image.size == (64, 64)
 

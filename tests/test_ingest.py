@@ -79,7 +79,7 @@ def test_a_folder_becomes_rows(store: Store, folder: Path) -> None:
     assert row.enrolment_id == report["enrolment"]
     thumbnail = store.thumbnail(row.id)
     assert thumbnail is not None
-    assert Image.open(io.BytesIO(thumbnail)).format == "WEBP"
+    assert Image.open(io.BytesIO(thumbnail)).format == "JPEG"
     (page,) = store.changes(embedder.id, 0, 1)
     assert isinstance(page, Additions)
     np.testing.assert_array_equal(page.vectors[page.ids == row.id], embedder.embed([image]))

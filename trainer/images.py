@@ -234,12 +234,12 @@ def _jpeg_quality(tables: dict[int, list[int]] | None) -> int | None:
 
 
 def thumbnail(image: Image.Image, size: int = 256) -> bytes:
-    """A WebP whose longest side is at most `size` pixels; smaller images keep their size."""
+    """A JPEG whose longest side is at most `size` pixels; smaller images keep their size."""
     scale = min(1.0, size / max(image.size))
     side = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     small = image if side == image.size else image.resize(side, Image.Resampling.BICUBIC, reducing_gap=3.0)
     out = io.BytesIO()
-    small.save(out, "WEBP", quality=80, method=2)  # 4 takes twice as long to save 4 % of the bytes
+    small.save(out, "JPEG", quality=75)  # WebP saves a sixth of the bytes and takes twelve times as long
     return out.getvalue()
 
 
