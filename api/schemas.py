@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trainer.entry import GENERATOR
+
 Label = Literal["real", "fake"]
 LABELS: tuple[Label, Label] = ("real", "fake")
 """By the number that stands for each in index and tables."""
@@ -18,7 +20,7 @@ Explanation = Literal["regions", "stability"]
 Unit = Annotated[float, Field(ge=0, le=1)]
 Similarity = Annotated[float, Field(ge=-1.001, le=1.001)]
 Text = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00]*$")]
-GeneratorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}$", examples=["SD-XL"])]
+GeneratorName = Annotated[str, Field(pattern=f"^{GENERATOR}$", examples=["SD-XL"])]
 
 
 def absent(value: object) -> bool:

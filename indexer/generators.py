@@ -1,6 +1,5 @@
 """Generators, and the enrolments that brought references of them."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -12,9 +11,8 @@ from sqlalchemy.exc import IntegrityError
 
 from indexer.rows import Rows, notify
 from indexer.tables import EnrolmentRow, GeneratorRow, ReferenceRow
+from trainer.entry import generator_fault
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}")
-RESERVED = frozenset({"real", "all", "unknown", "none"})
 FACTS = ("name", "family", "vendor", "version", "released_on", "notes")
 
 
@@ -64,12 +62,8 @@ def check_generator_name(name: str) -> str:
     Raises:
         BadGeneratorName: Other characters, too long, or a reserved word.
     """
-    if not NAME.fullmatch(name):
-        raise BadGeneratorName(
-            f"generator name {name!r} may hold 1 to 100 letters, digits, spaces and . _ + -, a letter or digit first"
-        )
-    if name.lower() in RESERVED:
-        raise BadGeneratorName(f"generator name {name!r} is reserved, like {', '.join(sorted(RESERVED))}")
+    if fault := generator_fault(name):
+        raise BadGeneratorName(fault)
     return name
 
 

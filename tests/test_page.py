@@ -427,7 +427,7 @@ def test_an_enrolment_is_undone_from_the_list_and_clashes_are_told(opens: Opens,
         view.get_by_role("button", name="Enrol", exact=True).click()
 
     enrol("real", picture(seed=200))
-    expect(page.get_by_role("alert")).to_contain_text("generator name 'real' is reserved")
+    expect(page.get_by_role("alert")).to_contain_text("'real' cannot name a generator")
     enrol("gen-z", image_folder / "fake" / "gen-a" / "000.jpg", image_folder / "real" / "000.jpg")
     expect(view.locator(".report")).to_contain_text("2 images are known as something else")
     enrol("gen-d", picture(seed=201))

@@ -17,8 +17,9 @@ from trainer.images import ImageTooLarge, UnreadableImage
 Role = Literal["training", "calibration", "validation"]
 MAX_FILE_BYTES = 2**30
 
-_GENERATOR = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}")
-_RESERVED = ("real", "all", "unknown", "none")
+GENERATOR = r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}"
+"""What may name a generator, but for `RESERVED` words in any case."""
+RESERVED = ("real", "all", "unknown", "none")
 
 
 class DatasetError(ValueError):
@@ -78,12 +79,19 @@ def check_generator(name: str, where: str) -> str:
     Raises:
         DatasetError: Otherwise; `where` says which folder or line it came from.
     """
-    if not _GENERATOR.fullmatch(name) or name.lower() in _RESERVED:
-        raise DatasetError(
-            f"{where}: {name!r} cannot name a generator; expected 1-100 letters, digits, spaces or . _ + -, "
-            f"starting with a letter or digit, and none of {', '.join(_RESERVED)}"
-        )
+    if fault := generator_fault(name):
+        raise DatasetError(f"{where}: {fault}")
     return name
+
+
+def generator_fault(name: str) -> str | None:
+    """What keeps a name from naming a generator; None where nothing does."""
+    if re.fullmatch(GENERATOR, name) and name.lower() not in RESERVED:
+        return None
+    return (
+        f"{name!r} cannot name a generator; expected 1-100 letters, digits, spaces or . _ + -, "
+        f"starting with a letter or digit, and none of {', '.join(RESERVED)}"
+    )
 
 
 def plain(text: str) -> str:
