@@ -82,9 +82,9 @@ class Keys:
         """
         if (remembered := self.remembered()) is not None:
             return remembered
-        now, known = time.monotonic(), self._any
+        known = self._any
         try:
-            self._any = (now, bool(self.patience.ask(self.store.list_keys)))
+            self._any = (time.monotonic(), bool(self.patience.ask(self.store.list_keys)))
         except DATABASE_AWAY as error:
             if known is None:
                 raise ApiError("not-ready", "the database does not answer", retry_after=2) from error

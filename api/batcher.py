@@ -38,6 +38,7 @@ class Batcher(Generic[Item, Result]):
         max_wait: Seconds to wait for more callers under load.
         capacity: Once so much weight waits, `submit` refuses.
         observe: Told the weight of each batch.
+        name: Of the thread.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Batcher(Generic[Item, Result]):
         max_wait: float = 0.004,
         capacity: int = 512,
         observe: Callable[[int], None] = lambda weight: None,
+        name: str = "batcher",
     ) -> None:
         self._work = work
         self._max_batch = max_batch
@@ -58,7 +60,7 @@ class Batcher(Generic[Item, Result]):
         self._lock = threading.Lock()
         self._waiting = 0
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     @property
@@ -130,12 +132,21 @@ class Batcher(Generic[Item, Result]):
             running = [job for job in batch if job.future.set_running_or_notify_cancel()]
             if running:
                 self._observe(sum(job.weight for job in running))
-                for job, result in zip(running, self._work([job.item for job in running]), strict=True):
-                    job.future.set_result(result)
-        except Exception as error:  # the callers get it; the thread must live on
-            for job in batch:
-                if not job.future.done():
-                    job.future.set_exception(error)
+                self._work_on(running)
         finally:
             with self._lock:
                 self._waiting -= sum(job.weight for job in batch)
+
+    def _work_on(self, jobs: list[Job[Item, Result]]) -> None:
+        """Set each job's result. What fails together is tried one by one: no item may spoil another's answer."""
+        try:
+            answered = list(zip(jobs, self._work([job.item for job in jobs]), strict=True))
+        except Exception as error:  # the caller gets it; the thread must live on
+            if len(jobs) == 1:
+                jobs[0].future.set_exception(error)
+            else:
+                for job in jobs:
+                    self._work_on([job])
+            return
+        for job, result in answered:
+            job.future.set_result(result)

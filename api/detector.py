@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from uuid import UUID, uuid4
 
@@ -134,17 +134,31 @@ class Detector:
         """
         if not cases:
             return []
-        fitted = self.calibrator.current
+        fitted, k = self.calibrator.current, self.settings.k
         index = self.index_facts  # before the search, which may see a little more
-        every = np.concatenate([case.embeddings for case in cases])  # (n, d)
-        gathered = self._gather(every, self.settings.k, fitted)
-        evidence = gathered.split([len(case.embeddings) for case in cases])
-        shown = [self._shown(case, own, fitted) for case, own in zip(cases, evidence, strict=True)]
-        rows = self.neighbourhood.rows(shown, [case.prepared.image.sha256 for case in cases])
-        known = {row.sha256: row for row in (rows or {}).values()}
+        hashes = [case.prepared.image.sha256 for case in cases]
+        evidence = self._gather(cases, k, fitted)
+        shown = self._shown(cases, evidence, fitted)
+        rows = self.neighbourhood.rows(shown, hashes)
+        by_hash = {row.sha256: row for row in (rows or {}).values()}
+        known = [by_hash.get(sha256) for sha256 in hashes]
+        # Unless the bytes can be compared, what looks just alike may be this very file.
+        itself = [
+            own.twins if rows is None else [reference.id] if reference else []
+            for own, reference in zip(evidence, known, strict=True)
+        ]
+        found = [rows] * len(cases)
+        again = [number for number, ids in enumerate(itself) if ids]
+        if again:  # those that may not vote on themselves
+            some, without = [cases[number] for number in again], [itself[number] for number in again]
+            evidence_again = self._gather(some, k, fitted, without)
+            shown_again = self._shown(some, evidence_again, fitted, without)
+            rows_again = None if rows is None else self.neighbourhood.rows(shown_again)
+            for number, own, seen in zip(again, evidence_again, shown_again, strict=True):
+                evidence[number], shown[number], found[number] = own, seen, rows_again
         return [
-            self._judge(case, own, seen, rows, known.get(case.prepared.image.sha256), fitted, index)
-            for case, own, seen in zip(cases, evidence, shown, strict=True)
+            self._judge(case, own, seen, told, reference, ids, fitted, index)
+            for case, own, seen, told, reference, ids in zip(cases, evidence, shown, found, known, itself, strict=True)
         ]
 
     def _judge(
@@ -154,17 +168,12 @@ class Detector:
         shown: Evidence,
         rows: Mapping[int, Reference] | None,
         reference: Reference | None,
+        itself: Sequence[int],
         fitted: Fitted | None,
         index: IndexFacts,
     ) -> Verdict:
-        """The verdict on one image; `reference` is the one that has its bytes."""
+        """The verdict on one image; `reference` has its bytes, and those that are or may be `itself` did not vote."""
         prepared, question, settings = case.prepared, case.question, self.settings
-        # Unless the bytes can be compared, what looks just alike may be this very file.
-        itself = evidence.twins if rows is None else [reference.id] if reference else []
-        if itself:
-            evidence = self._gather(case.embeddings, settings.k, fitted, itself)
-            shown = self._shown(case, evidence, fitted, itself)
-            rows = self.neighbourhood.rows([shown]) if reference else None
         ruling = judgement.rule(evidence, fitted, self.calibrator.reason, settings, question.max_false_alarm)
         verdict = Verdict(
             id=str(uuid4()),
@@ -250,13 +259,33 @@ class Detector:
         """What is searched."""
         return IndexFacts(revision=self.follower.revision, size=len(self.follower.index))
 
-    def _gather(self, embeddings: np.ndarray, k: int, fitted: Fitted | None, exclude: Sequence[int] = ()) -> Evidence:
-        return gather(embeddings, k, self.follower, self.heads, fitted.calibration if fitted else None, exclude)
+    def _gather(
+        self, cases: Sequence[Case], k: int, fitted: Fitted | None, exclude: Sequence[Sequence[int]] | None = None
+    ) -> list[Evidence]:
+        """The evidence on each case, without the references that `exclude` names for it."""
+        lengths = [len(case.embeddings) for case in cases]
+        every = np.concatenate([case.embeddings for case in cases])  # (n, d)
+        each = None
+        if exclude is not None:
+            each = [np.array(ids) for ids, length in zip(exclude, lengths, strict=True) for _ in range(length)]
+        calibration = fitted.calibration if fitted else None
+        return gather(every, k, self.follower, self.heads, calibration, each).split(lengths)
 
-    def _shown(self, case: Case, evidence: Evidence, fitted: Fitted | None, exclude: Sequence[int] = ()) -> Evidence:
+    def _shown(
+        self,
+        cases: Sequence[Case],
+        evidence: Sequence[Evidence],
+        fitted: Fitted | None,
+        exclude: Sequence[Sequence[int]] | None = None,
+    ) -> list[Evidence]:
         """The evidence that is shown: for another k than the calibrated one it is gathered for the plain view alone."""
-        k = case.question.k
-        return evidence if k in (None, evidence.k) else self._gather(case.embeddings[:1], k, fitted, exclude)
+        shown = list(evidence)
+        for number, (case, own) in enumerate(zip(cases, evidence, strict=True)):
+            if case.question.k not in (None, own.k):
+                plain = replace(case, embeddings=case.embeddings[:1])  # (1, d)
+                without = None if exclude is None else [exclude[number]]
+                [shown[number]] = self._gather([plain], case.question.k, fitted, without)
+        return shown
 
     def _explain(self, verdict: Verdict, prepared: Prepared, evidence: Evidence) -> None:
         """Add regions and stability, whose embeddings follow the plain view's in the evidence."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
@@ -50,8 +51,7 @@ class Evidence:
         return [int(id) for near in both for id in near.ids[0, near.similarities[0] >= SAME]]
 
     def split(self, lengths: Sequence[int]) -> list[Evidence]:
-        """The evidence of the first so many embeddings, of the next, and so on."""
-        ends = np.cumsum(lengths)
+        """The evidence of the first so many embeddings, of the next, and so on, each with its share of the time."""
         return [
             replace(
                 self,
@@ -60,8 +60,10 @@ class Evidence:
                 votes=_rows(self.votes, slice(end - length, end)),
                 logits={head: values[end - length : end] for head, values in self.logits.items()},
                 scores=self.scores[end - length : end],
+                search_ms=self.search_ms * length / len(self.scores),
+                heads_ms=self.heads_ms * length / len(self.scores),
             )
-            for end, length in zip(ends, lengths, strict=True)
+            for end, length in zip(accumulate(lengths), lengths, strict=True)
         ]
 
 
@@ -76,7 +78,7 @@ def gather(
     follower: Follower,
     heads: Heads | None,
     calibration: Calibration | None,
-    exclude: Sequence[int] = (),
+    exclude_each: Sequence[np.ndarray] | None = None,
 ) -> Evidence:
     """Ask the index and the heads about q embeddings.
 
@@ -86,11 +88,10 @@ def gather(
         follower: Where the references are.
         heads: Linear and SVM, where the checkpoint has them.
         calibration: Maps logits to the combined score.
-        exclude: References that may not vote: the query itself.
+        exclude_each: References that may not vote on one embedding, q arrays of ids: the image itself.
     """
     start = time.perf_counter()
-    excluded = np.array(exclude, np.int64) if exclude else None
-    real, fake = follower.voters(embeddings, k, exclude_ids=excluded)  # (q, kr) and (q, kf), both at least k
+    real, fake = follower.voters(embeddings, k, exclude_each=exclude_each)  # (q, kr) and (q, kf), both at least k
     votes = vote(real.similarities, fake.similarities, fake.generators, k)
     searched = time.perf_counter()
     logits = {"knn": votes.logit} | (heads.logits(embeddings) if heads else {})

@@ -80,9 +80,10 @@ def server(detector: Detector) -> Server:
 
 def run(detector: Detector) -> None:
     """Serve until SIGTERM or SIGINT."""
+    ready = server(detector)
     # What is loaded by now stays: to look through all of it for garbage stops every thread for a tenth of a second.
     gc.collect()
     gc.freeze()
     # Between the heads' small products further threads of the BLAS would wait on cores that have images to decode.
     with threadpool_limits(1, "blas"):
-        server(detector).run()
+        ready.run()

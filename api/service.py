@@ -57,7 +57,7 @@ class Service:
         self._detector = detector
         self._ready = False
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 2, "decode")
-        self._judges = ThreadPoolExecutor(2 * (os.cpu_count() or 2), "judge")
+        self._askers = ThreadPoolExecutor(2 * (os.cpu_count() or 2), "ask")
         self._workers = ThreadPoolExecutor(DATABASE_THREADS, "work")
         self._keys: Keys
         self._embedding: Batcher[np.ndarray, np.ndarray]
@@ -98,8 +98,8 @@ class Service:
         detector = self._detector
         self._keys = Keys(detector.store, detector.patience)
         self._keys.exist()
-        self._embedding = Batcher(detector.embedder.embed_stacks, observe=self.metrics.batch.observe)
-        self._judging = Batcher(detector.answer, max_wait=0)
+        self._embedding = Batcher(detector.embedder.embed_stacks, observe=self.metrics.batch.observe, name="embed")
+        self._judging = Batcher(detector.answer, max_wait=0, name="judge")
         detector.start()
         self._watch(detector)
         self._ready = True
@@ -124,7 +124,7 @@ class Service:
         if was_ready:
             self._embedding.close()
             self._judging.close()
-        self._judges.shutdown()
+        self._askers.shutdown()
         self._workers.shutdown()
         if self._detector is not None:
             self._detector.close()
@@ -137,11 +137,11 @@ class Service:
         """See `Keys.exist`."""
         self.detector  # noqa: B018 - not ready before there are keys to ask
         remembered = self._keys.remembered()  # a thread for what is known would cost more than all the rest of this
-        return await self._judge(self._keys.exist) if remembered is None else remembered
+        return await self._ask(self._keys.exist) if remembered is None else remembered
 
     async def authenticate(self, secret: str) -> Caller:
         """See `Keys.authenticate`."""
-        return await self._judge(self._keys.authenticate, secret)
+        return await self._ask(self._keys.authenticate, secret)
 
     async def detect(self, uploads: Sequence[Upload], question: Question, caller: Caller) -> list[Verdict | FailedFile]:
         """Judge the images of one request, side by side; answers are in the order of the uploads."""
@@ -152,7 +152,8 @@ class Service:
             start = time.perf_counter()
             embeddings = await self._embed(prepared.pixels)
             waited = 1000 * (time.perf_counter() - start)
-            return await self._join(self._judging, Case(prepared, embeddings, question, waited, caller.key_id), 1)
+            case = Case(prepared, embeddings, question, waited, caller.key_id)
+            return await self._join(self._judging, case, len(embeddings))
 
         results = await self._each(uploads, one, EXPLAINED_AT_ONCE if question.explain else AT_ONCE)
         self.metrics.judged(results, final=question.record)
@@ -174,7 +175,7 @@ class Service:
         async def one(upload: Upload) -> Hits:
             prepared = await self._decode(detector.prepare, upload, Question())
             embedding = (await self._embed(prepared.pixels))[0]  # (d,)
-            neighbours, following = await self._judge(
+            neighbours, following = await self._ask(
                 detector.neighbourhood.search,
                 embedding,
                 label=label,
@@ -210,9 +211,9 @@ class Service:
     async def _decode(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._decoders, lambda: work(*args, **kwargs))
 
-    async def _judge(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def _ask(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """In threads of their own: these wait for the database only so long, others may hang with it."""
-        return await asyncio.get_running_loop().run_in_executor(self._judges, lambda: work(*args, **kwargs))
+        return await asyncio.get_running_loop().run_in_executor(self._askers, lambda: work(*args, **kwargs))
 
     async def _embed(self, pixels: np.ndarray) -> np.ndarray:
         return await self._join(self._embedding, pixels, len(pixels))
@@ -227,7 +228,7 @@ class Service:
     def _watch(self, detector: Detector) -> None:
         """Let the gauges read what they show when they are asked."""
         follower, calibrator, metrics = detector.follower, detector.calibrator, self.metrics
-        metrics.queue.set_function(lambda: self._embedding.waiting)
+        metrics.queue.set_function(lambda: self._embedding.waiting + self._judging.waiting)
         metrics.revision.set_function(lambda: follower.revision)
         metrics.lag.set_function(lambda: follower.lag)
         metrics.degraded.set_function(lambda: float(follower.degraded))

@@ -266,9 +266,8 @@ def one_image(settings: Settings, images: list[bytes], references: int, rounds: 
     taken: dict[str, list[float]] = {name: [] for name in paths}
     for number in range(rounds + 3):  # in turns, so that both see the same machine; three to warm up
         for name, path in paths.items():
-            path(
-                images[(number + 1) % len(images)]
-            )  # not timed: the other path's threads still spin on the cores, its data fill caches
+            # Not timed: it finds the other path's caches and spinning threads.
+            path(images[(number + 1) % len(images)])
             start = time.perf_counter()
             path(images[number % len(images)])
             taken[name].append(time.perf_counter() - start)

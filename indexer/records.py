@@ -62,7 +62,7 @@ class Records(Rows):
     """Detections and API keys."""
 
     def record_detections(self, detections: Sequence[Detection]) -> None:
-        """Keep verdicts, all or none; `at` is set by the database."""
+        """Keep verdicts, all or none; the database sets `at`, each a little later than the one before."""
         rows = [
             {name: getattr(detection, name) for name in Detection.__slots__ if name != "at"}
             | {
@@ -71,7 +71,8 @@ class Records(Rows):
             }
             for detection in detections
         ]
-        self.transaction(lambda connection: connection.execute(insert(DetectionRow), rows))
+        query = insert(DetectionRow).values(at=func.clock_timestamp())
+        self.transaction(lambda connection: connection.execute(query, rows))
 
     def get_detection(self, detection_id: UUID) -> Detection | None:
         """One verdict."""

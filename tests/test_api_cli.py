@@ -1,5 +1,6 @@
 """`python -m api` in the terminal: verdicts, keys, serving until told to stop, and one line for what goes wrong."""
 
+import gc
 import json
 import os
 import signal
@@ -10,15 +11,19 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import cast
 from urllib.parse import urlsplit
 
 import httpx2
 import pytest
 from conftest import small_image
 from sqlalchemy.exc import OperationalError
+from threadpoolctl import threadpool_info
 from typer.testing import CliRunner, Result
 
+from api import server
 from api.__main__ import app
+from api.detector import Detector
 from api.schemas import FailedFile, Verdict
 from indexer.settings import Settings
 from indexer.store import Store
@@ -212,3 +217,19 @@ def test_serve_answers_finishes_and_stops(
         "/v1/detect",
     ]
     assert not [line for line in lines if line["level"] in ("warning", "error")]
+
+
+def test_serving_freezes_what_is_loaded_and_keeps_the_blas_to_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, set[int]]] = []
+
+    class Ready:
+        def run(self) -> None:
+            threads = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+            seen.append((gc.get_freeze_count() > 1000, threads))
+
+    monkeypatch.setattr(server, "server", lambda detector: Ready())
+    try:
+        server.run(cast(Detector, None))
+    finally:
+        gc.unfreeze()
+    assert seen == [(True, {1})]

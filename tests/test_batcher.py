@@ -99,6 +99,24 @@ def test_a_failure_reaches_its_callers_and_the_thread_lives_on() -> None:
     batcher.close()
 
 
+def test_one_bad_item_spoils_no_other_answer(gate: Gate) -> None:
+    def compute(stacks: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        if any(stack.max() > 9 for stack in stacks):
+            raise MemoryError("too much")
+        return gate(stacks)
+
+    batcher: Rows = Batcher(compute, max_wait=0)
+    first = submit(batcher, 0)
+    assert gate.entered.wait(10)
+    others = [submit(batcher, value) for value in (1, 10, 2)]
+    gate.opened.set()
+    assert first.result(10).tolist() == [[0]]
+    assert [other.result(10).tolist() for other in (others[0], others[2])] == [[[2]], [[4]]]
+    with pytest.raises(MemoryError, match="too much"):
+        others[1].result(10)
+    batcher.close()
+
+
 def test_many_threads_lose_and_mix_nothing() -> None:
     batcher: Rows = Batcher(lambda stacks: [stack + 1 for stack in stacks], max_batch=5)
     with ThreadPoolExecutor(8) as pool:

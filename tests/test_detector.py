@@ -2,7 +2,6 @@
 
 import copy
 import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from uuid import UUID
@@ -23,7 +22,7 @@ from indexer import follower
 from indexer.follower import Neighbour
 from indexer.neighbours import Neighbours
 from indexer.settings import Settings
-from indexer.store import Reference
+from indexer.store import Detection, Reference
 from trainer.heads import unit_length
 
 FIELDS = {
@@ -244,11 +243,36 @@ def test_cases_judged_together_are_judged_as_each_alone(detector: Detector) -> N
     for one, other in zip(together, alone, strict=True):
         assert [n.id for n in one.neighbours] == [n.id for n in other.neighbours]
         assert records.changes(one, other) == []
-        for name in ("regions", "stability"):
-            first, second = (verdict.model_dump().get(name) for verdict in (one, other))
-            assert (first is None) == (name not in cases[together.index(one)].question.explain)
-            assert json.dumps(second) == json.dumps(first)
+        assert (one.regions is None) == (other.regions is None)
+        for region, again in zip(one.regions or [], other.regions or [], strict=True):
+            assert (region.box, region.generator) == (again.box, again.generator)
+            assert region.score == pytest.approx(again.score)
+        assert (one.stability is None) == (other.stability is None)
+        if one.stability and other.stability:
+            assert one.stability.scores == pytest.approx(other.stability.scores)
+    assert [verdict.regions is None for verdict in together] == [True, False, True, True]
     assert detector.judge([]) == []
+
+
+def test_each_case_is_recorded_as_it_asks(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Detection] = []
+    monkeypatch.setattr(detector.store, "record_detections", kept.extend)
+    prepared = [detector.prepare(query(seed)) for seed in range(4, 8)]
+    embeddings = detector.embedder.embed_stacks([item.pixels for item in prepared])
+    asked = [Question(), Question(record=False), Question(k=2), Question()]
+    cases = [
+        Case(item, own, question, api_key_id=number)
+        for number, (item, own, question) in enumerate(zip(prepared, embeddings, asked, strict=True))
+    ]
+    verdicts = detector.answer(cases)
+    assert [verdict.recorded for verdict in verdicts] == [True, False, True, True]
+    assert [(str(row.id), row.sha256, row.api_key_id) for row in kept] == [
+        (verdict.id, case.prepared.image.sha256, case.api_key_id)
+        for verdict, case in zip(verdicts, cases, strict=True)
+        if case.question.record
+    ]
+    for row, case in zip(kept, [cases[0], *cases[2:]], strict=True):
+        np.testing.assert_array_equal(row.vector, case.embeddings[0])
 
 
 def test_regions_and_stability_come_when_asked_for(detector: Detector) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import psycopg
 import pytest
 from sqlalchemy import Connection, event, text
+from sqlalchemy.exc import IntegrityError
 
 from indexer.changes import GONE, PAGE
 from indexer.checkpoints import CALIBRATIONS
@@ -376,6 +377,28 @@ def test_detections(store: Store) -> None:
     assert [d.result["n"] for d in store.list_detections(before=newest[-1].id)] == [0]
     assert store.set_feedback(given[0].id, {"verdict": "real"})
     assert not store.set_feedback(uuid.uuid4(), {})
+
+
+def test_detections_recorded_together(store: Store) -> None:
+    key = store.create_key("caller", b"h" * 32, ["detect"])
+    vector = np.zeros(4, np.float32)
+    given = [
+        Detection(uuid.uuid4(), f"{n:064x}", n, 4, 3, vector + n, {"n": n}, CHECKPOINT, "h", 7, key.id if n else None)
+        for n in range(3)
+    ]
+    store.record_detections(given)
+    got = [store.get_detection(detection.id) for detection in given]
+    assert [row and (row.sha256, row.result, row.api_key_id, row.vector[0]) for row in got] == [
+        (f"{n:064x}", {"n": n}, key.id if n else None, n) for n in range(3)
+    ]
+    last, seen = None, []
+    while page := store.list_detections(before=last, limit=1):
+        last = page[0].id
+        seen.append(page[0].result["n"])
+    assert seen == [2, 1, 0]
+    with pytest.raises(IntegrityError):
+        store.record_detections([replace(given[0], id=uuid.uuid4()), given[1]])
+    assert len(store.list_detections()) == 3
 
 
 def test_keys(store: Store) -> None:
