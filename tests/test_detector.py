@@ -227,19 +227,23 @@ def test_an_answer_does_not_depend_on_its_batch(detector: Detector) -> None:
 
 
 def test_cases_judged_together_are_judged_as_each_alone(detector: Detector) -> None:
-    known = Upload("known.png", png(small_image(1, False)))
+    known, other = (Upload("known.png", png(small_image(seed, False))) for seed in (1, 3))
     asked = [
         (query(1), Question()),
         (query(2, size=80), Question(explain=frozenset({"regions", "stability"}))),
         (known, Question(k=3)),
         (query(3), Question(k=9, max_false_alarm=0.4)),
+        (other, Question()),
     ]
     prepared = [detector.prepare(*one) for one in asked]
     embeddings = detector.embedder.embed_stacks([item.pixels for item in prepared])
     cases = [Case(*one) for one in zip(prepared, embeddings, [question for _, question in asked], strict=True)]
     together, alone = detector.judge(cases), [detector.judge([case])[0] for case in cases]
-    assert [verdict.basis for verdict in together] == ["score", "score", "known", "score"]
-    assert [len(verdict.neighbours) for verdict in together] == [10, 10, 6, 18]
+    assert [verdict.basis for verdict in together] == ["score", "score", "known", "score", "known"]
+    assert [len(verdict.neighbours) for verdict in together] == [10, 10, 6, 18, 10]
+    for verdict in (together[2], together[4]):
+        assert verdict.known is not None
+        assert verdict.known.id not in [near.id for near in verdict.neighbours]
     for one, other in zip(together, alone, strict=True):
         assert [n.id for n in one.neighbours] == [n.id for n in other.neighbours]
         assert records.changes(one, other) == []
@@ -250,7 +254,7 @@ def test_cases_judged_together_are_judged_as_each_alone(detector: Detector) -> N
         assert (one.stability is None) == (other.stability is None)
         if one.stability and other.stability:
             assert one.stability.scores == pytest.approx(other.stability.scores)
-    assert [verdict.regions is None for verdict in together] == [True, False, True, True]
+    assert [verdict.regions is None for verdict in together] == [True, False, True, True, True]
     assert detector.judge([]) == []
 
 
