@@ -227,13 +227,13 @@ def test_an_answer_does_not_depend_on_its_batch(detector: Detector) -> None:
 
 
 def test_cases_judged_together_are_judged_as_each_alone(detector: Detector) -> None:
-    known, other = (Upload("known.png", png(small_image(seed, False))) for seed in (1, 3))
+    known, familiar = (Upload("known.png", png(small_image(seed, False))) for seed in (1, 3))
     asked = [
         (query(1), Question()),
         (query(2, size=80), Question(explain=frozenset({"regions", "stability"}))),
         (known, Question(k=3)),
         (query(3), Question(k=9, max_false_alarm=0.4)),
-        (other, Question()),
+        (familiar, Question()),
     ]
     prepared = [detector.prepare(*one) for one in asked]
     embeddings = detector.embedder.embed_stacks([item.pixels for item in prepared])
