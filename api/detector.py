@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, repeat
 from uuid import UUID, uuid4
 
 import numpy as np
@@ -215,16 +217,17 @@ class Detector:
     def detect(self, uploads: Iterable[Upload], question: Question = Question()) -> Iterator[Verdict | FailedFile]:
         """Judge and record files, a few at a time; one that cannot be judged is named with its problem."""
         rest = iter(uploads)
-        while chunk := list(islice(rest, CHUNK)):
-            prepared = [self._prepare_or_fail(upload, question) for upload in chunk]
-            good = [item for item in prepared if isinstance(item, Prepared)]
-            start = time.perf_counter()
-            embeddings = self.embedder.embed_stacks([item.pixels for item in good])
-            share = 1000 * (time.perf_counter() - start) / max(1, len(good))
-            cases = [Case(item, own, question, share) for item, own in zip(good, embeddings, strict=True)]
-            verdicts = iter(self.answer(cases))
-            for item in prepared:
-                yield item if isinstance(item, FailedFile) else next(verdicts)
+        with ThreadPoolExecutor(os.cpu_count(), "decode") as pool:
+            while chunk := list(islice(rest, CHUNK)):
+                prepared = list(pool.map(self._prepare_or_fail, chunk, repeat(question)))
+                good = [item for item in prepared if isinstance(item, Prepared)]
+                start = time.perf_counter()
+                embeddings = self.embedder.embed_stacks([item.pixels for item in good])
+                share = 1000 * (time.perf_counter() - start) / max(1, len(good))
+                cases = [Case(item, own, question, share) for item, own in zip(good, embeddings, strict=True)]
+                verdicts = iter(self.answer(cases))
+                for item in prepared:
+                    yield item if isinstance(item, FailedFile) else next(verdicts)
 
     def _prepare_or_fail(self, upload: Upload, question: Question) -> Prepared | FailedFile:
         try:
