@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import numpy as np
 import pytest
 from conftest import small_image
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from httpx2 import Response
 from PIL import Image
@@ -27,6 +28,7 @@ from api.app import create_app
 from api.detector import Detector
 from api.regions import MOST_REGIONS, VARIANTS
 from api.schemas import Verdict
+from api.service import Service
 from indexer import follower
 from indexer.settings import Settings
 from indexer.store import ApiKey, Store
@@ -74,9 +76,12 @@ def own(settings: Settings, tiny_checkpoint: Path) -> Iterator[TestClient]:
         yield client
 
 
+def service_of(client: TestClient) -> Service:
+    return cast(Service, cast(FastAPI, client.app).state.service)
+
+
 def detector_of(client: TestClient) -> Detector:
-    found: Detector = client.app.state.service.detector  # type: ignore[attr-defined]
-    return found
+    return service_of(client).detector
 
 
 def store_of(client: TestClient) -> Store:
@@ -143,15 +148,14 @@ def test_one_request_of_many_explained_images_does_not_fill_the_queue(
     populated: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with connected(populated) as client:
-        batcher = client.app.state.service._embedding  # type: ignore[attr-defined]
+        batcher = service_of(client)._embedding
         work, images = batcher._work, files(*[png(1, size=32)] * 12)
         assert service.EXPLAINED_AT_ONCE * (1 + MOST_REGIONS + len(VARIANTS)) <= batcher._capacity / 2
         monkeypatch.setattr(batcher, "_capacity", 3 * 9)  # each image is itself, one region, and seven variants
 
-        def slow(stacks: Sequence[np.ndarray]) -> list[np.ndarray]:
+        def slow(stacks: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
             time.sleep(0.1)
-            answers: list[np.ndarray] = work(stacks)
-            return answers
+            return work(stacks)
 
         monkeypatch.setattr(batcher, "_work", slow)
         results = client.post("/v1/detect", params={"explain": "regions,stability"}, files=images).json()["results"]

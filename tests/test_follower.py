@@ -445,9 +445,8 @@ def test_snapshots_go_on_where_lists_cannot_be_made(
     assert "could not be given inverted lists" in caplog.text
 
 
-def test_a_large_index_moves_to_lists_by_itself(
-    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def outgrown(store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Follower:
+    """A loaded follower of 500 references in clear clusters, more than flat search is to be used for."""
     monkeypatch.setattr(module, "POLL", 0.05)
     monkeypatch.setattr(module, "QUIET", 0.1)
     monkeypatch.setattr(outgrowing, "OUTGROWN", 300)
@@ -455,6 +454,13 @@ def test_a_large_index_moves_to_lists_by_itself(
     add_all(store, [new(n, "gen-a", vector=20 * directions[n % DIM] + vector(n)) for n in range(500)])
     follower = following(store, settings)
     follower.load()
+    return follower
+
+
+def test_a_large_index_moves_to_lists_by_itself(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follower = outgrown(store, settings, monkeypatch)
     follower.save()
     follower.start()
     until(lambda: follower.index.kind == "ivf-fp16")
@@ -471,14 +477,8 @@ def test_stopping_does_not_wait_for_lists(
     store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     """The end that is set as a part of the work begins keeps its first step from being done."""
-    monkeypatch.setattr(module, "POLL", 0.05)
-    monkeypatch.setattr(module, "QUIET", 0.1)
-    monkeypatch.setattr(outgrowing, "OUTGROWN", 300)
     monkeypatch.setattr(outgrowing, "BLOCK", 100)
-    directions = np.eye(DIM, dtype=np.float32)
-    add_all(store, [new(n, "gen-a", vector=20 * directions[n % DIM] + vector(n)) for n in range(500)])
-    follower = following(store, settings)
-    follower.load()
+    follower = outgrown(store, settings, monkeypatch)
     begun, done = [], getattr(Inverted, part)
 
     def end_meanwhile(*arguments: Any) -> Any:
