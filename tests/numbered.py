@@ -40,7 +40,7 @@ def new(number: int, generator: str | None = None, source: str = "tests", **othe
         "height": 48,
         "format": "PNG",
         "jpeg_quality": None,
-        "thumbnail": b"webp",
+        "thumbnail": b"jpeg",
         "attributes": {},
         "vector": vector(number),
     }

@@ -54,7 +54,7 @@ def new(number: int, generator: str | None = None, *, source: str = "tests", dim
         height=48,
         format="PNG",
         jpeg_quality=None,
-        thumbnail=b"webp" * 3,
+        thumbnail=b"jpeg" * 3,
         attributes={"prompt": "a cat"},
         vector=np.full(dim, number + 1, np.float32),
         fingerprint=-number,
@@ -133,7 +133,7 @@ def test_add_keeps_everything(store: Store) -> None:
         name: getattr(item, name) for name in shared.split()
     }
     assert row.enrolment_id == enrolment
-    assert store.thumbnail(image_id) == b"webpwebpwebp"
+    assert store.thumbnail(image_id) == b"jpegjpegjpeg"
     assert store.file(image_id) == b"the file"
     assert store.get_many([image_id, 999]) == {image_id: row}
     assert store.counts() == {"real": 0, "fake": 1}
