@@ -143,7 +143,7 @@ def test_damage_is_noticed_before_anything_is_added(source: Store, target: Store
     path = tmp_path / "set"
     export_references(source, path)
     good = path.read_bytes()
-    at = good.index(b"jpegwebp")
+    at = good.index(b"jpegjpeg")
     for bad in (good[:at] + b"x" + good[at + 1 :], good[: len(good) // 2], b"something else", b""):
         path.write_bytes(bad)
         with pytest.raises(BadExport, match="damaged") as caught:
