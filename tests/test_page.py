@@ -112,10 +112,13 @@ def test_a_verdict_tells_what_how_sure_and_why(opens: Opens) -> None:
     regions = verdict.locator(".regions")
     expect(regions.locator("rect")).to_have_count(9)
     slider = verdict.get_by_role("slider", name="Regions")
-    slider.press("End")
-    expect(regions).to_have_css("opacity", "1")
-    slider.press("Home")
-    expect(regions).to_have_css("opacity", "0")
+    boxes, numbers = regions.locator("rect").first, regions.locator("text").first
+    expect(boxes).to_have_css("opacity", "0.4")
+    expect(numbers).to_have_css("opacity", "1")
+    for key, opacity in (("End", "1"), ("Home", "0")):
+        slider.press(key)
+        expect(boxes).to_have_css("opacity", opacity)
+        expect(numbers).to_have_css("opacity", opacity)
     # why
     for kind, title in (("fake", "Nearest generated images"), ("real", "Nearest real photos")):
         row = verdict.get_by_role("list", name=title)

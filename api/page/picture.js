@@ -117,7 +117,7 @@ function fader(marks) {
   const output = h("output", { for: id }, "40 %");
   const layer = marks.querySelector(".regions");
   const slide = (value) => {
-    layer.style.opacity = value / 100;
+    layer.style.setProperty("--fade", value / 100);
     output.textContent = `${value} %`;
   };
   slide(40);
