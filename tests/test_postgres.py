@@ -102,6 +102,44 @@ def test_two_first_starts_at_once_share_one_server_until_the_last_leaves(home: P
     assert json.loads((home / "postgres.users.json").read_text()) == []
 
 
+def test_a_copy_of_a_home_has_a_server_of_its_own(home: Path) -> None:
+    """In the copy, postmaster.pid names the original's server, which still answers."""
+    first = use(home)
+    said(first)
+    pid = postmaster(home)
+    copy = home / "copy"
+    subprocess.run(["cp", "-a", str(home / "postgres"), str(home / "aside")], check=True)
+    copy.mkdir()
+    (home / "aside").rename(copy / "postgres")
+    assert not EmbeddedServer(copy).stop()
+    second = use(copy)
+    said(second)
+    assert postmaster(copy) not in (None, pid)
+    assert EmbeddedServer(copy).stop()
+    assert postmaster(home) == pid
+    kill_group(second)
+    end(first)
+
+
+def test_a_moved_home_keeps_to_its_own_rows(home: Path) -> None:
+    """A server that was killed leaves its old address behind, where the next home's server answers by now."""
+    first = use(home)
+    its = said(first)
+    pid = postmaster(home)
+    assert pid is not None
+    kill_group(first)
+    os.kill(pid, signal.SIGKILL)
+    wait_until_gone(pid)
+    moved = home / "moved"
+    moved.mkdir()
+    (home / "postgres").rename(moved / "postgres")
+    second, third = use(home), use(moved)
+    assert said(second) != its
+    assert said(third) == its
+    end(second)
+    end(third)
+
+
 def test_a_killed_first_start_is_started_again(home: Path) -> None:
     """The kill falls into initdb or near it (`test_kills` tries other moments); the next start works."""
     process = use(home)
