@@ -26,7 +26,7 @@ class Metrics:
         self.stage_seconds = Histogram(
             "lineup_stage_seconds", "Time of one image in each stage.", ["stage"], buckets=SECONDS, registry=every
         )
-        self.queue = Gauge("lineup_queue_images", "Views that wait for the model.", registry=every)
+        self.queue = Gauge("lineup_queue_images", "Views that wait to be embedded or judged.", registry=every)
         self.batch = Histogram(
             "lineup_batch_images",
             "Views in one forward pass.",

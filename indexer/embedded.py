@@ -112,13 +112,20 @@ class EmbeddedServer:
             psycopg.connect(_conninfo(url)).close()
         return url
 
+    def _pid_file(self) -> list[str]:
+        """Process id, data directory, start, port and socket's folder of a server, as far as they are written."""
+        try:
+            return (self.data / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+
     def _url(self) -> URL | None:
         """Where postmaster.pid says that the socket is; None without a complete file."""
-        try:
-            lines = (self.data / "postmaster.pid").read_text().splitlines()
-            port, socket = lines[3:5]
-        except (FileNotFoundError, ValueError):
+        lines = self._pid_file()
+        if len(lines) < 5:
             return None
+        data, port, socket = lines[1], lines[3], lines[4]
+        socket = str(self.data) if socket == data else socket  # it moved along with the folder
         return URL.create(
             "postgresql+psycopg", username="postgres", database="postgres", query={"host": socket, "port": port}
         )
@@ -133,8 +140,8 @@ class EmbeddedServer:
     def _named(self) -> psutil.Process | None:
         """The process that postmaster.pid names, if it runs."""
         try:
-            return psutil.Process(int((self.data / "postmaster.pid").read_text().split()[0]))
-        except (FileNotFoundError, IndexError, ValueError, psutil.Error):
+            return psutil.Process(int(self._pid_file()[0]))
+        except (IndexError, ValueError, psutil.Error):
             return None
 
     def _serves(self) -> bool:
@@ -147,6 +154,8 @@ class EmbeddedServer:
             return False
         try:
             return self.data.samefile(process.cwd())
+        except psutil.AccessDenied:  # root in a container may not look at another user's process
+            return self._pid_file()[1:2] == [str(self.data)]
         except (OSError, psutil.Error):
             return False
 
@@ -154,6 +163,8 @@ class EmbeddedServer:
         """Forget a killed server whose process id belongs to something else by now, and another home's."""
         if self._named() is None or self._serves():
             return  # where there is no such process, PostgreSQL itself sees that
+        if self._pid_file()[1:2] != [str(self.data)]:  # so are the users those of the original
+            self._users.unlink(missing_ok=True)
         (self.data / "postmaster.pid").unlink(missing_ok=True)
         for lock in self.data.glob(".s.PGSQL.*.lock"):
             lock.unlink(missing_ok=True)

@@ -112,7 +112,7 @@ def test_a_verdict_tells_what_how_sure_and_why(opens: Opens) -> None:
     regions = verdict.locator(".regions")
     expect(regions.locator("rect")).to_have_count(9)
     slider = verdict.get_by_role("slider", name="Regions")
-    boxes, numbers = regions.locator("rect").first, regions.locator("text").first
+    boxes, numbers = regions.locator(".boxes"), regions.locator(".numbers")
     expect(boxes).to_have_css("opacity", "0.4")
     expect(numbers).to_have_css("opacity", "1")
     for key, opacity in (("End", "1"), ("Home", "0")):

@@ -108,17 +108,52 @@ def test_a_copy_of_a_home_has_a_server_of_its_own(home: Path) -> None:
     said(first)
     pid = postmaster(home)
     copy = home / "copy"
-    subprocess.run(["cp", "-a", str(home / "postgres"), str(home / "aside")], check=True)
     copy.mkdir()
-    (home / "aside").rename(copy / "postgres")
+    for name in ("postgres", "postgres.users.json"):
+        subprocess.run(["cp", "-a", str(home / name), str(copy / name)], check=True)
     assert not EmbeddedServer(copy).stop()
     second = use(copy)
     said(second)
-    assert postmaster(copy) not in (None, pid)
-    assert EmbeddedServer(copy).stop()
+    own = postmaster(copy)
+    assert own is not None
+    assert own != pid
+    end(second)  # its last user: the original's are not its own
+    wait_until_gone(own)
     assert postmaster(home) == pid
-    kill_group(second)
     end(first)
+
+
+def test_a_home_moved_while_its_server_runs_is_joined_where_it_is(home: Path) -> None:
+    first = use(home)
+    its = said(first)
+    pid = postmaster(home)
+    moved = home / "moved"
+    moved.mkdir()
+    for name in ("postgres", "postgres.users.json"):
+        (home / name).rename(moved / name)
+    second, third = use(home), use(moved)
+    assert said(second) != its
+    assert said(third) == its
+    assert postmaster(moved) == pid
+    for process in (first, second, third):
+        kill_group(process)
+    assert EmbeddedServer(moved).stop()
+
+
+def test_a_server_that_cannot_be_looked_at_is_told_by_its_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(process: psutil.Process) -> str:
+        raise psutil.AccessDenied(process.pid)
+
+    first = use(home)
+    said(first)
+    pid = postmaster(home)
+    monkeypatch.setattr(psutil.Process, "cwd", denied)
+    server = EmbeddedServer(home)
+    server.start()
+    assert postmaster(home) == pid
+    server.leave()
+    end(first)
+    assert postmaster(home) is None
 
 
 def test_a_moved_home_keeps_to_its_own_rows(home: Path) -> None:

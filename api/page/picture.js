@@ -26,7 +26,8 @@ export function picture(verdict, address) {
       ? s(
           "g",
           { class: "regions" },
-          regions.map((region) => regionMark(region, regions.length <= LABELLED)),
+          s("g", { class: "boxes" }, regions.map(regionBox)),
+          regions.length <= LABELLED ? s("g", { class: "numbers" }, regions.map(regionNumber)) : null,
         )
       : null,
     cropFrame(image),
@@ -70,15 +71,17 @@ function cropFrame(image) {
   );
 }
 
-function regionMark(region, labelled) {
+function regionBox(region) {
   const [x, y, width, height] = region.box;
   const kind = region.score >= 0.5 ? "fake" : "real";
-  const box = s("rect", { class: kind, x, y, width, height, "vector-effect": "non-scaling-stroke" });
+  const title = s("title", {}, regionInWords(region));
+  const box = s("rect", { class: kind, x, y, width, height, "vector-effect": "non-scaling-stroke" }, title);
   box.style.fillOpacity = (0.1 + 0.5 * Math.abs(region.score - 0.5) * 2).toFixed(2);
-  const label =
-    labelled &&
-    s("text", { x: x + width / 2, y: y + height / 2, "font-size": Math.min(width, height) / 7 }, decimal(region.score));
-  return s("g", {}, box, label, s("title", {}, regionInWords(region)));
+  return box;
+}
+
+function regionNumber({ box: [x, y, width, height], score }) {
+  return s("text", { x: x + width / 2, y: y + height / 2, "font-size": Math.min(width, height) / 7 }, decimal(score));
 }
 
 function regionInWords(region) {
