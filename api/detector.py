@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice, repeat
 from uuid import UUID, uuid4
 
@@ -136,31 +136,28 @@ class Detector:
         """
         if not cases:
             return []
-        fitted, k = self.calibrator.current, self.settings.k
+        fitted = self.calibrator.current
         index = self.index_facts  # before the search, which may see a little more
         hashes = [case.prepared.image.sha256 for case in cases]
-        evidence = self._gather(cases, k, fitted)
-        shown = self._shown(cases, evidence, fitted)
-        rows = self.neighbourhood.rows(shown, hashes)
+        evidence = self._gather(cases, fitted)
+        rows = self.neighbourhood.rows([shown for _, shown in evidence], hashes)
         by_hash = {row.sha256: row for row in (rows or {}).values()}
         known = [by_hash.get(sha256) for sha256 in hashes]
         # Unless the bytes can be compared, what looks just alike may be this very file.
         itself = [
             own.twins if rows is None else [reference.id] if reference else []
-            for own, reference in zip(evidence, known, strict=True)
+            for (own, _), reference in zip(evidence, known, strict=True)
         ]
         found = [rows] * len(cases)
         again = [number for number, ids in enumerate(itself) if ids]
         if again:  # those that may not vote on themselves
-            some, without = [cases[number] for number in again], [itself[number] for number in again]
-            evidence_again = self._gather(some, k, fitted, without)
-            shown_again = self._shown(some, evidence_again, fitted, without)
-            rows_again = None if rows is None else self.neighbourhood.rows(shown_again)
-            for number, own, seen in zip(again, evidence_again, shown_again, strict=True):
-                evidence[number], shown[number], found[number] = own, seen, rows_again
+            without = self._gather([cases[number] for number in again], fitted, [itself[number] for number in again])
+            rows_again = None if rows is None else self.neighbourhood.rows([shown for _, shown in without])
+            for number, pair in zip(again, without, strict=True):
+                evidence[number], found[number] = pair, rows_again
         return [
-            self._judge(case, own, seen, told, reference, ids, fitted, index)
-            for case, own, seen, told, reference, ids in zip(cases, evidence, shown, found, known, itself, strict=True)
+            self._judge(case, own, shown, told, reference, ids, fitted, index)
+            for case, (own, shown), told, reference, ids in zip(cases, evidence, found, known, itself, strict=True)
         ]
 
     def _judge(
@@ -263,32 +260,30 @@ class Detector:
         return IndexFacts(revision=self.follower.revision, size=len(self.follower.index))
 
     def _gather(
-        self, cases: Sequence[Case], k: int, fitted: Fitted | None, exclude: Sequence[Sequence[int]] | None = None
-    ) -> list[Evidence]:
-        """The evidence on each case, without the references that `exclude` names for it."""
-        lengths = [len(case.embeddings) for case in cases]
-        every = np.concatenate([case.embeddings for case in cases])  # (n, d)
-        each = None
-        if exclude is not None:
-            each = [np.array(ids) for ids, length in zip(exclude, lengths, strict=True) for _ in range(length)]
-        calibration = fitted.calibration if fitted else None
-        return gather(every, k, self.follower, self.heads, calibration, each).split(lengths)
+        self, cases: Sequence[Case], fitted: Fitted | None, exclude: Sequence[Sequence[int]] | None = None
+    ) -> list[tuple[Evidence, Evidence]]:
+        """The evidence on each case, and what is shown of it, without the references that `exclude` names for it.
 
-    def _shown(
-        self,
-        cases: Sequence[Case],
-        evidence: Sequence[Evidence],
-        fitted: Fitted | None,
-        exclude: Sequence[Sequence[int]] | None = None,
-    ) -> list[Evidence]:
-        """The evidence that is shown: for another k than the calibrated one it is gathered for the plain view alone."""
-        shown = list(evidence)
-        for number, (case, own) in enumerate(zip(cases, evidence, strict=True)):
-            if case.question.k not in (None, own.k):
-                plain = replace(case, embeddings=case.embeddings[:1])  # (1, d)
-                without = None if exclude is None else [exclude[number]]
-                [shown[number]] = self._gather([plain], case.question.k, fitted, without)
-        return shown
+        It is the same unless another k than the calibrated one was asked for, and then of the plain view alone.
+        """
+
+        def of(embeddings: Sequence[np.ndarray], k: int, without: Sequence[Sequence[int]] | None) -> list[Evidence]:
+            lengths = [len(own) for own in embeddings]
+            each = None
+            if without is not None:
+                each = [np.array(ids) for ids, length in zip(without, lengths, strict=True) for _ in range(length)]
+            every = np.concatenate(embeddings)  # (n, d)
+            return gather(every, k, self.follower, self.heads, calibration, each).split(lengths)
+
+        calibration = fitted.calibration if fitted else None
+        found = of([case.embeddings for case in cases], self.settings.k, exclude)
+        pairs = []
+        for number, (case, own) in enumerate(zip(cases, found, strict=True)):
+            k, shown = case.question.k, own
+            if k not in (None, own.k):
+                [shown] = of([case.embeddings[:1]], k, exclude and [exclude[number]])
+            pairs.append((own, shown))
+        return pairs
 
     def _explain(self, verdict: Verdict, prepared: Prepared, evidence: Evidence) -> None:
         """Add regions and stability, whose embeddings follow the plain view's in the evidence."""

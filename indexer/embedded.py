@@ -155,15 +155,19 @@ class EmbeddedServer:
         try:
             return self.data.samefile(process.cwd())
         except psutil.AccessDenied:  # root in a container may not look at another user's process
-            return self._pid_file()[1:2] == [str(self.data)]
+            return self._is_written_here()
         except (OSError, psutil.Error):
             return False
+
+    def _is_written_here(self) -> bool:
+        """Whether postmaster.pid names this folder, not that of an original."""
+        return self._pid_file()[1:2] == [str(self.data)]
 
     def _drop_stale_files(self) -> None:
         """Forget a killed server whose process id belongs to something else by now, and another home's."""
         if self._named() is None or self._serves():
             return  # where there is no such process, PostgreSQL itself sees that
-        if self._pid_file()[1:2] != [str(self.data)]:  # so are the users those of the original
+        if not self._is_written_here():  # so are the users those of the original
             self._users.unlink(missing_ok=True)
         (self.data / "postmaster.pid").unlink(missing_ok=True)
         for lock in self.data.glob(".s.PGSQL.*.lock"):

@@ -233,14 +233,14 @@ def test_cases_judged_together_are_judged_as_each_alone(detector: Detector) -> N
         (query(2, size=80), Question(explain=frozenset({"regions", "stability"}))),
         (known, Question(k=3)),
         (query(3), Question(k=9, max_false_alarm=0.4)),
-        (familiar, Question()),
+        (familiar, Question(k=4)),
     ]
     prepared = [detector.prepare(*one) for one in asked]
     embeddings = detector.embedder.embed_stacks([item.pixels for item in prepared])
     cases = [Case(*one) for one in zip(prepared, embeddings, [question for _, question in asked], strict=True)]
     together, alone = detector.judge(cases), [detector.judge([case])[0] for case in cases]
     assert [verdict.basis for verdict in together] == ["score", "score", "known", "score", "known"]
-    assert [len(verdict.neighbours) for verdict in together] == [10, 10, 6, 18, 10]
+    assert [len(verdict.neighbours) for verdict in together] == [10, 10, 6, 18, 8]
     for verdict in (together[2], together[4]):
         assert verdict.known is not None
         assert verdict.known.id not in [near.id for near in verdict.neighbours]
