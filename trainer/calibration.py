@@ -1,8 +1,13 @@
 """From raw head scores to probabilities, thresholds with promised error rates, and p-values for novelty.
 
 Everything is fitted from images that trained neither backbone nor heads (the role "calibration"). The maps are
-logistic (Platt 1999); thresholds and p-values are conformal (Vovk et al. 2005): they hold for fresh images that are
-exchangeable with the calibration images, whatever the distribution. Numpy only: serving refits after index changes.
+logistic (Platt 1999); thresholds and p-values are conformal (Vovk et al. 2005). Numpy only: serving refits after index
+changes.
+
+p-values hold for fresh images that are exchangeable with the calibration images, whatever the distribution. Thresholds
+would as well if the scores they are set from came from the map that serves. They come from maps fitted without the
+image's group, uploads are scored by the map fitted on all: the rates are met closely, not exactly. Images count one by
+one, though those of a group resemble each other: g groups of images all alike hold no rate below 1 / (g + 1).
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ HEADS = ("knn", "linear", "svm")
 """Whose raw scores are combined: the vote's logit, the linear logit, the one-class score."""
 FOLDS = 5
 """Thresholds come from scores of maps that have not seen the image's group."""
-METHOD = 2
+METHOD = 3
 """Changes whenever scores or their fit do, here or in the vote: what was fitted otherwise is not used again."""
 MINIMUM = 10
 """Fewer calibration images of either label than this calibrate nothing."""
@@ -221,8 +226,8 @@ def fit_calibration(
             name = subset(heads)
             maps[name] = fit_logistic(heads, table[rows], labels[rows])
             scores = _cross_fitted(heads, table[rows], labels[rows], folds[rows])
-            real[name] = np.sort(scores[labels[rows] == 0]).astype(np.float32)
-            fake[name] = np.sort(scores[labels[rows] == 1]).astype(np.float32)
+            real[name] = np.sort(scores[labels[rows] == 0])
+            fake[name] = np.sort(scores[labels[rows] == 1])
     fakes = np.asarray(nearest_fake)[labels == 1]
     everything = np.asarray(nearest)
     return Calibration(
@@ -237,8 +242,8 @@ def fit_calibration(
 
 
 def _cross_fitted(heads: tuple[str, ...], table: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Calibrated logits, shape (n,), each by a map fitted on the other folds."""
-    scores = np.empty(len(table))
+    """Calibrated logits, shape (n,), float32, each by a map fitted on the other folds."""
+    scores = np.empty(len(table), np.float32)
     for fold in range(FOLDS):
         held = folds == fold
         # A fold whose complement lacks a label (few, large groups) is scored by all: better than no threshold.

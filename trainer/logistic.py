@@ -47,13 +47,16 @@ class LogisticMap:
     intercept: float
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
-        """Calibrated logits, shape (n,), within +-30; NaN where a score is NaN.
+        """Calibrated logits, shape (n,), float32, within +-30; NaN where a score is NaN.
+
+        They are as precise as the tables they are compared with, and an image scored alone ties with itself scored
+        among others: the last bits of a float64 product depend on how many are multiplied at once.
 
         Args:
             scores: Raw scores, shape (n, heads).
         """
         logits = scores @ np.asarray(self.weights) + self.intercept  # (n, h) -> (n,)
-        clipped: np.ndarray = np.clip(logits, -LIMIT, LIMIT)
+        clipped: np.ndarray = np.clip(logits, -LIMIT, LIMIT).astype(np.float32)
         return clipped
 
     def to_json(self) -> dict[str, Any]:
