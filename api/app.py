@@ -308,9 +308,9 @@ async def give_feedback(
 
 
 @router.get("/status", tags=["operations"], responses=documented())
-async def get_status(service: Served, detector: Loaded, caller: Reading) -> resources.Status:
+async def get_status(service: Served, caller: Reading) -> resources.Status:
     """What is loaded, followed and calibrated."""
-    return await service.run(catalogue.status, detector)
+    return await service.status()
 
 
 @router.get("/calibration", tags=["operations"], responses=documented())

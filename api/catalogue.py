@@ -96,7 +96,7 @@ def status(detector: Detector) -> Status:
     sources: list[SourceCount] = []
     if not degraded:
         try:
-            ask = detector.patience.ask
+            ask = detector.counting.ask
             counts = ask(detector.store.counts)
             real, fake = counts["real"], counts["fake"]
             revision = ask(detector.store.revision, detector.embedder.id)

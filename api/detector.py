@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice, repeat
 from uuid import UUID, uuid4
 
@@ -31,6 +32,8 @@ from trainer.calibration_set import CalibrationSet
 from trainer.embedder import CheckpointError, Embedder
 from trainer.heads import HEADS_FILE, Heads
 
+STATEMENT_SECONDS = 60
+"""After which the database ends a statement of the service."""
 CHUNK = 16
 """Files that `detect` embeds together."""
 FLIPS = "the verdict flips under re-encoding or rescaling"
@@ -69,6 +72,9 @@ class Detector:
     store: Store = field(init=False)
     follower: Follower = field(init=False)
     patience: Patience = field(init=False, default_factory=Patience)
+    """For what verdicts need."""
+    counting: Patience = field(init=False, default_factory=partial(Patience, seconds=5.0, threads=2))
+    """For what grows with the store: its time-outs leave verdicts alone."""
     neighbourhood: Neighbourhood = field(init=False)
     calibrator: Calibrator = field(init=False)
     model_facts: ModelFacts = field(init=False)
@@ -88,7 +94,7 @@ class Detector:
         images = None
         with suppress(CheckpointError):  # then nothing is calibrated, and every verdict says so
             images = CalibrationSet.load(folder)
-        self.store = Store(connect(self.settings))
+        self.store = Store(connect(self.settings, statement_seconds=STATEMENT_SECONDS))
         checkpoint = self.embedder
         heads_id = self.heads.id if self.heads else None  # a hash: not to be computed for each verdict
         self.model_facts = ModelFacts(
@@ -118,6 +124,7 @@ class Detector:
         self.calibrator.stop()
         self.follower.stop()  # writes the snapshot where that is out of date
         self.patience.close()
+        self.counting.close()
         self.store.engine.dispose()
 
     def prepare(self, upload: Upload, question: Question = Question()) -> Prepared:

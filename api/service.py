@@ -15,12 +15,13 @@ import numpy as np
 
 from api.access import Caller, Keys
 from api.batcher import Batcher, BatcherFull, Item, Result
+from api.catalogue import status
 from api.detector import Case, Detector
 from api.enrolment import Batch, enrol
 from api.metrics import Metrics
 from api.patience import DATABASE_AWAY
 from api.problems import ApiError
-from api.resources import Added
+from api.resources import Added, Status
 from api.schemas import FailedFile, Hits, Label, Verdict
 from api.uploads import Question, Upload
 from indexer.postgres import DatabaseBehind
@@ -59,6 +60,7 @@ class Service:
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 2, "decode")
         self._askers = ThreadPoolExecutor(2 * (os.cpu_count() or 2), "ask")
         self._workers = ThreadPoolExecutor(DATABASE_THREADS, "work")
+        self._counters = ThreadPoolExecutor(2, "count")
         self._keys: Keys
         self._embedding: Batcher[np.ndarray, np.ndarray]
         self._judging: Batcher[Case, Verdict]
@@ -126,6 +128,7 @@ class Service:
             self._judging.close()
         self._askers.shutdown()
         self._workers.shutdown()
+        self._counters.shutdown()
         if self._detector is not None:
             self._detector.close()
 
@@ -187,6 +190,10 @@ class Service:
             return Hits(file=upload.file, neighbours=neighbours, next=following)
 
         return await self._each(uploads, one)
+
+    async def status(self) -> Status:
+        """See `catalogue.status`. In threads of its own: who asks for it may wait, nobody else."""
+        return await asyncio.get_running_loop().run_in_executor(self._counters, status, self.detector)
 
     async def enrol(self, uploads: Sequence[Upload], batch: Batch) -> Added:
         """See `enrolment.enrol`."""

@@ -46,7 +46,7 @@ class Follower:
     Attributes:
         index: The index; a reload replaces it, so ask for it anew each time.
         revision: Of the store, up to which the index is complete.
-        degraded: Whether the database could not be reached last time; searches go on from memory.
+        degraded: Whether following failed last time, mostly for want of the database; searches go on from memory.
         generator_names: Names by id.
         source_names: Names by the source numbers of the index.
 
@@ -275,17 +275,18 @@ class Follower:
                 self._lose(error)
                 self._end.wait(POLL)
                 self._revive()
-            except Exception:  # a fault of ours must not end the following; `lag` tells
-                log.exception("following failed, trying again")
+            except Exception:  # a fault of ours must not end the following
+                if not self.degraded:
+                    log.exception("following failed, searches go on from memory while it is tried again")
+                self.degraded = True
                 self._end.wait(POLL)
 
     def _listen(self) -> psycopg.Connection[Any]:
         """A connection of our own: one from the pool would be handed on, and must not be in a transaction."""
         engine = self.store.engine
         arguments, options = engine.dialect.create_connect_args(engine.url)
-        connection: psycopg.Connection[Any] = psycopg.connect(
-            *arguments, **options, autocommit=True, connect_timeout=10, application_name="lineup follower"
-        )
+        options |= {"autocommit": True, "application_name": f"{options['application_name']} follower"}
+        connection: psycopg.Connection[Any] = psycopg.connect(*arguments, **options)
         connection.execute(f"listen {CHANNEL}")
         return connection
 

@@ -1,5 +1,6 @@
 """Reach the database: the server of `LINEUP_DATABASE_URL`, or an embedded one under `LINEUP_HOME`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ OLDEST_SERVER = 14
 MIGRATION_LOCK = 0x11_E0_B0
 LOCK_SECONDS = 30
 """Longest wait for a lock. Ours are held for a tenth of a second: what holds one longer is a transaction left open."""
+POOL_SECONDS = 10
+"""Longest wait for one of the pool's connections."""
+CONNECTION = {
+    "application_name": "lineup",
+    "connect_timeout": "10",
+    "keepalives_idle": "15",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+}
+"""libpq's parameters, where the URL has no others: a server that vanishes without a word is given up in 30 seconds."""
 
 
 class DatabaseUnreachable(RuntimeError):
@@ -30,12 +42,13 @@ class DatabaseBehind(RuntimeError):
     """The database has another schema revision than this code; the message names the command."""
 
 
-def connect(settings: Settings, *, check: bool = True) -> Engine:
+def connect(settings: Settings, *, check: bool = True, statement_seconds: int = 0) -> Engine:
     """An engine on a database that answers; without `database_url` the embedded server is started and migrated.
 
     Args:
         settings: Where the database is.
         check: Refuse a database whose schema is not this code's (`indexer migrate` itself does not).
+        statement_seconds: After which the server ends a statement; 0 leaves that to the server.
 
     Raises:
         DatabaseUnreachable: Nothing usable answers there.
@@ -49,9 +62,9 @@ def connect(settings: Settings, *, check: bool = True) -> Engine:
     else:
         url = make_url(settings.database_url).set(drivername="postgresql+psycopg")
     engine = create_engine(
-        url, pool_pre_ping=True, max_overflow=30, connect_args={"connect_timeout": 10, "application_name": "lineup"}
+        url.set(query={**CONNECTION, **url.query}), pool_pre_ping=True, max_overflow=30, pool_timeout=POOL_SECONDS
     )
-    event.listen(engine, "connect", _limit_waiting)
+    event.listen(engine, "connect", partial(_limit_waiting, statement_seconds))
     try:
         _make_ready(engine, settings.database_url is None, check)
     except DBAPIError as error:
@@ -65,8 +78,10 @@ def connect(settings: Settings, *, check: bool = True) -> Engine:
     return engine
 
 
-def _limit_waiting(connection: psycopg.Connection[Any], _: object) -> None:
+def _limit_waiting(statement_seconds: int, connection: psycopg.Connection[Any], _: object) -> None:
     connection.execute(f"set lock_timeout = '{LOCK_SECONDS}s'")
+    if statement_seconds:
+        connection.execute(f"set statement_timeout = '{statement_seconds}s'")
     connection.commit()
 
 
@@ -86,6 +101,7 @@ def migrate(engine: Engine, revision: str = "head") -> None:
     """Bring the schema to `revision`, up or down, in one transaction; several processes may try at once."""
     config = alembic_config()
     with engine.begin() as connection:
+        connection.execute(text("set local statement_timeout = 0"))
         connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
         config.attributes["connection"] = connection
         current = schema_revision(connection)

@@ -774,6 +774,20 @@ def test_a_database_that_hangs_is_as_good_as_away(client: TestClient, monkeypatc
     wait_for(lambda: not client.post("/v1/detect", files=files(png())).json()["results"][0]["degraded"])
 
 
+def test_a_slow_status_concerns_only_who_asked(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = threading.Event()
+    monkeypatch.setattr(detector_of(client).counting, "seconds", 0.1)
+    monkeypatch.setattr(store_of(client), "counts", lambda: opened.wait(60))
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(client.get, "/v1/status") for _ in range(4)]
+        answers = [answer.result().json() for answer in asked]
+        verdict = client.post("/v1/detect", files=files(png())).json()["results"][0]
+    opened.set()
+    assert {answer["references"]["real"] for answer in answers} == {60}  # from memory
+    assert (verdict["degraded"], verdict["recorded"]) == (False, True)
+    assert "lineup_degraded 0.0" in client.get("/metrics").text
+
+
 def test_a_bug_is_a_problem_without_a_traceback(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise ZeroDivisionError("secret detail")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psycopg
 import pytest
 from numbered import CHECKPOINT, DIM, add, add_all, following, new, opened, vector
 from sqlalchemy import Engine, create_engine, make_url, text
@@ -197,6 +198,49 @@ def test_the_poll_is_enough(store: Store, settings: Settings, monkeypatch: pytes
     until(lambda: follower.revision == 1)
     until(lambda: follower.lag < 1)
     follower.stop()
+
+
+def test_options_of_the_database_url_are_followed(settings: Settings) -> None:
+    separator = "&" if "?" in str(settings.database_url) else "?"
+    url = f"{settings.database_url}{separator}connect_timeout=7&application_name=mine"
+    store = opened(settings.model_copy(update={"database_url": url}))
+    follower = following(store, settings)
+    follower.load()
+    follower.start()
+    add(store, 1)
+    until(lambda: follower.revision == 1)
+    assert not follower.degraded
+    with store.engine.connect() as connection:
+        query = text("select distinct application_name from pg_stat_activity where datname = current_database()")
+        assert set(connection.scalars(query)) == {"mine", "mine follower"}
+    follower.stop()
+    store.engine.dispose()
+
+
+def test_any_failure_of_following_degrades(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "POLL", 0.05)
+    listen = Follower._listen
+    failures = [TypeError("a fault"), TypeError("a fault")]
+    mended = threading.Event()
+
+    def broken(follower: Follower) -> "psycopg.Connection[Any]":
+        if failures:
+            raise failures.pop()
+        mended.wait(20)
+        return listen(follower)
+
+    monkeypatch.setattr(Follower, "_listen", broken)
+    follower = following(store, settings)
+    follower.load()
+    follower.start()
+    until(lambda: not failures)
+    assert follower.degraded
+    mended.set()
+    until(lambda: not follower.degraded)
+    follower.stop()
+    assert sum(record.exc_info is not None for record in caplog.records) == 1
 
 
 def test_an_outage_is_survived(

@@ -11,10 +11,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
+import psycopg
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import OperationalError
 
 from indexer.embedded import EmbeddedFailure, EmbeddedServer
 from indexer.postgres import DatabaseBehind, DatabaseUnreachable, connect, migrate, stop
@@ -280,6 +283,27 @@ def test_an_unreachable_database_is_one_line_without_the_password(url: str) -> N
         connect(Settings(database_url=url))
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+def test_the_connection_limits_how_long_it_waits(settings: Settings) -> None:
+    url = make_url(str(settings.database_url)).update_query_dict({"connect_timeout": "7"})
+    shown = settings.model_copy(update={"database_url": url.render_as_string(hide_password=False)})
+    engine = connect(shown, statement_seconds=1)
+    with engine.connect() as connection:
+        driver = cast("psycopg.Connection[Any]", connection.connection.driver_connection)
+        parameters = driver.info.get_parameters()
+        assert {name: parameters[name] for name in ("connect_timeout", "tcp_user_timeout", "keepalives_idle")} == {
+            "connect_timeout": "7",
+            "tcp_user_timeout": "30000",
+            "keepalives_idle": "15",
+        }
+        with pytest.raises(OperationalError, match="statement timeout"):
+            connection.execute(text("select pg_sleep(60)"))
+    engine.dispose()
+    engine = connect(settings)
+    with engine.connect() as connection:
+        assert connection.scalar(text("show statement_timeout")) == "0"  # exports and rebuilds take their time
+    engine.dispose()
 
 
 def test_another_schema_is_refused_with_the_command(settings: Settings) -> None:

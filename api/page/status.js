@@ -65,7 +65,7 @@ function cards(status) {
       ? h(
           "p",
           { class: "note" },
-          "The database is away. Lineup judges from memory; numbers below are the last that were seen.",
+          "The database is away or slow. Lineup judges from memory; numbers below are the last that were seen.",
         )
       : null,
     h(
