@@ -49,7 +49,7 @@ endif
 	@echo "For further commands:  . $(BIN)/activate; export LINEUP_HOME=$(LINEUP_HOME) LINEUP_CHECKPOINT=$(LINEUP_CHECKPOINT)"
 	@echo "To serve without torch, from a lean installation (pip install '.[cpu]'): the same, and  python -m api serve"
 ifneq ($(SERVE),0)
-	@echo "The page comes up at http://127.0.0.1:$${LINEUP_PORT:-8000}: drop an image on it. $(UNSEEN)"
+	@echo "Open the link to the page that comes next, and drop an image on it. $(UNSEEN)"
 	$(RUN) api serve
 endif
 

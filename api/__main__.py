@@ -103,16 +103,17 @@ def serve(
     from api.server import run
 
     detector = load(host=host, port=port, checkpoint=checkpoint, device=device)
-    address = detector.settings.host
+    settings = detector.settings
     try:
-        if not is_loopback(address) and not Keys(detector.store, detector.patience).exist():
+        keyed = Keys(detector.store, detector.patience).exist()
+        if not keyed and not is_loopback(settings.host):
             advice = "make one with `python -m api keys create NAME --scope admin`, or listen on 127.0.0.1"
-            raise SettingsError(f"LINEUP_HOST is {address}, which needs an API key: {advice}")
+            raise SettingsError(f"LINEUP_HOST is {settings.host}, which needs an API key: {advice}")
     except (SettingsError, ApiError) as error:
         detector.close()
         raise fail(error) from None
     log_as_json()
-    run(detector)
+    run(detector, None if keyed or settings.open else settings.token)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Who may call: API keys with scopes, or, while there is none, only programs and pages of this very machine."""
+"""Who may call: API keys with scopes, or, while there is none, who sits at this machine and has the start's token."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FORWARDING = ("forwarded", "via", "x-real-ip")
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who sent a request. Without keys it is whoever sits at this machine, who may do everything."""
+    """Who sent a request. Without keys it is whoever has the token at this machine, who may do everything."""
 
     key_id: int | None = None
     name: str = "loopback"
@@ -184,6 +184,26 @@ def check_loopback(client: str | None, headers: Mapping[str, str]) -> None:
     site = headers.get("sec-fetch-site", "none")
     if site not in ("none", "same-origin"):
         raise ApiError("forbidden", f"without API keys pages of another site may not call{advice}")
+
+
+def bearer(headers: Mapping[str, str]) -> str:
+    """The secret that the header Authorization carries; empty where there is none."""
+    scheme, _, secret = headers.get("authorization", "").partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else ""
+
+
+def check_token(given: str, token: str) -> None:
+    """Refuse who has not seen what `api serve` printed: a proxy on this machine looks like this machine.
+
+    Raises:
+        ApiError: unauthorized.
+    """
+    if not secrets.compare_digest(given.encode(), token.encode()):
+        detail = (
+            "open the link that `python -m api serve` printed, or send its token as `Authorization: Bearer ...`; "
+            "LINEUP_TOKEN sets the token, LINEUP_OPEN=true does without"
+        )
+        raise ApiError("unauthorized", detail)
 
 
 def _hostname(url: str) -> str:

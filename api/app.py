@@ -77,7 +77,7 @@ Reading = Annotated[Caller, Depends(caller_with("detect", "enrol"))]
 Enrolling = Annotated[Caller, Depends(caller_with("enrol"))]
 Admin = Annotated[Caller, Depends(caller_with("admin"))]
 Limit = Annotated[int, Query(ge=1, le=MOST_SHOWN)]
-bearer = HTTPBearer(auto_error=False, description="An API key; not needed from this machine while there is none.")
+bearer = HTTPBearer(auto_error=False, description="An API key, or the token of the start while there is none.")
 router = APIRouter(prefix="/v1", dependencies=[Depends(bearer)])  # for OpenAPI: `Guard` has decided already
 
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from uuid import uuid4
 
-from api.access import Caller, RateLimit, check_loopback
+from api.access import Caller, RateLimit, bearer, check_loopback, check_token
 from api.metrics import Metrics
 from api.problems import ApiError
 from api.service import Service
@@ -24,7 +24,7 @@ ASGIApp = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
 log = logging.getLogger("lineup.request")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 GUARDED = ("/v1/", "/metrics")
-"""Paths that need a key, or loopback where there is none. Page, documentation and health hold nothing secret."""
+"""Paths that need a key, or loopback and the token where there is none. The others hold nothing secret."""
 MOST_JSON = 2**20
 """Bytes of a body that is no form with files."""
 POLICY = (
@@ -144,7 +144,7 @@ class Guard:
 
     Args:
         app: What it wraps.
-        service: Holds the keys.
+        service: Holds the keys and the settings.
         limit: Per key.
     """
 
@@ -170,11 +170,12 @@ class Guard:
         headers = headers_of(scope)
         if not await self.service.keys_exist():
             check_loopback(scope["client"][0] if scope.get("client") else None, headers)
+            if not self.service.settings.open:
+                check_token(bearer(headers), self.service.settings.token)
             return Caller()
-        scheme, _, secret = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secret:
+        if not (secret := bearer(headers)):
             raise ApiError("unauthorized", "send an API key as `Authorization: Bearer lineup_...`")
-        caller = await self.service.authenticate(secret.strip())
+        caller = await self.service.authenticate(secret)
         if caller.key_id is not None:
             self.limit.spend(caller.key_id, time.monotonic())
         return caller

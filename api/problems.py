@@ -27,7 +27,7 @@ Kind = Literal[
 TABLE: dict[Kind, tuple[int, str]] = {
     "unreadable": (400, "The image cannot be read"),
     "bad-request": (400, "The request cannot be read"),
-    "unauthorized": (401, "An API key is needed"),
+    "unauthorized": (401, "An API key or the token is needed"),
     "forbidden": (403, "Not allowed"),
     "not-found": (404, "Not found"),
     "method-not-allowed": (405, "Method not allowed"),

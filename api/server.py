@@ -50,7 +50,16 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Tells where it listens once it does."""
+    """Tells where it listens once it does, and prints the link that opens the page.
+
+    Args:
+        config: What it serves, and where.
+        token: What the page needs; None where it needs none, or a key.
+    """
+
+    def __init__(self, config: uvicorn.Config, token: str | None = None) -> None:
+        super().__init__(config)
+        self.token = token
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         """Begin to listen."""
@@ -58,10 +67,12 @@ class Server(uvicorn.Server):
         for listener in (listener for server in getattr(self, "servers", []) for listener in server.sockets):
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
-            log.info("serving", extra={"address": f"http://{shown}:{port}"})
+            address = f"http://{shown}:{port}"
+            log.info("serving", extra={"address": address})
+            print(f"The page: {address}/{f'?token={self.token}' if self.token else ''}", flush=True)
 
 
-def server(detector: Detector) -> Server:
+def server(detector: Detector, token: str | None = None) -> Server:
     """A server that, told to stop, finishes the requests that have begun, in the time that a request may take."""
     settings = detector.settings
     config = uvicorn.Config(
@@ -75,12 +86,12 @@ def server(detector: Detector) -> Server:
         proxy_headers=False,  # a proxy's word about the client's address is not believed
         timeout_graceful_shutdown=math.ceil(settings.request_seconds),
     )
-    return Server(config)
+    return Server(config, token)
 
 
-def run(detector: Detector) -> None:
-    """Serve until SIGTERM or SIGINT."""
-    ready = server(detector)
+def run(detector: Detector, token: str | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; `token` is what the link to the page carries."""
+    ready = server(detector, token)
     # What is loaded by now stays: to look through all of it for garbage stops every thread for a tenth of a second.
     gc.collect()
     gc.freeze()

@@ -145,6 +145,7 @@ def reference_path(train: np.ndarray, labels: np.ndarray, n: int) -> Callable[[b
 def served(settings: Settings) -> Iterator[tuple[int, int, float]]:
     """A server: its port, its process id, and the seconds until it answered."""
     values = {"LINEUP_HOME": str(settings.home), "LINEUP_CHECKPOINT": str(settings.checkpoint), "LINEUP_DEVICE": "cpu"}
+    values["LINEUP_OPEN"] = "true"
     log, start = settings.home / "log", time.perf_counter()
     with log.open("w") as stderr:
         command = [sys.executable, "-m", "api", "serve", "--port", "0"]

@@ -1,4 +1,4 @@
-"""Take the README's two pictures of the page: `python docs/screenshots.py URL IMAGE`, with the service at URL."""
+"""Take the README's two pictures: `python docs/screenshots.py LINK IMAGE`, with the link that `api serve` printed."""
 
 import io
 import shutil
@@ -19,18 +19,18 @@ def save(page: Page, name: str) -> None:
     picture.quantize(256, dither=Image.Dither.NONE).save(FOLDER / name, optimize=True)
 
 
-def main(url: str, image: str) -> None:
+def main(link: str, image: str) -> None:
     """A verdict by day, the generators by night."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport=DETECT, color_scheme="light")
-        page.goto(url)
+        page.goto(link)
         page.locator("#view-detect input[type=file]").set_input_files(image)
         page.locator(".stability").wait_for()  # comes after the verdict
         page.wait_for_load_state("networkidle")
         save(page, "verdict.png")
         page = browser.new_page(viewport=GENERATORS, color_scheme="dark")
-        page.goto(f"{url}#/generators")
+        page.goto(f"{link}#/generators")
         page.locator("#view-generators table").first.wait_for()
         page.wait_for_load_state("networkidle")
         save(page, "generators.png")

@@ -1,6 +1,7 @@
 """Settings shared by every command: one class, read from the environment (`LINEUP_...`) once at start."""
 
 import re
+import secrets
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,12 @@ class Settings(BaseSettings):
     """Address that `api serve` listens on; anything but loopback needs API keys."""
     port: int = Field(default=8000, ge=0, le=65535)
     """TCP port that `api serve` listens on; 0 picks a free one."""
+    token: str = Field(default_factory=secrets.token_urlsafe, pattern="^[A-Za-z0-9._~-]{16,}$", repr=False)
+    """What a request must bring while there is no API key, at least 16 of `A-Z a-z 0-9 . _ ~ -`; unset: a new one at
+    each start, which `api serve` prints."""
+    open: bool = False
+    """Ask this machine's requests for no token while there is no API key: a proxy here then lets in whoever reaches
+    it. true or false."""
     k: int = Field(default=10, ge=1, le=1000)
     """Neighbours that vote, a count."""
     max_false_alarm: float = Field(default=0.05, gt=0, lt=1)
@@ -91,7 +98,7 @@ def read_settings(**overrides: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = "_".join(["LINEUP", *(str(part).upper() for part in first["loc"])])
-        # A database URL may hold a password.
-        value = "is wrong" if name == "LINEUP_DATABASE_URL" else f"is {first['input']!r}"
+        field = Settings.model_fields.get(str(first["loc"][0]))
+        value = f"is {first['input']!r}" if field is None or field.repr else "is wrong"  # it may hold a secret
         reason = first["msg"].removeprefix("Value error, ").lower()
         raise SettingsError(f"{name} {value}: {reason}") from None

@@ -127,7 +127,7 @@ def populated(
     """Settings of a database that holds the image folder; the module's tests leave those references as they are."""
     with new_database(postgres_server) as url:
         home = tmp_path_factory.mktemp("populated")
-        settings = Settings(home=home, database_url=url, checkpoint=tiny_checkpoint, device="cpu", k=5)
+        settings = Settings(home=home, database_url=url, checkpoint=tiny_checkpoint, device="cpu", k=5, open=True)
         store = Store(connect(settings))
         ingest(read_dataset(image_folder, source="tests"), Embedder.load(tiny_checkpoint, device="cpu"), store)
         store.engine.dispose()
@@ -136,5 +136,5 @@ def populated(
 
 @pytest.fixture
 def settings(database_url: str, tmp_path: Path) -> Settings:
-    """Settings of a fresh home and a fresh database."""
-    return Settings(home=tmp_path / "home", database_url=database_url)
+    """Settings of a fresh home and a fresh database, without a token."""
+    return Settings(home=tmp_path / "home", database_url=database_url, open=True)

@@ -161,15 +161,15 @@ def test_keys_are_made_listed_and_revoked(own: Call) -> None:
     assert secret not in table.stdout
 
 
-def begin_request(port: int) -> socket.socket:
+def begin_request(port: int, token: str) -> socket.socket:
     """A connection on which the server has begun to read the body of a detection, and waits for more."""
     head = (
         "POST /v1/detect HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=b\r\n"
-        "Content-Length: {length}\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
+        "Authorization: Bearer {token}\r\nContent-Length: {length}\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
     )
     part = '--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
     connection = socket.create_connection(("127.0.0.1", port), timeout=60)
-    connection.sendall(head.format(length=len(part) + len("Real\r\n--b--\r\n")).encode())
+    connection.sendall(head.format(token=token, length=len(part) + len("Real\r\n--b--\r\n")).encode())
     assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
     connection.sendall(part.encode())
     return connection
@@ -179,12 +179,13 @@ def test_serve_answers_finishes_and_stops(
     settings: Settings, tiny_checkpoint: Path, queries: Path, tmp_path: Path
 ) -> None:
     settings = settings.model_copy(update={"checkpoint": tiny_checkpoint, "device": "cpu"})
-    log = tmp_path / "log"
-    with log.open("w") as stderr:
+    log, shown = tmp_path / "log", tmp_path / "shown"
+    with log.open("w") as stderr, shown.open("w") as stdout:
         process = subprocess.Popen(
             [sys.executable, "-m", "api", "serve", "--port", "0"],
             env=os.environ | environment(settings) | {"LINEUP_REQUEST_SECONDS": "20"},
             cwd=Path(__file__).parent.parent,
+            stdout=stdout,
             stderr=stderr,
         )
     try:
@@ -195,12 +196,14 @@ def test_serve_answers_finishes_and_stops(
             time.sleep(0.1)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         address = next(line["address"] for line in lines if "address" in line)
-        with httpx2.Client(base_url=address, timeout=60) as client:
+        token = shown.read_text().removeprefix(f"The page: {address}/?token=").rstrip()
+        own = {"authorization": f"Bearer {token}"}
+        with httpx2.Client(base_url=address, timeout=60, headers=own) as client:
             assert client.get("/health/ready").json() == {"status": "ready"}
             with (queries / "b.png").open("rb") as image:
                 answer = client.post("/v1/detect", files={"image": image}).json()
             assert Verdict.model_validate(answer["results"][0]).file == "b.png"
-        begun = begin_request(urlsplit(address).port or 0)
+        begun = begin_request(urlsplit(address).port or 0, token)
         process.send_signal(signal.SIGTERM)
         begun.sendall(b"Real\r\n--b--\r\n")
         answer = b"".join(iter(partial(begun.recv, 65536), b""))
@@ -217,6 +220,7 @@ def test_serve_answers_finishes_and_stops(
         "/v1/detect",
     ]
     assert not [line for line in lines if line["level"] in ("warning", "error")]
+    assert token not in log.read_text()
 
 
 def test_serving_freezes_what_is_loaded_and_keeps_the_blas_to_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +231,7 @@ def test_serving_freezes_what_is_loaded_and_keeps_the_blas_to_one_thread(monkeyp
             threads = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
             seen.append((gc.get_freeze_count() > 1000, threads))
 
-    monkeypatch.setattr(server, "server", lambda detector: Ready())
+    monkeypatch.setattr(server, "server", lambda detector, token: Ready())
     try:
         server.run(cast(Detector, None))
     finally:

@@ -602,6 +602,31 @@ def test_without_keys_other_machines_are_refused(client: TestClient) -> None:
     assert away.get("/health/live").status_code == 200
 
 
+def test_without_keys_a_proxy_that_looks_like_this_machine_needs_the_token(
+    settings: Settings, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A plain reverse proxy calls from 127.0.0.1 with a loopback Host and no forwarding header, as this client does."""
+    caplog.set_level("INFO")
+    token = settings.token
+    with connected(settings, checkpoint=tiny_checkpoint, device="cpu", open=False) as client:
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {token}"}):
+            answer = client.post("/v1/references", data={"label": "real"}, headers=headers)
+            assert "api serve" in problem(answer, 401, "unauthorized")["detail"]
+            problem(client.get("/metrics", headers=headers), 401, "unauthorized")
+            problem(client.get(f"/v1/status?token={token}", headers=headers), 401, "unauthorized")
+        for path in (f"/?token={token}", "/app.js", "/health/live", "/health/ready"):
+            assert client.get(path).status_code == 200, path
+        own = {"authorization": f"Bearer {token}"}
+        assert client.get("/v1/status", headers=own).json()["references"] == {"real": 0, "fake": 0}
+        assert token not in client.get("/metrics", headers=own).text
+        problem(client.get("/v1/status", headers=own | {"origin": "https://evil.example"}), 403, "forbidden")
+        elsewhere = TestClient(client.app, base_url=BASE, client=("192.168.0.9", 1234))
+        problem(elsewhere.get("/v1/status", headers=own), 403, "forbidden")
+    logged = [str(vars(record)) for record in caplog.records if record.name != "httpx2"]  # the client logs its own
+    assert len(logged) >= 10
+    assert token not in "".join(logged)
+
+
 def test_cors_only_for_the_origins_of_the_setting(
     settings: Settings, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

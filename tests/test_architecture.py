@@ -118,6 +118,7 @@ def test_adding_detecting_and_serving_need_no_training_library(
         "LINEUP_HOME": str(settings.home),
         "LINEUP_DATABASE_URL": str(settings.database_url),
         "LINEUP_CHECKPOINT": str(tiny_checkpoint),
+        "LINEUP_OPEN": "true",
     }
     command = [sys.executable, "-c", LEAN, str(image_folder)]
     result = subprocess.run(command, cwd=settings.home.parent, capture_output=True, text=True, env=environment)

@@ -22,7 +22,7 @@ APPS = {"trainer": trainer_app, "indexer": indexer_app, "api": api_app}
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_every_setting_is_documented_as_the_class_says(name: str) -> None:
     field = Settings.model_fields[name]
-    default = "" if field.default in (None, "") else f"`{field.default}`"
+    default = "" if field.default_factory or field.default in (None, "") else f"`{field.default}`"
     assert field.description
     assert f"| `LINEUP_{name.upper()}` | {default} | {' '.join(field.description.split())} |" in README
 

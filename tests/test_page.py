@@ -50,7 +50,7 @@ def opens(browser: Browser, site: str) -> Iterator[Opens]:
     contexts, watch = [], Watch(site)
 
     def visit(view: str = "detect", *, url: str = site, width: int = 1200, axe: bool = False, **options: Any) -> Page:
-        watch.origin = url
+        watch.origin = url.partition("?")[0]
         size: ViewportSize = {"width": width, "height": 900}
         context = browser.new_context(viewport=size, accept_downloads=True, **options)
         contexts.append(context)
@@ -510,7 +510,21 @@ def test_a_key_is_asked_for_kept_in_the_session_and_forgotten(opens: Opens, lock
     page.get_by_role("button", name="Forget it").click()
     page.get_by_role("button", name="Refresh").click()
     page.get_by_role("button", name="Cancel").click()
-    expect(page.locator("#view-status").get_by_role("alert").first).to_contain_text("An API key is needed")
+    expect(page.locator("#view-status").get_by_role("alert").first).to_contain_text("An API key or the token is needed")
+
+
+def test_the_link_that_was_printed_opens_the_page_and_its_token_leaves_the_address(
+    opens: Opens, populated: Settings
+) -> None:
+    with served(populated, open=False) as url:
+        asking = opens("status", url=url)
+        expect(asking.get_by_role("dialog")).to_contain_text("prints a link that opens this page")
+        page = opens("status", url=f"{url}?token={populated.token}")
+        expect(page.locator("#view-status .cards")).to_be_visible()
+        assert page.url == f"{url}#/status"
+        page.reload()
+        expect(page.locator("#view-status .cards")).to_be_visible()
+        assert populated.token not in json.dumps(page.context.storage_state())
 
 
 # Errors

@@ -47,6 +47,7 @@ def test_environment_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
         ("PRIOR", "1", "less than 1"),
         ("MAX_PIXELS", "many", "valid integer"),
         ("DATABASE_URL", "mysql://me:secret@host/db", "postgresql://"),
+        ("TOKEN", "secret", "is wrong"),
     ],
 )
 def test_bad_values_are_one_line_with_the_variable(
@@ -65,3 +66,12 @@ def test_bad_values_are_one_line_with_the_variable(
 def test_a_password_is_not_shown() -> None:
     settings = Settings(database_url="postgresql://me:secret@host/db")
     assert "secret" not in repr(settings)
+
+
+def test_every_start_has_a_token_of_its_own_that_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = read_settings(), read_settings()
+    assert first.token != second.token
+    assert min(len(first.token), len(second.token)) >= 40
+    assert first.token not in repr(first)
+    monkeypatch.setenv("LINEUP_TOKEN", "chosen-for-scripts")
+    assert read_settings().token == "chosen-for-scripts"

@@ -134,6 +134,7 @@ def server(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[tuple[subprocess.P
         "LINEUP_HOME": str(home),
         "LINEUP_CHECKPOINT": str(tiny_checkpoint),
         "LINEUP_DEVICE": "cpu",
+        "LINEUP_OPEN": "true",
     }
     environment.pop("LINEUP_DATABASE_URL", None)
     log = tmp_path / "log"

@@ -5,7 +5,7 @@ import * as generators from "./generators.js";
 import * as record from "./record.js";
 import * as search from "./search.js";
 import * as status from "./status.js";
-import { forgetKey, key } from "./client.js";
+import { forgetKey, keepToken, key } from "./client.js";
 
 const VIEWS = { detect, record, search, generators, status };
 const TITLES = { detect: "Detect", record: "Record", search: "Search", generators: "Generators", status: "Status" };
@@ -54,6 +54,7 @@ async function awaitReady() {
   }
 }
 
+keepToken();
 for (const view of Object.values(VIEWS)) view.setUp();
 document.getElementById("forget-key").onclick = forgetKey;
 document.addEventListener("lineup-key", showKey);

@@ -1,4 +1,4 @@
-/** Calls to the service: the key, problems in words, and thumbnails, which need the key as well. */
+/** Calls to the service: the key or token, problems in words, and thumbnails, which need it as well. */
 
 import { sentence } from "./words.js";
 
@@ -36,6 +36,14 @@ export function key() {
 export function forgetKey() {
   sessionStorage.removeItem(KEY);
   document.dispatchEvent(new Event("lineup-key"));
+}
+
+/** Keep the token of the link that the service printed, and take it out of the address. */
+export function keepToken() {
+  const token = new URLSearchParams(location.search).get("token");
+  if (!token) return;
+  sessionStorage.setItem(KEY, token);
+  history.replaceState(null, "", location.pathname + location.hash);
 }
 
 let keyAsked = null;
