@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from api.access import SCOPES, Keys, hash_secret, is_loopback, new_secret
+from api.access import SCOPES, Keys, hash_secret, in_force, is_loopback, new_secret
 from api.detector import Detector
 from api.logs import log_as_json
 from api.patience import DATABASE_AWAY
@@ -217,10 +217,14 @@ def list_keys(as_json: Annotated[bool, typer.Option("--json", help="One JSON doc
 def revoke(name: Annotated[str, typer.Argument(help="The key to end; within seconds, everywhere.")]) -> None:
     """End a key."""
     store = open_store()
-    revoked = store.revoke_key(name)
+    revoked, now = store.revoke_key(name), datetime.now(UTC)
+    left = any(in_force(key, now) for key in store.list_keys())
     store.engine.dispose()
     if not revoked:
         raise fail(LookupError(f"no key in force is called {name!r}; see `python -m api keys list`"))
+    if not left:
+        advice = "`python -m api keys create NAME --scope admin` makes another"
+        print(f"no key is left, and without one nobody may call, this machine included: {advice}", file=sys.stderr)
 
 
 def open_store() -> Store:

@@ -1,12 +1,20 @@
 """Settings shared by every command: one class, read from the environment (`LINEUP_...`) once at start."""
 
+import os
 import re
 import secrets
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ELSEWHERE = (
+    *("LINEUP_DB_PASSWORD", "LINEUP_CHECKPOINT_DIR", "LINEUP_TARGET"),
+    *("LINEUP_TEST_DEBIAN", "LINEUP_SOAK_MINUTES", "LINEUP_SOAK_REPORT"),
+)
+"""Variables that are no settings: docker's compose file reads the first, the tests the others."""
 
 
 class SettingsError(ValueError):
@@ -81,6 +89,14 @@ class Settings(BaseSettings):
             raise ValueError("not a URL like postgresql://user:password@host:5432/name")
         return url
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: str) -> str:
+        for origin in filter(None, map(str.strip, origins.split(","))):
+            if not re.fullmatch(r"https?://[^\s/?#@*]+", origin):
+                raise ValueError(f"{origin!r} is no origin like https://a.example, without a path")
+        return origins
+
     @property
     def checkpoint_folder(self) -> Path:
         """The checkpoint folder in use."""
@@ -91,8 +107,9 @@ def read_settings(**overrides: Any) -> Settings:
     """Read the environment; `overrides` that are not None win, as command-line options do.
 
     Raises:
-        SettingsError: A value is out of range or of the wrong type.
+        SettingsError: A value is out of range or of the wrong type, or a variable `LINEUP_...` is no setting.
     """
+    _check_names()
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
@@ -102,3 +119,12 @@ def read_settings(**overrides: Any) -> Settings:
         value = f"is {first['input']!r}" if field is None or field.repr else "is wrong"  # it may hold a secret
         reason = first["msg"].removeprefix("Value error, ").lower()
         raise SettingsError(f"{name} {value}: {reason}") from None
+
+
+def _check_names() -> None:
+    """Refuse a misspelt variable, which would leave the default in force unseen."""
+    known = {f"LINEUP_{name.upper()}" for name in Settings.model_fields}
+    for name in sorted(name for name in os.environ if name.upper().startswith("LINEUP_")):
+        if name.upper() not in known.union(ELSEWHERE):
+            nearest = get_close_matches(name.upper(), known, 1, 0)[0]
+            raise SettingsError(f"{name} is no setting; the nearest is {nearest}: correct its name, or unset it")

@@ -152,10 +152,14 @@ def test_keys_are_made_listed_and_revoked(own: Call) -> None:
     assert (again.exit_code, again.stdout) == (0, "")
     other = json.loads(own("keys", "create", "other", "--json").stdout)
     assert (other["name"], other["scopes"], other["expires_at"]) == ("other", ["detect"], None)
-    assert own("keys", "revoke", "partner").exit_code == 0
+    revoked = own("keys", "revoke", "partner")
+    assert (revoked.exit_code, revoked.stderr) == (0, "")
     first, second = json.loads(own("keys", "list", "--json").stdout)["keys"]
     assert (first["name"], first["scopes"], first["revoked_at"] is None) == ("partner", ["detect", "enrol"], False)
     assert (second["name"], second["revoked_at"]) == ("other", None)
+    last = own("keys", "revoke", "other")
+    assert (last.exit_code, len(last.stderr.splitlines())) == (0, 1)
+    assert "without one nobody may call, this machine included" in last.stderr
     table = own("keys", "list")
     assert "partner" in table.stdout
     assert secret not in table.stdout

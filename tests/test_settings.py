@@ -1,10 +1,13 @@
 """Settings come from the environment, are documented, and refuse bad values with one line."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from indexer.settings import Settings, SettingsError, read_settings
+from indexer.settings import ELSEWHERE, Settings, SettingsError, read_settings
+
+ROOT = Path(__file__).parent.parent
 
 NAMES = (
     "home database_url checkpoint device host port k max_false_alarm max_miss prior unknown max_upload_bytes "
@@ -48,6 +51,8 @@ def test_environment_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
         ("MAX_PIXELS", "many", "valid integer"),
         ("DATABASE_URL", "mysql://me:secret@host/db", "postgresql://"),
         ("TOKEN", "secret", "is wrong"),
+        ("CORS_ORIGINS", "foo", "https://a.example"),
+        ("CORS_ORIGINS", "https://a.example, https://b.example/", "'https://b.example/' is no origin"),
     ],
 )
 def test_bad_values_are_one_line_with_the_variable(
@@ -61,6 +66,32 @@ def test_bad_values_are_one_line_with_the_variable(
     assert part in message
     assert "\n" not in message
     assert "secret" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("LINEUP_CHEKPOINT", "LINEUP_CHECKPOINT"),
+        ("LINEUP_DATABASE", "LINEUP_DATABASE_URL"),
+        ("lineup_prt", "LINEUP_PORT"),
+    ],
+)
+def test_a_misspelt_variable_is_one_line_with_the_nearest_setting(
+    monkeypatch: pytest.MonkeyPatch, name: str, nearest: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(SettingsError, match=f"^{name} is no setting; the nearest is {nearest}: .*$"):
+        read_settings()
+
+
+def test_every_variable_that_something_reads_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [path.read_text() for path in (ROOT / "docker").iterdir()]
+    texts += [path.read_text() for path in (ROOT / "tests").glob("*.py") if path.name != Path(__file__).name]
+    named = set(re.findall(r"LINEUP_[A-Z_]*[A-Z]", "".join(texts)))
+    assert set(ELSEWHERE) <= named
+    for name in named:
+        monkeypatch.setenv(name, "")
+    assert read_settings() is not None
 
 
 def test_a_password_is_not_shown() -> None:
