@@ -181,6 +181,7 @@ class Detector:
         """The verdict on one image; `reference` has its bytes, and those that are or may be `itself` did not vote."""
         prepared, question, settings = case.prepared, case.question, self.settings
         ruling = judgement.rule(evidence, fitted, self.calibrator.reason, settings, question.max_false_alarm)
+        terms = evidence.terms(fitted.calibration if fitted else None)
         verdict = Verdict(
             id=str(uuid4()),
             file=prepared.file,
@@ -191,7 +192,8 @@ class Detector:
             false_alarm=ruling.false_alarm,
             reason=ruling.reason,
             thresholds=ruling.thresholds,
-            heads=judgement.heads_side_by_side(shown, fitted, self.heads, settings),
+            combination=judgement.combination(terms),
+            heads=judgement.heads_side_by_side(shown, fitted, self.heads, settings, terms),
             generators=judgement.shares(shown, self.follower.generator_names),
             unknown_generator=ruling.unknown_generator,
             novelty=ruling.novelty,

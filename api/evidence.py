@@ -44,6 +44,12 @@ class Evidence:
         """Heads that answered for the first embedding."""
         return [head for head, values in self.logits.items() if not np.isnan(values[0])]
 
+    def terms(self, calibration: Calibration | None) -> dict[str, float]:
+        """What the logit of the first embedding's score is the sum of, see `Calibration.terms`."""
+        return (
+            calibration.terms({head: float(values[0]) for head, values in self.logits.items()}) if calibration else {}
+        )
+
     @property
     def twins(self) -> list[int]:
         """References that cannot be told from the first image by their embeddings."""

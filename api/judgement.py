@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from api.evidence import Evidence
 from api.schemas import (
     LABELS,
     CalibrationFacts,
+    Combination,
     Decision,
     GeneratorShare,
     HeadAnswers,
@@ -123,8 +124,13 @@ def rule(
     )
 
 
+def combination(terms: Mapping[str, float]) -> Combination | None:
+    """The sum that the terms of a score make."""
+    return Combination(bias=terms["bias"], logit=sum(terms.values())) if terms else None
+
+
 def heads_side_by_side(
-    evidence: Evidence, fitted: Fitted | None, heads: Heads | None, settings: Settings
+    evidence: Evidence, fitted: Fitted | None, heads: Heads | None, settings: Settings, terms: Mapping[str, float]
 ) -> HeadAnswers:
     """Every head's own answer to the first embedding.
 
@@ -133,6 +139,7 @@ def heads_side_by_side(
         fitted: The calibration in use.
         heads: Linear and SVM, and their maps.
         settings: The calibrated k, and the prior of the probabilities.
+        terms: What each head adds to the score's logit, see `Calibration.terms`.
     """
     votes = evidence.votes
     answers = HeadAnswers()
@@ -140,6 +147,7 @@ def heads_side_by_side(
         answers.knn = KnnHead(
             score=clip(votes.score[0]),
             probability=_probability("knn", evidence, fitted, heads, settings) if evidence.k == settings.k else None,
+            contribution=terms.get("knn"),
             label=_label(votes.logit[0] >= 0),
             k=evidence.k,
             votes=Votes(real=int(votes.votes_real[0]), fake=int(votes.votes_fake[0])),
@@ -158,12 +166,16 @@ def heads_side_by_side(
         answers.linear = LinearHead(
             score=clip(sigmoid(np.array(logit))),
             probability=_probability("linear", evidence, fitted, heads, settings),
+            contribution=terms.get("linear"),
             label=_label(logit >= 0),
         )
     if "svm" in evidence.logits:
         score = float(evidence.logits["svm"][0])
         answers.svm = SvmHead(
-            score=score, probability=_probability("svm", evidence, fitted, heads, settings), label=_label(score > 0)
+            score=score,
+            probability=_probability("svm", evidence, fitted, heads, settings),
+            contribution=terms.get("svm"),
+            label=_label(score > 0),
         )
     return answers
 

@@ -73,6 +73,7 @@ def page(rows: list[store.Detection], limit: int) -> DetectionPage:
                 file=full.result.file,
                 verdict=full.result.verdict,
                 score=full.result.score,
+                thresholds=full.result.thresholds,
                 sha256=row.sha256,
                 feedback=row.feedback,
             )

@@ -153,6 +153,7 @@ class DetectionSummary(Model):
     file: str
     verdict: Decision
     score: Unit | None = None
+    thresholds: Thresholds
     sha256: str
     feedback: dict[str, Any] | None = None
 

@@ -68,6 +68,8 @@ class KnnHead(Model):
     """Weight of the fakes among the neighbours."""
     probability: Unit | None = None
     """Calibrated; null where nothing is calibrated, or for a k other than the calibrated one."""
+    contribution: float | None = None
+    """As of the other heads; that of the calibrated k, whatever k was asked for."""
     label: Label
     k: int
     votes: Votes
@@ -87,6 +89,8 @@ class LinearHead(Model):
 
     score: Unit
     probability: Unit | None = None
+    contribution: float | None = None
+    """What the head adds to `combination.logit`, above 0 for fake; null where it has no part in the score."""
     label: Label
 
 
@@ -95,6 +99,8 @@ class SvmHead(Model):
 
     score: float
     probability: Unit | None = None
+    contribution: float | None = None
+    """As of the linear head."""
     label: Label
 
 
@@ -105,6 +111,14 @@ class HeadAnswers(Model):
     nn1: Nn1Head | None = None
     linear: LinearHead | None = None
     svm: SvmHead | None = None
+
+
+class Combination(Model):
+    """The sum behind the score: the heads' contributions and a bias, which the calibration images set."""
+
+    bias: float
+    logit: float
+    """Bias and contributions together; the score is its logistic function, 1 / (1 + exp(-logit))."""
 
 
 class GeneratorShare(Model):
@@ -221,18 +235,20 @@ EXAMPLE_VERDICT: dict[str, Any] = {
     "reason": None,
     "thresholds": {"fake": 0.71, "real": 0.22},
     "known": None,
+    "combination": {"bias": -0.5, "logit": 3.5},
     "heads": {
         "knn": {
             "score": 0.9,
             "probability": 0.95,
+            "contribution": 1.2,
             "label": "fake",
             "k": 10,
             "votes": {"real": 1, "fake": 9},
             "nearest": {"real": 0.41, "fake": 0.93},
         },
         "nn1": {"label": "fake", "id": 123, "similarity": 0.93},
-        "linear": {"score": 0.98, "probability": 0.97, "label": "fake"},
-        "svm": {"score": 1.7, "probability": 0.8, "label": "fake"},
+        "linear": {"score": 0.98, "probability": 0.97, "contribution": 2.1, "label": "fake"},
+        "svm": {"score": 1.7, "probability": 0.8, "contribution": 0.7, "label": "fake"},
     },
     "generators": [{"name": "SD-XL", "share": 0.7}, {"name": "DF-IF", "share": 0.3}],
     "unknown_generator": False,
@@ -283,6 +299,8 @@ class Verdict(Model):
     """Why the verdict is uncertain or a part is missing."""
     thresholds: Thresholds
     known: Known | None = None
+    combination: Combination | None = None
+    """How the heads make the score; null where there is none."""
     heads: HeadAnswers
     generators: list[GeneratorShare] = []
     unknown_generator: bool = False

@@ -110,6 +110,15 @@ def test_combining_many_equals_combining_each() -> None:
         assert (math.isnan(value) and one is None) or value == pytest.approx(one)
 
 
+def test_the_terms_add_up_to_the_logit_of_the_score() -> None:
+    fitted = calibrate(100, 100, 0)
+    for logits in ({"knn": 1.0, "linear": -0.5, "svm": 0.3}, {"knn": math.nan, "linear": 2.0, "svm": -0.1}):
+        terms = fitted.terms(logits)
+        assert set(terms) == {head for head, value in logits.items() if not math.isnan(value)} | {"bias"}
+        assert sigmoid(np.array(sum(terms.values()))) == pytest.approx(fitted.combine(logits))
+    assert fitted.terms({"knn": math.nan}) == {}
+
+
 def test_too_few_images_calibrate_nothing() -> None:
     fitted = calibrate(9, 100, 0)
     assert fitted.maps == {}

@@ -27,6 +27,7 @@ from trainer.heads import unit_length
 
 FIELDS = {
     *("id", "file", "verdict", "basis", "score", "false_alarm", "reason", "thresholds", "known", "heads"),
+    "combination",
     *("generators", "unknown_generator", "novelty", "neighbours", "provenance", "image", "model", "index"),
     *("calibration", "degraded", "recorded", "timings_ms"),
 }
@@ -102,6 +103,17 @@ def test_the_heads_and_the_neighbours_tell_the_same_story(detector: Detector) ->
             assert head.label == ("fake" if head.score >= 0.5 else "real")
         assert heads.svm is not None
         assert heads.svm.label == ("fake" if heads.svm.score > 0 else "real")
+
+
+def test_contributions_and_bias_add_up_to_the_score(detector: Detector) -> None:
+    for question in (Question(), Question(k=2)):
+        verdict = judged(detector, query(), question)
+        heads, combined = verdict.heads, verdict.combination
+        assert combined is not None
+        added = [head.contribution for head in (heads.knn, heads.linear, heads.svm) if head and head.contribution]
+        assert len(added) == 3
+        assert combined.bias + sum(added) == pytest.approx(combined.logit)
+        assert 1 / (1 + np.exp(-combined.logit)) == pytest.approx(verdict.score)
 
 
 def test_the_verdict_follows_from_score_and_thresholds(detector: Detector) -> None:

@@ -10,7 +10,9 @@ import pytest
 from browsing import AXE, PATIENCE, Watch, chromium, huge, other_file, picture, served
 from playwright.sync_api import Browser, Locator, Page, Route, ViewportSize, expect
 
+from api import terminal
 from api.access import hash_secret, new_secret
+from api.schemas import EXAMPLE_VERDICT, Verdict
 from indexer import follower
 from indexer.postgres import connect
 from indexer.settings import Settings
@@ -324,6 +326,71 @@ def test_a_verdict_of_nothing_but_nulls(opens: Opens) -> None:
         page.get_by_role("button", name="Clear").click()
 
 
+def ruled(verdict: str, score: float | None, false_alarm: float | None = 0.05, **changed: object) -> dict[str, Any]:
+    thresholds = {"fake": 0.8479, "real": 0.14}
+    return (
+        EXAMPLE_VERDICT
+        | {"verdict": verdict, "score": score, "false_alarm": false_alarm, "thresholds": thresholds}
+        | changed
+    )
+
+
+BETWEEN = "the score lies between the thresholds"
+RULED = [
+    ruled("uncertain", 0.8478, reason=BETWEEN),
+    ruled("uncertain", 0.1402, 0.6, reason=BETWEEN),
+    ruled("real", 0.1398, 1.0),
+    ruled("real", 0.0001, 0.997),
+    ruled("fake", 0.8479, 0.0),
+    ruled("fake", 0.99999, 0.0, calibration=None),
+    ruled("fake", 0.9, 0.0037, calibration=None),
+    ruled("uncertain", 0.5, reason="a miss rate of 0.01 needs 40 more fake calibration images"),
+    ruled("uncertain", None, None, reason="nothing is calibrated"),
+    ruled("uncertain", None, None),
+    ruled("fake", 0.5, basis="known", known={"id": 7, "label": "fake", "generator": "SD-XL"}),
+    ruled("real", None, None, basis="known", known={"id": 7, "label": "real", "generator": None}),
+]
+
+
+def test_page_and_terminal_say_the_same(opens: Opens) -> None:
+    page = opens()
+    words = """async (verdict) => {
+        const { headline, figure, rarity, meaning } = await import("/words.js");
+        return [headline(verdict), verdict.score === null ? null : figure(verdict), rarity(verdict), meaning(verdict)];
+    }"""
+    for json_verdict in RULED:
+        verdict = Verdict.model_validate(json_verdict)
+        title, figure, rarity, meaning = page.evaluate(words, verdict.model_dump(mode="json"))
+        assert (title, rarity, meaning) == (
+            terminal.headline(verdict),
+            terminal.rarity(verdict),
+            terminal.meaning(verdict),
+        )
+        assert figure is None or f"core {figure} of 1." in terminal.in_words(verdict)
+    said = [terminal.in_words(Verdict.model_validate(one)) for one in RULED]
+    assert "Score 0.8478 of 1." in said[0]
+    assert "“generated” from 0.8479 on" in said[0]
+    assert "Score 0.1402 of 1." in said[1]
+    assert "Score 0.1398 of 1." in said[2]
+    assert "“real” below 0.1400." in said[2]
+
+
+def test_a_score_that_surprises_is_explained(opens: Opens) -> None:
+    page = opens()
+    near = [{**NEIGHBOUR, "weight": 0.05}] * 9 + [{**NEIGHBOUR, "label": "real", "weight": 0.5}]
+    body = {"results": [ruled("uncertain", 0.8478, reason=BETWEEN, neighbours=near)]}
+    page.route("**/v1/detect*", fulfilled(json.dumps(body)))
+    heads = judge(page).locator(".heads")
+    expect(heads).to_contain_text(
+        "Of the 10 nearest of either kind, 9 generated and 1 real ones weigh 45 % and 50 %; with those further down"
+    )
+    for head, adds in (("Vote", "1.20"), ("Linear", "2.10"), ("Outlier", "0.70")):
+        expect(heads.get_by_role("listitem").filter(has_text=head)).to_contain_text(f"It adds +{adds} to the sum.")
+    expect(heads.locator(".sum")).to_contain_text(
+        "+1.20 +2.10 +0.70 −0.50 (bias, from the calibration images) = +3.50."
+    )
+
+
 def test_the_strictness_asked_for_is_sent_and_told(opens: Opens) -> None:
     page = opens()
     page.get_by_label("Real photos called generated").select_option("0.1")
@@ -397,7 +464,7 @@ def test_a_folder_is_enrolled_reported_and_undone(opens: Opens, tmp_path: Path) 
     expect(report.locator(".effect").last).to_contain_text(
         re.compile(r"False alarms of the vote.*before.*%.*after.*%", re.S)
     )
-    expect(view.get_by_role("row", name="gen-c").first).to_contain_text(re.compile(r"34.*\d %.*→.*\d %"))
+    expect(view.get_by_role("row", name="gen-c").first).to_contain_text(re.compile(r"34.*\d\s%.*→.*\d\s%"))
     sent = view.get_by_role("row").filter(has_text=HOSTILE)  # in two requests, which is nobody's concern
     expect(sent).to_have_count(1)
     expect(sent).to_contain_text(re.compile(r"^\d+–\d+"))

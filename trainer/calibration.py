@@ -117,6 +117,21 @@ class Calibration:
                 scores[rows] = sigmoid(self.maps[name](table[np.ix_(rows, columns)]))
         return scores
 
+    def terms(self, logits: Mapping[str, float]) -> dict[str, float]:
+        """What the combined logit is the sum of: each head's raw answer times its weight, and `bias`.
+
+        Empty when no head that answered is calibrated. Beyond +-30 the sum is more than `combine` makes use of.
+
+        Args:
+            logits: Raw logit or score by head; NaN for a head that cannot answer.
+        """
+        name = self.largest([head for head, value in logits.items() if not np.isnan(value)])
+        if name is None:
+            return {}
+        joined = self.maps[name]
+        weighed = zip(joined.heads, joined.weights, strict=True)
+        return {head: float(weight * logits[head]) for head, weight in weighed} | {"bias": joined.intercept}
+
     def thresholds(
         self, max_false_alarm: float, max_miss: float, heads: Collection[str] | None = None
     ) -> tuple[float | None, float | None]:

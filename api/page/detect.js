@@ -7,7 +7,7 @@ import { judging } from "./judging.js";
 import { problemBox } from "./problems.js";
 import { account } from "./verdict.js";
 import { tellKnown, welcome } from "./welcome.js";
-import { decimal, headline, oneIn, plural, rarity } from "./words.js";
+import { figure, headline, oneIn, plural, rarity } from "./words.js";
 
 /** Problems of the file itself: it would fail again. */
 const OF_THE_FILE = new Set([400, 413, 415]);
@@ -200,7 +200,7 @@ function judged(item) {
           badge(verdict.verdict, headline(verdict)),
           verdict.score === null
             ? null
-            : h("span", { class: "hint" }, `score ${decimal(verdict.score)}. ${rarity(verdict) ?? ""}`),
+            : h("span", { class: "hint" }, `score ${figure(verdict)}. ${rarity(verdict) ?? ""}`),
         ),
       ),
     ),
@@ -245,7 +245,7 @@ function finished() {
 }
 
 function spoken(verdict) {
-  const score = verdict.score === null ? "" : ` Score ${decimal(verdict.score)}.`;
+  const score = verdict.score === null ? "" : ` Score ${figure(verdict)}.`;
   return `${headline(verdict)}.${score} ${rarity(verdict) ?? ""}`.trim();
 }
 

@@ -7,9 +7,12 @@ import {
   HEADS,
   count,
   decimal,
+  figure,
   labelWord,
   percent,
+  precision,
   sentence,
+  signed,
   stabilityWords,
   variantName,
   when,
@@ -61,20 +64,33 @@ function heads(verdict) {
         h(
           "p",
           {},
-          head ? `${sentence(said(head))}` : `It ${missing.startsWith("there") ? "cannot answer: " : ""}${missing}.`,
+          head ? `${sentence(said(head, verdict))}` : `It ${missing.startsWith("there") ? "cannot answer: " : ""}${missing}.`,
           head ? probabilityWords(head) : "",
+          typeof head?.contribution === "number" ? ` It adds ${signed(head.contribution)} to the sum.` : "",
         ),
         h("p", { class: "how" }, how),
       );
     }),
   );
-  return [h("p", { class: "lead" }, joinedWords(verdict)), list];
+  return [h("p", { class: "lead" }, joinedWords(verdict)), list, sum(verdict)];
+}
+
+/** How the score comes of what the heads add. */
+function sum({ combination, heads, score, thresholds }) {
+  if (!combination || score === null) return null;
+  const parts = HEADS.map(({ field }) => heads[field]?.contribution).filter((part) => typeof part === "number");
+  return h(
+    "p",
+    { class: "sum" },
+    `The sum: ${parts.map(signed).join(" ")} ${signed(combination.bias)} (bias, from the calibration images) = ` +
+      `${signed(combination.logit)}. As a share of 1 that is the score, ${figure({ score, thresholds })}.`,
+  );
 }
 
 /** What calibration made of a head's own score, and a word where the two disagree. */
 function probabilityWords({ label, probability }) {
   if (probability === null || probability === undefined) return "";
-  const words = ` Calibrated, the probability of “generated” is ${decimal(probability)}`;
+  const words = ` Calibrated, the probability of “generated” is ${decimal(probability, precision([probability], [0.5]))}`;
   if (probability >= 0.5 === (label === "fake")) return `${words}.`;
   return `${words}: this way alone says “${labelWord(label)}” of too many others to be trusted here.`;
 }
@@ -96,6 +112,10 @@ function stability(verdict) {
     ...Object.entries(verdict.stability.scores).map(([name, score]) => [variantName(name), score]),
   ];
   const { fake, real } = verdict.thresholds;
+  const digits = precision(
+    rows.map(([, score]) => score),
+    [fake, real],
+  );
   const decided = (score) =>
     score === null
       ? "uncertain"
@@ -115,7 +135,7 @@ function stability(verdict) {
           {},
           h("span", { class: "name" }, name),
           bar(score ?? 0, decided(score)),
-          h("span", { class: "number" }, decimal(score)),
+          h("span", { class: "number" }, decimal(score, digits)),
           badge(decided(score)),
         ),
       ),

@@ -1,7 +1,7 @@
 /** The image that was judged: its frame of what the model saw, and the regions laid over it. */
 
 import { h, icon, s, table } from "./dom.js";
-import { decimal, labelWord } from "./words.js";
+import { decimal, labelWord, percent } from "./words.js";
 
 /** More regions than this are too small on the screen for a number in each. */
 const LABELLED = 30;
@@ -103,13 +103,13 @@ function marksInWords({ image, regions }) {
 function caption(image) {
   const [, , width, height] = image.crop;
   const whole = width >= image.width && height >= image.height;
-  const share = Math.round((100 * width * height) / (image.width * image.height));
+  const share = (width * height) / (image.width * image.height);
   return h(
     "figcaption",
     {},
     whole
       ? "The whole image was judged."
-      : `Judged: what is inside the frame, ${width} × ${height} pixels, ${share || "< 1"} % of the image.`,
+      : `Judged: what is inside the frame, ${width} × ${height} pixels, ${percent(share)} of the image.`,
   );
 }
 
@@ -117,11 +117,11 @@ let faders = 0;
 
 function fader(marks) {
   const id = `fader-${(faders += 1)}`;
-  const output = h("output", { for: id }, "40 %");
+  const output = h("output", { for: id }, percent(0.4));
   const layer = marks.querySelector(".regions");
   const slide = (value) => {
     layer.style.setProperty("--fade", value / 100);
-    output.textContent = `${value} %`;
+    output.textContent = percent(value / 100);
   };
   slide(40);
   return h(

@@ -5,7 +5,7 @@ import { ask } from "./client.js";
 import { h, table } from "./dom.js";
 import { problemBox } from "./problems.js";
 import { account } from "./verdict.js";
-import { decimal, labelWord, when } from "./words.js";
+import { decimal, labelWord, precision, when } from "./words.js";
 
 const view = document.getElementById("view-record");
 const place = h("div");
@@ -76,9 +76,9 @@ async function replay(id, place) {
   place.replaceChildren(h("p", { class: "hint" }, "Judging again…"));
   try {
     const { before, after, changed } = await ask(`/v1/detections/${encodeURIComponent(id)}/replay`, { method: "POST" });
-    const shown = (value) =>
-      typeof value === "number" && !Number.isInteger(value)
-        ? decimal(value, 3)
+    const shown = (value, other) =>
+      typeof value === "number" && !(Number.isInteger(value) && Number.isInteger(other))
+        ? decimal(value, precision([value], [other], 3))
         : value === null
           ? "–"
           : typeof value === "boolean"
@@ -105,7 +105,7 @@ async function replay(id, place) {
         ? table(
             "What is different today",
             ["Field", "Then", "Now"],
-            changed.map((change) => [FIELDS[change.field] ?? change.field, shown(change.before), shown(change.after)]),
+            changed.map(({ field, before, after }) => [FIELDS[field] ?? field, shown(before, after), shown(after, before)]),
             { numeric: [1, 2] },
           )
         : h("p", {}, "Nothing is different today."),

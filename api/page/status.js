@@ -4,7 +4,7 @@ import { ask } from "./client.js";
 import { announce, badge, facts, fileName, h, table } from "./dom.js";
 import { reliabilityPlot, scorePlot } from "./plot.js";
 import { problemBox } from "./problems.js";
-import { count, decimal, labelWord, oneIn, percent, sentence, when } from "./words.js";
+import { count, decimal, figure, labelWord, oneIn, percent, sentence, when } from "./words.js";
 
 const PAGE = 20;
 const view = document.getElementById("view-status");
@@ -166,7 +166,7 @@ async function showRecent(after = null) {
         h("a", { href: `#/record/${one.id}` }, fileName(one.file)),
         when(one.at),
         badge(one.verdict),
-        decimal(one.score),
+        figure(one),
         one.feedback ? `disputed: ${labelWord(one.feedback.label)}` : "",
       ]);
       return [

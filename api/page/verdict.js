@@ -5,7 +5,7 @@ import { download, fileName, h, icon } from "./dom.js";
 import { evidence } from "./evidence.js";
 import { picture } from "./picture.js";
 import { problemBox } from "./problems.js";
-import { decimal, headline, labelWord, meaning, percent, rarity } from "./words.js";
+import { figure, headline, labelWord, meaning, percent, promise, rarity } from "./words.js";
 
 /**
  * The whole account of one image.
@@ -37,7 +37,7 @@ export function account(verdict, options = {}) {
         h(`h${level}`, { id, class: "headline" }, icon(verdict.verdict), h("span", {}, headline(verdict))),
         scoreWords(verdict),
         scale(verdict),
-        h("p", { class: "meaning" }, meaning(verdict, rates)),
+        h("p", { class: "meaning" }, `${meaning(verdict)} ${promise(verdict, rates)}`.trim()),
         cautions(verdict),
         pending ? coming() : actions(verdict, record),
       ),
@@ -68,7 +68,7 @@ function scoreWords(verdict) {
     "p",
     { class: "score" },
     known,
-    h("strong", {}, decimal(verdict.score)),
+    h("strong", {}, figure(verdict)),
     " of 1.",
     means ? [" ", h("span", { class: "rarity" }, means)] : null,
   );

@@ -15,16 +15,33 @@ export function decimal(value, digits = 2) {
   if (value === null || value === undefined) return "–";
   const last = 10 ** -digits;
   if (value < 1 && value > 1 - last / 2) return (1 - last).toFixed(digits);
-  if (value > 0 && value < last / 2) return `< ${last.toFixed(digits)}`;
+  if (value > 0 && value < last / 2) return `<\u00a0${last.toFixed(digits)}`;
   return value.toFixed(digits).replace("-", "−");
 }
 
-/** A share as per cent. */
+/** How many digits, up to 6, tell these scores from other figures that they do not equal. Null ones are no figures. */
+export function precision(scores, others, least = 2) {
+  const known = (values) => values.filter((value) => value !== null && value !== undefined);
+  const apart = (digits) =>
+    known(scores).every((one) =>
+      known(others).every((other) => one === other || decimal(one, digits) !== decimal(other, digits)),
+    );
+  let digits = least;
+  while (digits < 6 && !apart(digits)) digits += 1;
+  return digits;
+}
+
+/** The score of a verdict, or of its summary, told from the cuts. */
+export function figure({ score, thresholds }) {
+  return decimal(score, precision([score], [thresholds.fake, thresholds.real]));
+}
+
+/** A share as per cent, in one piece. */
 export function percent(share) {
   if (share === null || share === undefined) return "–";
-  if (share > 0 && share < 0.005) return "< 1 %";
-  if (share < 1 && share > 0.995) return "> 99 %";
-  return `${Math.round(100 * share)} %`;
+  if (share > 0 && share < 0.005) return "<\u00a01\u00a0%";
+  if (share < 1 && share > 0.995) return ">\u00a099\u00a0%";
+  return `${Math.round(100 * share)}\u00a0%`;
 }
 
 /** A share as "1 in 20": to two significant digits. */
@@ -85,8 +102,8 @@ export function rarity(verdict) {
   return `About ${oneIn(share)} real photos scores this high${basis}.`;
 }
 
-/** What the decision means, in a sentence or two after the numbers. */
-export function meaning(verdict, rates) {
+/** What decided, in a sentence or two after the numbers: the cuts, the known file, or why there is no answer. */
+export function meaning(verdict) {
   const { score, thresholds, reason } = verdict;
   if (verdict.basis === "known") {
     const origin = verdict.known.label === "fake" ? "a generated image" : "a real image";
@@ -95,25 +112,25 @@ export function meaning(verdict, rates) {
     return `This very file is in the reference set as ${origin}${by}. It did not vote for itself.${alone}`;
   }
   if (score === null) return reason ? `No score: ${reason}.` : "No head could give a calibrated score.";
-  if (verdict.verdict === "fake") {
-    return (
-      `Lineup says “generated” from ${decimal(thresholds.fake)} on. That cut is set so that ` +
-      `${rate(rates?.false_alarm, "real photos")} is wrongly called generated.`
-    );
-  }
-  if (verdict.verdict === "real") {
-    return (
-      `Lineup says “real” below ${decimal(thresholds.real)}. That cut is set so that ` +
-      `${rate(rates?.miss, "generated images of the kinds it knows")} slips through.`
-    );
-  }
+  const digits = precision([score], [thresholds.fake, thresholds.real]);
+  const [fake, real] = [decimal(thresholds.fake, digits), decimal(thresholds.real, digits)];
+  if (verdict.verdict === "fake") return `Lineup says “generated” from ${fake} on.`;
+  if (verdict.verdict === "real") return `Lineup says “real” below ${real}.`;
   if (thresholds.fake !== null && thresholds.real !== null && reason?.includes("between the thresholds")) {
     return (
-      `Lineup says “real” below ${decimal(thresholds.real)} and “generated” from ` +
-      `${decimal(thresholds.fake)} on. This lies between: it says nothing rather than guess.`
+      `Lineup says “real” below ${real} and “generated” from ${fake} on. ` +
+      "This lies between: it says nothing rather than guess."
     );
   }
   return `${reason ? sentence(reason) : ""} Lineup says nothing rather than guess.`.trim();
+}
+
+/** What the cut that decided promises, from the rates that were asked for. */
+export function promise({ verdict, basis }, rates) {
+  if (basis === "known" || verdict === "uncertain") return "";
+  return verdict === "fake"
+    ? `That cut is set so that ${rate(rates?.false_alarm, "real photos")} is wrongly called generated.`
+    : `That cut is set so that ${rate(rates?.miss, "generated images of the kinds it knows")} slips through.`;
 }
 
 /** What the score alone decides. */
@@ -129,7 +146,7 @@ function rate(share, of) {
 const VARIANTS = {
   jpeg: (value) => `JPEG, quality ${value}`,
   webp: (value) => `WebP, quality ${value}`,
-  scale: (value) => `Scaled to ${Math.round(100 * value)} %`,
+  scale: (value) => `Scaled to ${percent(Number(value))}`,
 };
 
 /** The name of a re-encoding: "jpeg-70" is "JPEG, quality 70". */
@@ -168,15 +185,32 @@ function part(share) {
   return share < 0.5 ? "just under half" : "just over half";
 }
 
+/** The nearest counted without kind, and what they weigh: a single one may outweigh the rest. */
+function counted({ score, votes: { fake, real } }, neighbours) {
+  const weights = ["fake", "real"].map((label) =>
+    neighbours
+      .slice(0, fake + real)
+      .filter((near) => near.label === label)
+      .reduce((sum, near) => sum + (near.weight ?? 0), 0),
+  );
+  const [nearest, all] = [weights, [score, 1 - score]].map((pair) => pair.map(percent).join(" and "));
+  const further = nearest === all ? "" : `; with those further down ${all}`;
+  return `Of the ${fake + real} nearest of either kind, ${fake} generated and ${real} real ones weigh ${nearest}${further}`;
+}
+
+/** A number with its sign. */
+export function signed(value) {
+  return `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
+}
+
 /** How a head decides, and what it said of this image. Null where it cannot answer. */
 export const HEADS = [
   {
     name: "Vote of the neighbours",
     field: "knn",
     how: "The nearest of each kind vote, the same share of both kinds, the more alike the more weight. More than half decides.",
-    said: (head) =>
-      `generated images hold ${part(head.score)} of the weight. Counted without kind, ${head.votes.fake} of the ` +
-      `${head.votes.fake + head.votes.real} nearest are generated`,
+    said: (head, { neighbours }) =>
+      `generated images hold ${part(head.score)} of the weight. ${counted(head, neighbours)}`,
     missing: "needs real and generated reference images",
   },
   {
@@ -190,14 +224,14 @@ export const HEADS = [
     name: "Linear classifier",
     field: "linear",
     how: "Learned to separate real from generated images; does not look at the references.",
-    said: (head) => `score ${decimal(head.score)} of 1`,
+    said: (head) => `score ${decimal(head.score, precision([head.score], [0.5]))} of 1`,
     missing: "the checkpoint has none",
   },
   {
     name: "Outlier test",
     field: "svm",
     how: "Knows real photos only and asks whether this could be one; above 0 is unlike them.",
-    said: (head) => `score ${decimal(head.score)}`,
+    said: (head) => `score ${decimal(head.score, precision([head.score], [0]))}`,
     missing: "the checkpoint has none",
   },
 ];
