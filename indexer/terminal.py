@@ -11,13 +11,14 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from indexer.agreement import Agreement
 from indexer.generators import FACTS
 from trainer.datasets import DatasetError
+from trainer.progress import Bar
 
 SHOWN = 10
 HEADS = ("knn", "nn1")
@@ -42,7 +43,7 @@ def results() -> Console:
 def image_progress(
     console: Console, again: Callable[[], Iterable[object]] | None = None, total: int | None = None
 ) -> Iterator[Callable[[], None]]:
-    """A bar that the given function advances by one image; nothing where stderr is no terminal.
+    """A bar, see `Bar`, that the given function advances by one image.
 
     Args:
         console: On stderr.
@@ -50,7 +51,7 @@ def image_progress(
         total: How many there are, where that is known.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Bar(*columns, console=console) as bar:
         task = bar.add_task("images", total=total)
 
         def count(images: Callable[[], Iterable[object]]) -> None:

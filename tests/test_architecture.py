@@ -23,7 +23,7 @@ SERVING = [
     "api.detector",
 ]
 OF_THE_TRAINER = """augmentations calibration calibration_set datasets embedded_set embedder entry file_facts folders
-heads images logistic manifest metrics shards splits transforms vit_graph vote"""
+heads images logistic manifest metrics progress shards splits transforms vit_graph vote"""
 """Modules that api and indexer may use; augmentations is for `indexer evaluate`, through transforms."""
 
 

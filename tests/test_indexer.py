@@ -1,6 +1,7 @@
 """The indexer's commands: what they print, what they answer as JSON, and how they fail."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from indexer.ingest import ingest
 from indexer.postgres import connect
 from indexer.settings import Settings
 from indexer.store import Store
+from trainer import progress
 from trainer.calibration_set import CALIBRATION_FILE
 from trainer.datasets import read_dataset
 
@@ -55,6 +57,15 @@ def images(image_folder: Path, tmp_path: Path) -> Path:
             shutil.copy2(path, root / name / path.name)
     (root / "real/zero.jpg").write_bytes(b"")
     return root
+
+
+def test_long_work_says_how_far_it_is_where_no_bar_is_seen(
+    run: Run, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "PERIOD", 0.001)
+    added = run("add", images, "--json")
+    assert json.loads(added.stdout)["added"] == 16
+    assert re.search(r"^images: \d+$", added.stderr, re.M)
 
 
 def document(result: Result) -> Any:

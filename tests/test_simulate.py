@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trainer import progress
 from trainer.camera import photograph, sharpen, tone
 from trainer.datasets import read_dataset
 from trainer.fingerprints import GENERATORS, generate
@@ -200,11 +201,14 @@ def test_two_runs_at_once_give_one_result(tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_the_progress_bar_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_goes_to_stderr(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "PERIOD", 0.001)
     simulate(tmp_path / "a", 1, size=64)
     out, err = capsys.readouterr()
     assert out == ""
-    assert "Simulating images" in err
+    assert "Simulating images: 0 %" in err
     assert json.loads((tmp_path / "a/simulation.json").read_text())["images"] == {"train": 5}
 
 

@@ -13,7 +13,9 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from trainer.progress import Bar
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True)
@@ -252,7 +254,7 @@ def export(
 def counting_bar(description: str) -> Iterator[Callable[[], None]]:
     """A bar for work of unknown length; each call counts one."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} images"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bar(*columns, console=console) as bar:
         task = bar.add_task(description, total=None)
         yield lambda: bar.advance(task)
 
@@ -261,7 +263,7 @@ def counting_bar(description: str) -> Iterator[Callable[[], None]]:
 def training_bar() -> Iterator[Callable[[float, int, float, float], None]]:
     """A bar over the schedule, with updates, loss and speed."""
     columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console) as bar:
+    with Bar(*columns, console=console, transient=False) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda done, updates, loss, speed: bar.update(
             task, completed=done, description=f"update {updates}, loss {loss:.3f}, {speed:.1f} records/s"

@@ -26,10 +26,10 @@ import cv2
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 
 from trainer.camera import photograph
 from trainer.fingerprints import GENERATORS, generate
+from trainer.progress import Bar
 from trainer.scenes import draw_theme, render
 
 SEEN = ("sim-upconv", "sim-nearest", "sim-bilinear", "sim-latent")
@@ -80,7 +80,7 @@ def simulate(
         size: Sides vary around this many pixels.
         seed: Of everything.
         workers: Processes; by default one per core, none for a few records.
-        progress: Whether to show a bar on stderr.
+        progress: Whether to show how far it is on stderr.
 
     Returns:
         Images per split: `{"train": ..., "test": ..., "unseen": ...}`.
@@ -148,7 +148,7 @@ def _draw(folder: Path, settings: _Settings, workers: int | None, progress: bool
         workers = 1 if settings.records < 16 else len(os.sched_getaffinity(0))
     draw = partial(_draw_record, folder, settings)
     rows: list[dict[str, str]] = []
-    bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), disable=not progress)
+    bar = Bar(*Bar.get_default_columns(), console=Console(stderr=True, quiet=not progress))
     with bar, _mapper(workers) as mapper:
         for record in bar.track(
             mapper(draw, range(settings.records)), settings.records, description="Simulating images"

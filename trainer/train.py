@@ -95,7 +95,7 @@ def fit(
                 run.capture()
                 run.state.save(folder)
                 say(describe(summary))
-    metrics = write_checkpoint(run, config, roles, views, deadline) if first else {}
+        metrics = write_checkpoint(run, config, roles, views, deadline) if first else {}
     if processes.world > 1:
         dist.barrier()
         dist.destroy_process_group()
