@@ -23,7 +23,7 @@ class Batch:
     """What the images of one request are.
 
     Raises:
-        ApiError: bad-field, for a generator of real images or a name that no generator may have.
+        ApiError: bad-field, for fakes without a generator, real images with one, or a name that none may have.
     """
 
     label: Label
@@ -33,6 +33,8 @@ class Batch:
     def __post_init__(self) -> None:
         if self.label == "real" and self.generator:
             raise _bad_generator("a real image has no generator: leave it out, or send label=fake")
+        if self.label == "fake" and not self.generator:
+            raise _bad_generator("fake images need the name of what made them: send generator, or label=real")
         if self.generator:
             try:
                 check_generator_name(self.generator)

@@ -242,6 +242,8 @@ def test_what_may_not_come_back_is_rejected_and_no_conflict(own: TestClient) -> 
         ({"label": "fake", "generator": "none"}, "generator"),
         ({"label": "fake", "generator": "-bad"}, "generator"),
         ({"label": "real", "generator": "a"}, "generator"),
+        ({"label": "fake"}, "generator"),
+        ({"label": "fake", "generator": ""}, "generator"),
         ({"label": "maybe"}, "label"),
         ({}, "label"),
         ({"label": "real", "source": "a\0b"}, "source"),

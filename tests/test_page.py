@@ -487,6 +487,14 @@ def test_a_folder_is_enrolled_reported_and_undone(opens: Opens, tmp_path: Path) 
     expect(again.get_by_role("button")).to_have_count(0)
 
 
+def test_generated_images_are_not_sent_without_a_generator(opens: Opens) -> None:
+    view = opens("generators").locator("#view-generators")
+    name = view.get_by_label("Generator", exact=True)
+    for given, sent in (("", False), ("  ", False), ("gen-c", True)):
+        name.fill(given)
+        assert name.evaluate("field => field.form.checkValidity()") is sent
+
+
 def test_an_enrolment_is_undone_from_the_list_and_clashes_are_told(opens: Opens, image_folder: Path) -> None:
     page = opens("generators")
     view = page.locator("#view-generators")

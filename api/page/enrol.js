@@ -24,6 +24,8 @@ export function enrolment(view, onchange) {
     type: "text",
     name: "generator",
     required: true,
+    pattern: ".*\\S.*",
+    title: "What made the images, not only blanks",
     maxlength: 100,
     list: "generator-names",
     autocomplete: "off",
