@@ -155,7 +155,7 @@ async def add_references(
     caller: Enrolling,
     images: Annotated[list[UploadFile], File(description="Reference images, all of one label and generator.")],
     label: Annotated[Label, Form()],
-    generator: Annotated[Text | None, Form(description="What made them: needed for fakes, none for real images.")] = None,
+    generator: Annotated[Text | None, Form(description="What made them, for fakes only.")] = None,
     source: Annotated[Text, Form(description="Where they came from.")] = "upload",
 ) -> resources.Added:
     """Add images to the reference set. The same bytes twice change nothing."""

@@ -36,6 +36,8 @@ STATEMENT_SECONDS = 60
 """After which the database ends a statement of the service."""
 CHUNK = 16
 """Files that `detect` embeds together."""
+RECORD_VERSION = 1
+"""Of the fields of a recorded verdict; it rises when one of them goes or changes its meaning."""
 FLIPS = "the verdict flips under re-encoding or rescaling"
 
 
@@ -323,7 +325,10 @@ def _record(verdict: Verdict, case: Case) -> Record:
         height=image.height,
         vector=case.embeddings[0],  # (d,)
         result=verdict.model_copy(update={"provenance": Provenance()}).model_dump(mode="json")
-        | {"question": {"k": question.k, "max_false_alarm": question.max_false_alarm}},  # for a replay to ask the same
+        | {
+            "version": RECORD_VERSION,
+            "question": {"k": question.k, "max_false_alarm": question.max_false_alarm},  # for a replay to ask the same
+        },
         checkpoint_id=verdict.model.checkpoint,
         heads_id=verdict.model.heads,
         revision=verdict.index.revision,

@@ -1,8 +1,13 @@
-"""Verdicts that were given: shown again, recomputed at today's revision, and drawn."""
+"""Verdicts that were given: shown again, recomputed at today's revision, and drawn.
+
+They are read as they were written, never checked against today's `Verdict`: fields come and go, records stay.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 from uuid import UUID
 
@@ -13,7 +18,7 @@ from api.detector import FLIPS, Case, Detector
 from api.problems import ApiError
 from api.regions import overlay
 from api.resources import Asked, Change, Detection, DetectionPage, DetectionSummary, Feedback, Replay
-from api.schemas import Verdict
+from api.schemas import ImageFacts, Provenance, Region, Verdict
 from api.uploads import Prepared, Question
 from indexer import store
 
@@ -57,27 +62,17 @@ def find(detector: Detector, caller: Caller, detection_id: UUID) -> store.Detect
 def shown(row: store.Detection) -> Detection:
     """A record with its whole verdict."""
     assert row.at is not None  # the database sets it
-    verdict, question = _kept(row)
-    return Detection(id=str(row.id), at=row.at, result=verdict, question=question, feedback=row.feedback)
+    result = dict(row.result)
+    version, asked = result.pop("version", 0), result.pop("question", {})
+    question = Asked(k=asked.get("k"), max_false_alarm=asked.get("max_false_alarm"))
+    return Detection(
+        id=str(row.id), at=row.at, version=version, result=result, question=question, feedback=row.feedback
+    )
 
 
-def page(rows: list[store.Detection], limit: int) -> DetectionPage:
+def page(rows: Sequence[store.ListedDetection], limit: int) -> DetectionPage:
     """A page of records, newest first."""
-    summaries = []
-    for row in rows:
-        full = shown(row)
-        summaries.append(
-            DetectionSummary(
-                id=full.id,
-                at=full.at,
-                file=full.result.file,
-                verdict=full.result.verdict,
-                score=full.result.score,
-                thresholds=full.result.thresholds,
-                sha256=row.sha256,
-                feedback=row.feedback,
-            )
-        )
+    summaries = [DetectionSummary(**asdict(row) | {"id": str(row.id)}) for row in rows]
     return DetectionPage(detections=summaries, next=summaries[-1].id if len(rows) == limit else None)
 
 
@@ -87,10 +82,10 @@ def drawn(row: store.Detection) -> bytes:
     Raises:
         ApiError: not-found, for a verdict without regions.
     """
-    verdict, _ = _kept(row)
-    if verdict.regions is None:
+    regions = row.result.get("regions")
+    if regions is None:
         raise ApiError("not-found", f"detection {row.id} has no regions; detect with explain=regions")
-    return overlay(verdict.image.width, verdict.image.height, verdict.regions)
+    return overlay(row.width, row.height, [Region.model_validate(region, extra="ignore") for region in regions])
 
 
 def replay(detector: Detector, row: store.Detection) -> Replay:
@@ -105,29 +100,37 @@ def replay(detector: Detector, row: store.Detection) -> Replay:
     if row.checkpoint_id != detector.embedder.id:
         detail = f"detection {row.id} was embedded by checkpoint {row.checkpoint_id}; serving {detector.embedder.id}"
         raise ApiError("conflict", detail)
-    before, asked = _kept(row)
+    record = shown(row)
+    before, asked = record.result, record.question
+    image = ImageFacts(
+        sha256=row.sha256,
+        width=row.width,
+        height=row.height,
+        format=_at(before, "image.format") or "unknown",
+        crop=detector.embedder.preprocess.box(row.width, row.height),
+    )
     prepared = Prepared(
-        file=before.file,
+        file=before.get("file", "unnamed"),
         file_bytes=row.file_bytes,
-        image=before.image,
+        image=image,
         pixels=np.empty((0, 3, 0, 0), np.float32),
         boxes=[],
         variants=(),
-        provenance=before.provenance,
+        provenance=Provenance(),
         decode_ms=0.0,
     )
     case = Case(prepared, row.vector[None], Question(asked.k, asked.max_false_alarm))  # (1, d)
     [after] = detector.judge([case])
-    after.id = before.id
-    if detector.settings.flip_uncertain and before.reason == FLIPS and after.basis == "score":
+    after.id = record.id
+    if detector.settings.flip_uncertain and before.get("reason") == FLIPS and after.basis == "score":
         after.verdict, after.reason, after.unknown_generator = "uncertain", FLIPS, False
     return Replay(before=before, after=after, changed=changes(before, after))
 
 
-def changes(before: Verdict, after: Verdict) -> list[Change]:
-    """Where two verdicts on one image differ."""
-    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
-    pairs = [(path, _at(old, path), _at(new, path)) for path in COMPARED]
+def changes(before: Mapping[str, Any], after: Verdict) -> list[Change]:
+    """Where a verdict differs from an earlier one on the same image, which is given as JSON."""
+    new = after.model_dump(mode="json")
+    pairs = [(path, _at(before, path), _at(new, path)) for path in COMPARED]
     return [Change(field=path, before=was, after=now) for path, was, now in pairs if not _same(was, now)]
 
 
@@ -135,13 +138,6 @@ def dispute(detector: Detector, row: store.Detection, feedback: Feedback, caller
     """Keep what a person says of a verdict; a second time replaces the first."""
     detector.store.set_feedback(row.id, feedback.model_dump(mode="json") | {"by": caller.name})
     return shown(find(detector, caller, row.id))
-
-
-def _kept(row: store.Detection) -> tuple[Verdict, Asked]:
-    """The verdict of a record, and what was asked; older records do not say that."""
-    result = dict(row.result)
-    asked = Asked.model_validate(result.pop("question", {}))
-    return Verdict.model_validate(result), asked
 
 
 def _same(was: Any, now: Any) -> bool:
@@ -156,5 +152,5 @@ def _at(value: Any, path: str) -> Any:
         if isinstance(value, list):
             value = value[int(part)] if int(part) < len(value) else None
         else:
-            value = value.get(part) if isinstance(value, dict) else None
+            value = value.get(part) if isinstance(value, Mapping) else None
     return value

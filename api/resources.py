@@ -10,14 +10,12 @@ from pydantic import ConfigDict, Field
 from api.schemas import (
     CalibrationFacts,
     Conflict,
-    Decision,
     GeneratorName,
     Label,
     Model,
     ModelFacts,
     Text,
     Thresholds,
-    Unit,
     Verdict,
 )
 
@@ -142,7 +140,10 @@ class Detection(Model):
 
     id: str
     at: datetime
-    result: Verdict
+    version: int
+    """Of the fields of `result`; 0 for records that do not tell it."""
+    result: dict[str, Any]
+    """The verdict as it was given, thus with the fields that a `Verdict` had then."""
     question: Asked
     feedback: dict[str, Any] | None = None
 
@@ -150,10 +151,10 @@ class Detection(Model):
 class DetectionSummary(Model):
     id: str
     at: datetime
-    file: str
-    verdict: Decision
-    score: Unit | None = None
-    thresholds: Thresholds
+    file: str | None = None
+    verdict: str | None = None
+    score: float | None = None
+    thresholds: dict[str, float | None] | None = None
     sha256: str
     feedback: dict[str, Any] | None = None
 
@@ -173,7 +174,8 @@ class Change(Model):
 class Replay(Model):
     """A recorded embedding judged at today's revision."""
 
-    before: Verdict
+    before: dict[str, Any]
+    """The verdict as it was given, thus with the fields that a `Verdict` had then."""
     after: Verdict
     changed: list[Change]
 

@@ -21,6 +21,13 @@ KEY = (
     ApiKeyRow.expires_at,
     ApiKeyRow.revoked_at,
 )
+LISTED = (
+    DetectionRow.id,
+    DetectionRow.at,
+    DetectionRow.sha256,
+    *(DetectionRow.result[name].label(name) for name in ("file", "verdict", "score", "thresholds")),
+    DetectionRow.feedback,
+)
 
 
 class KeyExists(ValueError):
@@ -44,6 +51,20 @@ class Detection:
     api_key_id: int | None = None
     feedback: dict[str, Any] | None = None
     at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ListedDetection:
+    """What a list shows of a verdict; from `file` to `thresholds` as the result has them, None where it has not."""
+
+    id: UUID
+    at: datetime
+    sha256: str
+    file: str | None
+    verdict: str | None
+    score: float | None
+    thresholds: dict[str, float | None] | None
+    feedback: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +102,16 @@ class Records(Rows):
             row = connection.execute(query).mappings().first()
         return None if row is None else _detection(row)
 
-    def list_detections(self, *, before: UUID | None = None, limit: int = 50) -> list[Detection]:
+    def list_detections(self, *, before: UUID | None = None, limit: int = 50) -> list[ListedDetection]:
         """Verdicts, newest first; `before` is the last id of the page before."""
         place = tuple_(DetectionRow.at, DetectionRow.id)
-        query = select(DetectionRow.__table__).order_by(DetectionRow.at.desc(), DetectionRow.id.desc()).limit(limit)
+        query = select(*LISTED).order_by(DetectionRow.at.desc(), DetectionRow.id.desc()).limit(limit)
         if before is not None:
             last = select(DetectionRow.at, DetectionRow.id).where(DetectionRow.id == before)
             query = query.where(place < last.scalar_subquery())
         with self.engine.connect() as connection:
-            return [_detection(row) for row in connection.execute(query).mappings()]
+            rows = connection.execute(query).mappings()
+            return [ListedDetection(**{**row, "sha256": row["sha256"].hex()}) for row in rows]
 
     def delete_detections(self, before: datetime) -> int:
         """Forget verdicts given before this time; returns how many there were."""

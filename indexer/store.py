@@ -11,7 +11,7 @@ from indexer.generators import (
     UnknownGenerator,
     check_generator_name,
 )
-from indexer.records import ApiKey, Detection, KeyExists, Records
+from indexer.records import ApiKey, Detection, KeyExists, ListedDetection, Records
 from indexer.references import LABELS, Known, Reference, References, kind
 from indexer.removing import Removed, Removing
 from indexer.rows import CHANNEL
@@ -32,6 +32,7 @@ __all__ = [
     "GeneratorExists",
     "KeyExists",
     "Known",
+    "ListedDetection",
     "NewReference",
     "Reference",
     "Removals",

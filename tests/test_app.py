@@ -351,6 +351,28 @@ def test_a_detection_is_shown_replayed_disputed_and_drawn(own: TestClient) -> No
     problem(own.post(f"/v1/detections/{uuid4()}/replay"), 404, "not-found")
 
 
+def test_a_record_with_the_fields_of_another_version_is_still_read(client: TestClient) -> None:
+    given = client.post("/v1/detect", params={"explain": "regions"}, files=files(png(8))).json()["results"][0]
+    url = f"/v1/detections/{given['id']}"
+    assert client.get(url).json()["version"] == 1
+    with store_of(client).engine.begin() as connection:
+        older = """update detection set result = '{"retired": {}}' || jsonb_set(
+        result - '{version,question,file,novelty,index,image}'::text[], '{regions,0,retired}', '1') where id = :id"""
+        connection.execute(text(older), {"id": given["id"]})
+    record = client.get(url).json()
+    assert (record["version"], record["question"]) == (0, {"k": None, "max_false_alarm": None})
+    assert (record["result"]["retired"], record["result"]["score"]) == ({}, given["score"])
+    assert "novelty" not in record["result"]
+    (listed,) = client.get("/v1/detections", params={"limit": 1}).json()["detections"]
+    told = {"id": given["id"], "file": None, "verdict": given["verdict"], "score": given["score"]}
+    assert listed.items() >= told.items()
+    assert client.get(f"{url}/overlay").status_code == 200
+    replay = client.post(f"{url}/replay").json()
+    assert {change["field"] for change in replay["changed"]} == {"novelty", "index.revision", "index.size"}
+    assert replay["after"]["image"] == given["image"] | {"format": "unknown"}
+    assert client.post(f"{url}/feedback", json={"label": "real"}).json()["feedback"]["label"] == "real"
+
+
 def test_a_replay_asks_what_was_asked(client: TestClient) -> None:
     options: dict[str, Any] = {"k": 2, "max_false_alarm": 0.5}
     given = client.post("/v1/detect", params=options, files=files(png(7))).json()["results"][0]

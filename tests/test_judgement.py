@@ -55,7 +55,7 @@ def test_numbers_for_json() -> None:
 
 
 def test_changes_name_what_differs_and_forgive_rounding() -> None:
-    before = example()
+    before = example().model_dump(mode="json")
     after = example(score=0.97 * (1 + 1e-9), novelty=0.1, index={"revision": 4712, "size": 50000})
     assert [(item.field, item.before, item.after) for item in changes(before, after)] == [
         ("novelty", 0.42, 0.1),

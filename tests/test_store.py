@@ -373,8 +373,9 @@ def test_detections(store: Store) -> None:
     np.testing.assert_array_equal(got.vector, vector)
     assert (got.sha256, got.result, got.revision, got.feedback) == (sha256, {"verdict": "fake", "n": 0}, 7, None)
     newest = store.list_detections(limit=2)
-    assert [d.result["n"] for d in newest] == [2, 1]
-    assert [d.result["n"] for d in store.list_detections(before=newest[-1].id)] == [0]
+    assert [listed.id for listed in newest] == [given[2].id, given[1].id]
+    assert (newest[0].sha256, newest[0].verdict, newest[0].file, newest[0].score) == (sha256, "fake", None, None)
+    assert [listed.id for listed in store.list_detections(before=newest[-1].id)] == [given[0].id]
     assert store.set_feedback(given[0].id, {"verdict": "real"})
     assert not store.set_feedback(uuid.uuid4(), {})
 
@@ -394,8 +395,8 @@ def test_detections_recorded_together(store: Store) -> None:
     last, seen = None, []
     while page := store.list_detections(before=last, limit=1):
         last = page[0].id
-        seen.append(page[0].result["n"])
-    assert seen == [2, 1, 0]
+        seen.append(last)
+    assert seen == [detection.id for detection in reversed(given)]
     with pytest.raises(IntegrityError):
         store.record_detections([replace(given[0], id=uuid.uuid4()), given[1]])
     assert len(store.list_detections()) == 3
