@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from api.patience import DATABASE_AWAY, Patience
 from api.problems import ApiError
-from api.schemas import Scope
+from api.schemas import Neighbour, Scope
 from indexer.store import ApiKey, Store
 
 SCOPES: tuple[Scope, ...] = ("detect", "enrol", "admin")
@@ -42,6 +42,17 @@ class Caller:
     def may(self, scope: Scope) -> bool:
         """Whether this caller holds a scope; admin includes the others."""
         return "admin" in self.scopes or scope in self.scopes
+
+    def visible(self, uri: str | None) -> str | None:
+        """Where a reference lies, if this caller may know: of the web everybody, paths of this machine admins."""
+        public = uri is not None and uri.startswith(("https://", "http://"))
+        return uri if public or self.may("admin") else None
+
+
+def hide_paths(neighbours: Iterable[Neighbour], caller: Caller) -> None:
+    """Leave of the neighbours' addresses what this caller may see."""
+    for neighbour in neighbours:
+        neighbour.uri = caller.visible(neighbour.uri)
 
 
 def new_secret() -> str:

@@ -145,8 +145,10 @@ async def search(
 ) -> schemas.Searches:
     """The reference images nearest to each image sent, without a verdict."""
     uploads = await read_uploads(image, service.settings)
-    hits = service.search(uploads, label=label, generator=generator, source=source, limit=limit, offset=offset)
-    return schemas.Searches(results=answer(await hits))
+    hits = await service.search(
+        uploads, caller, label=label, generator=generator, source=source, limit=limit, offset=offset
+    )
+    return schemas.Searches(results=answer(hits))
 
 
 @router.post("/references", tags=["references"], responses=documented("unreadable", "not-an-image", "conflict"))
@@ -177,14 +179,14 @@ async def list_references(
     """Reference images in the order they were added."""
     number = None if label is None else schemas.LABELS.index(label)
     read = partial(detector.store.list, label=number, generator=generator, source=source, after=after, limit=limit)
-    page = [catalogue.reference_image(row) for row in await service.run(read)]
+    page = [catalogue.reference_image(row, caller) for row in await service.run(read)]
     return resources.ReferencePage(references=page, next=page[-1].id if len(page) == limit else None)
 
 
 @router.get("/references/{id}", tags=["references"], responses=documented("not-found"))
 async def get_reference(service: Served, detector: Loaded, caller: Reading, id: Id) -> resources.ReferenceImage:
     """One reference image."""
-    return catalogue.reference_image(found(await service.run(detector.store.get, id), f"reference {id}"))
+    return catalogue.reference_image(found(await service.run(detector.store.get, id), f"reference {id}"), caller)
 
 
 @router.get("/references/{id}/thumbnail", tags=["references"], responses=documented("not-found"), response_class=Jpeg)
@@ -281,7 +283,7 @@ async def list_detections(
 @router.get("/detections/{id}", tags=["records"], responses=documented("not-found"))
 async def get_detection(service: Served, detector: Loaded, caller: Detecting, id: UUID) -> resources.Detection:
     """A recorded verdict, for the key that asked for it, or an admin."""
-    return records.shown(await service.run(records.find, detector, caller, id))
+    return records.shown(await service.run(records.find, detector, caller, id), caller)
 
 
 @router.get("/detections/{id}/overlay", tags=["records"], responses=documented("not-found"), response_class=Png)
@@ -295,7 +297,7 @@ async def get_overlay(service: Served, detector: Loaded, caller: Detecting, id: 
 async def replay_detection(service: Served, detector: Loaded, caller: Detecting, id: UUID) -> resources.Replay:
     """Judge the recorded embedding again with the index and calibration of now, and tell what changed."""
     row = await service.run(records.find, detector, caller, id)
-    return await service.run(records.replay, detector, row)
+    return await service.run(records.replay, detector, row, caller)
 
 
 @router.post("/detections/{id}/feedback", tags=["records"], responses=documented("not-found"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from api.access import Caller
 from api.detector import Detector
 from api.judgement import calibration_facts, shortage, thresholds_of
 from api.patience import DATABASE_AWAY
@@ -33,8 +34,8 @@ BINS = 20
 """Of the histogram of calibration scores."""
 
 
-def reference_image(row: store.Reference) -> ReferenceImage:
-    """One reference image."""
+def reference_image(row: store.Reference, caller: Caller) -> ReferenceImage:
+    """One reference image, as this caller may see it."""
     return ReferenceImage(
         id=row.id,
         sha256=row.sha256,
@@ -42,7 +43,7 @@ def reference_image(row: store.Reference) -> ReferenceImage:
         generator=row.generator,
         source=row.source,
         group=row.group,
-        uri=row.uri or None,
+        uri=caller.visible(row.uri or None),
         file_bytes=row.file_bytes,
         width=row.width,
         height=row.height,

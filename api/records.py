@@ -13,7 +13,7 @@ from uuid import UUID
 
 import numpy as np
 
-from api.access import Caller
+from api.access import Caller, hide_paths
 from api.detector import FLIPS, Case, Detector
 from api.problems import ApiError
 from api.regions import overlay
@@ -59,11 +59,13 @@ def find(detector: Detector, caller: Caller, detection_id: UUID) -> store.Detect
     return row
 
 
-def shown(row: store.Detection) -> Detection:
-    """A record with its whole verdict."""
+def shown(row: store.Detection, caller: Caller) -> Detection:
+    """A record with its whole verdict, as this caller may see it."""
     assert row.at is not None  # the database sets it
     result = dict(row.result)
     version, asked = result.pop("version", 0), result.pop("question", {})
+    if neighbours := result.get("neighbours"):
+        result["neighbours"] = [near | {"uri": caller.visible(near.get("uri"))} for near in neighbours]
     question = Asked(k=asked.get("k"), max_false_alarm=asked.get("max_false_alarm"))
     return Detection(
         id=str(row.id), at=row.at, version=version, result=result, question=question, feedback=row.feedback
@@ -88,7 +90,7 @@ def drawn(row: store.Detection) -> bytes:
     return overlay(row.width, row.height, [Region.model_validate(region, extra="ignore") for region in regions])
 
 
-def replay(detector: Detector, row: store.Detection) -> Replay:
+def replay(detector: Detector, row: store.Detection, caller: Caller) -> Replay:
     """Vote and heads again on the embedding that was kept, against the index and the calibration of now.
 
     The question is the one that was asked then. Regions and stability would need the image, which was not kept; where
@@ -100,7 +102,7 @@ def replay(detector: Detector, row: store.Detection) -> Replay:
     if row.checkpoint_id != detector.embedder.id:
         detail = f"detection {row.id} was embedded by checkpoint {row.checkpoint_id}; serving {detector.embedder.id}"
         raise ApiError("conflict", detail)
-    record = shown(row)
+    record = shown(row, caller)
     before, asked = record.result, record.question
     image = ImageFacts(
         sha256=row.sha256,
@@ -122,6 +124,7 @@ def replay(detector: Detector, row: store.Detection) -> Replay:
     case = Case(prepared, row.vector[None], Question(asked.k, asked.max_false_alarm))  # (1, d)
     [after] = detector.judge([case])
     after.id = record.id
+    hide_paths(after.neighbours, caller)
     if detector.settings.flip_uncertain and before.get("reason") == FLIPS and after.basis == "score":
         after.verdict, after.reason, after.unknown_generator = "uncertain", FLIPS, False
     return Replay(before=before, after=after, changed=changes(before, after))
@@ -137,7 +140,7 @@ def changes(before: Mapping[str, Any], after: Verdict) -> list[Change]:
 def dispute(detector: Detector, row: store.Detection, feedback: Feedback, caller: Caller) -> Detection:
     """Keep what a person says of a verdict; a second time replaces the first."""
     detector.store.set_feedback(row.id, feedback.model_dump(mode="json") | {"by": caller.name})
-    return shown(find(detector, caller, row.id))
+    return shown(find(detector, caller, row.id), caller)
 
 
 def _same(was: Any, now: Any) -> bool:

@@ -54,6 +54,7 @@ class ReferenceImage(Model):
     source: str | None = None
     group: str | None = None
     uri: str | None = None
+    """As of a `Neighbour`."""
     file_bytes: int | None = None
     width: int
     height: int

@@ -141,6 +141,7 @@ class Neighbour(Model):
     thumbnail: str | None = None
     """Path of a small JPEG, null while the database is away."""
     uri: str | None = None
+    """Where it lies; null for what came over HTTP, and a path of the server for callers without the scope admin."""
     attributes: dict[str, Any] = {}
 
 

@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 
 import numpy as np
 
-from api.access import Caller, Keys
+from api.access import Caller, Keys, hide_paths
 from api.batcher import Batcher, BatcherFull, Item, Result
 from api.catalogue import status
 from api.detector import Case, Detector
@@ -156,7 +156,9 @@ class Service:
             embeddings = await self._embed(prepared.pixels)
             waited = 1000 * (time.perf_counter() - start)
             case = Case(prepared, embeddings, question, waited, caller.key_id)
-            return await self._join(self._judging, case, len(embeddings))
+            verdict = await self._join(self._judging, case, len(embeddings))
+            hide_paths(verdict.neighbours, caller)
+            return verdict
 
         results = await self._each(uploads, one, EXPLAINED_AT_ONCE if question.explain else AT_ONCE)
         self.metrics.judged(results, final=question.record)
@@ -165,6 +167,7 @@ class Service:
     async def search(
         self,
         uploads: Sequence[Upload],
+        caller: Caller,
         *,
         label: Label | None,
         generator: str | None,
@@ -187,6 +190,7 @@ class Service:
                 limit=limit,
                 offset=offset,
             )
+            hide_paths(neighbours, caller)
             return Hits(file=upload.file, neighbours=neighbours, next=following)
 
         return await self._each(uploads, one)

@@ -364,7 +364,7 @@ def test_a_record_with_the_fields_of_another_version_is_still_read(client: TestC
     assert (record["result"]["retired"], record["result"]["score"]) == ({}, given["score"])
     assert "novelty" not in record["result"]
     (listed,) = client.get("/v1/detections", params={"limit": 1}).json()["detections"]
-    told = {"id": given["id"], "file": None, "verdict": given["verdict"], "score": given["score"]}
+    told = {"file": None} | {name: given[name] for name in ("id", "verdict", "score", "thresholds")}
     assert listed.items() >= told.items()
     assert client.get(f"{url}/overlay").status_code == 200
     replay = client.post(f"{url}/replay").json()
@@ -570,6 +570,36 @@ def test_a_record_is_for_its_own_key_and_admins(keyed: TestClient) -> None:
     given = keyed.post("/v1/detect", files=files(png()), headers=mine).json()["results"][0]
     url = f"/v1/detections/{given['id']}"
     assert [keyed.get(url, headers=key).status_code for key in (mine, other, admin)] == [200, 404, 200]
+
+
+def test_paths_of_the_server_are_for_admins_and_addresses_on_the_web_for_all(keyed: TestClient) -> None:
+    _, admin = make_key(keyed, "admin")
+    _, other = make_key(keyed, "detect", "enrol")
+    for label, generator in (("real", ""), ("fake", "a")):
+        form = {"label": label, "generator": generator}
+        keyed.post("/v1/references", data=form, files=files(png(len(label + generator)), field="images"), headers=admin)
+    public = "https://images.example/1.png"
+    uris = {public, "file:///srv/private/2.png"}
+    with store_of(keyed).engine.begin() as connection:
+        for number, uri in enumerate(sorted(uris)):
+            statement = text("update reference_image set uri = :uri where label = :label")
+            connection.execute(statement, {"uri": uri, "label": number})
+
+    def shown(headers: dict[str, str]) -> list[set[str | None]]:
+        """The addresses in every answer that has any."""
+        detections = keyed.post("/v1/detect", files=files(png(9)), headers=headers).json()["results"]
+        searches = keyed.post("/v1/search", files=files(png(9)), headers=headers).json()["results"]
+        url = f"/v1/detections/{detections[0]['id']}"
+        record = keyed.get(url, headers=headers).json()["result"]
+        replay = keyed.post(f"{url}/replay", headers=headers).json()
+        disputed = keyed.post(f"{url}/feedback", json={"label": "real"}, headers=headers).json()["result"]
+        references = keyed.get("/v1/references", headers=headers).json()["references"]
+        each = [keyed.get(f"/v1/references/{row['id']}", headers=headers).json() for row in references]
+        verdicts = [detections[0], searches[0], record, replay["before"], replay["after"], disputed]
+        return [{row["uri"] for row in rows} for rows in (*(one["neighbours"] for one in verdicts), references, each)]
+
+    assert shown(admin) == [uris] * 8
+    assert shown(other) == [{public, None}] * 8
 
 
 def test_a_revoked_key_ends_and_the_door_stays_shut(keyed: TestClient) -> None:

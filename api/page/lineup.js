@@ -110,7 +110,7 @@ function referenceFacts(reference) {
       ["JPEG quality", reference.jpeg_quality === null ? null : `about ${reference.jpeg_quality}`],
       ["Added", when(reference.added_at)],
       ["Enrolment", reference.enrolment],
-      ["File", reference.uri ? fileName(reference.uri) : "came over HTTP"],
+      ["File", reference.uri && fileName(reference.uri)],
       ["SHA-256", h("code", {}, reference.sha256)],
     ]),
     attributes.length

@@ -163,7 +163,7 @@ async function showRecent(after = null) {
       const { detections, next } = await ask("/v1/detections", { query: { limit: PAGE, after } });
       if (!detections.length) return h("p", { class: "none" }, "None yet.");
       const rows = detections.map((one) => [
-        h("a", { href: `#/record/${one.id}` }, fileName(one.file)),
+        h("a", { href: `#/record/${one.id}` }, fileName(one.file ?? "unnamed")),
         when(one.at),
         badge(one.verdict),
         figure(one),

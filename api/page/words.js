@@ -33,7 +33,7 @@ export function precision(scores, others, least = 2) {
 
 /** The score of a verdict, or of its summary, told from the cuts. */
 export function figure({ score, thresholds }) {
-  return decimal(score, precision([score], [thresholds.fake, thresholds.real]));
+  return decimal(score, precision([score], [thresholds?.fake, thresholds?.real]));
 }
 
 /** A share as per cent, in one piece. */
