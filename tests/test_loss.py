@@ -3,8 +3,10 @@
 import math
 import os
 import socket
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,15 +107,20 @@ def test_every_term_moves_the_gradient(terms: Terms, anchors: Anchors, moved: se
 
 
 def test_the_global_positive_is_another_record() -> None:
-    """Moving the augmented view of record 1 changes the loss of record 0 alone, whose positive it is."""
+    """Of the augmented reals, the plain view of record 0 is drawn to that of record 1 alone, its positive."""
     views, other = random_views(n=3), torch.tensor([1, 2, 0])
-    plain = views[0].clone().requires_grad_()
-    augmented = views[1].clone()
-    positive = info_nce(plain[0][:1], augmented[0][other][:1], augmented[1])
-    torch.autograd.backward(positive)
-    closer = augmented.clone()
-    closer[0, 1] = plain[0, 0].detach()
-    assert info_nce(plain[0][:1], closer[0][other][:1], augmented[1]) < positive
+
+    def pull(moved: int | None) -> Tensor:
+        """The gradient at the plain real of record 0, after the augmented real of a record was moved."""
+        changed = views.clone()
+        if moved is not None:
+            changed[1, 0, moved] += 1
+        changed.requires_grad_()
+        torch.autograd.backward(loss_of(changed, other))
+        assert changed.grad is not None
+        return changed.grad[0, 0, 0]
+
+    assert [not torch.allclose(pull(record), pull(None)) for record in range(3)] == [False, True, False]
 
 
 @pytest.mark.parametrize("other", [[0, 2, 1], [1, 0], [1, 2, 3, 0]])
@@ -145,6 +152,18 @@ def tiny_objective(loss: str = "infonce") -> Objective:
         loss="bce" if loss == "bce" else "infonce",
     )
     return Objective(backbone, 8, settings)
+
+
+@pytest.mark.parametrize(
+    "change", [{"terms": "global"}, {"terms": "multi-scale"}, {"anchors": "real"}, {"temperature": 0.5}]
+)
+def test_the_objective_is_the_loss_of_its_settings(change: dict[str, Any]) -> None:
+    objective, views, other = tiny_objective(), random_views(), torch.tensor([1, 2, 3, 4, 0])
+    usual = objective.loss(views, other)
+    objective.settings = replace(objective.settings, **change)
+    plain, augmented, global_crop, local_crop = views
+    assert objective.loss(views, other) == code_loss(plain, augmented, global_crop, local_crop, other, **change)
+    assert objective.loss(views, other) != usual
 
 
 def joint_batch() -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,8 @@ def test_votes_count_the_k_nearest_overall() -> None:
     real, fake = np.array([[0.9, 0.2, 0.1]]), np.array([[0.8, 0.7, 0.0]])
     result = vote(real, fake, np.array([[0, 1, 2]]), k=3)
     assert (result.votes_real[0], result.votes_fake[0]) == (1, 2)
+    equal = vote(np.full((1, 30), 0.5), np.full((1, 30), 0.5), np.zeros((1, 30), int), k=20)
+    assert (equal.votes_real[0], equal.votes_fake[0]) == (20, 0)  # of equals the reals, at every call
 
 
 def test_one_label_with_fewer_references_is_not_outvoted() -> None:
@@ -50,8 +52,8 @@ def test_without_references_of_a_label_the_vote_is_nan(width: int) -> None:
 
 
 def test_logit_stays_finite_where_the_score_saturates() -> None:
-    result = vote(np.array([[-1.0]]), np.array([[1.0]]), np.array([[0]]), k=1, temperature=0.01)
-    assert result.logit[0] == pytest.approx(200.0)
+    result = vote(np.array([[-1.0]]), np.array([[1.0]]), np.array([[0]]), k=1, temperature=0.001)
+    assert result.logit[0] == pytest.approx(2000.0)
     assert result.score[0] == 1.0
 
 
@@ -60,17 +62,44 @@ def test_a_large_generator_does_not_drown_a_new_one() -> None:
     fake = np.full((1, 10), 0.6)
     generators = np.array([[0] * 9 + [1]])
     free = vote(np.full((1, 10), 0.5), fake, generators, k=10, cap=1.0)
-    capped = vote(np.full((1, 10), 0.5), fake, generators, k=10, cap=0.5)
+    capped = vote(np.full((1, 10), 0.5), fake, generators, k=10)
     assert generator_shares(free.weights_fake[0], generators[0])[1] == pytest.approx(1 / 10)
     assert generator_shares(capped.weights_fake[0], generators[0])[1] == pytest.approx(1 / 6)
     assert capped.score[0] == pytest.approx(free.score[0])
 
 
 def test_shares_are_sorted_and_empty_without_fakes() -> None:
-    shares = generator_shares(np.array([0.1, 0.2, 0.0, 0.3]), np.array([4, 7, -1, 4]))
-    assert list(shares) == [4, 7]
+    shares = generator_shares(np.array([0.1, 0.2, 0.0, 0.3]), np.array([7, 0, -1, 7]))
+    assert list(shares) == [7, 0]
     assert list(shares.values()) == pytest.approx([2 / 3, 1 / 3])
     assert generator_shares(np.zeros(2), np.array([-1, -1])) == {}
+    assert generator_shares(np.zeros(2), np.array([1, 2])) == {}  # there is no real to weigh them against
+
+
+def slow_vote(real: np.ndarray, fake: np.ndarray, generators: np.ndarray, cap: float) -> tuple[float, float, float]:
+    """Logit and highest similarities of one query, a neighbour at a time."""
+    reals, fakes = real[~np.isnan(real)], fake[~np.isnan(fake)]
+    if not len(reals) or not len(fakes):
+        return math.nan, max(reals, default=math.nan), max(fakes, default=math.nan)
+    most, total, mass = max(1.0, cap * len(fakes)), 0.0, 0.0
+    for similarity, generator in zip(fakes, generators, strict=False):
+        share = min(1.0, most / (generators[: len(fakes)] == generator).sum())
+        total, mass = total + share * math.exp(similarity / 0.1), mass + share
+    logit = math.log(total / mass) - math.log(np.mean(np.exp(reals / 0.1)))
+    return logit, max(reals), max(fakes)
+
+
+@pytest.mark.parametrize("cap", [0.0, 0.5, 1.0])
+def test_queries_are_weighed_each_by_itself(cap: float) -> None:
+    rng = np.random.default_rng(0)
+    real, fake = (-np.sort(-rng.uniform(-1, 1, (40, width)), axis=1) for width in (5, 7))
+    generators = rng.integers(0, 3, fake.shape)
+    for one in (real, fake):
+        one[np.arange(one.shape[1]) >= rng.integers(0, one.shape[1] + 1, (len(one), 1))] = np.nan
+    generators[np.isnan(fake)] = -1
+    result = vote(real, fake, generators, k=3, cap=cap)
+    expected = np.array([slow_vote(*row, cap) for row in zip(real, fake, generators, strict=True)])
+    np.testing.assert_allclose(np.column_stack([result.logit, result.nearest_real, result.nearest_fake]), expected)
 
 
 similarities = st.lists(st.one_of(st.floats(-1, 1), st.just(float("nan"))), min_size=1, max_size=6)
