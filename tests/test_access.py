@@ -116,7 +116,7 @@ def test_a_key_is_honoured_remembered_and_revoked_within_two_seconds(clock: list
 def test_unknown_and_expired_keys_are_refused(clock: list[float]) -> None:
     secret = new_secret()
     keys = Keys(Rows((secret, key(expires=datetime.now(UTC) - timedelta(seconds=1)))), Patience())
-    for wrong in (secret, secret + "x", "", "\ud800"[:0]):
+    for wrong in (secret, secret + "x", ""):
         with pytest.raises(ApiError) as caught:
             keys.authenticate(wrong)
         assert caught.value.status == 401

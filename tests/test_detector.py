@@ -163,14 +163,18 @@ def test_a_reference_is_known_and_does_not_vote_for_itself(detector: Detector, i
 
 
 def test_the_false_alarm_rate_may_be_asked_for(detector: Detector) -> None:
-    usual, loose, strict = (judged(detector, query(), Question(max_false_alarm=rate)) for rate in (None, 0.5, 0.001))
+    sure = with_settings(detector, max_miss=0.001)  # no miss can be promised either: the verdict is open
+    usual, loose = (judged(detector, query(), Question(max_false_alarm=rate)) for rate in (None, 0.5))
+    strict = judged(sure, query(), Question(max_false_alarm=0.001))
     assert usual.thresholds.fake is not None
     assert loose.thresholds.fake is not None
     assert loose.thresholds.fake < usual.thresholds.fake
-    assert strict.thresholds.fake is None
+    assert (strict.thresholds.fake, strict.thresholds.real, strict.verdict) == (None, None, "uncertain")
     assert usual.score == loose.score == strict.score
-    if strict.verdict == "uncertain":
-        assert strict.reason == "a false alarm rate of 0.001 needs 939 more real calibration images"
+    assert strict.reason == (
+        "a false alarm rate of 0.001 needs 939 more real calibration images; "
+        "a miss rate of 0.001 needs 909 more fake calibration images"
+    )
 
 
 def test_k_changes_what_is_shown_and_not_the_verdict(detector: Detector) -> None:

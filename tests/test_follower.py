@@ -185,7 +185,6 @@ def test_a_notification_is_enough(store: Store, settings: Settings, monkeypatch:
     store.remove(ids=[first])
     thread.join(20)
     assert not thread.is_alive()
-    assert follower.revision in (1, 2)  # the notification that ended the wait may still have been followed
 
 
 def test_the_poll_is_enough(store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Heads: numpy agrees with scikit-learn, stored arrays come back, and what does not fit is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -175,12 +176,12 @@ def test_embeddings_that_are_not_finite_are_refused() -> None:
 
 
 def test_calibration_set_comes_back(folder: Path) -> None:
-    held = calibration_set(12, 5)
+    held = replace(calibration_set(12, 5), trained=["gen-a", "gen-b"])
     held.save(folder)
     loaded = CalibrationSet.load(folder)
     np.testing.assert_array_equal(loaded.embeddings, held.embeddings)
     np.testing.assert_array_equal(loaded.labels, held.labels)
-    assert (loaded.generators, loaded.sources) == (held.generators, held.sources)
+    assert (loaded.generators, loaded.sources, loaded.trained) == (held.generators, held.sources, held.trained)
     assert (loaded.sha256, loaded.groups, loaded.digest) == (held.sha256, held.groups, held.digest)
 
 

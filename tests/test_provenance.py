@@ -128,11 +128,18 @@ def test_a_changed_pixel_breaks_the_signature(signer: c2pa.Signer) -> None:
     assert "assertion.dataHash.mismatch" in found.issues
 
 
-def test_a_broken_manifest_is_said_to_be_unreadable(signer: c2pa.Signer) -> None:
+@pytest.mark.parametrize(
+    ("at", "state", "issue"),
+    [(30, "unreadable", "unexpected end of file"), (400, "invalid", "assertion.hashedURI.mismatch")],
+)
+def test_a_broken_manifest_is_said_to_be_so(signer: c2pa.Signer, at: int, state: str, issue: str) -> None:
+    """Its frame, without which nothing can be read, and what it holds, which the signature vouches for."""
     data = signed(signer, CAMERA)
-    start = data.index(b"jumb")
-    found = read_provenance(data[: start + 4] + bytes(200) + data[start + 204 :], "JPEG").c2pa
-    assert found is None or found.state in ("unreadable", "invalid")
+    start = data.index(b"jumb") + at
+    found = read_provenance(data[:start] + bytes(20) + data[start + 20 :], "JPEG").c2pa
+    assert found is not None
+    assert found.state == state
+    assert issue in " ".join(found.issues)
 
 
 def test_a_link_to_a_manifest_is_reported_and_not_followed(signer: c2pa.Signer) -> None:

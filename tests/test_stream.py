@@ -140,6 +140,7 @@ def test_fit_trains_on_shards_and_resumes_nothing_when_finished(shards: Path, tm
     metrics = fit(settings)
     assert sum(metrics["images"]["training"].values()) >= RECORDS
     assert metrics["training"]["updates"] == 3
+    assert fit(settings)["reused"]
     fit(replace(settings, output=tmp_path / "two"))
     one, two = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
     assert all(np.array_equal(one[name], two[name]) for name in one)
