@@ -68,7 +68,7 @@ def expected_failures() -> Iterator[None]:
         library = (error.name or "").partition(".")[0]
         if library not in TRAINING:
             raise
-        fail(f"this command needs {library}, which is not installed: add the extra `train`")
+        fail(f'this command needs {library}, which is not installed: pip install "lineup[train]"')
     except (
         SettingsError,
         DatabaseUnreachable,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from indexer.settings import Settings
+from trainer.hub import export_hub
 
 ROOT = Path(__file__).parent.parent
 SERVING = [
@@ -78,6 +79,8 @@ from api.__main__ import app as api
 from api.app import create_app
 from indexer.__main__ import app as indexer
 from indexer.settings import read_settings
+from trainer.__main__ import app as trainer
+from trainer.embedder import Embedder
 
 folder = Path(sys.argv[1])
 image = folder / "real" / "000.jpg"
@@ -93,9 +96,24 @@ assert '"engine":"openvino-' in done.stdout, done.stdout
 for arguments, library in ((["evaluate", "--data", str(folder)], "cv2"), (["audit"], "sklearn")):
     done = CliRunner().invoke(indexer, arguments)
     assert done.exit_code == 1, (arguments, done.output, done.exception)
-    expected = f"error: this command needs {library}, which is not installed: add the extra `train`"
+    expected = f'error: this command needs {library}, which is not installed: pip install "lineup[train]"'
     assert done.stderr.splitlines()[-1:] == [expected], (done.stderr, done.exception)
+out, data = str(folder / "out"), ["--data", str(folder), "--split", "train"]
+for arguments, library in (
+    (["simulate", out], "cv2"),
+    (["fit", *data, "--output", out], "torch"),
+    (["heads", *data], "cv2"),
+    (["evaluate", *data], "cv2"),
+    (["export", "--output", out], "torch"),
+):
+    done = CliRunner().invoke(trainer, arguments)
+    expected = f'error: this command needs {library}, which is not installed: pip install "lineup[train]"'
+    assert done.exit_code == 1, (arguments, done.output, done.exception)
+    assert done.stderr.splitlines()[-1:] == [expected], (arguments, done.stderr)
+done = CliRunner().invoke(trainer, ["import", sys.argv[2], "--output", "imported"])
+assert done.exit_code == 0, (done.output, done.exception)
 settings = read_settings()
+assert Embedder.load(Path("imported")).id == Embedder.load(settings.checkpoint_folder).id
 with TestClient(create_app(settings), base_url="http://127.0.0.1:8000", client=("127.0.0.1", 50000)) as client:
     from time import monotonic, sleep
 
@@ -110,8 +128,10 @@ print("served")
 
 
 def test_adding_detecting_and_serving_need_no_training_library(
-    settings: Settings, tiny_checkpoint: Path, image_folder: Path
+    settings: Settings, tiny_checkpoint: Path, image_folder: Path, tmp_path: Path
 ) -> None:
+    """And a command that does ends in one line which names the extra."""
+    export_hub(tiny_checkpoint, tmp_path / "hub")
     environment = {
         "PYTHONPATH": str(ROOT),
         "PATH": "/usr/bin:/bin",
@@ -120,7 +140,7 @@ def test_adding_detecting_and_serving_need_no_training_library(
         "LINEUP_CHECKPOINT": str(tiny_checkpoint),
         "LINEUP_OPEN": "true",
     }
-    command = [sys.executable, "-c", LEAN, str(image_folder)]
+    command = [sys.executable, "-c", LEAN, str(image_folder), str(tmp_path / "hub")]
     result = subprocess.run(command, cwd=settings.home.parent, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.strip() == "served"

@@ -9,7 +9,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import OneClassSVM
@@ -17,7 +17,7 @@ from transformers import ViTConfig, ViTModel
 from typer.testing import CliRunner
 
 from trainer.__main__ import app
-from trainer.embedder import CheckpointConfig, Embedder, build_backbone, save_checkpoint
+from trainer.embedder import CheckpointConfig, Embedder, build_backbone, read_weights, save_checkpoint
 from trainer.heads import Heads, fit_heads
 from trainer.hub import export_hub, import_checkpoint
 from trainer.images import Preprocess
@@ -88,6 +88,17 @@ def test_a_torch_file_gives_the_same_checkpoint(source: Path, tmp_path: Path) ->
     torch.save(load_file(source / "model.safetensors"), other / "pytorch_model.bin")
     first, second = (import_checkpoint(str(s), tmp_path / s.name) for s in (source, other))
     assert first.checkpoint == second.checkpoint
+
+
+def test_bfloat16_weights_are_widened(source: Path, tmp_path: Path) -> None:
+    other = tmp_path / "rounded"
+    other.mkdir()
+    (other / "config.json").write_bytes((source / "config.json").read_bytes())
+    tensors = {key: value.bfloat16() for key, value in load_file(source / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors")
+    import_checkpoint(str(other), tmp_path / "out")
+    weights = read_weights(tmp_path / "out")
+    np.testing.assert_array_equal(weights["cls_token"], tensors["embeddings.cls_token"].float().numpy())
 
 
 class Harmful:

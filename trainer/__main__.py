@@ -19,6 +19,9 @@ from trainer.progress import Bar
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True)
+TRAINING = "cv2 huggingface_hub joblib matplotlib scipy sklearn tensorboard timm torch torchvision webdataset"
+EXTRAS = dict.fromkeys(TRAINING.split(), "train") | dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export")
+"""The extra that brings a library which serving does without."""
 
 
 def default_checkpoint() -> Path:
@@ -26,10 +29,22 @@ def default_checkpoint() -> Path:
     return Path(os.environ.get("LINEUP_HOME", "lineup-data")) / "checkpoint"
 
 
-def fail(error: Exception) -> typer.Exit:
-    """Print an expected failure as one line on stderr; raise what comes back."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return typer.Exit(1)
+@contextmanager
+def expected_failures() -> Iterator[None]:
+    """What can go wrong without a fault of the program ends as one line on stderr and exit code 1."""
+    try:
+        yield
+    except ImportError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in EXTRAS:
+            raise
+        reason = f'this command needs {library}, which is not installed: pip install "lineup[{EXTRAS[library]}]"'
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+    else:
+        return
+    print(f"error: {reason}", file=sys.stderr)
+    raise typer.Exit(1)
 
 
 @app.command()
@@ -40,12 +55,10 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Write a set of SIMULATED photographs and generated images, for demonstrations and tests."""
-    from trainer.simulate import simulate as write_images
+    with expected_failures():
+        from trainer.simulate import simulate as write_images
 
-    try:
         report = write_images(out, records=records, seed=seed)
-    except (ValueError, OSError) as error:
-        raise fail(error) from None
     if as_json:
         print(json.dumps(report))
 
@@ -92,15 +105,14 @@ def fit(
 ) -> None:
     """Train the embedding and its heads. Interrupted, the same command resumes; finished, it changes nothing."""
     arguments = {key: value for key, value in locals().items() if key not in ("overwrite", "as_json")}
-    from trainer.recipe import FitSettings
-    from trainer.train import fit as train
-
     try:
-        arguments["architecture_args"] = tuple(sorted(json.loads(architecture_args).items()))
-        settings = FitSettings(**arguments)
-        metrics = train(settings, overwrite=overwrite, show=training_bar, say=console.log)
-    except (ValueError, OSError) as error:
-        raise fail(error) from None
+        with expected_failures():
+            from trainer.recipe import FitSettings
+            from trainer.train import fit as train
+
+            arguments["architecture_args"] = tuple(sorted(json.loads(architecture_args).items()))
+            settings = FitSettings(**arguments)
+            metrics = train(settings, overwrite=overwrite, show=training_bar, say=console.log)
     except KeyboardInterrupt:
         console.print("interrupted: the same command resumes at the last finished epoch")
         raise typer.Exit(1) from None
@@ -131,9 +143,9 @@ def heads(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Fit heads and calibration of a checkpoint again, from training and calibration images."""
-    from trainer.refit import refit
+    with expected_failures():
+        from trainer.refit import refit
 
-    try:
         with counting_bar("embedding") as advance:
             fitted, rejected = refit(
                 checkpoint,
@@ -146,8 +158,6 @@ def heads(
                 cache=cache,
                 on_image=advance,
             )
-    except (ValueError, OSError) as error:
-        raise fail(error) from None
     report = {"heads": fitted.id, "images": fitted.settings["images"], "rejected": [asdict(r) for r in rejected]}
     if as_json:
         print(json.dumps(report))
@@ -168,10 +178,10 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Measure the checkpoint's own heads: plain, augmented, and with both labels recompressed alike."""
-    from trainer.evaluate import evaluate as measure_heads
-    from trainer.report import print_summary, write_report
+    with expected_failures():
+        from trainer.evaluate import evaluate as measure_heads
+        from trainer.report import print_summary, write_report
 
-    try:
         with counting_bar("embedding") as advance:
             result = measure_heads(
                 checkpoint,
@@ -184,8 +194,6 @@ def evaluate(
             )
         if output is not None:
             write_report(result, output, beside=beside or [], published=published)
-    except (ValueError, OSError) as error:
-        raise fail(error) from None
     for rejected in result.rejected:
         console.print(f"rejected {rejected.file}: {rejected.reason}", highlight=False)
     if as_json:
@@ -208,12 +216,10 @@ def import_(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Turn weights in the hub's layout, the official ones among them, into a checkpoint."""
-    from trainer.hub import import_checkpoint
+    with expected_failures():
+        from trainer.hub import import_checkpoint
 
-    try:
         imported = import_checkpoint(source, output, name=name, preprocess=preprocess, trust_pickles=trust_pickles)
-    except (ValueError, OSError) as error:
-        raise fail(error) from None
     if as_json:
         print(json.dumps({"output": str(output)} | asdict(imported)))
         return
@@ -232,18 +238,16 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Write the backbone for other runtimes."""
-    from trainer.hub import export_hub
-    from trainer.runtimes import export_onnx, export_openvino
-
-    writers = {"onnx": export_onnx, "openvino": export_openvino, "hub": export_hub}
     chosen = [kind.strip() for kind in kinds.split(",")]
-    if unknown := [kind for kind in chosen if kind not in writers]:
+    if unknown := [kind for kind in chosen if kind not in ("onnx", "openvino", "hub")]:
         raise typer.BadParameter(f"{', '.join(unknown)} is not known; expected onnx, openvino or hub")
-    try:
+    with expected_failures():
+        from trainer.hub import export_hub
+        from trainer.runtimes import export_onnx, export_openvino
+
+        writers = {"onnx": export_onnx, "openvino": export_openvino, "hub": export_hub}
         for kind in chosen:
             writers[kind](checkpoint, output / kind)
-    except (ValueError, OSError, ImportError) as error:
-        raise fail(error) from None
     if as_json:
         print(json.dumps({kind: str(output / kind) for kind in chosen}))
         return

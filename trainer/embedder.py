@@ -134,25 +134,31 @@ def write_config(folder: Path, values: Mapping[str, Any]) -> None:
     write_atomically(folder / CONFIG_FILE, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
 
 
-def save_checkpoint(folder: Path, backbone: nn.Module | Mapping[str, torch.Tensor], config: CheckpointConfig) -> str:
+def save_checkpoint(
+    folder: Path, backbone: nn.Module | Mapping[str, torch.Tensor] | Mapping[str, np.ndarray], config: CheckpointConfig
+) -> str:
     """Write weights and configuration into a folder, each file atomically, weights first.
 
     Args:
         folder: Made when missing; other files in it (heads, metrics) are left alone.
-        backbone: The module, or its state dict.
+        backbone: The module, or its state dict, of tensors or arrays.
         config: What rebuilds it.
 
     Returns:
         The checkpoint's id, 32 hex characters.
     """
-    from safetensors.torch import save
-    from torch import nn
+    from safetensors.numpy import save
 
-    state = backbone.state_dict() if isinstance(backbone, nn.Module) else backbone
-    tensors = {key: value.detach().to("cpu").float().contiguous() for key, value in state.items()}
-    write_atomically(folder / WEIGHTS_FILE, save(tensors))
+    state = backbone if isinstance(backbone, Mapping) else backbone.state_dict()
+    arrays = {key: _float32(value) for key, value in state.items()}
+    write_atomically(folder / WEIGHTS_FILE, save(arrays))
     write_config(folder, config.to_json())
-    return checkpoint_id({key: value.numpy() for key, value in tensors.items()}, config.preprocess)
+    return checkpoint_id(arrays, config.preprocess)
+
+
+def _float32(values: torch.Tensor | np.ndarray) -> np.ndarray:
+    array = values if isinstance(values, np.ndarray) else values.detach().to("cpu").float().numpy()
+    return np.asarray(array, np.float32, order="C")
 
 
 def checkpoint_id(tensors: Mapping[str, np.ndarray], preprocess: Preprocess) -> str:

@@ -10,13 +10,17 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from trainer.embedder import (
     CheckpointConfig,
     CheckpointError,
+    Embedder,
     load_backbone,
     read_config,
     read_weights,
@@ -25,9 +29,6 @@ from trainer.embedder import (
 )
 from trainer.images import Preprocess
 from trainer.vit_names import HubError, architecture_args, from_transformers, to_transformers
-
-if TYPE_CHECKING:
-    import torch
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Of the hub's layout, the first that is there."""
@@ -82,7 +83,7 @@ def import_checkpoint(
     )
     try:
         identity = save_checkpoint(output, tensors, config)
-        load_backbone(output)
+        Embedder.load(output, device="cpu")
     except CheckpointError as error:
         raise HubError(f"{source} is no ViT that this project can hold: {error}") from error
     pickles = sorted([*folder.glob("sklearn/*.sav"), *folder.glob("sklearn/*.joblib")])
@@ -108,11 +109,9 @@ def export_hub(checkpoint: Path, output: Path) -> None:
     Raises:
         HubError: The backbone is no plain ViT.
     """
-    import torch
-    from safetensors.torch import save
+    from safetensors.numpy import save
 
-    config, backbone = read_config(checkpoint), load_backbone(checkpoint)
-    state = {key: torch.from_numpy(value) for key, value in read_weights(checkpoint).items()}
+    config, backbone, state = read_config(checkpoint), load_backbone(checkpoint), read_weights(checkpoint)
     blocks: Any = backbone.blocks
     patch = int(backbone.patch_embed.patch_size[0])  # type: ignore[index, union-attr]
     hub = {
@@ -175,23 +174,29 @@ def _folder(source: str, trust_pickles: bool) -> Path:
         raise HubError(f"{source} is no folder here, and the hub did not give it: {reason}") from error
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of a hub folder; a torch file is loaded with weights only, so that no code in it runs."""
+def _tensors(folder: Path) -> dict[str, np.ndarray]:
+    """The weights of a hub folder, float32; a torch file is loaded with weights only, so that no code in it runs."""
     import pickle
 
-    import torch
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.numpy import load_file
 
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise HubError(f"{folder} holds neither {' nor '.join(WEIGHTS)}")
     try:
         if path.suffix == ".safetensors":
-            tensors: dict[str, torch.Tensor] = load_file(path)
+            with suppress(TypeError):  # bfloat16, which numpy has not
+                return {key: value.astype(np.float32) for key, value in load_file(path).items()}
+        import torch
+        from safetensors.torch import load_file as load_tensors
+
+        if path.suffix == ".safetensors":
+            tensors = load_tensors(path)
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
             tensors = loaded.get("state_dict", loaded.get("model", loaded))
+        return {key: value.float().numpy() for key, value in tensors.items()}
     except (
         SafetensorError,
         OSError,
@@ -203,7 +208,6 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HubError(f"{path} holds no weights that can be loaded without running code in it: {reason}") from error
-    return {key: value.float() for key, value in tensors.items()}
 
 
 def _preprocess(own: Mapping[str, Any], image_size: int, mode: Literal["center_crop", "resize_crop"]) -> Preprocess:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from trainer.embedder import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
 
 TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3, "patch_size": 16, "img_size": 224, "mlp_ratio": 4.0}
 """What timm's `vit_tiny_patch16_224` is without arguments."""
@@ -36,14 +35,12 @@ class HubError(CheckpointError):
     """The source is no `ViTModel` this project can hold, or the checkpoint none that can be exported."""
 
 
-def from_transformers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def from_transformers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The state dict of timm from that of a `ViTModel`; the pooler is dropped.
 
     Raises:
         HubError: A tensor is missing or unknown.
     """
-    import torch
-
     left = {re.sub(r"^(module\.)?(vit\.)?", "", key): value for key, value in tensors.items()}
     left = {key: value for key, value in left.items() if not key.startswith(("pooler.", "classifier."))}
     try:
@@ -54,7 +51,7 @@ def from_transformers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
             for end in ("weight", "bias"):
                 parts = [f"{theirs}attention.attention.{part}.{end}" for part in ("query", "key", "value")]
                 if end == "weight" or parts[0] in left:  # qkv_bias may be off
-                    state[f"{ours}attn.qkv.{end}"] = torch.cat([left.pop(part) for part in parts])  # (3 d, ...)
+                    state[f"{ours}attn.qkv.{end}"] = np.concatenate([left.pop(part) for part in parts])  # (3 d, ...)
                 state |= {f"{ours}{a}.{end}": left.pop(f"{theirs}{b}.{end}") for a, b in INSIDE.items()}
     except (KeyError, ValueError) as error:
         raise HubError(f"the weights are not those of a transformers ViTModel: {error} is missing") from error
@@ -63,7 +60,7 @@ def from_transformers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
     return state
 
 
-def to_transformers(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_transformers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A `ViTModel`'s state dict of timm's; without pooler, which CoDE does not use.
 
     Raises:
@@ -76,7 +73,7 @@ def to_transformers(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
             theirs, ours = f"encoder.layer.{i}.", f"blocks.{i}."
             for end in ("weight", "bias"):
                 if end == "weight" or f"{ours}attn.qkv.bias" in left:
-                    thirds = left.pop(f"{ours}attn.qkv.{end}").chunk(3)
+                    thirds = np.split(left.pop(f"{ours}attn.qkv.{end}"), 3)
                     for part, third in zip(("query", "key", "value"), thirds, strict=True):
                         tensors[f"{theirs}attention.attention.{part}.{end}"] = third
                 tensors |= {f"{theirs}{b}.{end}": left.pop(f"{ours}{a}.{end}") for a, b in INSIDE.items()}
@@ -84,7 +81,7 @@ def to_transformers(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
         raise HubError(f"only a plain ViT can be written in the hub's layout: {error} is missing") from error
     if left:
         raise HubError(f"only a plain ViT can be written in the hub's layout; this has {', '.join(sorted(left)[:3])}")
-    return {key: value.contiguous() for key, value in tensors.items()}
+    return tensors
 
 
 def architecture_args(hub: Mapping[str, Any]) -> dict[str, Any]:
