@@ -58,6 +58,7 @@ class Report:
         conflicts: {"file", "sha256", "has", "wants"}: same bytes, other label or generator; nothing was changed.
         rejected: {"file", "reason"}.
         generators: New rows by generator, "real" for real images.
+        sources: New rows by source, where that is known.
         revision: Of the checkpoint's index, at the end.
         enrolment: Its id, null when nothing was written.
         seconds: From start to end.
@@ -70,6 +71,7 @@ class Report:
     conflicts: list[dict[str, str]] = field(default_factory=list)
     rejected: list[dict[str, str]] = field(default_factory=list)
     generators: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, int] = field(default_factory=dict)
     revision: int = 0
     enrolment: int | None = None
     seconds: float = 0.0
@@ -87,6 +89,8 @@ class Report:
         self.added += 1
         name = entry.generator or LABELS[entry.label]
         self.generators[name] = self.generators.get(name, 0) + 1
+        if entry.source:
+            self.sources[entry.source] = self.sources.get(entry.source, 0) + 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,7 @@ def test_add_status_check_remove(run: Run, images: Path, settings: Settings) -> 
         "revision": 1,
     }
     assert added["rejected"] == [{"file": "real/zero.jpg", "reason": "the file is empty"}]
+    assert added["sources"] == {"images": 16}  # the folder's name
     assert json.loads(Path(added["report"]).read_text())["rejected"] == added["rejected"]
 
     status = document(run("status", "--json"))

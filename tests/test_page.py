@@ -382,7 +382,7 @@ def test_a_score_that_surprises_is_explained(opens: Opens) -> None:
     page.route("**/v1/detect*", fulfilled(json.dumps(body)))
     heads = judge(page).locator(".heads")
     expect(heads).to_contain_text(
-        "Of the 10 nearest of either kind, 9 generated and 1 real ones weigh 45 % and 50 %; with those further down"
+        "Of the 10 nearest of either kind, 9 generated and 1 real weigh 45 % and 50 %; with those further down"
     )
     for head, adds in (("Vote", "1.20"), ("Linear", "2.10"), ("Outlier", "0.70")):
         expect(heads.get_by_role("listitem").filter(has_text=head)).to_contain_text(f"It adds +{adds} to the sum.")
@@ -506,6 +506,7 @@ def test_an_enrolment_is_undone_from_the_list_and_clashes_are_told(opens: Opens,
 
     enrol("real", picture(seed=200))
     expect(page.get_by_role("alert")).to_contain_text("'real' cannot name a generator")
+    expect(view.get_by_text("Nothing was enrolled")).to_have_count(0)
     enrol("gen-z", image_folder / "fake" / "gen-a" / "000.jpg", image_folder / "real" / "000.jpg")
     expect(view.locator(".report")).to_contain_text("2 images are known as something else")
     enrol("gen-d", picture(seed=201))
@@ -513,6 +514,90 @@ def test_an_enrolment_is_undone_from_the_list_and_clashes_are_told(opens: Opens,
     row.get_by_role("button").click()
     page.get_by_role("dialog").get_by_role("button", name="Undo it").click()
     expect(view.get_by_role("row").filter(has_text="gen-d").filter(has_text="undone")).to_have_count(1)
+
+
+def test_a_generator_is_edited_and_deleted_and_a_reference_removed(opens: Opens) -> None:
+    page = opens("generators")
+    view, dialog = page.locator("#view-generators"), page.get_by_role("dialog")
+    view.locator("input[type=file]").first.set_input_files([picture(seed=300), picture(seed=301)])
+    view.get_by_label("Generator", exact=True).fill("gen-e")
+    view.get_by_role("button", name="Enrol", exact=True).click()
+    expect(view.locator(".report")).to_contain_text("2 images added")
+    view.get_by_role("button", name="Edit gen-e").click()
+    dialog.get_by_label("Vendor").fill(HOSTILE)
+    dialog.get_by_label("Family").fill("diffusion")
+    dialog.get_by_role("button", name="Save").click()
+    row = view.get_by_role("row").filter(has_text="Edit").filter(has_text="gen-e")
+    expect(row).to_contain_text(f"gen-e {HOSTILE}, diffusion")
+    view.get_by_role("button", name="Edit gen-e").click()
+    dialog.get_by_label("Vendor").fill("")
+    dialog.get_by_label("Vendor").press("Enter")
+    expect(row).to_contain_text("gen-e diffusion")
+    page.get_by_role("link", name="Search").click()
+    page.locator("#view-search").get_by_label("Generator").select_option("gen-e")
+    page.locator("#view-search input[type=file]").set_input_files([picture(seed=300)])
+    page.locator(".gallery .portrait").first.click()
+    dialog.get_by_role("button", name="Remove").click()
+    page.get_by_role("button", name="Remove it").click()
+    expect(dialog).to_contain_text("Removed from the reference set.")
+    dialog.get_by_role("button", name="Close").click()
+    page.get_by_role("link", name="Generators", exact=True).click()
+    view.get_by_role("button", name="Delete gen-e").click()
+    expect(dialog).to_contain_text("1 reference image of it will be removed")
+    dialog.get_by_role("button", name="Cancel").click()
+    view.get_by_role("button", name="Delete gen-e").click()
+    dialog.get_by_role("button", name="Delete it").click()
+    expect(row).to_have_count(0)
+    view.get_by_role("button", name="Edit gen-b").click()
+    page.route("**/v1/generators/*", problem("forbidden", 403, "Not allowed"))
+    dialog.get_by_role("button", name="Save").click()
+    expect(view.get_by_role("alert")).to_contain_text("Not allowed")
+
+
+def test_enrolments_by_command_and_values_measured_once(opens: Opens) -> None:
+    page = opens()
+    recall = [{"generator": "gen-a", "images": 3, "knn": {"before": None, "after": 0.26}}]
+    report = {
+        "added": 3,
+        "generators": {"gen-a": 3},
+        "sources": {"folder": 2, "other": 1},
+        "effect": {"recall": recall},
+    }
+    row = {
+        "id": 1,
+        "at": "2026-01-01T00:00:00Z",
+        "generator": "gen-a",
+        "source": None,
+        "references": 3,
+        "report": report,
+    }
+    page.route("**/v1/enrolments*", fulfilled(json.dumps({"enrolments": [row], "next": None})))
+    page.get_by_role("link", name="Generators", exact=True).click()
+    enrolment = page.get_by_role("row").filter(has_text="Undo").filter(has_text="gen-a")
+    expect(enrolment).to_contain_text("folder, other")
+    expect(enrolment).to_contain_text("26 % after")
+    assert "26\N{NO-BREAK SPACE}%" in enrolment.inner_text()
+    headings = page.locator("#view-generators thead").all_inner_texts()
+    assert headings
+    assert not any("before" in heading for heading in headings)
+
+
+def test_every_view_says_what_is_out_of_order(opens: Opens) -> None:
+    page = opens()
+    notice = page.locator("#service-notice")
+    expect(page.locator(".known")).to_contain_text("gen-a")
+    expect(notice).to_be_empty()
+    status = page.request.get(page.url.split("#")[0] + "v1/status").json()
+    reason = "tiny (c1) judges while large (c2) is the active checkpoint: LINEUP_CHECKPOINT names the other"
+    page.route("**/v1/status", fulfilled(json.dumps(status | {"degraded": True, "inactive": reason})))
+    for view in ("Search", "Generators", "Status", "Detect"):
+        page.get_by_role("link", name=view, exact=True).click()
+        expect(notice).to_have_text(
+            f"The database is away or slow. Lineup judges from memory, and records nothing. {reason}."
+        )
+    page.unroute("**/v1/status")
+    page.get_by_role("link", name="Status").click()
+    expect(notice).to_be_empty()
 
 
 def test_enrolments_are_undone_together_only_where_this_page_sent_them_so(opens: Opens) -> None:

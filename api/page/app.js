@@ -6,6 +6,7 @@ import * as record from "./record.js";
 import * as search from "./search.js";
 import * as status from "./status.js";
 import { forgetKey, keepToken, key } from "./client.js";
+import { stateWords } from "./words.js";
 
 const VIEWS = { detect, record, search, generators, status };
 const TITLES = { detect: "Detect", record: "Record", search: "Search", generators: "Generators", status: "Status" };
@@ -58,6 +59,7 @@ keepToken();
 for (const view of Object.values(VIEWS)) view.setUp();
 document.getElementById("forget-key").onclick = forgetKey;
 document.addEventListener("lineup-key", showKey);
+document.addEventListener("lineup-state", ({ detail }) => (notice.textContent = stateWords(detail)));
 document.getElementById("skip").onclick = (event) => {
   event.preventDefault(); // the hash names the view
   document.getElementById("content").focus();

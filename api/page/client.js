@@ -114,6 +114,13 @@ export async function ask(path, options) {
   return (await call(path, options)).json();
 }
 
+/** The state of the service. Whoever shows it in every view hears of it. */
+export async function serviceState() {
+  const state = await ask("/v1/status");
+  document.dispatchEvent(new CustomEvent("lineup-state", { detail: state }));
+  return state;
+}
+
 async function problemOf(response) {
   const said = await response.json().catch(() => ({}));
   const title = `The service, or what stands before it, answered ${response.status} ${response.statusText}`.trim();

@@ -1,6 +1,6 @@
 /** The view that judges images: several at a time, each with its whole account. */
 
-import { ask } from "./client.js";
+import { ask, serviceState } from "./client.js";
 import { announce, badge, download, fileName, h } from "./dom.js";
 import { intake } from "./intake.js";
 import { judging } from "./judging.js";
@@ -78,7 +78,7 @@ export function setUp() {
 
 /** Called each time the view is shown. Where the service cannot answer, verdicts say less about their cuts. */
 export async function show() {
-  if (!welcome.hidden) ask("/v1/status").then(tellKnown, () => {});
+  if (!welcome.hidden) serviceState().then(tellKnown, () => {});
   if (rates) return;
   try {
     const state = await ask("/v1/calibration");

@@ -110,22 +110,30 @@ export function announce(text) {
   setTimeout(() => (place.textContent = text), 60);
 }
 
-/** Ask before something is done that others will notice. Answers true or false. */
-export function confirmed(title, text, action) {
+/** Ask before something is done that others will notice; `body` is text, or fields to fill. Answers true or false. */
+export function confirmed(title, body, action) {
   const dialog = document.getElementById("question-dialog");
   return new Promise((resolve) => {
     const answer = (value) => {
       dialog.close();
       resolve(value);
     };
+    const submitted = (event) => {
+      event.preventDefault();
+      answer(true);
+    };
     dialog.replaceChildren(
-      h("h2", { id: "question-title" }, title),
-      h("p", {}, text),
       h(
-        "div",
-        { class: "buttons" },
-        h("button", { type: "button", class: "primary", onclick: () => answer(true) }, action),
-        h("button", { type: "button", onclick: () => answer(false) }, "Cancel"),
+        "form",
+        { onsubmit: submitted },
+        h("h2", { id: "question-title" }, title),
+        typeof body === "string" ? h("p", {}, body) : body,
+        h(
+          "div",
+          { class: "buttons" },
+          h("button", { type: "submit", class: "primary" }, action),
+          h("button", { type: "button", onclick: () => answer(false) }, "Cancel"),
+        ),
       ),
     );
     dialog.oncancel = () => resolve(false);

@@ -157,6 +157,8 @@ export function enrolment(view, onchange) {
   }
 
   function report(total, batch, trouble) {
+    const counts = [total.added, total.known, total.embedded, total.conflicts.length, total.rejected.length];
+    if (trouble && !counts.some(Boolean)) return outcome.replaceChildren(problemBox(trouble));
     const name = batch.generator ?? "real photos";
     const undoButton =
       total.added > 0 &&

@@ -62,7 +62,7 @@ export function whole(enrolments, parts) {
       ids: [one.id],
       at: one.at,
       what,
-      source: one.source,
+      source: one.source ?? listed(Object.keys(one.report?.sources ?? {})),
       added: one.report?.added ?? one.references ?? 0,
       references: one.references,
       reports: [one.report],
@@ -70,7 +70,7 @@ export function whole(enrolments, parts) {
     const together =
       later &&
       later.what === what &&
-      later.source === one.source &&
+      later.source === here.source &&
       Boolean(later.references) === Boolean(one.references) &&
       later.reports.every(Boolean) &&
       one.report &&
@@ -88,14 +88,17 @@ export function whole(enrolments, parts) {
 }
 
 function mixed(report) {
-  const names = Object.keys(report?.generators ?? {}).map((name) => (name === "real" ? "real photos" : name));
+  return listed(Object.keys(report?.generators ?? {}).map((name) => (name === "real" ? "real photos" : name)));
+}
+
+function listed(names) {
   return names.length > 3 ? `${names.slice(0, 3).join(", ")} and ${names.length - 3} more` : names.join(", ") || "–";
 }
 
-/** "41 % → 96 %", or that it was not measured. */
+/** "41 % → 96 %", "96 % after" where only that was measured, or that neither was. */
 export function arrow(pair) {
   if (!pair) return h("span", { class: "none" }, "not measured");
-  if (pair[0] === null) return percent(pair[1]);
+  if (pair[0] === null) return `${percent(pair[1])} after`;
   return h(
     "span",
     { class: "arrow" },

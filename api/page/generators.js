@@ -1,7 +1,7 @@
 /** The view of what Lineup knows: generators, what each enrolment changed, and a form for the next one. */
 
-import { ask } from "./client.js";
-import { announce, h, table } from "./dom.js";
+import { ask, serviceState } from "./client.js";
+import { announce, confirmed, h, table } from "./dom.js";
 import { enrolment } from "./enrol.js";
 import { arrow, days, effectOver, oneAfterTheOther, sentTogether, undo, whole } from "./enrolments.js";
 import { problemBox } from "./problems.js";
@@ -9,7 +9,10 @@ import { count, ended, plural, when } from "./words.js";
 
 const view = document.getElementById("view-generators");
 /** Of an enrolment, in two columns. */
-const EFFECT = ["Found by the vote: before → after", "False alarms of the vote: before → after"];
+const EFFECT = ["Found by the vote", "False alarms of the vote"];
+/** What can be told of a generator beside its images, each with the kind of its field. */
+const FACTS = { vendor: "text", family: "text", version: "text", released_on: "date" };
+const TERMS = { vendor: "Vendor", family: "Family", version: "Version", released_on: "Released on" };
 const place = h("div");
 const history = h("div");
 let form = null;
@@ -38,7 +41,7 @@ async function load() {
     const [{ generators }, { enrolments }, status] = await Promise.all([
       ask("/v1/generators"),
       ask("/v1/enrolments", { query: { limit: 1000 } }),
-      ask("/v1/status"),
+      serviceState(),
     ]);
     form.offer(generators.map(({ name }) => name));
     place.replaceChildren(...[known(generators, enrolments, status.references.real)].flat());
@@ -85,15 +88,21 @@ function known(generators, enrolments, real) {
       last,
       arrow(recall),
       arrow(alarms),
+      h(
+        "span",
+        { class: "changes" },
+        changeButton("Edit", generator, edit),
+        changeButton("Delete", generator, remove),
+      ),
     ];
   });
   const [first, last] = days(broughtBy("real", enrolments));
-  rows.push(["Real photos", count(real), first, last, "", ""]);
+  rows.push(["Real photos", count(real), first, last, "", "", ""]);
   const warnings = enrolments.find(({ report }) => report?.warnings)?.report.warnings ?? [];
   return [
     table(
       "Reference images by generator",
-      ["Generator", "Images", "First added", "Last added", ...EFFECT],
+      ["Generator", "Images", "First added", "Last added", ...EFFECT, "Change"],
       rows,
       { numeric: [1], className: "stacking", hideCaption: true },
     ),
@@ -101,7 +110,7 @@ function known(generators, enrolments, real) {
       "p",
       { class: "hint" },
       "The vote is one of four ways to judge. Found: share of a generator’s images that it calls generated, before " +
-        "and after they were enrolled; false alarms: share of real photos that it calls generated. Where both are " +
+        "→ after they were enrolled, where both were measured; false alarms: share of real photos that it calls generated. Where both are " +
         "high, the vote alone cannot tell them apart. A verdict rests on all ways together, and its cut keeps its own " +
         "false alarms below the rate that Status shows.",
     ),
@@ -125,6 +134,40 @@ function known(generators, enrolments, real) {
   ].filter(Boolean);
 }
 
+function changeButton(action, generator, change) {
+  const onclick = async () => {
+    try {
+      await change(generator);
+    } catch (problem) {
+      place.prepend(problemBox(problem));
+    }
+  };
+  return h("button", { type: "button", "aria-label": `${action} ${generator.name}`, onclick }, action);
+}
+
+const address = ({ name }) => `/v1/generators/${encodeURIComponent(name)}`;
+
+async function edit(generator) {
+  const field = ([fact, type]) => h("input", { type, name: fact, maxlength: 200, value: generator[fact] ?? "" });
+  const inputs = Object.entries(FACTS).map(field);
+  const fields = inputs.map((input) => h("label", {}, TERMS[input.name], " ", input));
+  if (!(await confirmed(`What is known of ${generator.name}`, h("div", {}, fields), "Save"))) return;
+  const json = Object.fromEntries(inputs.map(({ name, value }) => [name, value.trim() || null]));
+  await ask(address(generator), { method: "PATCH", json });
+  announce(`${generator.name} changed`);
+  await load();
+}
+
+async function remove(generator) {
+  const images = plural((await ask(address(generator))).references, "reference image");
+  const text = `${images} of it will be removed, and vote no more. Past verdicts stay as they are.`;
+  if (!(await confirmed(`Delete ${generator.name}?`, text, "Delete it"))) return;
+  const { references } = await ask(address(generator), { method: "DELETE" });
+  announce(`${generator.name} deleted: ${plural(references, "reference")} removed`);
+  form.clear(); // its report may be of this one
+  await load();
+}
+
 function past(enrolments) {
   if (!enrolments.length) return h("p", { class: "none" }, "None yet.");
   const rows = enrolments.map((one) => {
@@ -142,7 +185,7 @@ function past(enrolments) {
     const button = one.references
       ? h("button", { type: "button", "aria-label": `Undo enrolment ${numbers}`, onclick: () => undoOne(one) }, "Undo")
       : "";
-    return [h("span", { class: "arrow" }, numbers), when(one.at), one.what, one.source ?? "–", left, arrow(recall), arrow(alarms), button];
+    return [h("span", { class: "arrow" }, numbers), when(one.at), one.what, one.source, left, arrow(recall), arrow(alarms), button];
   });
   return table(
     "Enrolments, newest first",

@@ -1,7 +1,8 @@
 /** The line-up: reference images beside the one in question, each with where it is from and how alike it is. */
 
 import { ask, showThumbnail } from "./client.js";
-import { bar, facts, fileName, h, icon, table } from "./dom.js";
+import { bar, confirmed, facts, fileName, h, icon, table } from "./dom.js";
+import { problemBox } from "./problems.js";
 import { bytes, count, decimal, labelWord, percent, when } from "./words.js";
 
 /** One reference image. `weight` is its part of the vote; a search gives none. */
@@ -75,23 +76,38 @@ async function showReference(neighbour) {
   const picture = h("img", { alt: `Reference image ${neighbour.id}`, class: "large" });
   if (neighbour.thumbnail) showThumbnail(picture, neighbour.thumbnail);
   const rest = h("div", { "aria-live": "polite" }, h("p", {}, "Looking it up…"));
+  const buttons = h(
+    "div",
+    { class: "buttons" },
+    h("button", { type: "button", class: "primary", onclick: () => dialog.close() }, "Close"),
+  );
+  const removal = h("button", { type: "button", onclick: () => remove(neighbour, rest, removal) }, "Remove");
   dialog.replaceChildren(
     h("h2", { id: "reference-title" }, `Reference image ${neighbour.id}`),
     h("div", { class: "reference" }, picture, rest),
-    h(
-      "div",
-      { class: "buttons" },
-      h("button", { type: "button", class: "primary", onclick: () => dialog.close() }, "Close"),
-    ),
+    buttons,
   );
   dialog.showModal();
   try {
     rest.replaceChildren(...referenceFacts(await ask(`/v1/references/${neighbour.id}`)));
+    buttons.append(removal);
   } catch (problem) {
     rest.replaceChildren(
       h("p", {}, `Its record cannot be shown: ${problem.message}`),
       h("p", {}, `It is ${labelWord(neighbour.label)}.`),
     );
+  }
+}
+
+async function remove({ id }, place, button) {
+  const text = "It will vote no more. Past verdicts stay as they are.";
+  if (!(await confirmed(`Remove reference image ${id}?`, text, "Remove it"))) return;
+  try {
+    await ask(`/v1/references/${id}`, { method: "DELETE" });
+    button.remove();
+    place.replaceChildren(h("p", { class: "done" }, "Removed from the reference set."));
+  } catch (problem) {
+    place.append(problemBox(problem));
   }
 }
 

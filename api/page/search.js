@@ -1,6 +1,6 @@
 /** The view that searches: the reference images most like one image, filtered, page by page. */
 
-import { ask, problemFrom } from "./client.js";
+import { ask, problemFrom, serviceState } from "./client.js";
 import { announce, fileName, h } from "./dom.js";
 import { intake } from "./intake.js";
 import { suspect } from "./lineup.js";
@@ -79,7 +79,7 @@ export function setUp() {
 /** Called each time the view is shown: the filters offer what there is now. */
 export async function show() {
   try {
-    const state = await ask("/v1/status");
+    const state = await serviceState();
     const chosen = generator.value;
     generator.replaceChildren(
       h("option", { value: "" }, "all"),

@@ -1,6 +1,6 @@
 /** The view of the service itself: what answers, from how many references, how well calibrated, what it said lately. */
 
-import { ask } from "./client.js";
+import { ask, serviceState } from "./client.js";
 import { announce, badge, facts, fileName, h, table } from "./dom.js";
 import { reliabilityPlot, scorePlot } from "./plot.js";
 import { problemBox } from "./problems.js";
@@ -39,7 +39,7 @@ export function setUp() {
 /** Called each time the view is shown. */
 export async function show() {
   await Promise.all([
-    fill(state, async () => cards(await ask("/v1/status"))),
+    fill(state, async () => cards(await serviceState())),
     fill(
       calibration,
       async () => calibrated(await ask("/v1/calibration")),
@@ -61,13 +61,7 @@ function cards(status) {
   const { index, references, model } = status;
   const lag = status.revision - index.revision;
   return [
-    status.degraded
-      ? h(
-          "p",
-          { class: "note" },
-          "The database is away or slow. Lineup judges from memory; numbers below are the last that were seen.",
-        )
-      : null,
+    status.degraded ? h("p", { class: "note" }, "Numbers below are the last that were seen.") : null,
     h(
       "div",
       { class: "cards" },

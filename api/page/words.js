@@ -75,6 +75,12 @@ export function ended(text) {
   return /[.!?…]$/.test(text.trim()) ? text : `${text.trim()}.`;
 }
 
+/** What is out of order with the service, or nothing. */
+export function stateWords({ degraded, inactive }) {
+  const away = "The database is away or slow. Lineup judges from memory, and records nothing.";
+  return [degraded ? away : "", inactive ? ended(inactive) : ""].filter(Boolean).join(" ");
+}
+
 /** Headings of the verdicts. */
 export function headline(verdict) {
   if (verdict.basis === "known") return verdict.known?.label === "fake" ? "Known generated image" : "Known real image";
@@ -195,7 +201,7 @@ function counted({ score, votes: { fake, real } }, neighbours) {
   );
   const [nearest, all] = [weights, [score, 1 - score]].map((pair) => pair.map(percent).join(" and "));
   const further = nearest === all ? "" : `; with those further down ${all}`;
-  return `Of the ${fake + real} nearest of either kind, ${fake} generated and ${real} real ones weigh ${nearest}${further}`;
+  return `Of the ${fake + real} nearest of either kind, ${fake} generated and ${real} real weigh ${nearest}${further}`;
 }
 
 /** A number with its sign. */
