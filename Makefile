@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
+LINEUP := $(BIN)/lineup
 SERVE ?= 1
 # A real image set instead of the simulated one: `make demo DATA=/path/to/images`.
 DATA ?=
@@ -37,38 +38,42 @@ $(VENV)/.locked: requirements.lock
 	$(BIN)/pip install --quiet --require-hashes -r requirements.lock
 	@touch $@
 
-demo: $(VENV)/.locked
+$(LINEUP): $(VENV)/.locked pyproject.toml
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(LINEUP)
 ifeq ($(DATA),)
-	$(RUN) trainer simulate $(IMAGES) --records $(RECORDS)
+	$(LINEUP) train simulate $(IMAGES) --records $(RECORDS)
 endif
-	$(RUN) trainer fit --data $(IMAGES) --split train --output $(LINEUP_CHECKPOINT) --image-size 64 --max-minutes $(MINUTES)
-	$(RUN) indexer add $(IMAGES) --split train
-	$(RUN) indexer evaluate --data $(IMAGES) --split test,unseen --output $(LINEUP_HOME)/evaluation.json
-	LINEUP_RECORD=false $(RUN) api detect $(IMAGES) --split test,unseen --sample 2
+	$(LINEUP) train fit --data $(IMAGES) --split train --output $(LINEUP_CHECKPOINT) --image-size 64 --max-minutes $(MINUTES)
+	$(LINEUP) index add $(IMAGES) --split train
+	$(LINEUP) index evaluate --data $(IMAGES) --split test,unseen --output $(LINEUP_HOME)/evaluation.json
+	LINEUP_RECORD=false $(LINEUP) detect $(IMAGES) --split test,unseen --sample 2
 	@echo
 	@echo "For further commands:  . $(BIN)/activate; export LINEUP_HOME=$(LINEUP_HOME) LINEUP_CHECKPOINT=$(LINEUP_CHECKPOINT)"
-	@echo "To serve without torch, from a lean installation (pip install '.[cpu]'): the same, and  python -m api serve"
+	@echo "To serve without torch, from a lean installation (pip install '.[cpu]'): the same, and  lineup serve"
 ifneq ($(SERVE),0)
 	@echo "Open the link to the page that comes next, and drop an image on it. $(UNSEEN)"
-	$(RUN) api serve
+	$(LINEUP) serve
 endif
 
 # Threads that spin while they wait make every other process on a small machine slower.
 test: export OMP_WAIT_POLICY ?= PASSIVE
-test: $(VENV)/.locked
+test: $(LINEUP)
 	$(RUN) pytest -q -m "not soak"
 
-check: $(VENV)/.locked
+check: $(LINEUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(RUN) pytest -q tests/test_migrations.py
 
-soak: $(VENV)/.locked
+soak: $(LINEUP)
 	$(RUN) pytest -q -m soak
 
-bench: $(VENV)/.locked
+bench: $(LINEUP)
 	for name in search training serving; do $(RUN) benchmarks.$$name || exit 1; done
 
 clean:

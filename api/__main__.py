@@ -1,4 +1,4 @@
-"""Commands of the API: `python -m api serve | detect | keys`."""
+"""Judge images here in the terminal, or serve the HTTP interface and the page."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def serve(
     try:
         keyed = Keys(detector.store, detector.patience).exist()
         if not keyed and not is_loopback(settings.host):
-            advice = "make one with `python -m api keys create NAME --scope admin`, or listen on 127.0.0.1"
+            advice = "make one with `lineup keys create NAME --scope admin`, or listen on 127.0.0.1"
             raise SettingsError(f"LINEUP_HOST is {settings.host}, which needs an API key: {advice}")
     except (SettingsError, ApiError) as error:
         detector.close()
@@ -221,9 +221,9 @@ def revoke(name: Annotated[str, typer.Argument(help="The key to end; within seco
     left = any(in_force(key, now) for key in store.list_keys())
     store.engine.dispose()
     if not revoked:
-        raise fail(LookupError(f"no key in force is called {name!r}; see `python -m api keys list`"))
+        raise fail(LookupError(f"no key in force is called {name!r}; see `lineup keys list`"))
     if not left:
-        advice = "`python -m api keys create NAME --scope admin` makes another"
+        advice = "`lineup keys create NAME --scope admin` makes another"
         print(f"no key is left, and without one nobody may call, this machine included: {advice}", file=sys.stderr)
 
 

@@ -181,7 +181,7 @@ def check_loopback(client: str | None, headers: Mapping[str, str]) -> None:
     Raises:
         ApiError: forbidden, saying which rule was broken.
     """
-    advice = "; make an API key (`python -m api keys create`) to call from elsewhere"
+    advice = "; make an API key (`lineup keys create`) to call from elsewhere"
     if client is None or not is_loopback(client):
         raise ApiError("forbidden", f"without API keys only this machine may call, not {client}{advice}")
     if any(name in FORWARDING or name.startswith("x-forwarded-") for name in headers):
@@ -204,14 +204,14 @@ def bearer(headers: Mapping[str, str]) -> str:
 
 
 def check_token(given: str, token: str) -> None:
-    """Refuse who has not seen what `api serve` printed: a proxy on this machine looks like this machine.
+    """Refuse who has not seen what `lineup serve` printed: a proxy on this machine looks like this machine.
 
     Raises:
         ApiError: unauthorized.
     """
     if not secrets.compare_digest(given.encode(), token.encode()):
         detail = (
-            "open the link that `python -m api serve` printed, or send its token as `Authorization: Bearer ...`; "
+            "open the link that `lineup serve` printed, or send its token as `Authorization: Bearer ...`; "
             "LINEUP_TOKEN sets the token, LINEUP_OPEN=true does without"
         )
         raise ApiError("unauthorized", detail)

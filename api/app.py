@@ -365,7 +365,7 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     status, detail = error.status_code, str(error.detail)
     if detail.startswith("Too many"):  # parts of a form
         status = 413
-        detail += " LINEUP_MAX_FILES says how many; add larger batches with `python -m indexer add`."
+        detail += " LINEUP_MAX_FILES says how many; add larger batches with `lineup index add`."
     response = problem_response(request, from_status(status, detail))
     response.headers.update(error.headers or {})
     return response

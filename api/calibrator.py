@@ -58,7 +58,8 @@ class Calibrator:
         if self.current is not None and self.current.calibration.maps:
             return None
         if self._heads is None or self._images is None or len(self._images) == 0:
-            return "nothing is calibrated: the checkpoint lacks heads or calibration images: run `trainer heads`"
+            lacking = "the checkpoint lacks heads or calibration images"
+            return f"nothing is calibrated: {lacking}: run `lineup train heads --data IMAGES`"
         fakes = int(self._images.labels.sum())
         reals = len(self._images) - fakes
         if min(fakes, reals) < MINIMUM:

@@ -29,7 +29,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_as_json(level: int = logging.INFO) -> None:
-    """Send every logger's lines to stderr as JSON; called by `api serve` only."""
+    """Send every logger's lines to stderr as JSON; called by `lineup serve` only."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)

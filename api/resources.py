@@ -26,7 +26,7 @@ class Rejected(Model):
 
 
 class Added(Model):
-    """What an enrolment did; as `indexer add --json`."""
+    """What an enrolment did; as `lineup index add --json`."""
 
     model_config = ConfigDict(use_attribute_docstrings=True, extra="allow")
 

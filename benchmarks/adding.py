@@ -1,4 +1,4 @@
-"""Images per second of `indexer add` against embedding alone, with an empty embedded database; medians of rounds.
+"""Images per second of `lineup index add` against embedding alone, with an empty embedded database; medians of rounds.
 
 Embedding alone gets pixels that are decoded and preprocessed already. "decode and embed" overlaps the two as adding
 does, without thumbnails and a database. Adding does all of it. The processor time of each stage, measured on one thread

@@ -3,8 +3,8 @@
 Writes OUT with a copy of the unseen and the test images of a data set and a manifest in which the first half of each
 unseen generator by SHA-256, at most 30 images, has the split `enrol`. Then::
 
-    python -m indexer add OUT --split enrol
-    python -m indexer evaluate --data OUT --split test,unseen
+    lineup index add OUT --split enrol
+    lineup index evaluate --data OUT --split test,unseen
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""Print the rows of `indexer evaluate --json` or `trainer evaluate --json` as the Markdown tables of BENCHMARKS.md."""
+"""Print the rows of `lineup index evaluate --json` or `lineup train evaluate --json` as tables of BENCHMARKS.md."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Take the README's two pictures: `python docs/screenshots.py LINK IMAGE`, with the link that `api serve` printed."""
+"""Take the README's two pictures: `python docs/screenshots.py LINK IMAGE`, LINK as `lineup serve` printed it."""
 
 import io
 import shutil

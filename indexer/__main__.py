@@ -1,4 +1,4 @@
-"""Commands of the indexer: what it takes to fill, inspect and repair the store of reference images."""
+"""Fill, inspect and repair the store of reference images."""
 
 from __future__ import annotations
 
@@ -266,11 +266,10 @@ def evaluate(
                 if output:
                     keep(output, asked, found)
     if reused:
-        console.print(
-            f"reused {output}, measured with these images, this checkpoint and these references", markup=False
-        )
+        reused_line = f"reused {output}, measured with these images, this checkpoint and these references"
+        console.print(reused_line, markup=False, soft_wrap=True)
     for rejected in found.rejected:
-        console.print(f"rejected {rejected.file}: {rejected.reason}", markup=False)
+        console.print(f"rejected {rejected.file}: {rejected.reason}", markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(asdict(found)))
     else:

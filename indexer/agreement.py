@@ -53,7 +53,7 @@ def compare(settings: Settings, store: Store, checkpoint: Checkpoint) -> Agreeme
         if not result.problems or store.revision(checkpoint.id) == result.revision:
             break
     if broken:
-        result.problems.append("the snapshot is damaged or of another history: run python -m indexer rebuild")
+        result.problems.append("the snapshot is damaged or of another history: run lineup index rebuild")
     return result
 
 

@@ -42,7 +42,7 @@ class AuditError(ValueError):
 
 
 def audit(store: Store) -> dict[str, Any]:
-    """What `indexer audit --json` prints.
+    """What `lineup index audit --json` prints.
 
     Returns:
         {"images", "auroc", "facts": {fact: auroc}, "generators": [{"name", "images", "reals", "auroc", "facts"}],
@@ -93,7 +93,7 @@ def fact_aurocs(facts: Sequence[FileFacts], labels: np.ndarray) -> dict[str, flo
 
 
 def fact_warnings(store: Store) -> list[str]:
-    """Warnings about single facts, for the end of `indexer add`; numpy only, seconds at a million references."""
+    """Warnings about single facts, for the end of `lineup index add`; numpy only, seconds at a million references."""
     facts, labels, generators, _ = _sample(store)
     if len(np.unique(labels)) < 2:
         return []

@@ -114,7 +114,9 @@ class Checkpoints(Rows):
         for checkpoint in self.checkpoints():
             if checkpoint.id == checkpoint_id:
                 return checkpoint
-        raise UnknownCheckpoint(f"the store has no embeddings of checkpoint {checkpoint_id}: run indexer add with it")
+        raise UnknownCheckpoint(
+            f"the store has no embeddings of checkpoint {checkpoint_id}: run `lineup index add` with it"
+        )
 
     def checkpoints(self) -> list[Checkpoint]:
         """All checkpoints, oldest first."""

@@ -83,7 +83,7 @@ def effect(follower: Follower, enrolment: int, calibration: CalibrationSet | Non
 
 
 def consequences(settings: Settings, follower: Follower, enrolment: int) -> dict[str, Any]:
-    """What `indexer add` says at its end: {"effect": see `effect`, "warnings": about facts of the files}."""
+    """What `lineup index add` says at its end: {"effect": see `effect`, "warnings": about facts of the files}."""
     calibration = None
     with suppress(CheckpointError):  # missing or broken; the references are added all the same
         calibration = CalibrationSet.load(settings.checkpoint_folder)

@@ -24,7 +24,7 @@ class Engine(Protocol):
     """Vectors with an order, the k nearest of which can be asked for.
 
     Attributes:
-        kind: As `indexer status` names it.
+        kind: As `lineup index status` names it.
         device: "cpu" or "cuda".
         recall: Share of the exact 20 nearest that a search finds, as measured.
     """

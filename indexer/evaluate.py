@@ -75,7 +75,7 @@ def evaluate(
         EvaluationError: No image could be read, or the index is empty.
     """
     if not len(follower.index):
-        raise EvaluationError("the index is empty: add references first (python -m indexer add PATH)")
+        raise EvaluationError("the index is empty: add references first (lineup index add PATH)")
     splits = [part.strip() for part in split.split(",") if part.strip()]
     heads = Heads.load(settings.checkpoint_folder)
     calibration = recalibrate(settings, follower)

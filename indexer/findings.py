@@ -1,4 +1,4 @@
-"""What `indexer evaluate` and `indexer audit` show to people, as tables on stdout."""
+"""What `lineup index evaluate` and `lineup index audit` show to people, as tables on stdout."""
 
 from collections.abc import Mapping
 from typing import Any

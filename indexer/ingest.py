@@ -48,7 +48,7 @@ class Embeds(Protocol):
 
 @dataclass(slots=True)
 class Report:
-    """What `indexer add` did. Integers count images.
+    """What `lineup index add` did. Integers count images.
 
     Attributes:
         images: Entries that were read.
@@ -135,7 +135,7 @@ def ingest(
         on_image: Called once for each entry that is done, from several threads.
 
     Returns:
-        `Report` as a dict, which is what `indexer add --json` prints.
+        `Report` as a dict, which is what `lineup index add --json` prints.
     """
     start = time.monotonic()
     report = Report()

@@ -47,7 +47,7 @@ def connect(settings: Settings, *, check: bool = True, statement_seconds: int = 
 
     Args:
         settings: Where the database is.
-        check: Refuse a database whose schema is not this code's (`indexer migrate` itself does not).
+        check: Refuse a database whose schema is not this code's (`lineup index migrate` itself does not).
         statement_seconds: After which the server ends a statement; 0 leaves that to the server.
 
     Raises:
@@ -132,7 +132,7 @@ def _require(current: str | None) -> None:
         return
     if current is None or current in _older():
         raise DatabaseBehind(
-            f"the database is at schema {current or 'none'}, this version needs {head}: run python -m indexer migrate"
+            f"the database is at schema {current or 'none'}, this version needs {head}: run lineup index migrate"
         )
     raise DatabaseBehind(f"the database is at schema {current}, which this version does not know: update Lineup")
 

@@ -40,12 +40,12 @@ class Settings(BaseSettings):
     """What embeds in serving and indexing: `auto`, which the trainer always takes, is OpenVINO on a CPU where it
     fits, else torch; `openvino-f32` never rounds to bfloat16."""
     host: str = "127.0.0.1"
-    """Address that `api serve` listens on; anything but loopback needs API keys."""
+    """Address that `lineup serve` listens on; anything but loopback needs API keys."""
     port: int = Field(default=8000, ge=0, le=65535)
-    """TCP port that `api serve` listens on; 0 picks a free one."""
+    """TCP port that `lineup serve` listens on; 0 picks a free one."""
     token: str = Field(default_factory=secrets.token_urlsafe, pattern="^[A-Za-z0-9._~-]{16,}$", repr=False)
     """What a request must bring while there is no API key, at least 16 of `A-Z a-z 0-9 . _ ~ -`; unset: a new one at
-    each start, which `api serve` prints."""
+    each start, which `lineup serve` prints."""
     open: bool = False
     """Ask this machine's requests for no token while there is no API key: a proxy here then lets in whoever reaches
     it. true or false."""
@@ -109,7 +109,7 @@ def read_settings(**overrides: Any) -> Settings:
     Raises:
         SettingsError: A value is out of range or of the wrong type, or a variable `LINEUP_...` is no setting.
     """
-    _check_names()
+    check_names()
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
@@ -121,8 +121,12 @@ def read_settings(**overrides: Any) -> Settings:
         raise SettingsError(f"{name} {value}: {reason}") from None
 
 
-def _check_names() -> None:
-    """Refuse a misspelt variable, which would leave the default in force unseen."""
+def check_names() -> None:
+    """Refuse a misspelt variable, which would leave the default in force unseen.
+
+    Raises:
+        SettingsError: A variable `LINEUP_...` is no setting.
+    """
     known = {f"LINEUP_{name.upper()}" for name in Settings.model_fields}
     for name in sorted(name for name in os.environ if name.upper().startswith("LINEUP_")):
         if name.upper() not in known.union(ELSEWHERE):

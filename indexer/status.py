@@ -1,4 +1,4 @@
-"""What the store holds and how far its index is, as `indexer status --json` prints it."""
+"""What the store holds and how far its index is, as `lineup index status --json` prints it."""
 
 from typing import Any
 

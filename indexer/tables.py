@@ -88,7 +88,7 @@ class GeneratorRow(Base):
 
 
 class EnrolmentRow(Base):
-    """One call of `indexer add` or of `POST /v1/references` that added something."""
+    """One call of `lineup index add` or of `POST /v1/references` that added something."""
 
     __tablename__ = "enrolment"
 

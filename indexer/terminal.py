@@ -138,8 +138,7 @@ def tell_status(status: Mapping[str, Any]) -> None:
         facts.add_row("beside it", _checkpoint(one["name"], one["id"], one["active"]))
     facts.add_row("references", f"{references['real']} real, {references['fake']} fake; revision {status['revision']}")
     if status["not_embedded"]:
-        missing = f"{status['not_embedded']} references, which its searches do not find"
-        facts.add_row("not embedded", f"{missing}: python -m indexer rebuild --checkpoint with its folder")
+        facts.add_row("not embedded", f"{status['not_embedded']} references, which its searches do not find")
     facts.add_row(
         "index",
         f"{index['kind']} on {index['device']}, {index['size']} vectors, recall@20 {index['recall']:.4g}; "
@@ -153,6 +152,8 @@ def tell_status(status: Mapping[str, Any]) -> None:
         else f"{calibration['real']} real, {calibration['fake']} fake; revision {calibration['revision']}",
     )
     console.print(facts)
+    if status["not_embedded"]:
+        console.print("to embed them, with its folder: lineup index rebuild --checkpoint FOLDER", soft_wrap=True)
     for kind in ("generator", "source"):
         if rows := status[f"{kind}s"]:
             facts_of = [name for name in FACTS[1:] if any(row.get(name) for row in rows)]

@@ -1,4 +1,4 @@
-"""`python -m api` in the terminal: verdicts, keys, serving until told to stop, and one line for what goes wrong."""
+"""`lineup` in the terminal: verdicts, keys, serving until told to stop, and one line for what goes wrong."""
 
 import gc
 import json

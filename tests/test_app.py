@@ -787,7 +787,7 @@ def test_not_ready_until_loaded_and_never_with_a_bad_checkpoint(settings: Settin
     with TestClient(unready, base_url=BASE, client=("127.0.0.1", 1)) as client:
         wait_for(lambda: "no checkpoint at" in client.get("/health/ready").text)
         body = problem(client.get("/health/ready"), 503, "not-ready")
-        assert "trainer fit" in body["detail"]
+        assert "lineup train fit" in body["detail"]
         problem(client.get("/v1/status"), 503, "not-ready")
         assert client.get("/health/live").json() == {"status": "live"}
 

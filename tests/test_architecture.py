@@ -25,7 +25,7 @@ SERVING = [
 ]
 OF_THE_TRAINER = """augmentations calibration calibration_set datasets embedded_set embedder entry file_facts folders
 heads images logistic manifest metrics progress shards splits transforms vit_graph vote"""
-"""Modules that api and indexer may use; augmentations is for `indexer evaluate`, through transforms."""
+"""Modules that api and indexer may use; augmentations is for `lineup index evaluate`, through transforms."""
 
 
 def test_imports_go_one_way() -> None:

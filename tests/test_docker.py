@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
-from api.__main__ import app as api
-from indexer.__main__ import app as indexer
+from api.cli import app
 from indexer.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -54,15 +54,9 @@ def test_the_lean_image_installs_no_training_library() -> None:
 
 
 def test_commands_exist(services: dict[str, Any]) -> None:
-    groups = {group.name for group in api.registered_groups}
-    commands = {command.name or command.callback.__name__ for command in api.registered_commands if command.callback}
-    assert services["key"]["command"][:2] == ["api", "keys"]
-    assert "keys" in groups
-    assert "serve" in commands
-    assert services["migrate"]["command"] == ["indexer", "migrate"]
-    assert "migrate" in {
-        command.name or command.callback.__name__ for command in indexer.registered_commands if command.callback
-    }
+    assert re.findall(r"^(?:ENTRYPOINT|CMD) (.*)$", DOCKERFILE, re.MULTILINE)[-2:] == ['["lineup"]', '["serve"]']
+    for command in (["serve"], services["key"]["command"][:2], services["migrate"]["command"]):
+        assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0, command
 
 
 def test_services_wait_for_each_other(services: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ from trainer.__main__ import app as trainer_app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-APPS = {"trainer": trainer_app, "indexer": indexer_app, "api": api_app}
+APPS = {"train ": trainer_app, "index ": indexer_app, "": api_app}
+"""By what stands between `lineup` and the name of a command."""
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
@@ -33,7 +34,17 @@ def test_every_command_has_help_and_appears_in_the_readme(program: str) -> None:
     assert isinstance(group, typer.core.TyperGroup)
     for name, command in group.commands.items():
         assert command.help
-        assert re.search(rf"(python -m|\|) {program} [^\n]*\b{name}\b|python -m {program} {name}\b", README), name
+        assert re.search(rf"\blineup {program}[^\n]*\b{name}\b", README), name
+
+
+def test_one_form_of_the_commands_is_used_throughout() -> None:
+    paths = [ROOT / name for name in ("README.md", "BENCHMARKS.md", "CHANGELOG.md", "Makefile")]
+    for folder in ("api", "indexer", "trainer", "benchmarks", "docs", "docker", "migrations"):
+        paths += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".js", ".html", ".yml", "")]
+    texts = {path: path.read_text() for path in paths if path.is_file()}
+    other = re.compile(r"-m (trainer|indexer|api)\b|`(trainer|indexer|api) [a-z]")
+    assert len(texts) > 100
+    assert [path for path, text in texts.items() if other.search(text)] == []
 
 
 def test_every_call_is_in_the_readme(settings: Settings) -> None:

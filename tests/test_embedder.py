@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import shutil
 import subprocess
 import sys
@@ -125,8 +126,11 @@ def test_keys_of_others_in_the_configuration_are_left_alone(tiny_checkpoint: Pat
 
 
 def test_a_missing_folder_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere.*trainer fit --output"):
-        Embedder.load(tmp_path / "nowhere")
+    folder = tmp_path / "not there; really"
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*not there") as caught:
+        Embedder.load(folder)
+    command = shlex.split(str(caught.value).split("`")[1])
+    assert command == ["lineup", "train", "fit", "--data", "IMAGES", "--output", str(folder)]
 
 
 @pytest.mark.parametrize(

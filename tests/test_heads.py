@@ -144,7 +144,7 @@ def test_heads_of_another_dimension_are_refused(heads: Heads, folder: Path) -> N
 
 
 def test_missing_broken_and_foreign_heads_are_refused(heads: Heads, folder: Path) -> None:
-    with pytest.raises(HeadsError, match="missing: run `python -m trainer heads"):
+    with pytest.raises(HeadsError, match="missing: run `lineup train heads"):
         Heads.load(folder)
     heads.save(folder)
     other = json.loads((folder / "config.json").read_text())

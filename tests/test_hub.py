@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,9 @@ def test_commands_import_and_export(source: Path, tmp_path: Path) -> None:
     done = runner.invoke(app, ["import", str(source), "--output", str(tmp_path / "in"), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["checkpoint"] == Embedder.load(tmp_path / "in").id
+    far = tmp_path / ("so long a name that a line of eighty characters cannot hold the command " * 2).strip()
+    told = runner.invoke(app, ["import", str(source), "--output", str(far)]).stderr
+    assert f"`lineup train heads --checkpoint {shlex.quote(str(far))} --data IMAGES`" in told.splitlines()[1]
     arguments = ["export", "--checkpoint", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--format", "hub"]
     done = runner.invoke(app, [*arguments, "--json"])
     assert done.exit_code == 0, done.output

@@ -176,7 +176,7 @@ def test_check_notices(run: Run, images: Path, settings: Settings, store: Store)
     snapshot.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     broken = run("check")
     assert broken.exit_code == 1
-    assert "run python -m indexer rebuild" in broken.stdout
+    assert "run lineup index rebuild" in broken.stdout
     assert run("rebuild").exit_code == 0
     assert run("check").exit_code == 0
     with store.engine.begin() as connection:  # behind the rules' back: without a revision
@@ -384,7 +384,7 @@ def test_migrate_and_stop(run: Run, settings: Settings) -> None:
     assert run("migrate", "base").stdout == "schema at nothing\n"
     behind = run("status")
     assert behind.exit_code == 1
-    assert "python -m indexer migrate" in behind.stderr
+    assert "lineup index migrate" in behind.stderr
     assert document(run("migrate", "--json")) == {"schema": "0001"}
     assert run("status").stdout.strip().endswith("nothing was added yet")
     assert run("stop").stdout.startswith("no embedded database runs")

@@ -54,7 +54,7 @@ def server(request: pytest.FixtureRequest, postgres_server: URL) -> Iterator[str
 
 def test_an_older_server_will_do(server: str, image_folder: Path, tmp_path: Path) -> None:
     settings = Settings(home=tmp_path / "home", database_url=server)
-    with pytest.raises(DatabaseBehind, match="python -m indexer migrate"):
+    with pytest.raises(DatabaseBehind, match="lineup index migrate"):
         connect(settings)
     engine = connect(settings, check=False)
     migrate(engine)

@@ -310,7 +310,7 @@ def test_another_schema_is_refused_with_the_command(settings: Settings) -> None:
     assert settings.database_url is not None
     engine = create_engine(settings.database_url.replace("postgresql:", "postgresql+psycopg:"))
     migrate(engine, "base")
-    with pytest.raises(DatabaseBehind, match="python -m indexer migrate"):
+    with pytest.raises(DatabaseBehind, match="lineup index migrate"):
         connect(settings)
     connect(settings, check=False).dispose()
     migrate(engine)

@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from api.cli import app
 from indexer.settings import ELSEWHERE, Settings, SettingsError, read_settings
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +84,12 @@ def test_a_misspelt_variable_is_one_line_with_the_nearest_setting(
     monkeypatch.setenv(name, "1")
     with pytest.raises(SettingsError, match=f"^{name} is no setting; the nearest is {nearest}: .*$"):
         read_settings()
+
+
+def test_a_misspelt_variable_stops_training_too() -> None:
+    done = CliRunner().invoke(app, ["train", "heads", "--data", "x"], env={"LINEUP_CHEKPOINT": "x"})
+    assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
+    assert "LINEUP_CHEKPOINT is no setting; the nearest is LINEUP_CHECKPOINT" in done.stderr
 
 
 def test_every_variable_that_something_reads_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:

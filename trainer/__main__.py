@@ -1,4 +1,4 @@
-"""Commands of the trainer: `python -m trainer simulate | fit | heads | evaluate | import | export`."""
+"""Learn the embedding and its heads, measure them, and bring them in and out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 import typer
@@ -27,6 +28,11 @@ EXTRAS = dict.fromkeys(TRAINING.split(), "train") | dict.fromkeys(("onnx", "onnx
 def default_checkpoint() -> Path:
     """`LINEUP_HOME/checkpoint`, for where neither --checkpoint nor LINEUP_CHECKPOINT is given."""
     return Path(os.environ.get("LINEUP_HOME", "lineup-data")) / "checkpoint"
+
+
+def tell(line: str) -> None:
+    """Say it on stderr as it is: paths are no markup, and a command can be copied where the output is piped."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -114,7 +120,7 @@ def fit(
             settings = FitSettings(**arguments)
             metrics = train(settings, overwrite=overwrite, show=training_bar, say=console.log)
     except KeyboardInterrupt:
-        console.print("interrupted: the same command resumes at the last finished epoch")
+        tell("interrupted: the same command resumes at the last finished epoch")
         raise typer.Exit(1) from None
     if "checkpoint" not in metrics:
         return  # one of several processes, of which the first reports
@@ -122,7 +128,7 @@ def fit(
         print(json.dumps({"output": str(output)} | metrics))
         return
     scores = ", ".join(f"{head} {values['auroc']:.3f}" for head, values in metrics["validation"].items())
-    console.print(f"{'reused' if metrics['reused'] else 'wrote'} {output}; validation AUROC: {scores or 'no images'}")
+    tell(f"{'reused' if metrics['reused'] else 'wrote'} {output}; validation AUROC: {scores or 'no images'}")
 
 
 Checkpoint = Annotated[
@@ -162,7 +168,7 @@ def heads(
     if as_json:
         print(json.dumps(report))
         return
-    console.print(f"wrote heads {fitted.id} to {checkpoint}, fitted on {report['images']}; {len(rejected)} rejected")
+    tell(f"wrote heads {fitted.id} to {checkpoint}, fitted on {report['images']}; {len(rejected)} rejected")
 
 
 @app.command()
@@ -195,13 +201,13 @@ def evaluate(
         if output is not None:
             write_report(result, output, beside=beside or [], published=published)
     for rejected in result.rejected:
-        console.print(f"rejected {rejected.file}: {rejected.reason}", highlight=False)
+        tell(f"rejected {rejected.file}: {rejected.reason}")
     if as_json:
         print(json.dumps({"rows": result.rows}))
         return
     print_summary(result, console)
     if output is not None:
-        console.print(f"wrote {output / 'report.html'} and the tables beside it")
+        tell(f"wrote {output / 'report.html'} and the tables beside it")
 
 
 @app.command("import")
@@ -223,11 +229,11 @@ def import_(
     if as_json:
         print(json.dumps({"output": str(output)} | asdict(imported)))
         return
-    console.print(f"wrote checkpoint {imported.checkpoint} to {output}")
+    tell(f"wrote checkpoint {imported.checkpoint} to {output}")
     if imported.heads is None:
-        console.print(f"no heads: fit them with `python -m trainer heads --checkpoint {output} --data PATH`")
+        tell(f"no heads: fit them with `lineup train heads --checkpoint {quote(str(output))} --data IMAGES`")
     if imported.refused:
-        console.print(f"left out pickled heads ({', '.join(imported.refused)}); --trust-pickles would run them")
+        tell(f"left out pickled heads ({', '.join(imported.refused)}); --trust-pickles would run them")
 
 
 @app.command()
@@ -251,7 +257,7 @@ def export(
     if as_json:
         print(json.dumps({kind: str(output / kind) for kind in chosen}))
         return
-    console.print(f"wrote {', '.join(str(output / kind) for kind in chosen)}")
+    tell(f"wrote {', '.join(str(output / kind) for kind in chosen)}")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -17,6 +18,11 @@ LIMIT = 10_000
 """The most images a set holds."""
 TEXTS = ("generators", "sources", "sha256", "groups")
 """Columns of text."""
+
+
+def refit_command(folder: Path) -> str:
+    """The command that fits heads and calibration of a checkpoint anew, as it can be copied into a shell."""
+    return f"lineup train heads --checkpoint {quote(str(folder))} --data IMAGES"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,7 @@ class CalibrationSet:
             if {len(loaded.embeddings)} != {len(getattr(loaded, name)) for name in ("labels", *TEXTS)}:
                 raise ValueError("its columns differ in length")
         except FileNotFoundError as error:
-            raise CheckpointError(f"{path} is missing: run `python -m trainer heads`") from error
+            raise CheckpointError(f"{path} is missing: run `{refit_command(folder)}`") from error
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is broken ({error}): run `python -m trainer heads`") from error
+            raise CheckpointError(f"{path} is broken ({error}): run `{refit_command(folder)}`") from error
         return loaded

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -180,7 +181,8 @@ def read_config(folder: Path) -> CheckpointConfig:
     if not path.is_file():
         raise CheckpointError(
             f"no checkpoint at {folder} ({CONFIG_FILE} missing): train one with "
-            f"`python -m trainer fit --output {folder}`, or point --checkpoint or LINEUP_CHECKPOINT at one"
+            f"`lineup train fit --data IMAGES --output {quote(str(folder))}`, or point --checkpoint or "
+            "LINEUP_CHECKPOINT at one"
         )
     try:
         return CheckpointConfig.from_json(json.loads(path.read_text()))

@@ -87,7 +87,7 @@ class Evaluation:
 
     @property
     def simulated(self) -> bool:
-        """Whether any image says that it was simulated by `trainer simulate`."""
+        """Whether any image says that it was simulated by `lineup train simulate`."""
         names = {*self.sets["none"].generators, *self.sets["none"].sources}
         return any(name.startswith("sim-") for name in names)
 

@@ -10,12 +10,13 @@ import json
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
 
 from trainer.calibration import MINIMUM
-from trainer.calibration_set import CalibrationSet
+from trainer.calibration_set import CalibrationSet, refit_command
 from trainer.embedder import CONFIG_FILE, CheckpointError, write_atomically, write_config
 from trainer.logistic import LogisticMap, fit_logistic, sigmoid
 
@@ -204,7 +205,7 @@ class Heads:
 
         folder = Path(folder)
         config = _config(folder)
-        again = f"run `python -m trainer heads --checkpoint {folder}`"
+        again = f"run `{refit_command(folder)}`"
         section = dict(config.get("heads") or {})
         try:
             arrays = load_file(folder / HEADS_FILE)
@@ -301,7 +302,8 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise HeadsError(f"{path} is missing: train a checkpoint first (`python -m trainer fit`)") from error
+        command = f"lineup train fit --data IMAGES --output {quote(str(folder))}"
+        raise HeadsError(f"{path} is missing: train a checkpoint first (`{command}`)") from error
     except ValueError as error:
         raise HeadsError(f"{path} is not JSON ({error}): restore it, or train or import again") from error
     return config
@@ -311,5 +313,5 @@ def _check_dimension(dim: int, expected: int, folder: Path) -> None:
     if dim != expected:
         raise HeadsError(
             f"the heads are for {dim}-dimensional embeddings, the checkpoint in {folder} gives {expected}: "
-            f"run `python -m trainer heads --checkpoint {folder}`"
+            f"run `{refit_command(folder)}`"
         )

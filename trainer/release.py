@@ -227,7 +227,7 @@ tags: [deepfake-detection, image-embedding]
 
 A CoDE embedding (Contrastive Deepfake Embeddings, ECCV 2024, arXiv 2407.20337): {config.architecture}, CLS token,
 {config.dim} dimensions, trained from {"pretrained weights" if config.training.get("pretrained") else "scratch"} by
-`python -m trainer fit`. It tells images made by generators from photographs by their neighbours and by three heads.
+`lineup train fit`. It tells images made by generators from photographs by their neighbours and by three heads.
 
 Images are brought to {config.image_size} pixels by `{config.preprocess.mode}`.
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 SIMULATED = (
     "These images are SIMULATED: synthetic photographs and imitations of generators' fingerprints made by "
-    "`trainer simulate`. The figures say that the program works, and nothing about real generated images."
+    "`lineup train simulate`. The figures say that the program works, and nothing about real generated images."
 )
 
 

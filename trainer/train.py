@@ -166,7 +166,7 @@ def make_objective(settings: FitSettings, device: str) -> tuple[Objective, Check
         preprocess=settings.preprocessing,
         architecture_args=args,
         training=settings.record(),
-        provenance={"code": "lineup trainer fit", "data": str(settings.data), "split": settings.split},
+        provenance={"code": "lineup train fit", "data": str(settings.data), "split": settings.split},
     )
     torch.manual_seed(settings.seed)
     objective = Objective(build_backbone(config), config.dim, settings)

@@ -55,7 +55,7 @@ export function enrolment(view, onchange) {
     title: "Drop a folder of images here",
     hint:
       "All of one generator, or all real. Twenty to fifty images make a difference; near copies of one image " +
-      "do not. Thousands go in faster with python -m indexer add.",
+      "do not. Thousands go in faster with lineup index add.",
     folder: true,
     onfiles: (dropped) => {
       const images = dropped.filter(looksLikeImage);
