@@ -85,11 +85,22 @@ def test_separable_and_constant_scores_stay_finite() -> None:
         assert (logits[labels == 1] >= logits[labels == 0]).all()
 
 
+def test_calibrated_logits_stay_within_thirty() -> None:
+    logits = LogisticMap(("linear",), (2.0,), 1.0)(np.array([[1.0], [1e9], [-1e9], [np.nan]]))
+    np.testing.assert_array_equal(logits, [3, 30, -30, np.nan])
+
+
 def test_every_subset_of_heads_is_calibrated() -> None:
     names = {"knn", "linear", "svm", "knn+linear", "knn+svm", "linear+svm", "knn+linear+svm"}
     fitted = calibrate(100, 100, 0)
     assert set(fitted.maps) == set(fitted.real) == set(fitted.fake) == names
     assert subset(["svm", "knn"]) == "knn+svm"
+    assert [fitted.largest(heads) for heads in (None, ["svm", "knn", "other"], ["svm"], [])] == [
+        "knn+linear+svm",
+        "knn+svm",
+        "svm",
+        None,
+    ]
 
 
 def test_a_head_that_cannot_answer_is_left_to_the_rest() -> None:
@@ -135,6 +146,40 @@ def test_groups_are_held_out_whole() -> None:
     folds = group_folds(groups, labels)
     assert all(len({int(folds[i]) for i in range(200) if groups[i] == group}) == 1 for group in set(groups))
     assert len(set(folds.tolist())) == 5
+    rare = [int(i % 5 == 0) for i in range(100)]  # in the order of names every fifth group is fake
+    dealt = group_folds([f"{i:03}" for i in range(100)], np.array(rare))
+    assert [sum(rare[i] for i in np.flatnonzero(dealt == fold)) for fold in range(5)] == [4] * 5
+
+
+def test_tables_hold_scores_of_maps_that_have_not_seen_the_group() -> None:
+    labels, rng = np.arange(60) % 2, np.random.default_rng(4)
+    groups, raw = [str(i // 4) for i in range(60)], labels + rng.normal(size=60)
+    fitted = fit_calibration({"linear": raw}, raw, raw, labels, groups)
+    scores, folds = np.empty(60), group_folds(groups, labels)
+    for fold in range(5):
+        seen = folds != fold
+        scores[~seen] = fit_logistic(("linear",), raw[seen, None], labels[seen])(raw[~seen, None])
+    for table, label in ((fitted.real, 0), (fitted.fake, 1)):
+        np.testing.assert_array_equal(table["linear"], np.sort(scores[labels == label]))
+
+
+def test_enrolled_references_count_for_what_depends_on_the_index_alone() -> None:
+    labels, rng = np.arange(90) % 2, np.random.default_rng(5)
+    logits = head_scores(labels, rng)
+    enrolled = (labels == 1) & (np.arange(90) > 60)
+    nearest, groups = rng.uniform(size=90), [str(i) for i in range(90)]
+    own = np.flatnonzero(~enrolled)
+    both = fit_calibration(logits, nearest, nearest, labels, groups, enrolled)
+    without = fit_calibration(
+        {head: values[own] for head, values in logits.items()},
+        nearest[own],
+        nearest[own],
+        labels[own],
+        [groups[i] for i in own],
+    )
+    assert {name for name in both.maps if both.maps[name] == without.maps[name]} == {"linear", "svm", "linear+svm"}
+    assert (both.n_fake, len(both.fake["linear"]), len(both.fake["knn"])) == (45, 30, 45)
+    assert (len(both.nearest), len(both.nearest_fake)) == (90, 45)
 
 
 def test_one_group_of_everything_still_calibrates() -> None:
@@ -216,6 +261,7 @@ def test_a_rate_too_low_says_how_many_more_images_it_needs() -> None:
     assert fitted.thresholds(0.05, 0.01) == (None, 0.5)
     assert fitted.more_images(0.05, 0.01) == (1, 0)
     assert fitted.more_images(0.01, 0.001) == (81, 900)
+    assert fitted.more_images(0.0, 0.5) == (0, 0)  # no number of images promises that nothing ever fails
 
 
 def test_false_alarm_is_the_share_of_reals_at_or_above() -> None:
@@ -234,6 +280,8 @@ def test_novelty_by_hand_and_only_from_fifty_images() -> None:
     assert fitted.novelty(1.0) == 1.0
     assert fitted.novelty(float("nan")) is None
     assert fitted.fake_novelty(0.4) is None
+    fakes = fit_calibration({}, nearest - 1, nearest, np.ones(50, int), [str(i) for i in range(50)])
+    assert fakes.fake_novelty(0.755) == pytest.approx(26 / 51)
     fewer = fit_calibration({}, nearest[:49], nearest[:49], labels[:49], [str(i) for i in range(49)])
     assert fewer.novelty(0.4) is None
 

@@ -14,7 +14,7 @@ from trainer import refit
 from trainer.calibration_set import CalibrationSet
 from trainer.datasets import read_dataset, role
 from trainer.embedder import CheckpointError
-from trainer.heads import Heads, HeadsError, NearestHead, fit_heads, unit_length
+from trainer.heads import Heads, HeadsError, NearestHead, OneClassHead, fit_heads, unit_length
 from trainer.transforms import Transform, unchanged
 
 DIM = 16
@@ -68,6 +68,11 @@ def test_one_class_head_equals_minus_scikit_learns_decision(heads: Heads) -> Non
     np.testing.assert_allclose(heads.svm.score(queries), -oracle.decision_function(queries), rtol=1e-5)
 
 
+def test_one_class_head_by_hand() -> None:
+    head = OneClassHead(np.array([[1, 0]], np.float32), np.array([2.0]), -0.5, gamma=0.5, coef0=1.0, degree=2)
+    np.testing.assert_allclose(head.score(np.array([[3.0, 7.0]])), [-(2 * (0.5 * 3 + 1) ** 2 - 0.5)])
+
+
 def test_one_class_head_scores_in_blocks_alike(heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
     queries = embeddings(50, 2)[0]
     assert heads.svm is not None
@@ -95,7 +100,8 @@ def test_margin_by_hand() -> None:
 
 
 def test_unit_length_keeps_a_zero_row() -> None:
-    np.testing.assert_allclose(unit_length(np.array([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0.0, 0.0]], rtol=1e-6)
+    x = np.array([[3.0, 4.0], [0.03, 0.04], [0.0, 0.0]])
+    np.testing.assert_allclose(unit_length(x), [[0.6, 0.8], [0.6, 0.8], [0.0, 0.0]], rtol=1e-6)
 
 
 def test_saved_heads_come_back_equal(heads: Heads, folder: Path) -> None:
@@ -109,7 +115,9 @@ def test_saved_heads_come_back_equal(heads: Heads, folder: Path) -> None:
         np.testing.assert_array_equal(loaded.logits(queries)[name], scores)
     config = json.loads((folder / "config.json").read_text())
     assert config["name"] == "kept"
-    assert config["heads"]["images"] == {"real": 100, "fake": 200}
+    shown = {key: config["heads"][key] for key in heads.settings}
+    images = {"real": 100, "fake": 200}
+    assert shown == {"C": 0.316, "nu": 0.1, "degree": 3, "gamma": "auto", "seed": 42, "images": images}
 
 
 def test_heads_without_svm_and_neighbours_come_back(heads: Heads, folder: Path) -> None:
@@ -124,13 +132,22 @@ def test_id_follows_heads_and_calibration(heads: Heads) -> None:
     x, labels = embeddings(300, 0)
     assert fit_heads(x, labels, calibration=calibration_set(90, 1)).id == heads.id
     assert fit_heads(x, labels, calibration=calibration_set(90, 3)).id != heads.id
-    assert fit_heads(x + 0.1, labels, calibration=calibration_set(90, 1)).id != heads.id
+    assert heads.nearest is not None
+    known = heads.nearest.embeddings
+    others = [
+        replace(heads, linear=replace(heads.linear, bias=heads.linear.bias + 1)),
+        replace(heads, nearest=replace(heads.nearest, embeddings=known.reshape(known.T.shape))),
+    ]
+    assert len({heads.id, *(other.id for other in others)}) == 3
+    assert len(heads.id) == 32
 
 
 def test_maps_need_ten_of_each_label() -> None:
     x, labels = embeddings(60, 0)
     assert fit_heads(x, labels, calibration=calibration_set(27, 1)).maps == {}
-    assert set(fit_heads(x, labels, calibration=calibration_set(30, 1)).maps) == {"linear", "svm"}
+    enough = calibration_set(30, 1)
+    for of in (enough, replace(enough, labels=1 - enough.labels)):
+        assert set(fit_heads(x, labels, calibration=of).maps) == {"linear", "svm"}
 
 
 def test_heads_of_another_dimension_are_refused(heads: Heads, folder: Path) -> None:
@@ -144,7 +161,7 @@ def test_heads_of_another_dimension_are_refused(heads: Heads, folder: Path) -> N
 
 
 def test_missing_broken_and_foreign_heads_are_refused(heads: Heads, folder: Path) -> None:
-    with pytest.raises(HeadsError, match="missing: run `lineup train heads"):
+    with pytest.raises(HeadsError, match=r"heads\.safetensors is missing: run `lineup train heads --checkpoint"):
         Heads.load(folder)
     heads.save(folder)
     other = json.loads((folder / "config.json").read_text())
@@ -153,7 +170,10 @@ def test_missing_broken_and_foreign_heads_are_refused(heads: Heads, folder: Path
     with pytest.raises(HeadsError, match="do not belong together"):
         Heads.load(folder)
     (folder / "heads.safetensors").write_bytes(b"nothing")
-    with pytest.raises(HeadsError, match="broken"):
+    with pytest.raises(HeadsError, match=r"heads\.safetensors is broken"):
+        Heads.load(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(HeadsError, match=r"config\.json is not JSON"):
         Heads.load(folder)
     (folder / "config.json").unlink()
     with pytest.raises(HeadsError, match=r"config\.json is missing"):
@@ -166,6 +186,11 @@ def test_missing_broken_and_foreign_heads_are_refused(heads: Heads, folder: Path
 def test_too_few_images_are_refused(labels: list[int], message: str) -> None:
     with pytest.raises(HeadsError, match=message):
         fit_heads(np.ones((10, DIM)), np.array(labels))
+
+
+def test_two_images_of_a_label_are_enough() -> None:
+    x, _ = embeddings(10, 0)
+    assert fit_heads(x, np.array([1] * 8 + [0] * 2)).settings["images"] == {"real": 2, "fake": 8}
 
 
 def test_embeddings_that_are_not_finite_are_refused() -> None:
@@ -186,10 +211,10 @@ def test_calibration_set_comes_back(folder: Path) -> None:
 
 
 def test_missing_and_broken_calibration_sets_are_refused(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="missing"):
+    with pytest.raises(CheckpointError, match=r"calibration\.safetensors is missing"):
         CalibrationSet.load(folder)
     (folder / "calibration.safetensors").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="broken"):
+    with pytest.raises(CheckpointError, match=r"calibration\.safetensors is broken"):
         CalibrationSet.load(folder)
 
 
