@@ -184,6 +184,26 @@ def test_vectors_of_two_checkpoints_never_mix(store: Store) -> None:
     assert {sha256: row.embedded for sha256, row in known.items()} == {new(1).sha256: False, new(2).sha256: True}
 
 
+def test_known_images_are_embedded_by_another_checkpoint(store: Store) -> None:
+    other = "d" * 32
+    store.register_checkpoint(other, "wide", 8, {})
+    first, second = (number or 0 for number in store.add([new(1), new(2, "SD-XL")], CHECKPOINT).ids)
+    vectors = np.arange(1, 17, dtype=np.float32).reshape(2, 8)
+    assert store.embed([second, 999], vectors, other) == 1  # the other one was removed meanwhile
+    assert store.embed([first, second], vectors[::-1], other) == 1
+    assert store.embed([first, second], vectors, other) == 0
+    assert (store.revision(other), store.revision(CHECKPOINT)) == (2, 1)
+    one, last = store.changes(other, 0, 1), store.changes(other, 1, 2)
+    assert [(page.ids.tolist(), page.vectors.tolist()) for page in (*one, *last) if isinstance(page, Additions)] == [
+        ([second], [vectors[0].tolist()]),
+        ([first], [vectors[1].tolist()]),
+    ]
+    with pytest.raises(BadVector):
+        store.embed([first], np.ones((1, DIM)), other)
+    with pytest.raises(UnknownCheckpoint):
+        store.embed([first], vectors[:1], "missing")
+
+
 @pytest.mark.parametrize(
     "vector",
     [
@@ -378,6 +398,10 @@ def test_detections(store: Store) -> None:
     assert [listed.id for listed in store.list_detections(before=newest[-1].id)] == [given[0].id]
     assert store.set_feedback(given[0].id, {"verdict": "real"})
     assert not store.set_feedback(uuid.uuid4(), {})
+    assert [d.feedback for d in store.list_detections()] == [None, None, {"verdict": "real"}]
+    assert newest[1].at is not None
+    assert store.delete_detections(newest[1].at) == 1
+    assert [d.id for d in store.list_detections()] == [given[2].id, given[1].id]
 
 
 def test_detections_recorded_together(store: Store) -> None:
