@@ -108,6 +108,10 @@ def test_a_head_that_cannot_answer_is_left_to_the_rest() -> None:
     assert fitted.combine({"knn": None, "linear": 1.0, "svm": float("nan")}) == pytest.approx(
         float(fitted.probability("linear", 1.0))
     )
+    some = fitted.probability("linear", np.array([[1.0, 2.0, np.nan]]))
+    assert some[0, :2].tolist() == [fitted.combine({"linear": score}) for score in (1.0, 2.0)]
+    assert some.shape == (1, 3)
+    assert np.isnan(some[0, 2])
     assert fitted.combine({"knn": None, "linear": None, "svm": None}) is None
     assert fitted.combine({}) is None
 
@@ -135,6 +139,7 @@ def test_too_few_images_calibrate_nothing() -> None:
     assert fitted.maps == {}
     assert fitted.combine({"linear": 1.0}) is None
     assert fitted.thresholds(0.05, 0.05) == (None, None)
+    assert fitted.more_images(0.05, 0.1) == (19, 9)
     assert fitted.false_alarm(0.5) is None
     assert np.isnan(fitted.probability("linear", 1.0))
 
@@ -151,16 +156,33 @@ def test_groups_are_held_out_whole() -> None:
     assert [sum(rare[i] for i in np.flatnonzero(dealt == fold)) for fold in range(5)] == [4] * 5
 
 
-def test_tables_hold_scores_of_maps_that_have_not_seen_the_group() -> None:
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("apart", [0, 1, 20])
+def test_tables_hold_scores_of_maps_that_have_not_seen_the_group(apart: int, label: int) -> None:
+    """All images of a label but so many are of one group; where the rest has none, all images have to do."""
     labels, rng = np.arange(60) % 2, np.random.default_rng(4)
     groups, raw = [str(i // 4) for i in range(60)], labels + rng.normal(size=60)
+    for i in np.flatnonzero(labels == label)[apart:]:
+        groups[i] = "large"
     fitted = fit_calibration({"linear": raw}, raw, raw, labels, groups)
     scores, folds = np.empty(60), group_folds(groups, labels)
     for fold in range(5):
-        seen = folds != fold
-        scores[~seen] = fit_logistic(("linear",), raw[seen, None], labels[seen])(raw[~seen, None])
-    for table, label in ((fitted.real, 0), (fitted.fake, 1)):
-        np.testing.assert_array_equal(table["linear"], np.sort(scores[labels == label]))
+        held = folds == fold
+        seen = ~held if len(set(labels[~held])) == 2 else np.ones(60, bool)
+        scores[held] = fit_logistic(("linear",), raw[seen, None], labels[seen])(raw[held, None])
+    np.testing.assert_array_equal(fitted.real["linear"], np.sort(scores[labels == 0]))
+    np.testing.assert_array_equal(fitted.fake["linear"], np.sort(scores[labels == 1]))
+
+
+def test_what_could_not_be_answered_is_left_out_of_the_fit() -> None:
+    labels, rng = np.arange(90) % 2, np.random.default_rng(6)
+    logits, groups, nowhere = head_scores(labels, rng), [str(i) for i in range(90)], np.full(90, np.nan)
+    logits["knn"][18:] = np.nan  # which leaves fewer than 10 of each label
+    logits["svm"][80:] = np.nan
+    fitted = fit_calibration(logits, nowhere, nowhere, labels, groups)
+    assert set(fitted.maps) == {"linear", "svm", "linear+svm"}
+    assert fitted.maps["svm"] == fit_logistic(("svm",), logits["svm"][:80, None], labels[:80])
+    assert (len(fitted.real["linear"]), len(fitted.real["svm"])) == (45, 40)
 
 
 def test_enrolled_references_count_for_what_depends_on_the_index_alone() -> None:
@@ -218,6 +240,7 @@ def test_thresholds_by_hand() -> None:
     assert t_fake == np.nextafter(sigmoid(np.array(-1.0)), 2.0)
     t_fake, _ = table([float(i) for i in range(-39, 0)], [0.0]).thresholds(0.05, 0.05)
     assert t_fake == np.nextafter(sigmoid(np.array(-2.0)), 2.0)
+    assert table([0.0], [0.0]).thresholds(1.0, 1.0) == (0.0, 1.0)  # everything may go wrong
 
 
 @pytest.mark.parametrize("logit", [0.1, 0.7])  # float32 rounds one up, the other down

@@ -135,6 +135,8 @@ def test_derangements_have_no_fixed_point_and_all_occur() -> None:
     assert len(drawn) == 9  # all of the subfactorial of 4
     assert all(place != value for order in drawn for place, value in enumerate(order))
     assert derangement(2, generator).tolist() == [1, 0]
+    first, again = (derangement(20, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(first, again)
     with pytest.raises(ValueError, match="--batch-size to 2"):
         derangement(1, generator)
 
