@@ -102,18 +102,21 @@ def serve(
     """Serve the HTTP interface and the page."""
     from api.server import run
 
-    detector = load(host=host, port=port, checkpoint=checkpoint, device=device)
-    settings = detector.settings
-    try:
-        keyed = Keys(detector.store, detector.patience).exist()
-        if not keyed and not is_loopback(settings.host):
-            advice = "make one with `lineup keys create NAME --scope admin`, or listen on 127.0.0.1"
-            raise SettingsError(f"LINEUP_HOST is {settings.host}, which needs an API key: {advice}")
-    except (SettingsError, ApiError) as error:
-        detector.close()
-        raise fail(error) from None
-    log_as_json()
-    run(detector, None if keyed or settings.open else settings.token)
+    def loaded() -> tuple[Detector, str | None]:
+        detector = load(host=host, port=port, checkpoint=checkpoint, device=device)
+        settings = detector.settings
+        try:
+            keyed = Keys(detector.store, detector.patience).exist()
+            if not keyed and not is_loopback(settings.host):
+                advice = "make one with `lineup keys create NAME --scope admin`, or listen on 127.0.0.1"
+                raise SettingsError(f"LINEUP_HOST is {settings.host}, which needs an API key: {advice}")
+        except (SettingsError, ApiError) as error:
+            detector.close()
+            raise fail(error) from None
+        log_as_json()
+        return detector, None if keyed or settings.open else settings.token
+
+    run(loaded)
 
 
 @app.command()
@@ -140,6 +143,8 @@ def detect(
     missing: list[FailedFile] = []
     try:
         detector.calibrate()
+        if detector.inactive:
+            print(f"warning: {detector.inactive} {detector.hindrance or ''}".rstrip(), file=sys.stderr)
         in_data_sets = split is not None or sample is not None
         named = data_set_images(images, split, sample) if in_data_sets else image_files(images)
         for result in chain(detector.detect(uploads(named, missing), question), missing):

@@ -420,11 +420,14 @@ def create_app(settings: Settings | None = None, detector: Detector | None = Non
     settings = settings or read_settings()
     metrics = Metrics()
     service = Service(settings, metrics, detector)
+    loaded = detector is not None  # the service alone keeps it, and lets it go when another checkpoint serves
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        background = [asyncio.create_task(service.load()), asyncio.create_task(service.keep_house())]
-        if detector is not None:
+        background = [
+            asyncio.create_task(work) for work in (service.load(), service.keep_house(), service.follow_active())
+        ]
+        if loaded:
             await background[0]
         yield
         for task in background:

@@ -111,6 +111,8 @@ def status(detector: Detector) -> Status:
             degraded = True
     return Status(
         checkpoint=detector.embedder.id,
+        active_checkpoint=detector.active.id,
+        inactive=detector.inactive,
         model=detector.model_facts,
         revision=revision,
         references=References(real=real, fake=fake),

@@ -23,13 +23,14 @@ from api.problems import ApiError
 from api.schemas import LABELS, FailedFile, IndexFacts, Known, ModelFacts, Provenance, Region, Verdict
 from api.uploads import Prepared, Question, Upload, prepare
 from indexer.follower import Follower
+from indexer.ingest import register
 from indexer.postgres import connect
 from indexer.references import Reference
 from indexer.settings import Settings
+from indexer.store import Checkpoint, Store, with_active_folder
 from indexer.store import Detection as Record
-from indexer.store import Store
 from trainer.calibration_set import CalibrationSet
-from trainer.embedder import CheckpointError, Embedder
+from trainer.embedder import CONFIG_FILE, CheckpointError, Embedder
 from trainer.heads import HEADS_FILE, Heads
 
 STATEMENT_SECONDS = 60
@@ -65,10 +66,14 @@ class Detector:
     """A checkpoint, the index that it follows, and the calibration of both. Threads may share it once it is loaded.
 
     Args:
-        settings: Which checkpoint and which database.
+        settings: Which checkpoint and which database; once it is loaded, they name the checkpoint's folder.
     """
 
     settings: Settings
+    named: bool = field(init=False)
+    """Whether the settings name the checkpoint; otherwise it is to be the active one."""
+    hindrance: str | None = field(init=False, default=None)
+    """Why the active checkpoint could not be loaded; for the operator, because it may name folders."""
     embedder: Embedder = field(init=False)
     heads: Heads | None = field(init=False, default=None)
     store: Store = field(init=False)
@@ -83,27 +88,59 @@ class Detector:
     """Which checkpoint judges."""
 
     def load(self) -> Detector:
-        """Load the checkpoint, reach the database, follow its index. A calibration comes by `calibrate` or `start`.
+        """Reach the database, load the checkpoint, follow its index. A calibration comes by `calibrate` or `start`.
+
+        Where the active checkpoint is not on this machine, the home's stands in, and `inactive` says so.
 
         Raises:
             CheckpointError: The checkpoint is missing, broken, or known to the database with another dimension.
             DatabaseUnreachable: No database answers.
             DatabaseBehind: Its schema is another one.
         """
-        folder = self.settings.checkpoint_folder
-        self.embedder = Embedder.load(folder, device=self.settings.device, engine=self.settings.engine)
+        self.named = self.settings.checkpoint is not None
+        self.store = Store(connect(self.settings, statement_seconds=STATEMENT_SECONDS))
+        try:
+            settings = self.settings
+            try:
+                settings = with_active_folder(settings, self.store)
+            except CheckpointError as error:
+                if not (settings.checkpoint_folder / CONFIG_FILE).exists():
+                    raise
+                self.hindrance = str(error)
+            return self._open(settings)
+        except BaseException:
+            self.store.engine.dispose()
+            raise
+
+    def successor(self) -> Detector:
+        """A detector with the checkpoint that is the active one by now, beside this one on the same store.
+
+        It is loaded and calibrated, and not started.
+
+        Raises:
+            CheckpointError: The active checkpoint is not on this machine, or broken.
+            sqlalchemy.exc.DBAPIError: The database cannot be reached.
+        """
+        other = Detector(self.settings.model_copy(update={"checkpoint": None}))
+        other.named, other.store, other.patience, other.counting = False, self.store, self.patience, self.counting
+        other._open(with_active_folder(other.settings, self.store)).calibrate()
+        return other
+
+    def _open(self, settings: Settings) -> Detector:
+        """Load the checkpoint in the folder of these settings."""
+        self.settings, folder = settings, settings.checkpoint_folder
+        self.embedder = Embedder.load(folder, device=settings.device, engine=settings.engine)
         self.heads = Heads.load(folder) if (folder / HEADS_FILE).exists() else None
         images = None
         with suppress(CheckpointError):  # then nothing is calibrated, and every verdict says so
             images = CalibrationSet.load(folder)
-        self.store = Store(connect(self.settings, statement_seconds=STATEMENT_SECONDS))
         checkpoint = self.embedder
         heads_id = self.heads.id if self.heads else None  # a hash: not to be computed for each verdict
         self.model_facts = ModelFacts(
             checkpoint=checkpoint.id, heads=heads_id, name=checkpoint.name, engine=checkpoint.engine
         )
         try:
-            self.store.register_checkpoint(checkpoint.id, checkpoint.name, checkpoint.dim, checkpoint.config.to_json())
+            register(checkpoint, self.store)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
         self.follower = Follower(self.settings, self.store, checkpoint.id, checkpoint.dim)
@@ -121,10 +158,14 @@ class Detector:
         self.follower.start()
         self.calibrator.start()
 
-    def close(self) -> None:
-        """Stop the background work and let go of the database."""
+    def stop(self) -> None:
+        """End what `start` began; detections go on with what is known by then."""
         self.calibrator.stop()
         self.follower.stop()  # writes the snapshot where that is out of date
+
+    def close(self) -> None:
+        """Stop the background work and let go of the database."""
+        self.stop()
         self.patience.close()
         self.counting.close()
         self.store.engine.dispose()
@@ -264,6 +305,23 @@ class Detector:
                 for verdict, _ in kept:
                     verdict.degraded, verdict.recorded = True, False
         return verdicts
+
+    @property
+    def active(self) -> Checkpoint:
+        """The active checkpoint, as last seen."""
+        checkpoint = self.follower.active
+        assert checkpoint is not None  # one was registered, and the first becomes active
+        return checkpoint
+
+    @property
+    def inactive(self) -> str | None:
+        """Why another checkpoint than the active one is in use; None where it is the active one."""
+        active, used = self.active, self.embedder
+        if active.id == used.id:
+            return None
+        loading = "it cannot be loaded" if self.hindrance else "it is being loaded"
+        why = "LINEUP_CHECKPOINT names the other" if self.named else loading
+        return f"{used.name} ({used.id}) judges while {active.name} ({active.id}) is the active checkpoint: {why}"
 
     @property
     def index_facts(self) -> IndexFacts:

@@ -64,6 +64,7 @@ def enrol(detector: Detector, uploads: Sequence[Upload], batch: Batch) -> Added:
     Raises:
         ApiError: conflict, when all are known with another label or generator; the first file's own problem, when
             none can be read. Images that may not come back are only listed as rejected.
+        CheckpointSwitched: The detector's checkpoint is no longer the active one, though no setting names it.
     """
     settings = detector.settings
     small = [upload for upload in uploads if len(upload.data) <= settings.max_upload_bytes]
@@ -75,6 +76,7 @@ def enrol(detector: Detector, uploads: Sequence[Upload], batch: Batch) -> Added:
         generator=batch.generator,
         source=batch.source,
         keep_bytes=settings.keep_uploads,
+        while_active=not detector.named,
     )
     limit = f"larger than LINEUP_MAX_UPLOAD_BYTES allows ({settings.max_upload_bytes:,} bytes)"
     large = [{"file": upload.file, "reason": limit} for upload in uploads if upload not in small]

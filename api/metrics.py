@@ -46,6 +46,9 @@ class Metrics:
         self.revision = Gauge("lineup_index_revision", "Revision up to which the index is complete.", registry=every)
         self.lag = Gauge("lineup_index_lag_seconds", "Time since the index was known to be complete.", registry=every)
         self.calibration = Gauge("lineup_calibration_revision", "Revision of the calibration in use.", registry=every)
+        self.inactive = Gauge(
+            "lineup_checkpoint_inactive", "1 while another checkpoint than the active one judges.", registry=every
+        )
         self.degraded = Gauge("lineup_degraded", "1 while the index cannot follow the database.", registry=every)
 
     def judged(self, results: Iterable[Verdict | FailedFile], final: bool) -> None:

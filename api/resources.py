@@ -209,6 +209,10 @@ class Status(Model):
     model_config = ConfigDict(use_attribute_docstrings=True, extra="allow")
 
     checkpoint: str
+    active_checkpoint: str | None = None
+    """The store's active checkpoint, as last seen."""
+    inactive: str | None = None
+    """Why `checkpoint` is another one than that."""
     model: ModelFacts | None = None
     revision: int
     """The newest revision in Postgres; while it is away, the last one followed."""

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import math
+from collections.abc import Callable
 from socket import socket
 
 import uvicorn
@@ -89,9 +90,14 @@ def server(detector: Detector, token: str | None = None) -> Server:
     return Server(config, token)
 
 
-def run(detector: Detector, token: str | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; `token` is what the link to the page carries."""
-    ready = server(detector, token)
+def run(load: Callable[[], tuple[Detector, str | None]]) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        load: What to serve at first, which nothing here keeps once it is replaced, and the token that the link to the
+            page carries.
+    """
+    ready = server(*load())
     # What is loaded by now stays: to look through all of it for garbage stops every thread for a tenth of a second.
     gc.collect()
     gc.freeze()

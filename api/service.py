@@ -6,12 +6,14 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import ParamSpec, TypeVar
 
 import numpy as np
+from prometheus_client import Gauge
 
 from api.access import Caller, Keys, hide_paths
 from api.batcher import Batcher, BatcherFull, Item, Result
@@ -26,6 +28,7 @@ from api.schemas import FailedFile, Hits, Label, Verdict
 from api.uploads import Question, Upload
 from indexer.postgres import DatabaseBehind
 from indexer.settings import Settings
+from indexer.store import CheckpointSwitched
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -37,9 +40,42 @@ AT_ONCE = 8
 EXPLAINED_AT_ONCE = 3
 """Likewise where each has regions and re-encoded copies: at most half of the queue, so that others find room in it."""
 RETRY = 2.0
-"""Seconds between two attempts to start while the database is away."""
+"""Seconds between two attempts to start, or to change the checkpoint, while that fails."""
+LOOK = 0.2
+"""Seconds between two looks for what another thread tells."""
 HOUSEKEEPING = 3600.0
 """Seconds between two deletions of old records."""
+
+
+class Serving:
+    """A detector, and the threads in which its requests share a forward pass and a search. Used on the event loop.
+
+    Attributes:
+        detector: A loaded one, started here.
+        users: Requests that go on with it.
+    """
+
+    def __init__(self, detector: Detector, metrics: Metrics) -> None:
+        self.detector, self.users = detector, 0
+        self.embedding: Batcher[np.ndarray, np.ndarray]
+        self.embedding = Batcher(detector.embedder.embed_stacks, observe=metrics.batch.observe, name="embed")
+        self.judging: Batcher[Case, Verdict] = Batcher(detector.answer, max_wait=0, name="judge")
+        detector.start()
+
+    @contextmanager
+    def used(self) -> Iterator[Detector]:
+        """One request's use, from its first step to its last."""
+        self.users += 1
+        try:
+            yield self.detector
+        finally:
+            self.users -= 1
+
+    def stop(self) -> None:
+        """Finish what was begun, then end the threads; a second time changes nothing."""
+        self.embedding.close()
+        self.judging.close()
+        self.detector.stop()
 
 
 class Service:
@@ -62,8 +98,8 @@ class Service:
         self._workers = ThreadPoolExecutor(DATABASE_THREADS, "work")
         self._counters = ThreadPoolExecutor(2, "count")
         self._keys: Keys
-        self._embedding: Batcher[np.ndarray, np.ndarray]
-        self._judging: Batcher[Case, Verdict]
+        self._serving: Serving
+        self._retired: Serving | None = None
 
     @property
     def detector(self) -> Detector:
@@ -72,9 +108,18 @@ class Service:
         Raises:
             ApiError: not-ready.
         """
-        if not self._ready or self._detector is None:
+        return self.serving.detector
+
+    @property
+    def serving(self) -> Serving:
+        """What requests that begin now are answered with. One request takes it once.
+
+        Raises:
+            ApiError: not-ready.
+        """
+        if not self._ready:
             raise ApiError("not-ready", self.failure or "the checkpoint and the index are being loaded", retry_after=1)
-        return self._detector
+        return self._serving
 
     async def load(self) -> None:
         """`start` off the event loop, again and again until the database answers.
@@ -100,11 +145,46 @@ class Service:
         detector = self._detector
         self._keys = Keys(detector.store, detector.patience)
         self._keys.exist()
-        self._embedding = Batcher(detector.embedder.embed_stacks, observe=self.metrics.batch.observe, name="embed")
-        self._judging = Batcher(detector.answer, max_wait=0, name="judge")
-        detector.start()
-        self._watch(detector)
+        self._serving = Serving(detector, self.metrics)
+        self._watch()
         self._ready = True
+
+    async def follow_active(self) -> None:
+        """Serve the active checkpoint whenever another one has become that. Runs until cancelled.
+
+        The new one is loaded beside the old, which answers meanwhile, and which then finishes what it has begun. Where
+        it cannot be loaded, or a setting names the old one, that is said, and the old one goes on.
+        """
+        told: str | None = None
+        while True:
+            await asyncio.sleep(LOOK)
+            if not self._ready or self._serving.detector.inactive is None:
+                continue
+            old = self._serving
+            if not old.detector.named:
+                old.detector.hindrance = None
+                try:
+                    self._detector = await self.run(old.detector.successor)
+                    self._serving = Serving(self._detector, self.metrics)
+                except Exception as error:  # the old one goes on; what hinders may pass, or be put right
+                    old.detector.hindrance = " ".join(str(error).split()) or type(error).__name__
+                else:
+                    log.info("another checkpoint serves", extra={"checkpoint": self.detector.embedder.id})
+                    await self._retire(old)
+                    told = None
+                    continue
+            reason = f"{old.detector.inactive} {old.detector.hindrance or ''}".rstrip()
+            if reason != told:
+                log.warning("the active checkpoint does not serve", extra={"reason": reason})
+                told = reason
+            await asyncio.sleep(RETRY)
+
+    async def _retire(self, old: Serving) -> None:
+        self._retired = old
+        while old.users:
+            await asyncio.sleep(LOOK)
+        await self.run(old.stop)
+        self._retired = None
 
     async def keep_house(self) -> None:
         """Delete records that are older than the setting allows: at the start, then each hour. Runs until cancelled."""
@@ -123,11 +203,12 @@ class Service:
         """Finish what was begun, then stop every thread."""
         was_ready, self._ready = self._ready, False
         self._decoders.shutdown(cancel_futures=True)
-        if was_ready:
-            self._embedding.close()
-            self._judging.close()
-        self._askers.shutdown()
         self._workers.shutdown()
+        if was_ready:
+            self._serving.stop()
+        if self._retired is not None:
+            self._retired.stop()
+        self._askers.shutdown()
         self._counters.shutdown()
         if self._detector is not None:
             self._detector.close()
@@ -148,19 +229,20 @@ class Service:
 
     async def detect(self, uploads: Sequence[Upload], question: Question, caller: Caller) -> list[Verdict | FailedFile]:
         """Judge the images of one request, side by side; answers are in the order of the uploads."""
-        detector = self.detector
+        serving = self.serving
 
         async def one(upload: Upload) -> Verdict:
-            prepared = await self._decode(detector.prepare, upload, question)
+            prepared = await self._decode(serving.detector.prepare, upload, question)
             start = time.perf_counter()
-            embeddings = await self._embed(prepared.pixels)
+            embeddings = await self._join(serving.embedding, prepared.pixels, len(prepared.pixels))
             waited = 1000 * (time.perf_counter() - start)
             case = Case(prepared, embeddings, question, waited, caller.key_id)
-            verdict = await self._join(self._judging, case, len(embeddings))
+            verdict = await self._join(serving.judging, case, len(embeddings))
             hide_paths(verdict.neighbours, caller)
             return verdict
 
-        results = await self._each(uploads, one, EXPLAINED_AT_ONCE if question.explain else AT_ONCE)
+        with serving.used():
+            results = await self._each(uploads, one, EXPLAINED_AT_ONCE if question.explain else AT_ONCE)
         self.metrics.judged(results, final=question.record)
         return results
 
@@ -176,13 +258,13 @@ class Service:
         offset: int,
     ) -> list[Hits | FailedFile]:
         """The references nearest to each image of one request."""
-        detector = self.detector
+        serving = self.serving
 
         async def one(upload: Upload) -> Hits:
-            prepared = await self._decode(detector.prepare, upload, Question())
-            embedding = (await self._embed(prepared.pixels))[0]  # (d,)
+            prepared = await self._decode(serving.detector.prepare, upload, Question())
+            embedding = (await self._join(serving.embedding, prepared.pixels, len(prepared.pixels)))[0]  # (d,)
             neighbours, following = await self._ask(
-                detector.neighbourhood.search,
+                serving.detector.neighbourhood.search,
                 embedding,
                 label=label,
                 generator=generator,
@@ -193,15 +275,26 @@ class Service:
             hide_paths(neighbours, caller)
             return Hits(file=upload.file, neighbours=neighbours, next=following)
 
-        return await self._each(uploads, one)
+        with serving.used():
+            return await self._each(uploads, one)
 
     async def status(self) -> Status:
         """See `catalogue.status`. In threads of its own: who asks for it may wait, nobody else."""
         return await asyncio.get_running_loop().run_in_executor(self._counters, status, self.detector)
 
     async def enrol(self, uploads: Sequence[Upload], batch: Batch) -> Added:
-        """See `enrolment.enrol`."""
-        return await self.run(enrol, self.detector, uploads, batch)
+        """See `enrolment.enrol`. Where the active checkpoint changes meanwhile, this is done with the new one."""
+        while True:
+            serving = self.serving
+            try:
+                with serving.used():
+                    return await self.run(enrol, serving.detector, uploads, batch)
+            except CheckpointSwitched:
+                log.info("waiting for the active checkpoint")
+            while self._serving is serving:
+                if serving.detector.hindrance:
+                    raise ApiError("not-ready", f"nothing can be added: {serving.detector.inactive}", retry_after=60)
+                await asyncio.sleep(LOOK)
 
     @staticmethod
     async def _each(
@@ -226,9 +319,6 @@ class Service:
         """In threads of their own: these wait for the database only so long, others may hang with it."""
         return await asyncio.get_running_loop().run_in_executor(self._askers, lambda: work(*args, **kwargs))
 
-    async def _embed(self, pixels: np.ndarray) -> np.ndarray:
-        return await self._join(self._embedding, pixels, len(pixels))
-
     @staticmethod
     async def _join(batcher: Batcher[Item, Result], item: Item, weight: int) -> Result:
         try:
@@ -236,13 +326,18 @@ class Service:
         except BatcherFull as error:
             raise ApiError("not-ready", str(error), retry_after=1) from error
 
-    def _watch(self, detector: Detector) -> None:
+    def _watch(self) -> None:
         """Let the gauges read what they show when they are asked."""
-        follower, calibrator, metrics = detector.follower, detector.calibrator, self.metrics
-        metrics.queue.set_function(lambda: self._embedding.waiting + self._judging.waiting)
-        metrics.revision.set_function(lambda: follower.revision)
-        metrics.lag.set_function(lambda: follower.lag)
-        metrics.degraded.set_function(lambda: float(follower.degraded))
-        metrics.calibration.set_function(lambda: calibrator.current.revision if calibrator.current else 0)
-        metrics.index_size.labels("real").set_function(lambda: follower.index.counts()[0])
-        metrics.index_size.labels("fake").set_function(lambda: follower.index.counts()[1])
+
+        def show(gauge: Gauge, value: Callable[[Serving], float]) -> None:
+            gauge.set_function(lambda: value(self._serving))
+
+        metrics = self.metrics
+        show(metrics.queue, lambda now: now.embedding.waiting + now.judging.waiting)
+        show(metrics.revision, lambda now: now.detector.follower.revision)
+        show(metrics.lag, lambda now: now.detector.follower.lag)
+        show(metrics.degraded, lambda now: now.detector.follower.degraded)
+        show(metrics.inactive, lambda now: now.detector.inactive is not None)
+        show(metrics.calibration, lambda now: getattr(now.detector.calibrator.current, "revision", 0))
+        show(metrics.index_size.labels("real"), lambda now: now.detector.follower.index.counts()[0])
+        show(metrics.index_size.labels("fake"), lambda now: now.detector.follower.index.counts()[1])

@@ -27,7 +27,7 @@ from indexer.command import (
 )
 from indexer.postgres import migrate, schema_revision, stop
 from indexer.settings import read_settings
-from indexer.store import GeneratorExists
+from indexer.store import GeneratorExists, with_active_folder
 from indexer.terminal import (
     image_progress,
     tell_added,
@@ -87,8 +87,10 @@ def add(
         settings = read_settings(checkpoint=checkpoint, device=device)
         choice: dict[str, Any] = {"split": split, "label": label, "generator": generator, "source": source}
         entries = read_dataset(path, **choice)
-        embedder = Embedder.load(settings.checkpoint_folder, device=settings.device, engine=settings.engine)
         with opened(settings) as store:
+            named = settings.checkpoint is not None
+            settings = with_active_folder(settings, store)
+            embedder = Embedder.load(settings.checkpoint_folder, device=settings.device, engine=settings.engine)
             if facts_given and not dry_run:
                 with suppress(GeneratorExists):
                     store.create_generator(str(generator))
@@ -102,6 +104,7 @@ def add(
                     generator=generator,
                     source=source,
                     dry_run=dry_run,
+                    while_active=not named,
                     on_image=advance,
                 )
             if not dry_run:
@@ -117,8 +120,12 @@ def add(
     else:
         tell_added(console, report, dry_run)
     if not dry_run and active is not None and active.id != embedder.id:
-        note = f"note: {embedder.name} ({embedder.id}) is not the active checkpoint, {active.id} is"
-        console.print(note, markup=False, soft_wrap=True)
+        console.print(
+            f"note: {embedder.name} ({embedder.id}) is not the active checkpoint: the searches of {active.name} "
+            f"({active.id}), which is, do not find these images until `lineup index rebuild --checkpoint` with it",
+            markup=False,
+            soft_wrap=True,
+        )
     if len(report["rejected"]) == report["images"]:
         raise typer.Exit(1)
 
@@ -201,7 +208,11 @@ def rebuild(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make the snapshots anew from the rows; with --checkpoint, embed all references with another checkpoint first."""
+    """Make the snapshots anew from the rows; with --checkpoint, embed all references with another checkpoint first.
+
+    That one is then what every command uses, and what running services change to by themselves, unless
+    LINEUP_CHECKPOINT names another.
+    """
     with expected_failures():
         settings = read_settings(checkpoint=checkpoint, device=device)
         report: dict[str, Any] = {}
@@ -224,6 +235,10 @@ def rebuild(
         print(json.dumps(report))
     else:
         tell_rebuilt(console, report)
+    named = read_settings().checkpoint
+    if checkpoint is not None and named is not None and named.resolve() != checkpoint.resolve():
+        note = f"note: where LINEUP_CHECKPOINT is {named}, as it is here, that goes on being used"
+        console.print(note, markup=False, soft_wrap=True)
     if checkpoint is not None and not report["active"]:
         raise typer.Exit(1)
 
@@ -252,8 +267,9 @@ def evaluate(
         from trainer.embedder import Embedder
 
         settings = read_settings(checkpoint=checkpoint, device=device)
-        embedder = Embedder.load(settings.checkpoint_folder, device=settings.device, engine=settings.engine)
         with opened(settings) as store, image_progress(console) as advance:
+            settings = with_active_folder(settings, store)
+            embedder = Embedder.load(settings.checkpoint_folder, device=settings.device, engine=settings.engine)
             follower = renew_snapshot(settings, store, embedder.id)
             asked = question(settings, follower, embedder, data, split, seed) if output else {}
             found = kept(output, asked) if output else None

@@ -9,7 +9,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 from sqlalchemy import Connection, text
 
-from indexer.checkpoints import Checkpoints
+from indexer.checkpoints import Checkpoints, CheckpointSwitched
 from indexer.generators import generator_ids
 from indexer.guards import BadVectors, unit_vectors
 from indexer.references import ImageFacts, kind
@@ -56,6 +56,7 @@ EMBED = """insert into embedding (image_id, checkpoint_id, vector, revision)
 select distinct on (r.id) r.id, :checkpoint, i.vector, :revision from incoming i join reference_image r using (sha256)
 where i.label = r.label and i.generator_id is not distinct from r.generator_id
 order by r.id, i.position on conflict do nothing returning image_id"""
+ACTIVE = "select active from checkpoint where id = :checkpoint"
 
 EMBED_KNOWN = """insert into embedding (image_id, checkpoint_id, vector, revision)
 select r.id, :checkpoint, i.vector, :revision
@@ -121,10 +122,24 @@ class Added:
 class Adding(Checkpoints):
     """The only code that writes references and embeddings."""
 
-    def add(self, batch: Sequence[NewReference], checkpoint_id: str, enrolment: int | None = None) -> Added:
+    def add(
+        self,
+        batch: Sequence[NewReference],
+        checkpoint_id: str,
+        enrolment: int | None = None,
+        *,
+        while_active: bool = False,
+    ) -> Added:
         """Store images with their embeddings; the same bytes twice change nothing.
 
+        Args:
+            batch: At most 1,000 images.
+            checkpoint_id: What embedded them.
+            enrolment: What they are part of.
+            while_active: Only if this is the active checkpoint; otherwise what searches ask would lack them.
+
         Raises:
+            CheckpointSwitched: It is not, though `while_active`.
             BadVector: A vector is not finite, zero, or not of the checkpoint's dimension.
             BadGeneratorName: A new generator's name breaks the rule.
             UnknownCheckpoint: The checkpoint was never registered.
@@ -134,7 +149,9 @@ class Adding(Checkpoints):
             raise ValueError(f"{len(batch)} images in one transaction; {BATCH} are allowed")
         dim = self.get_checkpoint(checkpoint_id).dim
         vectors = [_stored(reference.vector, dim) for reference in batch]
-        return self.transaction(lambda connection: _add(connection, batch, vectors, checkpoint_id, enrolment))
+        return self.transaction(
+            lambda connection: _add(connection, batch, vectors, checkpoint_id, enrolment, while_active)
+        )
 
     def embed(self, ids: Sequence[int], vectors: np.ndarray, checkpoint_id: str) -> int:
         """Store embeddings, shape (n, d), float32, of references that exist; returns how many were new.
@@ -157,6 +174,7 @@ def _add(
     vectors: Sequence[bytes],
     checkpoint_id: str,
     enrolment: int | None,
+    while_active: bool,
 ) -> Added:
     generators = generator_ids(connection, {item.generator for item in batch if item.generator is not None})
     _copy(connection, batch, vectors, generators)
@@ -164,7 +182,9 @@ def _add(
     # Rows that nobody sees yet need no lock, and their thumbnails take most of the time.
     inserted = {row.id for row in connection.execute(text(INSERT), {"enrolment": enrolment})}
     connection.execute(text(KEEP))
-    revision = _lock(connection, checkpoint_id)
+    revision = _lock(connection, checkpoint_id)  # which the switch to another checkpoint waits for, and makes wait
+    if while_active and not connection.scalar(text(ACTIVE), {"checkpoint": checkpoint_id}):
+        raise CheckpointSwitched(f"the active checkpoint is no longer {checkpoint_id}: run the command again")
     matches = connection.execute(text(MATCH)).all()
     if len(matches) + len(blocked) < len(batch):
         raise PassingConflict("a row was removed after its image was found to be known")

@@ -13,7 +13,7 @@ from indexer.relatives import relatives
 from indexer.settings import Settings
 from trainer.calibration import METHOD, MINIMUM, Calibration, fit_calibration
 from trainer.calibration_set import CALIBRATION_FILE, CalibrationSet
-from trainer.embedder import CONFIG_FILE, CheckpointError, checkpoint_id, read_config, read_weights
+from trainer.embedder import CheckpointError
 from trainer.heads import HEADS_FILE, Heads
 from trainer.vote import vote
 
@@ -111,17 +111,15 @@ def newcomers(follower: Follower, images: CalibrationSet, known: Collection[str]
 
 
 def recalibrate(settings: Settings, follower: Follower) -> Calibration | None:
-    """`calibrate` with the checkpoint folder of the settings, at the end of commands that change references.
+    """`calibrate` with the folder of the follower's checkpoint, at the end of commands that change references.
 
-    None where that is another checkpoint, or its heads or calibration images are missing or broken: references have
+    None where that is not on this machine, or its heads or calibration images are missing or broken: references have
     been changed all the same, and whoever serves the checkpoint says what is wrong with it.
     """
-    folder = settings.checkpoint_folder
-    if not all((folder / name).exists() for name in (CONFIG_FILE, HEADS_FILE, CALIBRATION_FILE)):
+    folder = follower.store.get_checkpoint(follower.checkpoint_id).find(settings.checkpoint_folder)
+    if folder is None or not all((folder / name).exists() for name in (HEADS_FILE, CALIBRATION_FILE)):
         return None
     try:
-        if checkpoint_id(read_weights(folder), read_config(folder).preprocess) != follower.checkpoint_id:
-            return None
         heads, images = Heads.load(folder), CalibrationSet.load(folder)
     except CheckpointError as error:
         log.warning("not calibrated: %s", error)

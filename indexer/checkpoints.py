@@ -1,18 +1,23 @@
 """Checkpoints that have embeddings in the store, their revisions and their calibrations."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
-from indexer.rows import Rows
+from indexer.rows import Rows, notify
+from indexer.settings import Settings
 from indexer.tables import CalibrationRow, CheckpointRow, RevisionRow, StoreRow
+from trainer.embedder import CheckpointError, read_id
 
 COMPLETE = """select not exists (select from reference_image r where r.id <> all(:without) and not exists (
     select from embedding e where e.image_id = r.id and e.checkpoint_id = :checkpoint))"""
+REMEMBER = "update checkpoint set config = config || jsonb_build_object('folder', cast(:folder as text)) where id = :id"
 CALIBRATIONS = 20
 """Revisions whose calibration is kept, the latest of each heads: one holds up to half a megabyte."""
 
@@ -21,9 +26,16 @@ class UnknownCheckpoint(LookupError):
     """The store holds no embeddings of this checkpoint."""
 
 
+class CheckpointSwitched(RuntimeError):
+    """Another checkpoint has become the active one since this one was loaded."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint as the store knows it; `id` is the hash of its weights and preprocessing."""
+    """A checkpoint as the store knows it; `id` is the hash of its weights and preprocessing.
+
+    Its `config` is that of the folder; `folder` in it says where that lay on the machine that made it known or active.
+    """
 
     id: str
     name: str
@@ -31,6 +43,14 @@ class Checkpoint:
     config: dict[str, Any]
     active: bool
     created_at: datetime
+
+    def find(self, elsewhere: Path) -> Path | None:
+        """The folder that holds it on this machine, `elsewhere` or where the store remembers it; None: neither."""
+        for folder in (elsewhere, Path(self.config.get("folder", elsewhere))):
+            with suppress(CheckpointError):
+                if read_id(folder) == self.id:
+                    return folder
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +70,17 @@ class Checkpoints(Rows):
         with self.engine.connect() as connection:
             return str(connection.scalar(select(StoreRow.id)))
 
-    def register_checkpoint(self, checkpoint_id: str, name: str, dim: int, config: Mapping[str, Any]) -> Checkpoint:
+    def register_checkpoint(
+        self, checkpoint_id: str, name: str, dim: int, config: Mapping[str, Any], folder: Path | None = None
+    ) -> Checkpoint:
         """Make a checkpoint known; the first one becomes active. Known ones stay as they are.
+
+        Args:
+            checkpoint_id: The hash of its weights and preprocessing.
+            name: Shown to people.
+            dim: Length of its embeddings.
+            config: As its folder has it.
+            folder: Where it lies; remembered unless a folder is already.
 
         Raises:
             ValueError: It is known with another dimension.
@@ -64,22 +93,28 @@ class Checkpoints(Rows):
             connection.execute(insert(RevisionRow).values(checkpoint_id=checkpoint_id).on_conflict_do_nothing())
             if connection.scalar(select(CheckpointRow.id).where(CheckpointRow.active)) is None:
                 connection.execute(update(CheckpointRow).where(CheckpointRow.id == checkpoint_id).values(active=True))
+            if folder is not None:
+                unless = text(f"{REMEMBER} and not config ? 'folder'")
+                connection.execute(unless, {"id": checkpoint_id, "folder": str(folder.absolute())})
 
         try:
             known = self.get_checkpoint(checkpoint_id)
         except UnknownCheckpoint:
+            known = None
+        if known is None or (folder is not None and "folder" not in known.config):
             self.transaction(work)
             known = self.get_checkpoint(checkpoint_id)
         if known.dim != dim:
             raise ValueError(f"checkpoint {checkpoint_id} is stored with {known.dim} dimensions, this one has {dim}")
         return known
 
-    def activate(self, checkpoint_id: str, without: Sequence[int] = ()) -> bool:
-        """Make this checkpoint the active one, unless a reference lacks its embedding.
+    def activate(self, checkpoint_id: str, without: Sequence[int] = (), folder: Path | None = None) -> bool:
+        """Make this checkpoint the active one, unless a reference lacks its embedding. Services follow by themselves.
 
         Args:
             checkpoint_id: A known one.
             without: Ids of references that may lack it.
+            folder: Where it lies, for whoever uses the active checkpoint.
 
         Returns:
             Whether it is the active one now.
@@ -96,6 +131,9 @@ class Checkpoints(Rows):
                 return False
             connection.execute(update(CheckpointRow).where(CheckpointRow.active).values(active=False))
             connection.execute(update(CheckpointRow).where(CheckpointRow.id == checkpoint_id).values(active=True))
+            if folder is not None:
+                connection.execute(text(REMEMBER), {"id": checkpoint_id, "folder": str(folder.absolute())})
+            notify(connection, f"{checkpoint_id} active")
             return True
 
         self.get_checkpoint(checkpoint_id)
@@ -171,6 +209,25 @@ class Checkpoints(Rows):
         with self.engine.connect() as connection:
             row = connection.execute(query).mappings().first()
         return None if row is None else SavedCalibration(**row)
+
+
+def with_active_folder(settings: Settings, store: Checkpoints) -> Settings:
+    """The settings with the checkpoint folder to use: the active one's, unless they name one or nothing is active yet.
+
+    Raises:
+        CheckpointError: The active checkpoint is not on this machine.
+    """
+    active = store.active_checkpoint()
+    if settings.checkpoint is not None or active is None:
+        return settings
+    folder = active.find(settings.checkpoint_folder)
+    if folder is None:
+        places = {str(settings.checkpoint_folder), str(active.config.get("folder", settings.checkpoint_folder))}
+        raise CheckpointError(
+            f"the active checkpoint {active.name} ({active.id}) is not in {' or '.join(sorted(places))}: put it there, "
+            "or make another one active with `lineup index rebuild --checkpoint`, or set LINEUP_CHECKPOINT"
+        )
+    return settings.model_copy(update={"checkpoint": folder})
 
 
 def _one_at_a_time(connection: Connection) -> None:

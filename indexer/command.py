@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -24,13 +24,14 @@ from indexer.store import (
     BadGeneratorName,
     BadVector,
     Checkpoint,
+    CheckpointSwitched,
     GeneratorExists,
     Store,
     UnknownCheckpoint,
     UnknownGenerator,
 )
 from trainer.datasets import DatasetError
-from trainer.embedder import CheckpointError, checkpoint_id, read_config, read_weights
+from trainer.embedder import CheckpointError, read_id
 
 console = Console(stderr=True, highlight=False)
 
@@ -82,6 +83,7 @@ def expected_failures() -> Iterator[None]:
         BadVector,
         UnknownGenerator,
         UnknownCheckpoint,
+        CheckpointSwitched,
         CommandError,
         OSError,
     ) as error:
@@ -111,15 +113,15 @@ def checkpoint_of(folder: Path, store: Store) -> Checkpoint:
         CheckpointError: The folder holds none.
         UnknownCheckpoint: Nothing was added with it.
     """
-    return store.get_checkpoint(checkpoint_id(read_weights(folder), read_config(folder).preprocess))
+    return store.get_checkpoint(read_id(folder))
 
 
 def serving_checkpoint(settings: Settings, store: Store) -> Checkpoint | None:
-    """The checkpoint of the settings; where there is no such folder or nothing was added with it, the active one."""
-    try:
-        return checkpoint_of(settings.checkpoint_folder, store)
-    except (CheckpointError, UnknownCheckpoint):
-        return store.active_checkpoint()
+    """The checkpoint that the settings name; where they name none, or nothing was added with it, the active one."""
+    if settings.checkpoint is not None:
+        with suppress(CheckpointError, UnknownCheckpoint):
+            return checkpoint_of(settings.checkpoint, store)
+    return store.active_checkpoint()
 
 
 def renew_snapshot(settings: Settings, store: Store, checkpoint_id: str, *, anew: bool = False) -> Follower:

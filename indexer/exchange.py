@@ -56,7 +56,9 @@ def export_references(store: Store, path: Path, on_image: Callable[[], None] = l
     """
     about: dict[str, Any] = {"format": FORMAT, "pages": 0, "references": 0}
     about["checkpoints"] = [
-        {name: getattr(one, name) for name in ("id", "name", "dim", "config")} for one in store.checkpoints()
+        {"id": one.id, "name": one.name, "dim": one.dim}
+        | {"config": {name: value for name, value in one.config.items() if name != "folder"}}  # of this machine
+        for one in store.checkpoints()
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.part")

@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from indexer.embedded import EmbeddedFailure, EmbeddedServer
 from indexer.landmark import landmark, stands
 from indexer.settings import Settings
-from indexer.store import CHANNEL, Additions, Store
+from indexer.store import CHANNEL, Additions, Checkpoint, Store
 from indexer.vector_index import BadSnapshot, IndexChanged, Neighbours, VectorIndex
 from trainer.vote import depths
 
@@ -46,6 +46,7 @@ class Follower:
     Attributes:
         index: The index; a reload replaces it, so ask for it anew each time.
         revision: Of the store, up to which the index is complete.
+        active: The store's active checkpoint, which may be another one than is followed here.
         degraded: Whether following failed last time, mostly for want of the database; searches go on from memory.
         generator_names: Names by id.
         source_names: Names by the source numbers of the index.
@@ -61,6 +62,7 @@ class Follower:
         self.settings, self.store, self.checkpoint_id, self.dim = settings, store, checkpoint_id, dim
         self.index = VectorIndex(dim, settings.device)
         self.revision = 0
+        self.active: Checkpoint | None = None
         self.degraded = False
         self.generator_names: dict[int, str] = {}
         self.source_names: dict[int, str] = {}
@@ -226,7 +228,7 @@ class Follower:
         asked = time.monotonic()
         store_id = self.store.store_id()
         target = self.store.revision(self.checkpoint_id)  # first: what commits later is for the next time
-        names = self.store.generator_names()
+        names, active = self.store.generator_names(), self.store.active_checkpoint()
         if store_id != self._store_id or target < self.revision or (self.degraded and not self._stands()):
             log.warning("the database is another one, or was restored from a backup: loading all of it")
             index = VectorIndex(self.dim, self.settings.device)
@@ -238,7 +240,7 @@ class Follower:
             self._landmark = landmark(self.store, self.checkpoint_id, target)
         if self.degraded:
             log.warning("the database is back")
-        self.revision, self.generator_names = target, names
+        self.revision, self.generator_names, self.active = target, names, active
         self._complete_at, self.degraded = asked, False
         return target
 
@@ -285,7 +287,7 @@ class Follower:
         """A connection of our own: one from the pool would be handed on, and must not be in a transaction."""
         engine = self.store.engine
         arguments, options = engine.dialect.create_connect_args(engine.url)
-        options |= {"autocommit": True, "application_name": f"{options['application_name']} follower"}
+        options.update(autocommit=True, application_name=f"{options['application_name']} follower")
         connection: psycopg.Connection[Any] = psycopg.connect(*arguments, **options)
         connection.execute(f"listen {CHANNEL}")
         return connection

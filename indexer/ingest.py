@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,6 +43,9 @@ class Embeds(Protocol):
 
     @property
     def config(self) -> CheckpointConfig: ...
+
+    @property
+    def folder(self) -> Path: ...
 
     def embed_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray: ...
 
@@ -115,6 +119,7 @@ def ingest(
     source: str | None = None,
     dry_run: bool = False,
     keep_bytes: bool = False,
+    while_active: bool = False,
     batch_size: int = 32,
     on_image: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
@@ -131,24 +136,29 @@ def ingest(
         source: Likewise.
         dry_run: Read and decode, but embed and write nothing; `added` is what would be added.
         keep_bytes: Keep the files themselves and no uri (uploads).
+        while_active: Add nothing once another checkpoint is the active one.
         batch_size: Images per forward pass.
         on_image: Called once for each entry that is done, from several threads.
 
     Returns:
         `Report` as a dict, which is what `lineup index add --json` prints.
+
+    Raises:
+        CheckpointSwitched: Another checkpoint is the active one, though `while_active`; what was added has been
+            embedded with that one too.
     """
     start = time.monotonic()
     report = Report()
     workers = min(32, os.cpu_count() or 1)
     if not dry_run:
-        store.register_checkpoint(embedder.id, embedder.name, embedder.dim, embedder.config.to_json())
+        register(embedder, store)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         reader = _Reader(embedder, store, report, pool, max_pixels, keep_bytes, 16 * workers, on_image)
         prepared = ahead(reader.prepared(entries), 2 * batch_size)
         if dry_run:
             _count(prepared, store, report, on_image)
         else:
-            writer = _Writer(store, embedder.id, report, generator, source, on_image)
+            writer = _Writer(store, embedder.id, report, generator, source, while_active, on_image)
             with closing(ahead(_embedded(prepared, embedder, batch_size), 4)) as embedded:
                 writer.write(embedded)
             report.revision = store.revision(embedder.id)
@@ -251,9 +261,11 @@ class _Writer:
         report: Report,
         generator: str | None,
         source: str | None,
+        while_active: bool,
         on_image: Callable[[], None],
     ) -> None:
         self._store, self._checkpoint_id, self._report = store, checkpoint_id, report
+        self._while_active = while_active
         self._generator, self._source, self._on_image = generator, source, on_image
 
     def write(self, embedded: Iterable[Sequence[tuple[Prepared, np.ndarray]]]) -> None:
@@ -276,7 +288,7 @@ class _Writer:
             part = batch[start : start + WRITE_IMAGES]
             rows = [new_reference(prepared, vector) for prepared, vector in part]
             entries = [prepared.entry for prepared, _ in part]
-            added = self._store.add(rows, self._checkpoint_id, report.enrolment)
+            added = self._store.add(rows, self._checkpoint_id, report.enrolment, while_active=self._while_active)
             report.known += added.known
             report.embedded += added.embedded
             for position in added.new:
@@ -287,6 +299,15 @@ class _Writer:
                 if image_id is None:
                     report.reject(entry.key, FORGOTTEN)
                 self._on_image()
+
+
+def register(embedder: Embeds, store: Store) -> None:
+    """Make a checkpoint known to the store, and where it lies.
+
+    Raises:
+        ValueError: It is known with another dimension.
+    """
+    store.register_checkpoint(embedder.id, embedder.name, embedder.dim, embedder.config.to_json(), embedder.folder)
 
 
 def new_reference(prepared: Prepared, vector: np.ndarray) -> NewReference:

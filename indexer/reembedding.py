@@ -13,7 +13,7 @@ import numpy as np
 from sqlalchemy import text
 
 from indexer.ahead import ahead
-from indexer.ingest import Embeds
+from indexer.ingest import Embeds, register
 from indexer.store import Store
 from trainer.datasets import read_uri
 from trainer.images import UnreadableImage, decode_image
@@ -58,7 +58,7 @@ def reembed(
     Returns:
         {"checkpoint", "embedded", "unreadable": [{"id", "uri", "reason"}], "active"}.
     """
-    store.register_checkpoint(embedder.id, embedder.name, embedder.dim, embedder.config.to_json())
+    register(embedder, store)
     unreadable: dict[int, dict[str, Any]] = {}
     embedded = 0
     complete = False
@@ -73,7 +73,7 @@ def reembed(
                 embedded += store.embed([image_id for image_id, _ in batch], vectors, embedder.id)
                 for _ in batch:
                     on_image()
-        complete = (partial or not unreadable) and store.activate(embedder.id, without=list(unreadable))
+        complete = (partial or not unreadable) and store.activate(embedder.id, list(unreadable), embedder.folder)
     active = store.active_checkpoint()
     return {
         "checkpoint": embedder.id,

@@ -33,7 +33,7 @@ class Settings(BaseSettings):
     database_url: str | None = Field(default=None, repr=False)
     """PostgreSQL to use, `postgresql://user:password@host:port/name`; unset: an embedded one under the home folder."""
     checkpoint: Path | None = None
-    """Checkpoint folder; unset: `checkpoint` in the home folder."""
+    """Checkpoint folder; unset: the active checkpoint's, before there is one `checkpoint` in the home folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where embeddings and searches are computed; `auto` takes a GPU where there is one."""
     engine: Literal["auto", "torch", "openvino", "openvino-f32"] = "auto"
@@ -99,7 +99,7 @@ class Settings(BaseSettings):
 
     @property
     def checkpoint_folder(self) -> Path:
-        """The checkpoint folder in use."""
+        """The checkpoint folder that is named, or the home's."""
         return self.checkpoint or self.home / "checkpoint"
 
 

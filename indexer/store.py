@@ -2,7 +2,7 @@
 
 from indexer.adding import Added, Adding, BadVector, Conflict, NewReference
 from indexer.changes import Additions, Changes, Removals
-from indexer.checkpoints import Checkpoint, SavedCalibration, UnknownCheckpoint
+from indexer.checkpoints import Checkpoint, CheckpointSwitched, SavedCalibration, UnknownCheckpoint, with_active_folder
 from indexer.generators import (
     BadGeneratorName,
     Enrolment,
@@ -25,6 +25,7 @@ __all__ = [
     "BadGeneratorName",
     "BadVector",
     "Checkpoint",
+    "CheckpointSwitched",
     "Conflict",
     "Detection",
     "Enrolment",
@@ -43,6 +44,7 @@ __all__ = [
     "UnknownGenerator",
     "check_generator_name",
     "kind",
+    "with_active_folder",
 ]
 
 

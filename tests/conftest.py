@@ -55,12 +55,22 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random ViT of depth 2 for 32 pixels, dimension 48, with heads and 60 calibration images of each label."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), "tiny", 0)
+
+
+@pytest.fixture(scope="session")
+def other_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like `tiny_checkpoint`, with other weights."""
+    return make_checkpoint(tmp_path_factory.mktemp("other"), "other", 1)
+
+
+def make_checkpoint(folder: Path, name: str, seed: int) -> Path:
+    """Fill the folder of a tiny checkpoint."""
     import torch
 
-    folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = CheckpointConfig(
-        name="tiny",
+        name=name,
         image_size=32,
         dim=48,
         preprocess=Preprocess(image_size=32),

@@ -24,7 +24,7 @@ class HashingEmbedder:
     """Equal pixels get equal vectors, others unrelated ones; `calls` counts the images it was given."""
 
     def __init__(self, name: str = "hashing", dim: int = 8, image_size: int = 16) -> None:
-        self.name, self.dim = name, dim
+        self.name, self.dim, self.folder = name, dim, Path(name)
         self.id = hashlib.md5(name.encode()).hexdigest()
         self.preprocess = Preprocess(image_size=image_size)
         self.config = CheckpointConfig(

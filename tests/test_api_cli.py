@@ -238,7 +238,7 @@ def test_serving_freezes_what_is_loaded_and_keeps_the_blas_to_one_thread(monkeyp
 
     monkeypatch.setattr(server, "server", lambda detector, token: Ready())
     try:
-        server.run(cast(Detector, None))
+        server.run(lambda: (cast(Detector, None), None))
     finally:
         gc.unfreeze()
     assert seen == [(True, {1})]

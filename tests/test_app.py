@@ -1,6 +1,7 @@
 """The HTTP interface, with its real detector and database: every call, and every error of the table."""
 
 import io
+import shutil
 import socket
 import threading
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
@@ -21,8 +23,10 @@ from httpx2 import Response
 from PIL import Image
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
+from typer.testing import CliRunner
 
 from api import access, server, service
+from api.__main__ import app as api
 from api.access import hash_secret, new_secret
 from api.app import create_app
 from api.detector import Detector
@@ -30,8 +34,11 @@ from api.regions import MOST_REGIONS, VARIANTS
 from api.schemas import Verdict
 from api.service import Service
 from indexer import follower
+from indexer.__main__ import app as indexer
+from indexer.reembedding import reembed
 from indexer.settings import Settings
 from indexer.store import ApiKey, Store
+from trainer.embedder import Embedder, read_id
 
 BASE = "http://127.0.0.1:8000"
 Files = list[tuple[str, tuple[str, bytes, str]]]
@@ -147,7 +154,7 @@ def test_one_request_of_many_explained_images_does_not_fill_the_queue(
     populated: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with connected(populated) as client:
-        batcher = service_of(client)._embedding
+        batcher = service_of(client).serving.embedding
         work, images = batcher._work, files(*[png(1, size=32)] * 12)
         assert service.EXPLAINED_AT_ONCE * (1 + MOST_REGIONS + len(VARIANTS)) <= batcher._capacity / 2
         monkeypatch.setattr(batcher, "_capacity", 3 * 9)  # each image is itself, one region, and seven variants
@@ -817,6 +824,146 @@ def test_a_database_that_fails_while_starting_is_asked_again(
     with TestClient(create_app(populated, detector), base_url=BASE, client=("127.0.0.1", 1)) as client:
         wait_for(lambda: client.get("/health/ready").status_code == 200)
     assert failures == []
+
+
+# Another checkpoint becomes the active one
+
+
+@pytest.fixture
+def unnamed(
+    settings: Settings, tiny_checkpoint: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[TestClient]:
+    """Over references and a checkpoint of this test's own, which lies in the home and is in no setting."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # the tests' own process keeps its handlers
+    monkeypatch.setattr(service, "RETRY", 0.1)
+    monkeypatch.setattr(service, "LOOK", 0.02)
+    for name in ("home", "database_url"):
+        monkeypatch.setenv(f"LINEUP_{name.upper()}", str(getattr(settings, name)))
+    monkeypatch.setenv("LINEUP_DEVICE", "cpu")
+    settings.home.mkdir()
+    shutil.copytree(tiny_checkpoint, settings.home / "checkpoint")
+    index("add", image_folder)
+    with connected(settings, device="cpu") as client:
+        yield client
+
+
+def index(*arguments: object) -> str:
+    """What a command of the indexer says on stderr."""
+    result = CliRunner().invoke(indexer, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stderr
+
+
+def serving(client: TestClient) -> str:
+    """The checkpoint that a new verdict names."""
+    verdict = client.post("/v1/detect", files=files(png())).json()["results"][0]
+    return cast(str, verdict["model"]["checkpoint"])
+
+
+def test_a_service_changes_to_the_active_checkpoint_under_load(
+    unnamed: TestClient, other_checkpoint: Path, tmp_path: Path
+) -> None:
+    before, after = serving(unnamed), read_id(other_checkpoint)
+    done, answers = threading.Event(), list[Response]()
+
+    def ask() -> None:
+        while not done.is_set():
+            answers.append(unnamed.post("/v1/detect", files=files(png(), png(2)), params={"explain": "stability"}))
+
+    def enrol() -> None:
+        for seed in count(100):
+            if done.is_set():
+                break
+            form = {"label": "fake", "generator": "late"}
+            answers.append(unnamed.post("/v1/references", files=files(png(seed), field="images"), data=form))
+
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(work) for work in (ask, ask, enrol)]
+        try:
+            index("rebuild", "--checkpoint", other_checkpoint)
+            wait_for(lambda: serving(unnamed) == after)
+            last = len(answers)
+            wait_for(lambda: len(answers) > last + 5)
+        finally:
+            done.set()
+        for one in asked:
+            one.result()
+    assert {answer.status_code for answer in answers} == {200}
+    verdicts = [verdict for answer in answers for verdict in answer.json().get("results", [])]
+    assert {verdict["model"]["checkpoint"] for verdict in verdicts} == {before, after}
+    assert not [verdict for verdict in verdicts if verdict["degraded"] or verdict["score"] is None]
+    store = store_of(unnamed)
+    references = sum(store.counts().values())
+    assert len(store.embedded_ids(after)) == references  # what came in meanwhile included
+    assert len(store.embedded_ids(before)) < references
+    small_image(7, True, 64).save(tmp_path / "new.png")
+    index("add", tmp_path / "new.png", "--label", "fake", "--generator", "newest")
+    search = partial(unnamed.post, "/v1/search", files=files((tmp_path / "new.png").read_bytes()))
+    wait_for(lambda: search().json()["results"][0]["neighbours"][0]["generator"] == "newest")
+    told = CliRunner().invoke(api, ["detect", "--json", str(tmp_path / "new.png")])
+    assert Verdict.model_validate_json(told.stdout).model.checkpoint == after
+    status = unnamed.get("/v1/status").json()
+    assert (status["checkpoint"], status["active_checkpoint"], status["inactive"]) == (after, after, None)
+    assert "lineup_checkpoint_inactive 0.0" in unnamed.get("/metrics").text
+
+
+def test_what_is_added_while_the_next_checkpoint_is_loaded_waits_for_it(
+    unnamed: TestClient, other_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    successor, opened = Detector.successor, threading.Event()
+
+    def slow(detector: Detector) -> Detector:
+        assert opened.wait(60)
+        return successor(detector)
+
+    monkeypatch.setattr(Detector, "successor", slow)
+    index("rebuild", "--checkpoint", other_checkpoint)
+    with ThreadPoolExecutor(1) as pool:
+        enrol = partial(unnamed.post, "/v1/references", files=files(png(5), field="images"), data={"label": "real"})
+        added = pool.submit(enrol)
+        assert serving(unnamed) != read_id(other_checkpoint)
+        opened.set()
+        assert added.result().json()["added"] == 1
+    assert serving(unnamed) == read_id(other_checkpoint)
+    assert len(store_of(unnamed).embedded_ids(read_id(other_checkpoint))) == 121
+
+
+def test_where_the_active_checkpoint_is_not_on_this_machine_that_is_told(
+    unnamed: TestClient, image_folder: Path, other_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = serving(unnamed)
+    folder = Path(shutil.copytree(other_checkpoint, tmp_path / "elsewhere"))
+    embedder = Embedder.load(folder, device="cpu")
+    away = folder.rename(tmp_path / "away")
+    reembed(embedder, store_of(unnamed))
+    wait_for(lambda: "cannot be loaded" in str(unnamed.get("/v1/status").json()["inactive"]))
+    assert serving(unnamed) == before
+    enrol = partial(unnamed.post, "/v1/references", files=files(png(5), field="images"), data={"label": "real"})
+    detail = problem(enrol(), 503, "not-ready")["detail"]
+    assert "cannot be loaded" in detail
+    assert "elsewhere" not in detail  # the log names the server's folders
+    assert "lineup_checkpoint_inactive 1.0" in unnamed.get("/metrics").text
+    reasons = [vars(record)["reason"] for record in caplog.records if "does not serve" in record.message]
+    assert ["elsewhere" in reason for reason in reasons] == [True]
+    with pytest.raises(AssertionError, match=r"is not in .*elsewhere"):
+        index("add", image_folder)
+    away.rename(folder)
+    wait_for(lambda: serving(unnamed) == embedder.id)
+
+
+def test_a_checkpoint_that_is_named_goes_on_serving(
+    settings: Settings, tiny_checkpoint: Path, other_checkpoint: Path
+) -> None:
+    with connected(settings, checkpoint=tiny_checkpoint, device="cpu") as client:
+        embedder, store = Embedder.load(other_checkpoint, device="cpu"), store_of(client)
+        reembed(embedder, store)
+        wait_for(lambda: client.get("/v1/status").json()["active_checkpoint"] == embedder.id)
+        status = client.get("/v1/status").json()
+        assert status["checkpoint"] == serving(client) == read_id(tiny_checkpoint)
+        assert status["inactive"].endswith("LINEUP_CHECKPOINT names the other")
+        assert "lineup_checkpoint_inactive 1.0" in client.get("/metrics").text
+        form = {"label": "fake", "generator": "late"}
+        assert client.post("/v1/references", files=files(png(5), field="images"), data=form).json()["added"] == 1
 
 
 def test_a_dead_database_degrades_detection_and_nothing_else(

@@ -25,7 +25,7 @@ OTHER = "d" * 32
 def source(settings: Settings) -> Iterator[Store]:
     """300 references of two checkpoints, one of them an upload that was kept."""
     store = opened(settings)
-    store.register_checkpoint(OTHER, "wide", 2, {"image_size": 8})
+    store.register_checkpoint(OTHER, "wide", 2, {"image_size": 8}, Path("wide"))
     store.create_generator("SD-XL", vendor="Stability AI", released_on=date(2023, 7, 26))
     upload = new(1, "SD-XL", data=b"the file", attributes={"prompt": "a cat"}, fingerprint=-5, jpeg_quality=90)
     store.add([upload, *(new(n, "SD-XL" if n % 3 else None) for n in range(2, 300))], CHECKPOINT)
@@ -81,6 +81,7 @@ def test_a_set_arrives_as_it_was(source: Store, target: Store, tmp_path: Path) -
     enrolment = target.get_enrolment(imported["enrolment"])
     assert enrolment is not None
     assert enrolment.report == imported
+    assert target.get_checkpoint(OTHER).config == {"image_size": 8}  # its folder is no other machine's business
     again = import_references(target, path)
     assert (again["added"], again["embeddings"]) == (0, 0)
     assert target.revision(CHECKPOINT) == 2  # two pages

@@ -229,10 +229,10 @@ def test_what_comes_in_during_the_switch_is_embedded_too(
     switch = Store.activate
     rest = [["add", images / "fake" / name, "--label", "fake", "--generator", name] for name in ("gen-a", "gen-b")]
 
-    def late(store: Store, checkpoint_id: str, without: Sequence[int] = ()) -> bool:
+    def late(store: Store, checkpoint_id: str, without: Sequence[int], folder: Path) -> bool:
         if rest:
             run(*rest.pop())
-        return switch(store, checkpoint_id, without)
+        return switch(store, checkpoint_id, without, folder)
 
     monkeypatch.setattr(Store, "activate", late)
     report = document(run("rebuild", "--checkpoint", settings.home / "newer", "--json"))
@@ -307,12 +307,14 @@ def test_missing_checkpoints_and_databases_are_one_line(
     images: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LINEUP_HOME", str(settings.home))
-    monkeypatch.setenv("LINEUP_DATABASE_URL", "postgresql://127.0.0.1:1/none")
-    for arguments, part in (
-        (["add", str(images)], "train"),
-        (["status"], "LINEUP_DATABASE_URL"),
-        (["migrate"], "LINEUP_DATABASE_URL"),
+    away = "postgresql://127.0.0.1:1/none"
+    for arguments, url, part in (
+        (["add", str(images)], settings.database_url, "trainer fit"),
+        (["add", str(images)], away, "LINEUP_DATABASE_URL"),
+        (["status"], away, "LINEUP_DATABASE_URL"),
+        (["migrate"], away, "LINEUP_DATABASE_URL"),
     ):
+        monkeypatch.setenv("LINEUP_DATABASE_URL", str(url))
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 1
         (line,) = result.stderr.splitlines()

@@ -6,6 +6,8 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +26,7 @@ from indexer.store import (
     Additions,
     BadGeneratorName,
     BadVector,
+    CheckpointSwitched,
     Detection,
     GeneratorExists,
     KeyExists,
@@ -34,6 +37,7 @@ from indexer.store import (
     UnknownCheckpoint,
     UnknownGenerator,
 )
+from trainer.embedder import Embedder
 
 DIM = 4
 CHECKPOINT = "c" * 32
@@ -113,6 +117,29 @@ def test_a_checkpoint_becomes_active_when_nothing_lacks_its_embedding(store: Sto
     assert store.activate(other, without=[first or 0, second or 0])
     assert store.activate(CHECKPOINT)
     assert [one.id for one in store.checkpoints() if one.active] == [CHECKPOINT]
+
+
+def test_nothing_is_added_for_a_checkpoint_that_is_no_longer_active(store: Store) -> None:
+    other = "d" * 32
+    store.register_checkpoint(other, "other", DIM, {})
+    assert store.add([new(1)], CHECKPOINT, while_active=True).added == 1
+    store.embed([1], new(1).vector[None], other)
+    assert store.activate(other)
+    with pytest.raises(CheckpointSwitched, match="run the command again"):
+        store.add([new(2)], CHECKPOINT, while_active=True)
+    assert sum(store.counts().values()) == 1
+    assert store.add([new(2)], CHECKPOINT).added == 1
+
+
+def test_a_checkpoint_remembers_where_it_lies(store: Store, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    one = Embedder.load(tiny_checkpoint, device="cpu")
+    register = partial(store.register_checkpoint, one.id, one.name, one.dim, one.config.to_json())
+    assert register().find(tmp_path) is None
+    assert register(tiny_checkpoint).find(tmp_path) == tiny_checkpoint
+    assert register(tmp_path).find(tmp_path) == tiny_checkpoint  # the first one stays until it is made active
+    assert store.activate(one.id, folder=tmp_path)
+    assert store.get_checkpoint(one.id).find(tmp_path) is None
+    assert store.get_checkpoint(one.id).find(tiny_checkpoint) == tiny_checkpoint
 
 
 def test_add_keeps_everything(store: Store) -> None:

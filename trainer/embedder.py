@@ -209,6 +209,16 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
+def read_id(folder: Path) -> str:
+    """The id of the checkpoint in a folder.
+
+    Raises:
+        CheckpointError: The folder is missing, or a file is broken.
+    """
+    config = read_config(folder)
+    return checkpoint_id(read_weights(folder), config.preprocess)
+
+
 def load_backbone(folder: Path) -> nn.Module:
     """The backbone of a checkpoint folder, with its weights, on the CPU, for inference.
 
