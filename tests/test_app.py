@@ -671,7 +671,7 @@ def test_without_keys_a_proxy_that_looks_like_this_machine_needs_the_token(
     with connected(settings, checkpoint=tiny_checkpoint, device="cpu", open=False) as client:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {token}"}):
             answer = client.post("/v1/references", data={"label": "real"}, headers=headers)
-            assert "api serve" in problem(answer, 401, "unauthorized")["detail"]
+            assert "lineup serve" in problem(answer, 401, "unauthorized")["detail"]
             problem(client.get("/metrics", headers=headers), 401, "unauthorized")
             problem(client.get(f"/v1/status?token={token}", headers=headers), 401, "unauthorized")
         for path in (f"/?token={token}", "/app.js", "/health/live", "/health/ready"):

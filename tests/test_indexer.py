@@ -309,7 +309,7 @@ def test_missing_checkpoints_and_databases_are_one_line(
     monkeypatch.setenv("LINEUP_HOME", str(settings.home))
     away = "postgresql://127.0.0.1:1/none"
     for arguments, url, part in (
-        (["add", str(images)], settings.database_url, "trainer fit"),
+        (["add", str(images)], settings.database_url, "lineup train fit"),
         (["add", str(images)], away, "LINEUP_DATABASE_URL"),
         (["status"], away, "LINEUP_DATABASE_URL"),
         (["migrate"], away, "LINEUP_DATABASE_URL"),
