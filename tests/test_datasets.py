@@ -111,6 +111,7 @@ def test_folders_below_split_names_and_one_generator_for_all(tmp_path: Path) -> 
         ("progan/airplane/1_fake/a.png", "progan", None, {"class": "airplane"}),
         ("biggan/1_fake/a.png", "biggan", None, {}),
         ("val/progan/cat/1_fake/a.png", "progan", "val", {"class": "cat"}),
+        ("train/progan/cat/1_fake/a.png", "progan", "train", {"class": "cat"}),
         ("1_fake/a.png", "set", None, {}),
         ("Midjourney/train/ai/a.png", "Midjourney", "train", {}),
         ("ADM/imagenet_ai_0508_adm/val/ai/a.png", "ADM", "val", {"class": "imagenet_ai_0508_adm"}),
@@ -126,6 +127,18 @@ def test_foren_synths_and_gen_image(
     assert sorted(facts(read_dataset(root), "key", "label", "generator", "split", "attributes")) == sorted(expected)
     named = [entry.generator for entry in read_dataset(root, generator="mine")]
     assert sorted(map(str, named)) == ["None", "mine"]
+
+
+@pytest.mark.parametrize("root", ["progan", "progan/cat", "progan/train"])
+def test_a_class_of_foren_synths_is_no_generator(tmp_path: Path, root: str) -> None:
+    """The folder above names the generator; below it, it must be given."""
+    place(tmp_path, *(f"progan/{name}/{kind}/a.png" for name in ("cat", "train") for kind in ("0_real", "1_fake")))
+    above = [(entry.generator, entry.split, entry.attributes["class"]) for entry in read_dataset(tmp_path)]
+    assert sorted(above, key=str) == [(made, None, name) for made in ("progan", None) for name in ("cat", "train")]
+    with pytest.raises(DatasetError, match=r"'(cat|train)' is a class of ForenSynths.*--generator NAME"):
+        read_dataset(tmp_path / root)
+    named = read_dataset(tmp_path / root, generator="progan")
+    assert {(entry.generator, entry.split) for entry in named} == {("progan", None), (None, None)}
 
 
 def test_a_split_folder_of_a_gen_image_generator_is_named_after_it(tmp_path: Path) -> None:

@@ -20,6 +20,12 @@ _LITTER = ("thumbs.db", "desktop.ini")
 _LABELS = {"0_real": 0, "1_fake": 1, "nature": 0, "ai": 1}
 _MARKERS = {"0_real", "1_fake", "ai"}  # `nature` alone is what people call a folder of landscapes
 _DEPTH = 4
+# Of ForenSynths: LSUN's for ProGAN, then those of StyleGAN, StyleGAN 2 and CycleGAN. `train` is one of them.
+_CLASSES = frozenset([
+    "airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
+    "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    "bedroom", "church", "apple", "orange", "summer", "winter", "zebra",
+])  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,22 +150,37 @@ def foren_synths_or_gen_image(root: Path, generator: str | None) -> list[Part]:
     """`<generator>/[<class>/]{0_real,1_fake}` or `<generator>/{train,val}/{ai,nature}`; empty where there are none.
 
     The generator is the first folder below `root` that is not named like a split, or `root` itself where there is
-    none: for classes right below `root` give its name.
+    none.
+
+    Raises:
+        DatasetError: By that rule a class of ForenSynths would be a generator, and no generator is given.
     """
     parts = []
     for home in sorted(_homes(root, _DEPTH)):
-        below = home.relative_to(root).parts
-        split = next((name.lower() for name in (*below, root.name) if name.lower() in SPLIT_FOLDERS), None)
-        names = [name for name in below if name.lower() not in SPLIT_FOLDERS]
-        own = root.parent.name if root.name.lower() in SPLIT_FOLDERS else root.name
+        below = [folder for folder in (*reversed(home.parents), home) if root in folder.parents]
+        split = next((folder.name.lower() for folder in (*below, root) if _names_split(folder)), None)
+        names = [folder.name for folder in below if not _names_split(folder)]
+        own = root.parent.name if _names_split(root) else root.name
+        name = generator or (names[0] if names else own)
+        if generator is None and name in _CLASSES:
+            raise DatasetError(
+                f"{home}: {name!r} is a class of ForenSynths, not a generator; give --generator NAME, "
+                "or the folder that holds the generator's"
+            )
         attributes = {"class": "/".join(names[1:])} if names[1:] else {}
         for folder in _folders(home):
             label = _LABELS.get(folder.name)
             if label is not None:
-                name = generator or (names[0] if names else own)
                 made = check_generator(name, str(folder)) if label else None
                 parts.append(Part(folder, label, made, split, False, attributes))
     return parts
+
+
+def _names_split(folder: Path) -> bool:
+    """Whether a folder is named like a split; `train` beside other classes of ForenSynths is a class."""
+    return folder.name.lower() in SPLIT_FOLDERS and not any(
+        (folder.parent / name / "0_real").is_dir() for name in _CLASSES - {folder.name}
+    )
 
 
 def _homes(folder: Path, depth: int) -> Iterator[Path]:
