@@ -110,7 +110,7 @@ def time_steps(settings: FitSettings, device: str, rounds: int, compiled: bool) 
 
         def step() -> None:
             torch.set_num_threads(1 if run.slices else torch.get_num_threads())
-            run.step((whole, local, []), torch.Generator().manual_seed(0), 1e-5)
+            run.step((whole, local, [], []), torch.Generator().manual_seed(0), 1e-5)
 
         return step
 

@@ -16,6 +16,7 @@ from trainer.embedded_set import EmbeddedSet, Rejected, embed_entries
 from trainer.embedder import Embedder
 from trainer.heads import Heads
 from trainer.metrics import RESAMPLES
+from trainer.seen import LeftOut, SeenImages
 from trainer.splits import entries_of, measure_splits, rows_of
 from trainer.transforms import basic
 from trainer.vote import vote
@@ -35,6 +36,7 @@ class Evaluation:
         verdicts: {"split", "transform", "generator", "images", "fake", "real", "uncertain", "coverage"}, shares.
         thresholds: Of the combined score, {"fake", "real"}; null where the rate cannot be promised.
         rejected: Images that could not be read.
+        left_out: What the checkpoint saw, and so was not measured.
     """
 
     revision: int
@@ -42,6 +44,7 @@ class Evaluation:
     verdicts: list[dict[str, Any]]
     thresholds: dict[str, float | None]
     rejected: list[Rejected] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def evaluate(
@@ -57,6 +60,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure every head on every split, plain, augmented and with both labels recompressed alike.
 
+    Images that trained, calibrated or chose the checkpoint, or whose group did, are left out.
     References of an image's own group, its own bytes, or near duplicates of it do not answer for it.
 
     Args:
@@ -80,9 +84,12 @@ def evaluate(
     heads = Heads.load(settings.checkpoint_folder)
     calibration = recalibrate(settings, follower)
     tables = basic(embedder.preprocess.image_size)
-    sets, rejected = embed_entries(embedder, entries_of(data, splits, tables, []), seed=seed, on_image=on_image)
+    left_out, leave_out = LeftOut.by(SeenImages.load(settings.checkpoint_folder))
+    work = entries_of(data, splits, tables, [], leave_out)
+    sets, rejected = embed_entries(embedder, work, seed=seed, on_image=on_image)
     if not sets:
         reason = f" ({len(rejected)} unreadable, the first: {rejected[0].file})" if rejected else ""
+        reason += f" ({left_out})" if left_out.images else ""
         raise EvaluationError(f"{data} holds no readable image of split {split}{reason}: change --data or --split")
     t_fake, t_real = (
         calibration.thresholds(settings.max_false_alarm, settings.max_miss) if calibration else (None, None)
@@ -98,7 +105,7 @@ def evaluate(
                 found = verdict_shares(images.take(chosen), scores["combined"][chosen], t_fake, t_real)
                 verdicts += [{"split": part, "transform": name} | row for row in found]
     thresholds = {"fake": t_fake, "real": t_real}
-    return Evaluation(follower.revision, rows, verdicts, thresholds, rejected)
+    return Evaluation(follower.revision, rows, verdicts, thresholds, rejected, left_out)
 
 
 def index_scores(

@@ -35,6 +35,8 @@ def tell_evaluation(evaluation: Evaluation) -> None:
             shares = [_percent(verdict[key] if verdict else None) for key in ("fake", "real", "uncertain")]
             table.add_row(name, str(images), *map(_cell, rows), *shares)
         console.print(table)
+    if str(evaluation.left_out):
+        console.print(str(evaluation.left_out), soft_wrap=True)
     thresholds = ", ".join(
         f"{name} {'cannot be promised' if value is None else f'{value:.3f}'}"
         for name, value in evaluation.thresholds.items()

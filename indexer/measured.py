@@ -15,6 +15,7 @@ from trainer.datasets import read_dataset
 from trainer.embedded_set import Rejected
 from trainer.embedder import Embedder
 from trainer.heads import Heads
+from trainer.seen import LeftOut, SeenImages
 
 
 def question(
@@ -40,6 +41,7 @@ def question(
         "checkpoint": follower.checkpoint_id,
         "engine": embedder.engine,
         "heads": Heads.load(settings.checkpoint_folder).id,
+        "seen": SeenImages.load(settings.checkpoint_folder).digest,
         "store": str(follower.store.store_id()),
         "revision": follower.revision,
         "k": settings.k,
@@ -55,7 +57,8 @@ def kept(file: Path, asked: Mapping[str, Any]) -> Evaluation | None:
         if found["question"] != asked:
             return None
         answer = found["answer"]
-        return Evaluation(**answer | {"rejected": [Rejected(**one) for one in answer["rejected"]]})
+        rejected = [Rejected(**one) for one in answer["rejected"]]
+        return Evaluation(**answer | {"rejected": rejected, "left_out": LeftOut(**answer["left_out"])})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

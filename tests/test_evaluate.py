@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import cast
@@ -21,6 +22,7 @@ from trainer.datasets import read_dataset, role
 from trainer.embedded_set import EmbeddedSet, embed_entries
 from trainer.embedder import CheckpointConfig, Embedder, build_backbone, save_checkpoint
 from trainer.enrolment import enrolment_curve, knn_logits, nearest_similarities
+from trainer.entry import default_split
 from trainer.evaluate import Evaluation, EvaluationError, evaluate
 from trainer.file_facts import file_fact_scores
 from trainer.heads import Heads, HeadsError, NearestHead, unit_length
@@ -28,6 +30,7 @@ from trainer.images import FileFacts, Preprocess
 from trainer.metrics import auroc
 from trainer.refit import refit
 from trainer.report import report_tables, write_report
+from trainer.seen import LeftOut, SeenImages
 from trainer.splits import entries_of
 from trainer.tables import NOT_DIFFUSION, Rows, seen_table, unseen_tables
 from trainer.transforms import Transform, basic, curves
@@ -153,7 +156,7 @@ def test_the_transformed_images_of_d3s_archive_stand_for_ours(tmp_path: Path) ->
     tables, extra = basic(SIZE), [points[0][1] for points in curves().values()]
     work = {
         (entry.attributes["variant"], entry.label): [t.name for t in transforms]
-        for entry, transforms in entries_of(tmp_path, ["test"], tables, extra)
+        for entry, transforms in entries_of(tmp_path, ["test"], tables, extra, lambda _: False)
     }
     plain = ["none", "equalised", *(transform.name for transform in extra)]
     assert work == {
@@ -161,6 +164,70 @@ def test_the_transformed_images_of_d3s_archive_stand_for_ours(tmp_path: Path) ->
         for variant, names in (("augm", ["transformed"]), ("no_augm", plain))
         for label in (0, 1)
     }
+
+
+def test_images_that_the_checkpoint_saw_are_left_out_and_counted(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """Of the training split the heads saw 120 of 132 images; only the validation images are left to measure."""
+    found = evaluate(checkpoint, data, split="train,test", resamples=5)
+    assert found.left_out == LeftOut(120, complete=False)
+    rows = Rows(found.rows)
+    assert [rows.value("images", "train", "none", "linear", name) for name in ("real", "gen-a")] == [6, 6]
+    header, *lines = (data / "manifest.csv").read_text().splitlines()
+    reals = [line for line in lines if line.startswith("train-real")][54:]
+    for line in reals:
+        shutil.copy(data / line.split(",")[0], tmp_path)
+    (tmp_path / "manifest.csv").write_text("\n".join([header, *reals]))
+    with pytest.raises(EvaluationError, match=r"one label only in split train \(6 images left out.* calibrated"):
+        evaluate(checkpoint, tmp_path, split="train")
+
+
+def test_the_same_bytes_are_left_out_of_any_data_set(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """Under other names and groups: of each label one image that the checkpoint saw, and one that it did not."""
+    for label, generator in (("real", "real"), ("fake/gen", "gen-a")):
+        (tmp_path / "other" / label).mkdir(parents=True)
+        for split in ("train", "test"):
+            shutil.copy(data / f"{split}-{generator}-1.png", tmp_path / "other" / label / f"{split}.png")
+    read_again = partial(read_dataset, tmp_path / "other")
+    seen = SeenImages.load(checkpoint)
+    assert [seen.holds(entry) for entry in read_again()] == [Path(entry.key).stem == "train" for entry in read_again()]
+
+
+def test_an_evaluation_says_what_it_cannot_know(
+    checkpoint: Path, data: Path, tmp_path: Path, evaluation: Evaluation
+) -> None:
+    """A checkpoint of earlier versions keeps no record; one of `fit` keeps all of it."""
+    old, new = (Path(shutil.copytree(checkpoint, tmp_path / name)) for name in ("old", "new"))
+    (old / "seen.safetensors").unlink()
+    SeenImages.joined([SeenImages.load(new), SeenImages.of([], [])]).save(new)
+    runner = CliRunner()
+    arguments = ["--data", str(data), "--split", "train,test"]
+    without = runner.invoke(app, ["evaluate", "--checkpoint", str(old), *arguments])
+    assert without.exit_code == 0, without.output
+    assert "keeps no record of what trained its embedding" in without.stderr
+    assert "left out:" not in without.stderr
+    with_it = runner.invoke(app, ["evaluate", "--checkpoint", str(new), *arguments, "--output", str(tmp_path / "r")])
+    assert with_it.exit_code == 0, with_it.output
+    assert "120 images left out" in with_it.stderr
+    assert "no record" not in with_it.stderr
+    assert json.loads((tmp_path / "r" / "report.json").read_text())["left_out"] == {"images": 120, "complete": True}
+    assert "120 images left out" in (tmp_path / "r" / "report.md").read_text()
+    (new / "seen.safetensors").write_bytes(b"nothing")
+    assert "seen.safetensors is broken" in runner.invoke(app, ["evaluate", "--checkpoint", str(new), *arguments]).stderr
+
+
+def test_heads_take_the_training_split(checkpoint: Path, tmp_path: Path) -> None:
+    for name, generator in (("real", ""), ("fake/gen", "gen-a")):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(60):
+            small_image(np.random.default_rng(number), generator).save(tmp_path / name / f"{number}.png")
+    copied = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    (copied / "seen.safetensors").unlink()
+    arguments = ["heads", "--checkpoint", str(copied), "--data", str(tmp_path), "--views", "2"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    seen = SeenImages.load(copied)
+    roles = [(entry, default_split(entry.group), role(entry.group)) for entry in read_dataset(tmp_path)]
+    assert all(seen.holds(entry) == (split == "train" and of != "validation") for entry, split, of in roles)
 
 
 def test_unreadable_images_are_named(evaluation: Evaluation) -> None:
@@ -463,7 +530,9 @@ def test_command_prints_one_document(checkpoint: Path, data: Path, evaluation: E
     assert done.exit_code == 0, done.output
     keys = ("split", "transform", "head", "generator", "images", "accuracy", "auroc", "ap")
     expected = [tuple(row[key] for key in keys) for row in evaluation.rows]
-    assert [tuple(row[key] for key in keys) for row in json.loads(done.stdout)["rows"]] == expected
+    document = json.loads(done.stdout)
+    assert [tuple(row[key] for key in keys) for row in document["rows"]] == expected
+    assert document["left_out"] == {"images": 0, "complete": False}
     failed = runner.invoke(app, ["evaluate", "--checkpoint", "nowhere", "--data", str(data)])
     assert failed.exit_code == 1
     assert failed.stderr.startswith("error: no checkpoint at nowhere")

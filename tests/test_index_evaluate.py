@@ -24,6 +24,7 @@ from trainer.datasets import read_dataset
 from trainer.embedded_set import EmbeddedSet
 from trainer.embedder import Embedder
 from trainer.heads import Heads
+from trainer.seen import LeftOut, SeenImages
 
 BOTH = "train,test"
 
@@ -55,6 +56,23 @@ def test_rows_are_the_trainers(populated: Settings, follower: Follower, embedder
     for row in found.verdicts:
         assert row["fake"] + row["real"] + row["uncertain"] == pytest.approx(1)
         assert row["coverage"] == pytest.approx(row["fake"] + row["real"], abs=2e-6)  # each is rounded
+
+
+def test_images_that_the_checkpoint_saw_are_left_out_and_counted(
+    populated: Settings, follower: Follower, embedder: Embedder, image_folder: Path, tmp_path: Path
+) -> None:
+    assert not evaluate(populated, follower, embedder, image_folder, split="test", resamples=5).left_out.complete
+    copied = shutil.copytree(populated.checkpoint_folder, tmp_path / "checkpoint")
+    train, test = (list(read_dataset(image_folder, split=split)) for split in ("train", "test"))
+    SeenImages.of([], (entry.group for entry in [*train, test[0]])).save(copied)
+    settings = populated.model_copy(update={"checkpoint": copied})
+    found = evaluate(settings, follower, embedder, image_folder, split=BOTH, resamples=5)
+    assert found.left_out == LeftOut(len(train) + 1)
+    plain = {row["split"]: row["images"] for row in found.rows if (row["head"], row["generator"]) == ("nn1", "all")}
+    assert plain == {"test": len(test) - 1}
+    assert question(settings, follower, embedder, image_folder, "test", 0) != question(
+        populated, follower, embedder, image_folder, "test", 0
+    )
 
 
 def test_an_image_does_not_answer_for_itself(populated: Settings, follower: Follower) -> None:

@@ -5,6 +5,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
@@ -19,8 +20,12 @@ from trainer.augmentations import Augmenter
 from trainer.batches import Sample, collate
 from trainer.datasets import read_dataset, role
 from trainer.embedder import read_weights
+from trainer.entry import default_split
 from trainer.images import Preprocess
 from trainer.recipe import FitError
+from trainer.run import Run
+from trainer.seen import SeenImages
+from trainer.state import state_folder
 from trainer.stream import ShardRecords, is_image_member, shard_paths
 from trainer.train import fit
 from trainer.views import Views
@@ -64,7 +69,7 @@ def records(folder: Path, *, seed: int = 0, epoch: int = 0, rank: int = 0) -> Sh
 
 
 def first(stream: Iterator[Sample], count: int = 60) -> list[bytes]:
-    return [whole.tobytes() for whole, _, _ in islice(stream, count)]
+    return [whole.tobytes() for whole, _, _, _ in islice(stream, count)]
 
 
 def test_shards_are_found(shards: Path, tmp_path: Path) -> None:
@@ -81,19 +86,20 @@ def test_only_images_are_read() -> None:
 
 
 def test_the_stream_has_the_eight_views_of_training_records_alone(shards: Path) -> None:
-    plain = {entry.uri: entry for entry in read_dataset(shards)}
+    plain = {entry.uri: entry for entry in read_dataset(shards, split="train")}
     crops = {}
     stream = records(shards)
     for entry in plain.values():
         image = Image.open(io.BytesIO(entry.read()))
         crops[np.asarray(stream.views.preprocess.crop(image)).tobytes()] = entry
     seen: Counter[str] = Counter()
-    for whole, local, failed in islice(iter(stream), 200):
+    for whole, local, failed, origins in islice(iter(stream), 200):
         assert (whole.shape, local.shape, failed) == ((3, 2, 32, 32, 3), (2, 16, 16, 3), [])
         real, fake = (crops[view.tobytes()] for view in whole[0])
         assert (real.label, fake.label) == (0, 1)
         assert real.group == fake.group
-        assert role(real.group) == "training"
+        assert (role(real.group), default_split(real.group)) == ("training", "train")
+        assert origins == [(sha256(entry.read()).hexdigest(), entry.group) for entry in (real, fake)]
         seen[real.group] += 1
         seen[fake.generator or ""] += 1
     groups = {entry.group for entry in plain.values() if role(entry.group) == "training"}
@@ -110,9 +116,9 @@ def test_the_stream_follows_from_seed_epoch_and_rank(shards: Path) -> None:
 
 def test_workers_stream_apart_even_where_they_are_more_than_the_shards(shards: Path) -> None:
     loader = DataLoader(records(shards / "0.tar"), batch_size=4, num_workers=2, collate_fn=collate)
-    batches = [whole.numpy().tobytes() for whole, _, _ in islice(loader, 4)]
+    batches = [whole.numpy().tobytes() for whole, _, _, _ in islice(loader, 4)]
     assert len(set(batches)) == 4
-    again = [whole.numpy().tobytes() for whole, _, _ in islice(loader, 4)]
+    again = [whole.numpy().tobytes() for whole, _, _, _ in islice(loader, 4)]
     assert batches == again
 
 
@@ -122,7 +128,7 @@ def test_broken_images_and_shards_are_named_and_the_rest_goes_on(tmp_path: Path)
     cut = (tmp_path / "1.tar").read_bytes()
     (tmp_path / "1.tar").write_bytes(cut[: len(cut) // 2])
     (tmp_path / "2.tar").write_bytes(b"no tar at all" * 100)
-    failed = [line for _, _, lines in islice(iter(records(tmp_path)), 300) for line in lines]
+    failed = [line for _, _, lines, _ in islice(iter(records(tmp_path)), 300) for line in lines]
     assert any("0.tar#elsa__train__" in line for line in failed)
     assert any("ReadError" in line for line in failed)
 
@@ -135,6 +141,30 @@ def test_a_stream_without_use_ends_with_an_error(tmp_path: Path, monkeypatch: py
         next(iter(records(tmp_path)))
 
 
+def test_what_was_streamed_is_remembered_over_epochs(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The entries listed for the heads are but a few of what is streamed."""
+    monkeypatch.setattr("trainer.stream.SHUFFLE", 1)
+    settings = replace(tiny_settings(shards, tmp_path / "one"), head_images=4, epochs=3)
+    state, capture = [], Run.capture
+
+    def stop_once(self: Run) -> None:
+        capture(self)
+        state.append(set(self.seen.contents.tolist()))
+        self.state.save(state_folder(settings.output))
+        if len(state) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "capture", stop_once)
+    with pytest.raises(KeyboardInterrupt):
+        fit(settings)
+    fit(settings)
+    first, *_, last = state
+    assert len(first) > 4
+    assert first < last <= set(SeenImages.load(settings.output).contents.tolist())
+
+
 def test_fit_trains_on_shards_and_resumes_nothing_when_finished(shards: Path, tmp_path: Path) -> None:
     settings = replace(tiny_settings(shards, tmp_path / "one"), epochs=1)
     metrics = fit(settings)
@@ -142,5 +172,8 @@ def test_fit_trains_on_shards_and_resumes_nothing_when_finished(shards: Path, tm
     assert metrics["training"]["updates"] == 3
     assert fit(settings)["reused"]
     fit(replace(settings, output=tmp_path / "two"))
+    seen = SeenImages.load(tmp_path / "one")
+    for entry in read_dataset(shards):
+        assert seen.holds(entry) == (default_split(entry.group) == "train")
     one, two = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
     assert all(np.array_equal(one[name], two[name]) for name in one)

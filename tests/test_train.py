@@ -1,5 +1,6 @@
 """Training end to end on a few small images: schedule, batches, resume, reuse, several processes."""
 
+import importlib
 import io
 import json
 import math
@@ -15,12 +16,15 @@ import torch
 from tiny import tiny_settings
 
 from trainer.batches import EpochSampler, Pairs, Pictures
+from trainer.datasets import read_dataset, role
 from trainer.embedder import Embedder, read_config, read_weights
+from trainer.entry import default_split
 from trainer.heads import Heads
 from trainer.probe import Probe
 from trainer.recipe import FitError, FitSettings, learning_rate
 from trainer.roles import read_roles
 from trainer.run import Processes, Run
+from trainer.seen import SeenImages
 from trainer.state import RunState, state_folder
 from trainer.train import epoch_steps, finishing_seconds, fit, make_objective
 from trainer.views import Views
@@ -86,11 +90,16 @@ def test_settings_that_cannot_work_are_refused(tiny: FitSettings, change: dict[s
 def test_only_training_images_feed_the_loss(tiny: FitSettings) -> None:
     roles = read_roles(tiny)
     groups = {name: {entry.group for entry in pictures.entries} for name, pictures in roles.items()}
-    assert sum(map(len, groups.values())) == 120
+    assert sum(map(len, groups.values())) == len(list(read_dataset(tiny.data, split="train"))) < 120
     assert not groups["training"] & (groups["calibration"] | groups["validation"])
     pairs = Pairs(roles["training"], Views(preprocess=tiny.preprocessing, local_size=16), seed=0)
     places = {place for record in range(2000) for place in pairs.pair(0, record)[:2]}
     assert places == set(range(len(roles["training"])))
+
+
+def test_without_a_split_only_the_training_split_is_read(tiny: FitSettings) -> None:
+    splits = {entry.split for pictures in read_roles(tiny).values() for entry in pictures.entries}
+    assert splits == {"train"}
 
 
 def test_pairs_follow_from_seed_epoch_and_record(tiny: FitSettings) -> None:
@@ -143,11 +152,22 @@ def test_fit_writes_a_checkpoint_that_embeds_and_has_heads(whole: Whole) -> None
     embedder, heads = Embedder.load(settings.output, device="cpu"), Heads.load(settings.output)
     assert (embedder.id, heads.id, embedder.dim) == (metrics["checkpoint"], metrics["heads"], 48)
     assert set(metrics["validation"]) == {"linear", "svm", "nn1"}
-    assert sum(sum(images.values()) for images in metrics["images"].values()) == 120
+    assert sum(sum(images.values()) for images in metrics["images"].values()) == len(
+        list(read_dataset(settings.data, split="train"))
+    )
     assert json.loads((settings.output / "metrics.json").read_text())["checkpoint"] == embedder.id
     assert "gen-a" in (settings.output / "README.md").read_text()
     assert len((settings.output / "summary.csv").read_text().splitlines()) == 3
     assert [path.name for path in settings.output.parent.iterdir()] == ["checkpoint"]
+
+
+def test_a_checkpoint_remembers_what_it_saw(whole: Whole, image_folder: Path) -> None:
+    seen, settings = SeenImages.load(whole[0].output), whole[0]
+    assert seen.complete
+    elsewhere = {entry.key: replace(entry, group="of another data set") for entry in read_dataset(image_folder)}
+    for entry in read_dataset(settings.data):
+        assert seen.holds(entry) == seen.holds(elsewhere[entry.key]) == (default_split(entry.group) == "train")
+    assert not seen.holds(replace(entry, group="other", read=lambda: b"other"))
 
 
 def test_a_second_run_changes_nothing_and_other_settings_are_refused(whole: Whole) -> None:
@@ -267,6 +287,94 @@ def test_max_minutes_ends_the_schedule_with_a_usable_checkpoint(tiny: FitSetting
     assert Embedder.load(settings.output, device="cpu").dim == Heads.load(settings.output).dim == 48
 
 
+def stopped_once(monkeypatch: pytest.MonkeyPatch, where: str, name: str) -> None:
+    """Let a function of a module do its work and then raise KeyboardInterrupt, the first time it is called."""
+    module = importlib.import_module(where)
+    real, calls = getattr(module, name), []
+
+    def stop(*arguments: Any, **options: Any) -> Any:
+        result = real(*arguments, **options)
+        calls.append(name)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(module, name, stop)
+
+
+def test_a_resumed_run_keeps_its_time_and_schedule(tiny: FitSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows: list[float] = []
+    save = RunState.save
+
+    def save_then_stop(self: RunState, folder: Path) -> None:
+        save(self, folder)
+        windows.append(self.window)
+        if len(windows) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunState, "save", save_then_stop)
+    settings = replace(tiny, epochs=100_000, max_minutes=0.05)
+    with pytest.raises(KeyboardInterrupt):
+        fit(settings)
+    fit(settings)
+    assert len(set(windows)) == 1
+    rows = [line.split(",") for line in (settings.output / "summary.csv").read_text().splitlines()]
+    progress = [float(row[rows[0].index("progress")]) for row in rows[1:]]
+    assert progress == sorted(progress)
+    assert progress[-1] == 1
+
+
+@pytest.mark.parametrize("change", [{}, {"max_minutes": 0.05, "epochs": 100_000}, {"patience": 1, "epochs": 9}])
+def test_a_run_that_only_lacks_its_heads_trains_no_more(
+    tiny: FitSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Even where images have gone meanwhile."""
+    data = shutil.copytree(tiny.data, tmp_path / tiny.data.name)
+    settings = replace(tiny, data=data, epoch_steps=None, batch_size=8, **change)
+    accuracies = iter([0.9, 0.8])
+    if "patience" in change:
+        monkeypatch.setattr(Probe, "score", lambda *_: (next(accuracies), 0.5))
+    stopped_once(monkeypatch, "trainer.release", "fit_heads")
+    with pytest.raises(KeyboardInterrupt):
+        fit(settings)
+    for entry in [entry for entry in read_dataset(data, split="train") if not entry.label][:20]:
+        (data / entry.key).unlink()
+    done = RunState.load(state_folder(settings.output))
+    assert done is not None
+    monkeypatch.setattr(Run, "step", lambda *_: pytest.fail("trained on"))
+    metrics = fit(settings)
+    assert (metrics["training"]["updates"], metrics["training"]["epochs"]) == (done.updates, done.epoch)
+
+
+@pytest.mark.parametrize("cache_bytes", [1000, 4 << 30])
+def test_files_that_go_while_training_cost_no_training(
+    tiny: FitSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache_bytes: int
+) -> None:
+    """One image of each role and all of a generator: named, counted and skipped where they are not in memory."""
+    data = shutil.copytree(tiny.data, tmp_path / tiny.data.name)
+    entries = list(read_dataset(data, split="train"))
+    gone = {entry.key for entry in entries if entry.generator == "gen-b"}
+    for name in ("training", "calibration", "validation"):
+        gone.add(next(entry.key for entry in entries if role(entry.group) == name and not entry.label))
+    save = RunState.save
+
+    def save_and_delete(self: RunState, folder: Path) -> None:
+        save(self, folder)
+        for key in gone:
+            (data / key).unlink(missing_ok=True)
+
+    monkeypatch.setattr(RunState, "save", save_and_delete)
+    metrics = fit(replace(tiny, data=data, cache_bytes=cache_bytes))
+    assert metrics["training"]["updates"] == 6
+    listed = tiny.output / "unreadable.csv"
+    if cache_bytes > 1000:
+        assert metrics["unreadable"] == 0
+        assert not listed.exists()
+    else:
+        assert metrics["unreadable"] == len(gone)
+        assert all(f"{key},no such file" in listed.read_text() for key in gone)
+
+
 @pytest.mark.parametrize(("device", "slower"), [("cpu", 1), ("cuda", 3)])
 def test_time_kept_for_the_heads_follows_from_what_will_embed_them(
     tiny: FitSettings, monkeypatch: pytest.MonkeyPatch, device: str, slower: int
@@ -292,7 +400,7 @@ def one_update(settings: FitSettings) -> tuple[Run, dict[str, torch.Tensor]]:
     size, local = settings.image_size, settings.local
     whole = torch.randint(0, 256, (4, 3, 2, size, size, 3), generator=generator, dtype=torch.uint8)
     crops = torch.randint(0, 256, (4, 2, local, local, 3), generator=generator, dtype=torch.uint8)
-    run.step((whole, crops, []), generator, 1e-3)
+    run.step((whole, crops, [], []), generator, 1e-3)
     return run, before
 
 
@@ -380,14 +488,15 @@ def test_pretrained_starts_from_timms_weights(tiny: FitSettings, monkeypatch: py
 
 def test_unreadable_images_are_counted_and_listed(tiny: FitSettings, image_folder: Path, tmp_path: Path) -> None:
     data = shutil.copytree(image_folder, tmp_path / "data")
-    (data / "real" / "broken.jpg").write_bytes((data / "real" / "000.jpg").read_bytes()[:100])
+    (data / "real" / "cut.jpg").write_bytes((data / "real" / "000.jpg").read_bytes()[:100])
     (data / "fake" / "gen-a" / "empty.png").write_bytes(b"")
     metrics = fit(replace(tiny, data=data, epochs=1))
     assert metrics["unreadable"] == 2
     listed = (tiny.output / "unreadable.csv").read_text()
-    assert "broken.jpg" in listed
+    assert "cut.jpg" in listed
     assert "empty.png" in listed
-    assert sum(sum(images.values()) for images in metrics["images"].values()) == 120
+    images = len(list(read_dataset(data, split="train"))) - 2
+    assert sum(sum(counts.values()) for counts in metrics["images"].values()) == images
 
 
 def test_images_that_do_not_fit_into_memory_are_read_as_they_are_needed(tiny: FitSettings, whole: Whole) -> None:
@@ -411,7 +520,7 @@ def test_tensorboard_gets_scalars(tiny: FitSettings, tmp_path: Path) -> None:
 
 
 def test_training_learns(tiny: FitSettings) -> None:
-    fit(replace(tiny, epoch_steps=25, batch_size=8, learning_rate=2e-2, warmup_epochs=0.2))
+    fit(replace(tiny, epoch_steps=80, batch_size=8, learning_rate=1e-2, warmup_epochs=0.2))
     rows = [line.split(",") for line in (tiny.output / "summary.csv").read_text().splitlines()]
     first, second = (float(row[rows[0].index("loss")]) for row in rows[1:])
     assert second < 0.9 * first

@@ -23,6 +23,7 @@ console = Console(stderr=True)
 TRAINING = "cv2 huggingface_hub joblib matplotlib scipy sklearn tensorboard timm torch torchvision webdataset"
 EXTRAS = dict.fromkeys(TRAINING.split(), "train") | dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export")
 """The extra that brings a library which serving does without."""
+SPLITS = "Comma list; of 70 % of the groups where the data set names no splits. test and unseen are refused."
 
 
 def default_checkpoint() -> Path:
@@ -73,7 +74,7 @@ def simulate(
 def fit(
     data: Annotated[Path, typer.Option(help="Data set of any layout, or D3 shards.")],
     output: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
-    split: Annotated[str | None, typer.Option(help="Comma list of splits; test and unseen are refused.")] = None,
+    split: Annotated[str, typer.Option(help=SPLITS)] = "train",
     name: Annotated[str, typer.Option(help="Name of the checkpoint.")] = "code",
     image_size: Annotated[int, typer.Option(help="Side in pixels of what the backbone reads.")] = 224,
     local_size: Annotated[int | None, typer.Option(help="Side of local crops; default 96 at 224.")] = None,
@@ -99,7 +100,7 @@ def fit(
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 = any.")] = 1.0,
     ema: Annotated[float, typer.Option(help="Decay of the weights' average; 0 = none.")] = 0.0,
     patience: Annotated[int, typer.Option(help="Epochs without improvement before stopping; 0 = never.")] = 6,
-    max_minutes: Annotated[float | None, typer.Option(help="Wall time, heads included.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Wall time, heads included, resumed or not.")] = None,
     seed: Annotated[int, typer.Option()] = 42,
     precision: Annotated[str, typer.Option(help="bf16 or float32.")] = "bf16",
     workers: Annotated[int | None, typer.Option(help="Processes that make views.")] = None,
@@ -127,6 +128,8 @@ def fit(
     if as_json:
         print(json.dumps({"output": str(output)} | metrics))
         return
+    if metrics.get("unreadable"):
+        console.print(f"left out {metrics['unreadable']} unreadable images, named in {output / 'unreadable.csv'}")
     scores = ", ".join(f"{head} {values['auroc']:.3f}" for head, values in metrics["validation"].items())
     tell(f"{'reused' if metrics['reused'] else 'wrote'} {output}; validation AUROC: {scores or 'no images'}")
 
@@ -140,7 +143,7 @@ Checkpoint = Annotated[
 def heads(
     data: Annotated[Path, typer.Option(help="Data set of any layout.")],
     checkpoint: Checkpoint,
-    split: Annotated[str | None, typer.Option(help="Comma list of splits; test and unseen are refused.")] = None,
+    split: Annotated[str, typer.Option(help=SPLITS)] = "train",
     images: Annotated[int, typer.Option(min=4, help="Embeddings to fit on, at most.")] = 50_000,
     views: Annotated[int, typer.Option(min=1, help="Embeddings per image, at most, the plain one included.")] = 8,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps the embeddings for the next call.")] = None,
@@ -183,7 +186,10 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Measure the checkpoint's own heads: plain, augmented, and with both labels recompressed alike."""
+    """Measure the checkpoint's own heads: plain, augmented, and with both labels recompressed alike.
+
+    Images that trained, calibrated or chose the checkpoint, or whose group did, are left out and counted.
+    """
     with expected_failures():
         from trainer.evaluate import evaluate as measure_heads
         from trainer.report import print_summary, write_report
@@ -203,7 +209,7 @@ def evaluate(
     for rejected in result.rejected:
         tell(f"rejected {rejected.file}: {rejected.reason}")
     if as_json:
-        print(json.dumps({"rows": result.rows}))
+        print(json.dumps({"rows": result.rows, "left_out": asdict(result.left_out)}))
         return
     print_summary(result, console)
     if output is not None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,12 +15,25 @@ from torch.utils.data import Dataset
 from trainer.augmentations import Pixels
 from trainer.datasets import Entry
 from trainer.images import Preprocess, UnreadableImage, decode_image
+from trainer.seen import SeenImages
 from trainer.views import Views
 
-Batch = tuple[torch.Tensor, torch.Tensor, list[str]]
-"""Whole views (n, 3, 2, s, s, 3), local views (n, 2, l, l, 3), uint8, and what could not be read."""
-Sample = tuple[Pixels, Pixels, list[str]]
-"""Whole views (3, 2, s, s, 3), local views (2, l, l, 3), and the uris that could not be read on the way."""
+Origin = tuple[str, str]
+"""SHA-256 and group of an image."""
+Batch = tuple[torch.Tensor, torch.Tensor, list[str], list[Origin]]
+"""Whole views (n, 3, 2, s, s, 3), local views (n, 2, l, l, 3), uint8, what could not be read, and what was."""
+Sample = tuple[Pixels, Pixels, list[str], list[Origin]]
+"""Whole views (3, 2, s, s, 3), local views (2, l, l, 3), the uris that could not be read, and what was read."""
+
+
+class Decoded(NamedTuple):
+    """An image, its plain view and the SHA-256 of its bytes."""
+
+    image: Pixels
+    """Shape (h, w, 3), uint8."""
+    plain: Pixels
+    """Shape (s, s, 3), uint8."""
+    sha256: str
 
 
 @dataclass(slots=True)
@@ -31,7 +45,9 @@ class Pictures:
 
     entries: list[Entry]
     preprocess: Preprocess
-    kept: dict[int, tuple[Pixels, Pixels]] = field(default_factory=dict)
+    kept: dict[int, Decoded] = field(default_factory=dict)
+    hashes: dict[int, str] = field(default_factory=dict)
+    """SHA-256 by place, of the images that this process read."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Reason by uri."""
 
@@ -43,22 +59,27 @@ class Pictures:
         """0 real, 1 fake, shape (n,)."""
         return np.array([entry.label for entry in self.entries], np.uint8)
 
-    def decode(self, entry: Entry) -> tuple[Pixels, Pixels]:
-        """An image and its plain view, shapes (h, w, 3) and (s, s, 3), uint8.
+    @property
+    def seen(self) -> SeenImages:
+        """The record of these images: every group, and the bytes of those that were read."""
+        return SeenImages.of(self.hashes.values(), (entry.group for entry in self.entries))
+
+    def decode(self, entry: Entry) -> Decoded:
+        """Read and decode one image.
 
         Raises:
             UnreadableImage: As `decode_image`.
         """
         try:
-            image = decode_image(entry.read())[0]
+            image, facts = decode_image(entry.read())
         except OSError as error:
             raise UnreadableImage(str(error)) from error
-        return np.asarray(image), np.asarray(self.preprocess.crop(image))
+        return Decoded(np.asarray(image), np.asarray(self.preprocess.crop(image)), facts.sha256)
 
     def keep(self, threads: int = 2) -> int:
         """Decode all images into memory, drop the unreadable among them, and return the bytes used."""
 
-        def attempt(entry: Entry) -> tuple[Pixels, Pixels] | str:
+        def attempt(entry: Entry) -> Decoded | str:
             try:
                 return self.decode(entry)
             except UnreadableImage as error:
@@ -71,11 +92,12 @@ class Pictures:
                     self.unreadable[entry.uri] = decoded
                 else:
                     self.kept[len(readable)] = decoded
+                    self.hashes[len(readable)] = decoded.sha256
                     readable.append(entry)
         self.entries = readable
-        return sum(image.nbytes + plain.nbytes for image, plain in self.kept.values())
+        return sum(decoded.image.nbytes + decoded.plain.nbytes for decoded in self.kept.values())
 
-    def __getitem__(self, index: int) -> tuple[Pixels, Pixels]:
+    def __getitem__(self, index: int) -> Decoded:
         """Raises UnreadableImage where the file does not decode."""
         return self.kept[index] if index in self.kept else self.decode(self.entries[index])
 
@@ -115,23 +137,25 @@ class Pairs(Dataset[Sample]):
         """The views of (epoch, record); unreadable images are replaced by the next of their label."""
         real, fake, rng = self.pair(*index)
         failed: list[str] = []
-        readable = [self._next_readable(place, failed) for place in (real, fake)]
+        origins: list[Origin] = []
+        readable = [self._next_readable(place, failed, origins)[:2] for place in (real, fake)]
         whole, local = self.views.record(readable[0], readable[1], rng)
-        return whole, local, failed
+        return whole, local, failed, origins
 
-    def _next_readable(self, place: int, failed: list[str], attempts: int = 20) -> tuple[Pixels, Pixels]:
-        label = self.pictures.entries[place].label
-        for _ in range(attempts):
+    def _next_readable(self, first: int, failed: list[str], origins: list[Origin]) -> Decoded:
+        entries = self.pictures.entries
+        for step in range(first, first + len(entries)):
+            place = step % len(entries)
+            if entries[place].label != entries[first].label:
+                continue
             try:
-                return self.pictures[place]
+                decoded = self.pictures[place]
             except UnreadableImage as error:
-                failed.append(f"{self.pictures.entries[place].uri}\t{error}")
-                place = next(
-                    step % len(self.pictures)
-                    for step in range(place + 1, place + 1 + len(self.pictures))
-                    if self.pictures.entries[step % len(self.pictures)].label == label
-                )
-        raise UnreadableImage(f"{attempts} images in a row could not be read, the last: {failed[-1]}")
+                failed.append(f"{entries[place].uri}\t{error}")
+            else:
+                origins.append((decoded.sha256, entries[place].group))
+                return decoded
+        raise UnreadableImage(f"none of {len(failed)} images of one label can be read any more, the last: {failed[-1]}")
 
 
 @lru_cache(maxsize=2)
@@ -159,10 +183,11 @@ class EpochSampler:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples: whole (n, 3, 2, s, s, 3) and local (n, 2, l, l, 3), uint8, and the unreadable."""
-    whole, local, failed = zip(*samples, strict=True)
+    """Stack samples: whole (n, 3, 2, s, s, 3) and local (n, 2, l, l, 3), uint8, the unreadable and the read."""
+    whole, local, failed, origins = zip(*samples, strict=True)
     return (
         torch.from_numpy(np.stack(whole)),
         torch.from_numpy(np.stack(local)),
         [line for lines in failed for line in lines],
+        [origin for pair in origins for origin in pair],
     )

@@ -16,6 +16,7 @@ from trainer.embedder import CheckpointError, Embedder
 from trainer.enrolment import knn_logits
 from trainer.heads import Heads
 from trainer.metrics import RESAMPLES
+from trainer.seen import LeftOut, SeenImages
 from trainer.splits import entries_of, measure_splits
 from trainer.transforms import basic, curves
 
@@ -78,6 +79,7 @@ class Evaluation:
     scores: dict[str, dict[str, np.ndarray]]
     """By transform and head, in the order of the set."""
     scorer: Scorer
+    left_out: LeftOut
     rejected: list[Rejected] = field(default_factory=list)
 
     @property
@@ -105,6 +107,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure every head on every split, plain, augmented and with both labels recompressed alike.
 
+    Images that trained, calibrated or chose the checkpoint, or whose group did, are left out.
+
     Args:
         checkpoint: The folder.
         data: A data set of any layout.
@@ -125,14 +129,20 @@ def evaluate(
     tables = basic(embedder.preprocess.image_size)
     strengths = {t.name: (name, x) for name, points in curves().items() for x, t in points} if with_curves else {}
     extra = [t for points in curves().values() for _, t in points] if with_curves else []
-    sets, rejected = embed_entries(embedder, entries_of(data, splits, tables, extra), seed=seed, on_image=on_image)
+    left_out, leave_out = LeftOut.by(SeenImages.load(checkpoint))
+    work = entries_of(data, splits, tables, extra, leave_out)
+    sets, rejected = embed_entries(embedder, work, seed=seed, on_image=on_image)
     if "none" not in sets:
         reason = (
             f" ({len(rejected)} unreadable, the first: {rejected[0].file}: {rejected[0].reason})" if rejected else ""
         )
+        reason += f" ({left_out})" if left_out.images else ""
         raise EvaluationError(f"{data} holds no readable image of split {split}{reason}: change --data or --split")
     if len(np.unique(sets["none"].labels)) < 2:
-        raise EvaluationError(f"{data} holds one label only in split {split}: both real and fake images are needed")
+        reason = f" ({left_out})" if left_out.images else ""
+        raise EvaluationError(
+            f"{data} holds one label only in split {split}{reason}: both real and fake images are needed"
+        )
     scores = {name: scorer(images.embeddings) for name, images in sets.items()}
     rows, curve_rows = [], []
     for name, images in sets.items():
@@ -144,4 +154,4 @@ def evaluate(
             rows += measured
     kept = {table.name: sets[table.name] for table in tables if table.name in sets}
     kept_scores = {name: scores[name] for name in kept}
-    return Evaluation(embedder.id, embedder.name, rows, curve_rows, kept, kept_scores, scorer, rejected)
+    return Evaluation(embedder.id, embedder.name, rows, curve_rows, kept, kept_scores, scorer, left_out, rejected)

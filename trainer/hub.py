@@ -28,6 +28,7 @@ from trainer.embedder import (
     write_atomically,
 )
 from trainer.images import Preprocess
+from trainer.seen import SEEN_FILE
 from trainer.vit_names import HubError, architecture_args, from_transformers, to_transformers
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -83,6 +84,7 @@ def import_checkpoint(
     )
     try:
         identity = save_checkpoint(output, tensors, config)
+        (output / SEEN_FILE).unlink(missing_ok=True)  # of another checkpoint that was here
         Embedder.load(output, device="cpu")
     except CheckpointError as error:
         raise HubError(f"{source} is no ViT that this project can hold: {error}") from error

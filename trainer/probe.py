@@ -40,7 +40,7 @@ def fixed_views(
     pixels, found = [], []
     for place in places.tolist():
         try:
-            image, plain = pictures[place]
+            image, plain, pictures.hashes[place] = pictures[place]
         except UnreadableImage as error:
             pictures.unreadable[pictures.entries[place].uri] = str(error)
             continue

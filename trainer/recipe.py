@@ -28,8 +28,8 @@ class FitSettings:
     """A data set of any layout that `datasets.read_dataset` reads, or D3 shards."""
     output: Path
     """The checkpoint folder to write."""
-    split: str | None = None
-    """Comma list of the manifest's splits to use; test and unseen are refused."""
+    split: str = "train"
+    """Comma list of splits to use, of 70 % of the groups where the data set names none; test and unseen are refused."""
     name: str = "code"
     image_size: int = 224
     """Side in pixels of what the backbone is fed."""
@@ -75,7 +75,8 @@ class FitSettings:
     """Epochs without a better linear head on validation images before training stops; 0 = never. The best epoch's
     weights are kept. Without effect under `max_minutes`, whose schedule ends in time: the last weights are kept."""
     max_minutes: float | None = None
-    """Wall time from start to the finished checkpoint, heads included."""
+    """Wall time from start to the finished checkpoint, heads included. A resumed run has what the finished epochs left
+    of it."""
     seed: int = 42
     precision: Literal["bf16", "float32"] = "bf16"
     workers: int | None = None
@@ -90,7 +91,7 @@ class FitSettings:
     """Folder for TensorBoard's event files; none are written without it."""
 
     def __post_init__(self) -> None:
-        splits = {part.strip() for part in (self.split or "").split(",")}
+        splits = {part.strip() for part in self.split.split(",")}
         if forbidden := sorted(splits & set(FIT_FORBIDDEN_SPLITS)):
             raise FitError(
                 f"split {', '.join(forbidden)} must not train anything: set --split to another, such as train"

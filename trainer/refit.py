@@ -17,6 +17,7 @@ from trainer.datasets import FIT_FORBIDDEN_SPLITS, Entry, read_dataset, role
 from trainer.embedded_set import EmbeddedSet, Rejected, embed_entries
 from trainer.embedder import CheckpointConfig, Embedder
 from trainer.heads import Heads, HeadsError, fit_heads
+from trainer.seen import SeenImages
 from trainer.transforms import Transform, unchanged
 
 IMAGES = 50_000
@@ -29,7 +30,7 @@ def refit(
     checkpoint: Path,
     data: Path,
     *,
-    split: str | None = None,
+    split: str = "train",
     images: int = IMAGES,
     views: int = VIEWS,
     seed: int = 42,
@@ -37,12 +38,12 @@ def refit(
     cache: Path | None = None,
     on_image: Callable[[], None] = lambda: None,
 ) -> tuple[Heads, list[Rejected]]:
-    """Fit heads and calibration set, and write both into the checkpoint folder.
+    """Fit heads and calibration set, and write both into the checkpoint folder, with a record of their images.
 
     Args:
         checkpoint: The folder.
         data: A data set of any layout; images of the role "validation" are not used.
-        split: Comma list; test and unseen are refused.
+        split: Comma list, of 70 % of the groups where the data set names no splits; test and unseen are refused.
         images: Embeddings to fit on, at most.
         views: Embeddings per image, at most.
         seed: Of the augmentations.
@@ -55,7 +56,7 @@ def refit(
         CheckpointError: The checkpoint cannot be loaded.
         DatasetError: The data cannot be read.
     """
-    if forbidden := set((split or "").replace(" ", "").split(",")) & set(FIT_FORBIDDEN_SPLITS):
+    if forbidden := set(split.replace(" ", "").split(",")) & set(FIT_FORBIDDEN_SPLITS):
         raise HeadsError(f"split {', '.join(sorted(forbidden))} must not fit heads: set --split to another, as train")
     embedder = Embedder.load(checkpoint, device=device)
     origin = json.dumps([embedder.id, str(data.resolve()), split, images, views, seed])
@@ -68,7 +69,7 @@ def refit(
         sets, rejected = embed_entries(embedder, work, seed=seed, on_image=on_image)
         parts = [sets[copy.name] for copy in copies if copy.name in sets]
         if not parts:
-            raise HeadsError(f"{data} (split {split or 'any'}) holds no image of the role training: add images")
+            raise HeadsError(f"{data} (split {split}) holds no image of the role training: add images")
         training = EmbeddedSet.joined(parts)
         calibration = sets.get("none") or training.take(training.labels > 1)  # none at all: an empty set
         if cache:
@@ -76,6 +77,11 @@ def refit(
             calibration.save(cache / "calibration.safetensors", origin)
     held = replace(calibration.calibration_set(), trained=sorted(set(training.generators) - {""}))
     heads = fit_heads(training.embeddings, training.labels, seed=seed, calibration=held)
+    # First of the three: a kill in between leaves too much on record rather than too little.
+    read = [training, calibration]
+    contents = {facts.sha256 for part in read for facts in part.facts}
+    seen = SeenImages.of(contents, {group for part in read for group in part.groups}, complete=False)
+    SeenImages.joined([SeenImages.load(checkpoint), seen]).save(checkpoint)
     held.save(checkpoint)
     heads.save(checkpoint)
     return heads, rejected
@@ -106,9 +112,7 @@ def training_views(config: CheckpointConfig, count: int) -> list[Transform]:
     return [Transform("plain", unchanged), *copies]
 
 
-def _work(
-    data: Path, split: str | None, copies: list[Transform], images: int
-) -> Iterator[tuple[Entry, list[Transform]]]:
+def _work(data: Path, split: str, copies: list[Transform], images: int) -> Iterator[tuple[Entry, list[Transform]]]:
     """Entries with what they are embedded under; either label gets at most half of the images."""
     left = {0: images // 2, 1: images - images // 2}
     most = {("training", label): -(-left[label] // len(copies)) for label in (0, 1)}
@@ -122,7 +126,7 @@ def _work(
             yield entry, chosen
 
 
-def _chosen(data: Path, split: str | None, most: dict[tuple[str, int], int]) -> list[Entry]:
+def _chosen(data: Path, split: str, most: dict[tuple[str, int], int]) -> list[Entry]:
     """At most so many entries of each role and label, those whose hashes are lowest: generators come by their shares.
 
     In the order of the data set, so that archives are read from front to back.
@@ -130,7 +134,7 @@ def _chosen(data: Path, split: str | None, most: dict[tuple[str, int], int]) -> 
     heaps: dict[tuple[str, int], list[tuple[int, int, Entry]]] = {key: [] for key in most}
     for place, entry in enumerate(read_dataset(data, split=split)):
         key = role(entry.group), entry.label
-        if entry.split in FIT_FORBIDDEN_SPLITS or not most.get(key):
+        if not most.get(key):
             continue
         digest = blake2b(f"lineup heads {entry.key}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
         item = -int.from_bytes(digest, "big"), place, entry  # a heap gives up its least: the highest hash

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from trainer.embedder import CheckpointConfig, Embedder, save_checkpoint
 from trainer.heads import Heads, LinearHead, fit_heads
 from trainer.images import Preprocess
 from trainer.probe import chosen_places, fixed_views
+from trainer.seen import SeenImages
 from trainer.state import SUMMARY_FILE, EpochSummary, write_table
 from trainer.views import Views
 
@@ -86,7 +86,7 @@ def calibration_set(embedder: Embedder, pictures: Pictures, views: Views, seed: 
         labels=pictures.labels[places],
         generators=[entry.generator or "" for entry in entries],
         sources=[entry.source for entry in entries],
-        sha256=[hashlib.sha256(entry.read()).hexdigest() for entry in entries],
+        sha256=[pictures.hashes[place] for place in places.tolist()],
         groups=[entry.group for entry in entries],
     )
 
@@ -106,6 +106,7 @@ def release(
     training: Mapping[str, Any] | None = None,
     history: Sequence[dict[str, Any]] = (),
     unreadable: Mapping[str, str] | None = None,
+    seen: SeenImages | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint folder: aside first, then renamed, so that no half-made checkpoint is ever seen.
 
@@ -122,7 +123,8 @@ def release(
         classifier: The linear head where the training itself made one (loss `bce`).
         training: How the training went, kept in `metrics.json`.
         history: Its epochs, written as `summary.csv`.
-        unreadable: Reason by uri of images left out, written as `unreadable.csv` where there are any.
+        unreadable: Reason by uri of images left out; with those of `roles` written as `unreadable.csv`.
+        seen: Images that trained the backbone, where not all are in `roles`.
 
     Returns:
         The metrics.
@@ -135,17 +137,22 @@ def release(
     embedder = Embedder.load(aside, device=device)
     heads = _heads(embedder, roles, views, seed, head_images, classifier, deadline)
     heads.save(aside)
+    validation = _validation(embedder, heads, roles["validation"], views, seed)
+    left_out = dict(unreadable or {})  # complete only now: a file may go while the heads are fitted
+    for pictures in roles.values():
+        left_out |= pictures.unreadable
     metrics = {
         "checkpoint": embedder.id,
         "heads": heads.id,
         "images": {role: _counts(pictures) for role, pictures in roles.items()},
-        "validation": _validation(embedder, heads, roles["validation"], views, seed),
+        "validation": validation,
         "training": dict(training or {}),
-        "unreadable": len(unreadable or {}),
+        "unreadable": len(left_out),
     }
+    SeenImages.joined([*([seen] if seen else []), *(pictures.seen for pictures in roles.values())]).save(aside)
     write_table(aside / SUMMARY_FILE, list(EpochSummary.__dataclass_fields__), history)
-    if unreadable:
-        rows = [{"uri": uri, "reason": reason} for uri, reason in sorted(unreadable.items())]
+    if left_out:
+        rows = [{"uri": uri, "reason": reason} for uri, reason in sorted(left_out.items())]
         write_table(aside / "unreadable.csv", ["uri", "reason"], rows)
     (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     (aside / "README.md").write_text(model_card(config, metrics))

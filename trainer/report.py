@@ -61,6 +61,7 @@ def write_report(
         "heads": evaluation.scorer.heads.id,
         "simulated": evaluation.simulated,
         "rows": evaluation.rows,
+        "left_out": asdict(evaluation.left_out),
         "curves": evaluation.curves,
         "enrolment": enrolment_rows(evaluation),
         "calibration": calibration_rows(evaluation),
@@ -74,6 +75,7 @@ def write_report(
     facts = [
         f"Checkpoint {evaluation.checkpoint}, heads {evaluation.scorer.heads.id}, "
         f"{len(evaluation.sets['none'])} images read, {len(evaluation.rejected)} rejected.",
+        *([f"{str(evaluation.left_out).capitalize()}."] if str(evaluation.left_out) else []),
         *([SIMULATED] if evaluation.simulated else []),
     ]
     pictures = {name: _png(made) for name, made in figures.items()}
@@ -109,6 +111,8 @@ def print_summary(evaluation: Evaluation, console: Console) -> None:
                 cells = ["–" if r is None else f"{percent(r['accuracy'])} / {percent(r['auroc'])}" for r in found]
                 screen.add_row(name, *cells)
             console.print(screen)
+    if str(evaluation.left_out):
+        console.print(str(evaluation.left_out), soft_wrap=True, highlight=False)
 
 
 def report_tables(document: Mapping[str, Any], beside: Sequence[Path], published: bool) -> list[Table]:

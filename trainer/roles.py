@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from trainer.batches import Pictures
 from trainer.calibration_set import LIMIT as CALIBRATION_LIMIT
-from trainer.datasets import FIT_FORBIDDEN_SPLITS, read_dataset, role
+from trainer.datasets import read_dataset, role
 from trainer.recipe import FitError, FitSettings
 from trainer.stream import shard_paths
 
@@ -25,8 +25,6 @@ def read_roles(settings: FitSettings) -> Roles:
     roles = {name: Pictures([], settings.preprocessing) for name in ("training", "calibration", "validation")}
     streamed = bool(shard_paths(settings.data))
     for entry in read_dataset(settings.data, split=settings.split):
-        if entry.split in FIT_FORBIDDEN_SPLITS:
-            continue
         part = role(entry.group)
         limit = settings.head_images if part == "training" else CALIBRATION_LIMIT
         if not streamed or len(roles[part]) < limit:
@@ -39,7 +37,7 @@ def read_roles(settings: FitSettings) -> Roles:
     real, fake = int((labels == 0).sum()), int((labels == 1).sum())
     if min(real, fake) < 2:
         raise FitError(
-            f"{settings.data} has {real} real and {fake} generated training images (split {settings.split or 'any'}); "
+            f"{settings.data} has {real} real and {fake} generated training images (split {settings.split}); "
             "at least 2 of each are needed: add images or change --split"
         )
     return roles

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from trainer.batches import Batch
 from trainer.loss import derangement
 from trainer.objective import Objective, Slices
 from trainer.recipe import FitError, FitSettings, learning_rate
+from trainer.seen import SeenImages
 from trainer.state import RunState
 
 Advance = Callable[[float, int, float, float], None]
@@ -51,6 +53,14 @@ class Processes:
         dist.broadcast(shared, 0)
         return float(shared[0])
 
+    def gather(self, seen: SeenImages) -> list[SeenImages]:
+        """The records of all processes."""
+        if self.world == 1:
+            return [seen]
+        parts: list[Any] = [None] * self.world
+        dist.all_gather_object(parts, seen)
+        return parts
+
 
 @dataclass(slots=True)
 class Run:
@@ -61,11 +71,11 @@ class Run:
     device: str
     objective: Objective
     steps: int
-    """Updates per epoch."""
-    window: float = math.inf
-    """Seconds of training that `max_minutes` leaves."""
+    """Updates per epoch, where no state says otherwise."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Reason by uri of images that could not be read on the way."""
+    seen: SeenImages = field(default_factory=lambda: SeenImages.of([], []))
+    """Images of the epochs done, those of all processes."""
     state: RunState = field(init=False)
     model: nn.Module = field(init=False)
     """What a step calls: the objective, or the same under DistributedDataParallel."""
@@ -75,7 +85,7 @@ class Run:
 
     def __post_init__(self) -> None:
         settings, world = self.settings, self.processes.world
-        self.state = RunState(settings.record())
+        self.state = RunState(settings.record(), self.steps)
         self.model = nn.parallel.DistributedDataParallel(self.objective) if world > 1 else self.objective
         self.optimiser = torch.optim.AdamW(
             self.objective.parameters(), lr=1e-6, weight_decay=settings.weight_decay, fused=True
@@ -95,14 +105,14 @@ class Run:
 
     def progress(self, seconds: float) -> float:
         """Share of the schedule that is done, 0..1: the larger of updates done and time used."""
-        done = self.state.updates / (self.settings.epochs * self.steps)
-        if self.window < math.inf:
-            done = self.processes.agree(max(done, seconds / self.window))
+        done = self.state.updates / (self.settings.epochs * self.state.steps)
+        if self.state.window < math.inf:
+            done = self.processes.agree(max(done, seconds / self.state.window))
         return min(1.0, done)
 
     def step(self, batch: Batch, order: torch.Generator, rate: float) -> float:
         """One update; returns the loss."""
-        whole, local, failed = batch
+        whole, local, failed, _ = batch
         self.unreadable.update({uri: reason for uri, _, reason in (line.partition("\t") for line in failed)})
         for group in self.optimiser.param_groups:
             group["lr"] = rate
@@ -134,7 +144,7 @@ class Run:
         settings, state, world = self.settings, self.state, self.processes.world
         seed = np.random.SeedSequence((settings.seed, state.epoch, self.processes.rank)).generate_state(1, np.uint64)[0]
         order = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
-        begin, used, losses, rate = time.monotonic(), state.seconds, [], 0.0
+        begin, used, losses, rate, seen = time.monotonic(), state.seconds, [], 0.0, [self.seen]
         self.model.train()
         for batch in batches:
             progress = self.progress(used + time.monotonic() - begin)
@@ -142,11 +152,13 @@ class Run:
                 break
             rate = learning_rate(settings, progress, world)
             losses.append(self.step(batch, order, rate))
+            seen.append(SeenImages.of((sha256 for sha256, _ in batch[3]), (group for _, group in batch[3])))
             if not math.isfinite(losses[-1]):
                 raise FitError(f"the loss became {losses[-1]} at update {state.updates}: lower --learning-rate")
             speed = len(losses) * settings.batch_size * world / (time.monotonic() - begin)
             for listener in listeners:
                 listener(progress, state.updates, losses[-1], speed)
+        self.seen = SeenImages.joined(self.processes.gather(SeenImages.joined(seen)))
         elapsed = time.monotonic() - begin
         state.seconds = used + elapsed
         state.epoch += 1
@@ -179,6 +191,7 @@ class Run:
     def capture(self) -> None:
         """Put the tensors into the state."""
         self.state.tensors |= {"model": self.objective.state_dict(), "optimiser": self.optimiser.state_dict()}
+        self.state.tensors["seen"] = [torch.from_numpy(hashes) for hashes in (self.seen.contents, self.seen.groups)]
         if self.average is not None:
             self.state.tensors["average"] = self.average.state_dict()
 
@@ -187,6 +200,7 @@ class Run:
         self.state = state
         self.objective.load_state_dict(state.tensors["model"])
         self.optimiser.load_state_dict(state.tensors["optimiser"])
+        self.seen = SeenImages(*(hashes.numpy() for hashes in state.tensors["seen"]))
         if self.average is not None:
             self.average.load_state_dict(state.tensors["average"])
 

@@ -6,7 +6,7 @@ Shared by the trainer's and the indexer's `evaluate`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +79,29 @@ def rows_of(images: EmbeddedSet, split: str, default: str) -> np.ndarray:
 
 
 def entries_of(
-    data: Path, splits: Sequence[str], tables: Sequence[Transform], extra: Sequence[Transform]
+    data: Path,
+    splits: Sequence[str],
+    tables: Sequence[Transform],
+    extra: Sequence[Transform],
+    leave_out: Callable[[Entry], bool],
 ) -> Iterator[tuple[Entry, Sequence[Transform]]]:
     """Entries with their transforms: those of the tables, and of the curves for the first of each kind.
 
     D3's test archive brings its own transformed images (variant `augm`): they stand for our random transforms.
+
+    Args:
+        data: A data set of any layout.
+        splits: Their names.
+        tables: Transforms of every image.
+        extra: Transforms of the curves.
+        leave_out: Asked about each image of these splits.
     """
     borrowed = [] if UNSEEN not in splits or "test" in splits else ["test"]
     seen: Counter[tuple[str | None, str | None]] = Counter()
     for entry in read_dataset(data, split=",".join([*splits, *borrowed])):
         if entry.split in borrowed and entry.label == 1:
+            continue
+        if leave_out(entry):
             continue
         if entry.attributes.get("variant") == "augm":
             yield entry, [Transform("transformed", unchanged)]

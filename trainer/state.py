@@ -49,6 +49,10 @@ class RunState:
 
     settings: dict[str, Any]
     """`FitSettings.record()` of the run."""
+    steps: int
+    """Updates per epoch, fixed at the first start."""
+    window: float = float("inf")
+    """Seconds of training that `max_minutes` leaves, fixed at the first start."""
     epoch: int = 0
     """Epochs done."""
     updates: int = 0
@@ -62,7 +66,7 @@ class RunState:
     best_epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     tensors: dict[str, Any] = field(default_factory=dict)
-    """State dicts of model, optimiser, average and best weights."""
+    """State dicts of model, optimiser, average and best weights, and the record of images seen."""
 
     def save(self, folder: Path) -> None:
         """Write `last.pt` and `summary.csv`, each atomically."""

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from trainer.augmentations import Pixels
 from trainer.batches import Sample
 from trainer.datasets import role
-from trainer.entry import default_split
+from trainer.entry import default_split, plain
 from trainer.images import UnreadableImage, decode_image
 from trainer.recipe import FitError
 from trainer.views import Views
@@ -47,7 +46,7 @@ class ShardRecords(IterableDataset[Sample]):
     paths: list[Path]
     views: Views
     seed: int
-    split: str | None = None
+    split: str = "train"
     rank: int = 0
     epoch: int = 0
 
@@ -79,36 +78,35 @@ class ShardRecords(IterableDataset[Sample]):
         records = shuffle(group_by_keys(members, handler=note))
         useless = 0
         for record in records:
-            views = self.make(record, rng, failed) if self.wanted(record["__key__"]) else None
-            useless = 0 if views else useless + 1
-            if views:
-                yield (*views, failed.copy())
+            sample = self.make(record, rng, failed) if self.wanted(record["__key__"]) else None
+            useless = 0 if sample else useless + 1
+            if sample:
+                yield sample
                 failed.clear()
             if useless == MOST_USELESS:
                 raise FitError(f"{useless} records in a row of {self.paths[0]} were not usable, lastly {failed[-1:]}")
 
     def wanted(self, group: str) -> bool:
-        """Whether a record trains: its role, and its split where one was asked for."""
-        splits = {part.strip() for part in self.split.split(",")} if self.split else {default_split(group)}
+        """Whether a record trains: its role, and its split."""
+        splits = {part.strip() for part in self.split.split(",")}
         return role(group) == "training" and default_split(group) in splits
 
-    def make(
-        self, record: Mapping[str, Any], rng: np.random.Generator, failed: list[str]
-    ) -> tuple[Pixels, Pixels] | None:
+    def make(self, record: Mapping[str, Any], rng: np.random.Generator, failed: list[str]) -> Sample | None:
         """The views of a record with one of its fakes drawn at random, or None where an image is missing or broken."""
         fakes = [key for key in sorted(record) if key.startswith("gen_")]
         reals = [key for key in record if key.startswith("real.")]
         if not fakes or not reals:
             return None
-        decoded = []
+        decoded, origins = [], []
         for key in (reals[0], fakes[int(rng.integers(len(fakes)))]):
             try:
-                image = decode_image(record[key])[0]
+                image, facts = decode_image(record[key])
             except UnreadableImage as error:
                 failed.append(f"{record['__url__']}#{record['__key__']}.{key}\t{error}")
                 return None
             decoded.append((np.asarray(image), np.asarray(self.views.preprocess.crop(image))))
-        return self.views.record(decoded[0], decoded[1], rng)
+            origins.append((facts.sha256, plain(record["__key__"])))
+        return *self.views.record(decoded[0], decoded[1], rng), failed.copy(), origins
 
 
 def is_image_member(name: str) -> bool:

@@ -79,11 +79,14 @@ def fit(
         say(f"resuming after epoch {state.epoch}, {state.updates} updates")
     batches = epoch_batches(settings, roles["training"], views, run)
     probe = Probe.of(roles["training"], roles["validation"], views, settings.seed)
-    deadline = begin + 60 * (settings.max_minutes or math.inf)
-    if settings.max_minutes is not None:
-        left = deadline - finishing_seconds(run, probe, roles) - time.monotonic()
-        run.window = run.state.seconds + max(left, 1e-3)  # too little for one update ends with what there is
     first = processes.rank == 0
+    deadline = math.inf
+    if settings.max_minutes is not None:
+        finishing = finishing_seconds(run, probe, roles)
+        if run.state.window == math.inf:
+            left = begin + 60 * settings.max_minutes - finishing - time.monotonic()
+            run.state.window = max(left, 1e-3)  # too little for one update ends with what there is
+        deadline = time.monotonic() + max(0.0, run.state.window - run.state.seconds) + finishing
     with (
         show() if first else nullcontext(lambda *_: None) as advance,
         Scalars(settings.tensorboard if first else None) as scalars,
@@ -198,10 +201,10 @@ def epoch_batches(
 
         def stream(epoch: int) -> Iterator[Batch]:
             of_epoch = replace(records, epoch=epoch)
-            return islice(DataLoader(of_epoch, batch_size=settings.batch_size, **options), run.steps)
+            return islice(DataLoader(of_epoch, batch_size=settings.batch_size, **options), run.state.steps)
 
         return stream
-    sampler = EpochSampler(run.steps, settings.batch_size, rank, world)
+    sampler = EpochSampler(run.state.steps, settings.batch_size, rank, world)
     loader: DataLoader[Any] = DataLoader(
         Pairs(training, views, settings.seed), batch_sampler=sampler, persistent_workers=workers > 0, **options
     )
@@ -269,8 +272,6 @@ def finishing_seconds(run: Run, probe: Probe, roles: Roles) -> float:
 def write_checkpoint(run: Run, config: CheckpointConfig, roles: Roles, views: Views, deadline: float) -> dict[str, Any]:
     """Write the checkpoint folder, remove the state of the run, and return the metrics."""
     settings, state, weights = run.settings, run.state, run.weights()
-    for reason in roles.values():
-        run.unreadable.update(reason.unreadable)
     classifier = None
     if "classifier.weight" in weights:
         weight, bias = weights["classifier.weight"].cpu(), weights["classifier.bias"].cpu()
@@ -289,6 +290,7 @@ def write_checkpoint(run: Run, config: CheckpointConfig, roles: Roles, views: Vi
         training={"updates": state.updates, "epochs": state.epoch, "seconds": round(state.seconds, 1)},
         history=state.history,
         unreadable=run.unreadable,
+        seen=run.seen,
     )
     shutil.rmtree(state_folder(settings.output), ignore_errors=True)
     return metrics
