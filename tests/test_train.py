@@ -271,6 +271,23 @@ def test_early_stopping_keeps_the_best_epoch(tiny: FitSettings, monkeypatch: pyt
     assert not all(np.array_equal(kept[name], value) for name, value in weights[3].items())
 
 
+@pytest.mark.parametrize("kept", [("real",), ()])
+def test_without_validation_images_of_both_labels_all_epochs_are_trained(
+    tiny: FitSettings, tmp_path: Path, kept: tuple[str, ...]
+) -> None:
+    """Nothing can be judged then: patience has no effect, and the last weights are kept."""
+    data = shutil.copytree(tiny.data, tmp_path / tiny.data.name)
+    for entry in read_dataset(data):
+        if role(entry.group) == "validation" and not entry.key.startswith(kept):
+            (data / entry.key).unlink()
+    lines: list[str] = []
+    settings = replace(tiny, data=data, epochs=4, patience=2, warmup_epochs=0.5)
+    assert fit(settings, say=lines.append)["training"]["epochs"] == 4
+    assert lines[0].startswith(f"{4 if kept else 0} real and 0 generated validation images: accuracy is not measured")
+    fit(replace(settings, output=tmp_path / "never", patience=0))
+    assert_same_weights(settings.output, tmp_path / "never")
+
+
 def test_less_time_than_starting_takes_still_gives_a_checkpoint(tiny: FitSettings) -> None:
     metrics = fit(replace(tiny, epochs=100_000, max_minutes=1e-6))
     assert metrics["training"]["epochs"] == 1

@@ -73,7 +73,8 @@ class FitSettings:
     """Decay per update of an average of the weights, which then is what is kept; 0 = none."""
     patience: int = 6
     """Epochs without a better linear head on validation images before training stops; 0 = never. The best epoch's
-    weights are kept. Without effect under `max_minutes`, whose schedule ends in time: the last weights are kept."""
+    weights are kept. Without effect under `max_minutes`, whose schedule ends in time, and where there are no validation
+    images of both labels: the last weights are kept."""
     max_minutes: float | None = None
     """Wall time from start to the finished checkpoint, heads included. A resumed run has what the finished epochs left
     of it."""

@@ -207,7 +207,7 @@ class Run:
     def finished(self) -> bool:
         """Whether the schedule, the time or the patience has run out."""
         settings, state = self.settings, self.state
-        idle = state.epoch - state.best_epoch
+        idle = state.epoch - state.best_epoch if state.best_epoch else 0  # none: no epoch could be judged
         if settings.max_minutes is None and settings.patience and idle >= settings.patience:
             return True
         return self.progress(state.seconds) >= 1

@@ -80,6 +80,12 @@ def fit(
     batches = epoch_batches(settings, roles["training"], views, run)
     probe = Probe.of(roles["training"], roles["validation"], views, settings.seed)
     first = processes.rank == 0
+    if first and not probe.usable:
+        real, fake = (int((probe.validation_labels == label).sum()) // 2 for label in (0, 1))  # each is there twice
+        say(
+            f"{real} real and {fake} generated validation images: accuracy is not measured, --patience has no effect, "
+            "and the last weights are kept"
+        )
     deadline = math.inf
     if settings.max_minutes is not None:
         finishing = finishing_seconds(run, probe, roles)
