@@ -215,7 +215,7 @@ def test_an_evaluation_says_what_it_cannot_know(
     assert "seen.safetensors is broken" in runner.invoke(app, ["evaluate", "--checkpoint", str(new), *arguments]).stderr
 
 
-def test_heads_take_the_training_split(checkpoint: Path, tmp_path: Path) -> None:
+def test_heads_take_the_training_split_and_say_how_long_it_takes(checkpoint: Path, tmp_path: Path) -> None:
     for name, generator in (("real", ""), ("fake/gen", "gen-a")):
         (tmp_path / name).mkdir(parents=True)
         for number in range(60):
@@ -228,6 +228,8 @@ def test_heads_take_the_training_split(checkpoint: Path, tmp_path: Path) -> None
     seen = SeenImages.load(copied)
     roles = [(entry, default_split(entry.group), role(entry.group)) for entry in read_dataset(tmp_path)]
     assert all(seen.holds(entry) == (split == "train" and of != "validation") for entry, split, of in roles)
+    count = sum(split == "train" and of != "validation" for _, split, of in roles)
+    assert f"embedding {count} images: about 0.0 minutes in all" in done.stderr
 
 
 def test_unreadable_images_are_named(evaluation: Evaluation) -> None:
@@ -306,11 +308,11 @@ def test_a_split_without_images_or_with_one_label_is_refused(checkpoint: Path, d
 
 def test_refit_from_its_cache_gives_the_same_heads(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     seen: list[int] = []
-    on_image: Callable[[], None] = lambda: seen.append(1)  # noqa: E731
+    on_image: Callable[[int], None] = seen.append
     first, _ = refit(checkpoint, data, split="train", views=2, cache=tmp_path, on_image=on_image)
     embedded = len(seen)
     second, _ = refit(checkpoint, data, split="train", views=2, cache=tmp_path, on_image=on_image)
-    assert embedded == 120
+    assert seen == [120] * 120
     assert len(seen) == embedded
     assert first.id == second.id == Heads.load(checkpoint).id
     assert set(first.maps) == {"linear", "svm"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,6 +25,8 @@ TRAINING = "cv2 huggingface_hub joblib matplotlib scipy sklearn tensorboard timm
 EXTRAS = dict.fromkeys(TRAINING.split(), "train") | dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export")
 """The extra that brings a library which serving does without."""
 SPLITS = "Comma list; of 70 % of the groups where the data set names no splits. test and unseen are refused."
+FIRST_BATCH = 32
+"""Images after which the time for all of them is estimated."""
 
 
 def default_checkpoint() -> Path:
@@ -267,12 +270,23 @@ def export(
 
 
 @contextmanager
-def counting_bar(description: str) -> Iterator[Callable[[], None]]:
-    """A bar for work of unknown length; each call counts one."""
+def counting_bar(description: str) -> Iterator[Callable[..., None]]:
+    """A bar over images; each call counts one, and may say how many there are in all.
+
+    Then a line after the first batch says how long all will take, also where no bar can be drawn.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} images"))
-    with Bar(*columns, console=console) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda: bar.advance(task)
+    with Bar(*columns, TimeRemainingColumn(), console=console) as bar:
+        bar.add_task(description, total=None)
+        (task,), begin = bar.tasks, time.monotonic()
+
+        def advance(total: int | None = None) -> None:
+            bar.update(task.id, advance=1, total=total)
+            if total and task.completed == FIRST_BATCH:
+                minutes = (time.monotonic() - begin) * total / FIRST_BATCH / 60
+                console.print(f"{description} {total:,} images: about {minutes:.1f} minutes in all", soft_wrap=True)
+
+        yield advance
 
 
 @contextmanager

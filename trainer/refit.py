@@ -36,7 +36,7 @@ def refit(
     seed: int = 42,
     device: str = "auto",
     cache: Path | None = None,
-    on_image: Callable[[], None] = lambda: None,
+    on_image: Callable[[int], None] = lambda _: None,
 ) -> tuple[Heads, list[Rejected]]:
     """Fit heads and calibration set, and write both into the checkpoint folder, with a record of their images.
 
@@ -49,7 +49,7 @@ def refit(
         seed: Of the augmentations.
         device: auto, cpu or cuda.
         cache: Folder of embeddings that a second call with the same checkpoint, data and settings reads instead.
-        on_image: Called after each image that is embedded.
+        on_image: Called after each image that is embedded, with the number of all.
 
     Raises:
         HeadsError: A forbidden split, or too few images.
@@ -65,8 +65,8 @@ def refit(
     rejected: list[Rejected] = []
     if not training or not calibration:
         copies = training_views(embedder.config, views)
-        work = _work(data, split, copies, images)
-        sets, rejected = embed_entries(embedder, work, seed=seed, on_image=on_image)
+        work = list(_work(data, split, copies, images))
+        sets, rejected = embed_entries(embedder, work, seed=seed, on_image=lambda: on_image(len(work)))
         parts = [sets[copy.name] for copy in copies if copy.name in sets]
         if not parts:
             raise HeadsError(f"{data} (split {split}) holds no image of the role training: add images")
