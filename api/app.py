@@ -327,7 +327,7 @@ async def live() -> resources.Health:
 
 
 async def ready(detector: Loaded) -> resources.Health:
-    """The checkpoint is loaded and the index followed, even if it is empty."""
+    """The checkpoint is loaded, the index followed, even if it is empty, and what can be calibrated is."""
     return resources.Health(status="ready")
 
 

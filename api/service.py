@@ -118,7 +118,8 @@ class Service:
             ApiError: not-ready.
         """
         if not self._ready:
-            raise ApiError("not-ready", self.failure or "the checkpoint and the index are being loaded", retry_after=1)
+            loading = "checkpoint, index and calibration are being loaded"
+            raise ApiError("not-ready", self.failure or loading, retry_after=1)
         return self._serving
 
     async def load(self) -> None:
@@ -139,12 +140,13 @@ class Service:
                 return
 
     def start(self) -> None:
-        """Load what is not loaded, and begin to follow, calibrate and compute. Blocks; raises what loading raises."""
+        """Load and calibrate what is not yet, and begin to follow and compute. Blocks; raises what loading raises."""
         if self._detector is None:
             self._detector = Detector(self.settings).load()
         detector = self._detector
         self._keys = Keys(detector.store, detector.patience)
         self._keys.exist()
+        detector.calibrate()  # or the first verdicts would be uncertain, and nobody would know why
         self._serving = Serving(detector, self.metrics)
         self._watch()
         self._ready = True

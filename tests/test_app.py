@@ -29,6 +29,7 @@ from api import access, server, service
 from api.__main__ import app as api
 from api.access import hash_secret, new_secret
 from api.app import create_app
+from api.calibrator import Calibrator
 from api.detector import Detector
 from api.regions import MOST_REGIONS, VARIANTS
 from api.schemas import Verdict
@@ -804,6 +805,34 @@ def test_it_loads_in_the_background(settings: Settings, tiny_checkpoint: Path) -
     with TestClient(loading, base_url=BASE, client=("127.0.0.1", 1)) as client:
         wait_for(lambda: client.get("/health/ready").status_code == 200)
         assert client.post("/v1/detect", files=files(png())).status_code == 200
+
+
+def test_nothing_is_judged_before_the_calibration_is_there(
+    populated: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, fitting, refresh = threading.Event(), threading.Event(), Calibrator.refresh
+
+    def slow(calibrator: Calibrator) -> None:
+        asked.set()
+        assert fitting.wait(60)
+        refresh(calibrator)
+
+    monkeypatch.setattr(Calibrator, "refresh", slow)
+    with TestClient(create_app(populated), base_url=BASE, client=("127.0.0.1", 1)) as client:
+        try:
+            assert asked.wait(60)
+            for response in (
+                client.post("/v1/detect", files=files(png())),
+                client.post("/v1/search", files=files(png())),
+                client.get("/health/ready"),
+            ):
+                assert "being" in problem(response, 503, "not-ready")["detail"]
+                assert response.headers["retry-after"] == "1"
+            assert client.get("/health/live").status_code == 200
+        finally:
+            fitting.set()
+        wait_for(lambda: client.get("/health/ready").status_code == 200)
+        assert client.post("/v1/detect", files=files(png())).json()["results"][0]["score"] is not None
 
 
 def test_a_database_that_fails_while_starting_is_asked_again(
