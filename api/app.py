@@ -84,7 +84,7 @@ router = APIRouter(prefix="/v1", dependencies=[Depends(bearer)])  # for OpenAPI:
 async def read_uploads(files: list[UploadFile], settings: Settings) -> list[Upload]:
     """The files of a request. One that is larger than allowed is not read into memory, only its first excess byte."""
     limit = settings.max_upload_bytes + 1
-    return [Upload(file_name(file.filename), await file.read(limit)) for file in files]
+    return [Upload(file_name(file.filename), await file.read(limit), file.size) for file in files]
 
 
 def answer(results: list[Any]) -> list[Any]:
@@ -472,9 +472,8 @@ def create_app(settings: Settings | None = None, detector: Detector | None = Non
     app.add_middleware(
         Around,
         metrics=metrics,
-        seconds=settings.request_seconds,
-        body=settings.max_request_bytes,
+        settings=settings,
         # The framework hides what reading a body raises, except for its own exception.
-        excess=partial(HTTPException, 413),
+        as_raised=lambda error: HTTPException(error.status, error.detail, error.headers),
     )
     return app

@@ -67,9 +67,9 @@ def enrol(detector: Detector, uploads: Sequence[Upload], batch: Batch) -> Added:
         CheckpointSwitched: The detector's checkpoint is no longer the active one, though no setting names it.
     """
     settings = detector.settings
-    small = [upload for upload in uploads if len(upload.data) <= settings.max_upload_bytes]
+    excesses = [(upload, upload.excess(settings)) for upload in uploads]
     report = ingest(
-        map(batch.entry, small),
+        (batch.entry(upload) for upload, excess in excesses if not excess),
         detector.embedder,
         detector.store,
         max_pixels=settings.max_pixels,
@@ -78,8 +78,7 @@ def enrol(detector: Detector, uploads: Sequence[Upload], batch: Batch) -> Added:
         keep_bytes=settings.keep_uploads,
         while_active=not detector.named,
     )
-    limit = f"larger than LINEUP_MAX_UPLOAD_BYTES allows ({settings.max_upload_bytes:,} bytes)"
-    large = [{"file": upload.file, "reason": limit} for upload in uploads if upload not in small]
+    large = [{"file": upload.file, "reason": excess} for upload, excess in excesses if excess]
     added = Added.model_validate(report | {"rejected": [*report["rejected"], *large]})
     if not (added.added or added.known or added.embedded):
         if added.conflicts and not added.rejected:

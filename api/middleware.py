@@ -14,6 +14,7 @@ from api.access import Caller, RateLimit, bearer, check_loopback, check_token
 from api.metrics import Metrics
 from api.problems import ApiError
 from api.service import Service
+from indexer.settings import Settings
 
 ASGIScope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -45,9 +46,10 @@ def headers_of(scope: ASGIScope) -> dict[str, str]:
     return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
 
 
-def too_large(most: int) -> str:
-    """What is wrong with a body of more bytes than this."""
-    return f"the request has more than {most:,} bytes; LINEUP_MAX_REQUEST_BYTES is the most for forms with files"
+def too_large(size: str, most: int) -> ApiError:
+    """The problem of a body that is larger than this many bytes; `size` says what it is."""
+    rule = f"LINEUP_MAX_REQUEST_BYTES; without files {MOST_JSON:,} at most"
+    return ApiError("too-large", f"the request {size} bytes; {most:,} are allowed ({rule})")
 
 
 async def send_problem(send: Send, error: ApiError, request_id: str) -> None:
@@ -60,33 +62,38 @@ async def send_problem(send: Send, error: ApiError, request_id: str) -> None:
 
 
 class Around:
-    """The outermost layer: request id, time limit, security headers, log line, metrics, and a last resort for bugs.
+    """The outermost layer: request id, limits of time and bytes, security headers, log line, metrics, and a last resort
+    for bugs.
 
     Args:
         app: What it wraps.
         metrics: Where requests are counted.
-        seconds: How long a request may take, its upload included.
-        body: Bytes that a request may have, announced or not.
-        excess: Makes what is raised where a body is read that turns out larger than that.
+        settings: How long a request may take, its upload included, and how many bytes it and all of them may have,
+            declared or not.
+        as_raised: Makes of a problem what is raised where a body is read.
     """
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, seconds: float, body: int, excess: Callable[[str], Exception]
+        self, app: ASGIApp, metrics: Metrics, settings: Settings, as_raised: Callable[[ApiError], Exception]
     ) -> None:
-        self.app, self.metrics, self.seconds, self.body, self.excess = app, metrics, seconds, body, excess
+        self.app, self.metrics, self.settings, self.as_raised = app, metrics, settings, as_raised
+        self.held = 0  # bytes of the bodies of all requests in work
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status, size = time.perf_counter(), 0, 0
+        start, status, size, reserved = time.perf_counter(), 0, 0, 0
         headers = headers_of(scope)
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         is_form = headers.get("content-type", "").startswith("multipart/")
-        most = self.body if is_form else min(self.body, MOST_JSON)
+        limit, seconds = self.settings.max_request_bytes, self.settings.request_seconds
+        most = limit if is_form else min(limit, MOST_JSON)
+        length = headers.get("content-length", "")
+        declared = int(length) if length.isdecimal() else 0
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -101,22 +108,24 @@ class Around:
             await send(message)
 
         async def counted() -> Message:
-            nonlocal size
+            nonlocal size, reserved
             message = await receive()
             size += len(message.get("body", b""))
             if size > most:
-                raise self.excess(too_large(most))
+                raise self.as_raised(too_large(f"sent {size:,}", most))
+            if (needed := max(size, declared) - reserved) > 0:
+                self.reserve(needed)
+                reserved += needed
             return message
 
         try:
-            length = headers.get("content-length", "")
-            if length.isdigit() and int(length) > most:
-                raise ApiError("too-large", too_large(most))
-            async with asyncio.timeout(self.seconds):
+            if declared > most:
+                raise too_large(f"declares {declared:,}", most)
+            async with asyncio.timeout(seconds):
                 await self.app(scope, counted, send_with_headers)
         except TimeoutError:
             if not status:
-                detail = f"the request took longer than LINEUP_REQUEST_SECONDS allows ({self.seconds:g})"
+                detail = f"the request took longer than LINEUP_REQUEST_SECONDS allows ({seconds:g})"
                 await send_problem(send_with_headers, ApiError("not-ready", detail, retry_after=5), request_id)
         except ApiError as error:
             if status:
@@ -129,14 +138,24 @@ class Around:
             problem = ApiError("internal", "a bug; the log holds more under this request id")
             await send_problem(send_with_headers, problem, request_id)
         finally:
-            seconds = time.perf_counter() - start
+            self.held -= reserved
+            taken = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "none")
             self.metrics.requests.labels(scope["method"], route, str(status)).inc()
-            self.metrics.request_seconds.labels(route).observe(seconds)
+            self.metrics.request_seconds.labels(route).observe(taken)
             caller: Caller | None = scope["state"].get("caller")
             fields = {"request_id": request_id, "method": scope["method"], "route": route, "status": status}
-            fields |= {"ms": round(1000 * seconds, 1), "caller": caller.name if caller else None}
+            fields |= {"ms": round(1000 * taken, 1), "caller": caller.name if caller else None}
             log.info("request", extra=fields)
+
+    def reserve(self, size: int) -> None:
+        """Count so many bytes more as held, until their request ends. Raises not-ready, as the framework wants it."""
+        most = self.settings.max_inflight_bytes
+        if self.held + size > most:
+            room = f"{most:,} are allowed (LINEUP_MAX_INFLIGHT_BYTES)"
+            detail = f"requests in work hold {self.held:,} bytes, {size:,} more came, and {room}; try again shortly"
+            raise self.as_raised(ApiError("not-ready", detail, retry_after=1))
+        self.held += size
 
 
 class Guard:

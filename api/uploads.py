@@ -18,10 +18,22 @@ from trainer.images import FileFacts, ImageTooLarge, Preprocess, UnreadableImage
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A file as it came."""
+    """A file as it came.
+
+    Attributes:
+        file: Its name.
+        data: Its bytes; of one that is too large perhaps only the first.
+        size: Bytes in all, where `data` may be fewer.
+    """
 
     file: str
     data: bytes
+    size: int | None = None
+
+    def excess(self, settings: Settings) -> str | None:
+        """What is wrong with its size; None where it is allowed."""
+        size, most = self.size or len(self.data), settings.max_upload_bytes
+        return f"has {size:,} bytes; LINEUP_MAX_UPLOAD_BYTES allows {most:,}" if size > most else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +73,8 @@ def decode(upload: Upload, settings: Settings) -> tuple[Image.Image, FileFacts]:
     Raises:
         ApiError: too-large, not-an-image or unreadable.
     """
-    limit = settings.max_upload_bytes
-    if len(upload.data) > limit:
-        detail = f"{upload.file} has {len(upload.data):,} bytes; LINEUP_MAX_UPLOAD_BYTES allows {limit:,}"
-        raise ApiError("too-large", detail)
+    if excess := upload.excess(settings):
+        raise ApiError("too-large", f"{upload.file} {excess}")
     try:
         return decode_image(upload.data, max_pixels=settings.max_pixels)
     except UnreadableImage as error:

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ELSEWHERE = (
@@ -75,6 +75,8 @@ class Settings(BaseSettings):
     """Images in one request, a count."""
     max_request_bytes: int = Field(default=256 * 1024 * 1024, ge=1)
     """Largest request body, bytes."""
+    max_inflight_bytes: int = Field(default=512 * 1024 * 1024, ge=1, validate_default=True)
+    """Bodies of all requests in work together, bytes; what would exceed it is answered 503."""
     request_seconds: float = Field(default=60.0, gt=0)
     """Time a request may take, upload included, seconds."""
     rate_limit: int = Field(default=0, ge=0)
@@ -88,6 +90,13 @@ class Settings(BaseSettings):
         if url is not None and not re.match(r"postgres(ql)?(\+psycopg)?://", url):
             raise ValueError("not a URL like postgresql://user:password@host:5432/name")
         return url
+
+    @field_validator("max_inflight_bytes")
+    @classmethod
+    def _holds_the_largest_request(cls, most: int, info: ValidationInfo) -> int:
+        if most < (largest := info.data.get("max_request_bytes", 0)):
+            raise ValueError(f"less than one request may have, LINEUP_MAX_REQUEST_BYTES ({largest})")
+        return most
 
     @field_validator("cors_origins")
     @classmethod
@@ -117,8 +126,8 @@ def read_settings(**overrides: Any) -> Settings:
         name = "_".join(["LINEUP", *(str(part).upper() for part in first["loc"])])
         field = Settings.model_fields.get(str(first["loc"][0]))
         value = f"is {first['input']!r}" if field is None or field.repr else "is wrong"  # it may hold a secret
-        reason = first["msg"].removeprefix("Value error, ").lower()
-        raise SettingsError(f"{name} {value}: {reason}") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"{name} {value}: {reason[0].lower()}{reason[1:]}") from None
 
 
 def check_names() -> None:

@@ -34,6 +34,7 @@ from api.detector import Detector
 from api.regions import MOST_REGIONS, VARIANTS
 from api.schemas import Verdict
 from api.service import Service
+from api.uploads import Prepared, Question, Upload
 from indexer import follower
 from indexer.__main__ import app as indexer
 from indexer.reembedding import reembed
@@ -433,11 +434,20 @@ def test_too_large(client: TestClient) -> None:
     noise.save(buffer, format="BMP")
     assert 100_000 < len(buffer.getvalue()) < 300_000
     body = problem(client.post("/v1/detect", files=files(buffer.getvalue())), 413, "too-large")
-    assert "LINEUP_MAX_UPLOAD_BYTES" in body["detail"]
+    assert body["detail"] == f"0.png has {len(buffer.getvalue()):,} bytes; LINEUP_MAX_UPLOAD_BYTES allows 100,000"
     body = problem(client.post("/v1/detect", files=files(bytes(400_000))), 413, "too-large")
-    assert "LINEUP_MAX_REQUEST_BYTES" in body["detail"]
+    assert body["detail"].startswith("the request declares 400,")
+    assert "300,000 are allowed (LINEUP_MAX_REQUEST_BYTES" in body["detail"]
     body = problem(client.post("/v1/detect", files=files(*[png()] * 5)), 413, "too-large")
     assert body["detail"].startswith("Too many files. Maximum number of files is 4. LINEUP_MAX_FILES")
+
+
+def test_a_reference_that_is_too_large_is_rejected_with_its_size(settings: Settings, tiny_checkpoint: Path) -> None:
+    with connected(settings, checkpoint=tiny_checkpoint, device="cpu", max_upload_bytes=20_000) as client:
+        images = files(png(), bytes(30_000), field="images")
+        added = client.post("/v1/references", data={"label": "real"}, files=images).json()
+    reason = "has 30,000 bytes; LINEUP_MAX_UPLOAD_BYTES allows 20,000"
+    assert (added["added"], added["rejected"]) == (1, [{"file": "1.png", "reason": reason}])
 
 
 def test_a_large_body_that_is_no_form_with_files(client: TestClient) -> None:
@@ -452,7 +462,40 @@ def test_a_body_without_announced_length_is_counted(client: TestClient) -> None:
             yield bytes(50_000)
 
     headers = {"content-type": "multipart/form-data; boundary=b"}
-    problem(client.post("/v1/detect", content=body(), headers=headers), 413, "too-large")
+    answer = problem(client.post("/v1/detect", content=body(), headers=headers), 413, "too-large")
+    assert answer["detail"].startswith("the request sent 500,067 bytes; 300,000 are allowed")
+    assert "LINEUP_MAX_REQUEST_BYTES" in answer["detail"]
+
+
+def test_bodies_in_work_share_one_budget(populated: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, begun, going, prepare = png(), threading.Event(), threading.Event(), Detector.prepare
+
+    def slow(detector: Detector, upload: Upload, question: Question) -> Prepared:
+        begun.set()
+        assert going.wait(60)
+        return prepare(detector, upload, question)
+
+    def undeclared() -> Iterator[bytes]:
+        yield b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        yield image + b"\r\n--b--"
+
+    form = {"content-type": "multipart/form-data; boundary=b"}
+    monkeypatch.setattr(Detector, "prepare", slow)
+    with connected(populated, max_inflight_bytes=int(1.5 * len(image))) as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, "/v1/detect", files=files(image))
+        try:
+            assert begun.wait(60)
+            for response in (
+                client.post("/v1/detect", files=files(image)),
+                client.post("/v1/search", content=undeclared(), headers=form),
+            ):
+                assert "LINEUP_MAX_INFLIGHT_BYTES" in problem(response, 503, "not-ready")["detail"]
+                assert response.headers["retry-after"] == "1"
+            assert client.get("/v1/status").status_code == 200
+        finally:
+            going.set()
+        assert first.result().status_code == 200
+        assert client.post("/v1/search", content=undeclared(), headers=form).status_code == 200
 
 
 def test_a_bomb_is_refused_by_its_header(client: TestClient) -> None:

@@ -51,6 +51,7 @@ def test_environment_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
         ("DEVICE", "tpu", "'auto', 'cpu' or 'cuda'"),
         ("PRIOR", "1", "less than 1"),
         ("MAX_PIXELS", "many", "valid integer"),
+        ("MAX_INFLIGHT_BYTES", "1000", "LINEUP_MAX_REQUEST_BYTES (268435456)"),
         ("DATABASE_URL", "mysql://me:secret@host/db", "postgresql://"),
         ("TOKEN", "secret", "is wrong"),
         ("CORS_ORIGINS", "foo", "https://a.example"),
