@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from indexer.settings import Settings
 from indexer.store import Checkpoint, Store, with_active_folder
 from indexer.store import Detection as Record
 from trainer.calibration_set import CalibrationSet
+from trainer.cores import usable_cores
 from trainer.embedder import CONFIG_FILE, CheckpointError, Embedder
 from trainer.heads import HEADS_FILE, Heads
 
@@ -266,7 +266,7 @@ class Detector:
     def detect(self, uploads: Iterable[Upload], question: Question = Question()) -> Iterator[Verdict | FailedFile]:
         """Judge and record files, a few at a time; one that cannot be judged is named with its problem."""
         rest = iter(uploads)
-        with ThreadPoolExecutor(os.cpu_count(), "decode") as pool:
+        with ThreadPoolExecutor(usable_cores(), "decode") as pool:
             while chunk := list(islice(rest, CHUNK)):
                 prepared = list(pool.map(self._prepare_or_fail, chunk, repeat(question)))
                 good = [item for item in prepared if isinstance(item, Prepared)]

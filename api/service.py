@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from api.uploads import Question, Upload
 from indexer.postgres import DatabaseBehind
 from indexer.settings import Settings
 from indexer.store import CheckpointSwitched
+from trainer.cores import usable_cores
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -93,8 +93,8 @@ class Service:
         self.failure: str | None = None
         self._detector = detector
         self._ready = False
-        self._decoders = ThreadPoolExecutor(os.cpu_count() or 2, "decode")
-        self._askers = ThreadPoolExecutor(2 * (os.cpu_count() or 2), "ask")
+        self._decoders = ThreadPoolExecutor(usable_cores(), "decode")
+        self._askers = ThreadPoolExecutor(2 * usable_cores(), "ask")
         self._workers = ThreadPoolExecutor(DATABASE_THREADS, "work")
         self._counters = ThreadPoolExecutor(2, "count")
         self._keys: Keys

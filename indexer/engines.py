@@ -12,10 +12,12 @@ from typing import Protocol
 import faiss
 import numpy as np
 
+from trainer.cores import usable_cores
+
 log = logging.getLogger(__name__)
 
 FP16 = faiss.ScalarQuantizer.QT_fp16
-MAX_THREADS: int = faiss.omp_get_max_threads()
+MAX_THREADS: int = min(faiss.omp_get_max_threads(), usable_cores())
 QUERIES_PER_THREAD = 4
 """FAISS splits queries, not rows, among OpenMP threads; waking them costs a single query more than it brings."""
 

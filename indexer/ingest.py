@@ -1,7 +1,6 @@
 """From the entries of a data set to rows: skip what is known, decode, embed, write, all at the same time."""
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from PIL import Image
 
 from indexer.ahead import ahead
 from indexer.store import LABELS, Known, NewReference, Store, kind
+from trainer.cores import usable_cores
 from trainer.datasets import Entry
 from trainer.embedder import CheckpointConfig
 from trainer.images import FileFacts, Preprocess, UnreadableImage, decode_image, thumbnail
@@ -149,7 +149,7 @@ def ingest(
     """
     start = time.monotonic()
     report = Report()
-    workers = min(32, os.cpu_count() or 1)
+    workers = min(32, usable_cores())
     if not dry_run:
         register(embedder, store)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:

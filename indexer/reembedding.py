@@ -1,7 +1,6 @@
 """Embedding what is stored with another checkpoint, beside the one that serves, until nothing is missing."""
 
 import hashlib
-import os
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -15,6 +14,7 @@ from sqlalchemy import text
 from indexer.ahead import ahead
 from indexer.ingest import Embeds, register
 from indexer.store import Store
+from trainer.cores import usable_cores
 from trainer.datasets import read_uri
 from trainer.images import UnreadableImage, decode_image
 
@@ -65,7 +65,7 @@ def reembed(
     # Each turn leaves nothing but what others add meanwhile.
     while not complete and (partial or not unreadable):
         with (
-            ThreadPoolExecutor(min(32, os.cpu_count() or 1), thread_name_prefix="decode") as pool,
+            ThreadPoolExecutor(min(32, usable_cores()), thread_name_prefix="decode") as pool,
             closing(ahead(_decoded(store, embedder, pool, max_pixels, unreadable), 2 * batch_size)) as decoded,
         ):
             while batch := list(islice(decoded, batch_size)):

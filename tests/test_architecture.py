@@ -23,8 +23,8 @@ SERVING = [
     "api.app",
     "api.detector",
 ]
-OF_THE_TRAINER = """augmentations calibration calibration_set datasets embedded_set embedder entry file_facts folders
-heads images logistic manifest metrics progress seen shards splits transforms vit_graph vote"""
+OF_THE_TRAINER = """augmentations calibration calibration_set cores datasets embedded_set embedder entry file_facts
+folders heads images logistic manifest metrics progress seen shards splits transforms vit_graph vote"""
 """Modules that api and indexer may use; augmentations is for `lineup index evaluate`, through transforms."""
 
 

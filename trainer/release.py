@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from trainer.augmentations import Pixels
 from trainer.batches import Pictures
 from trainer.calibration_set import LIMIT as CALIBRATION_LIMIT
 from trainer.calibration_set import CalibrationSet
+from trainer.cores import usable_cores
 from trainer.embedder import CheckpointConfig, Embedder, save_checkpoint
 from trainer.heads import Heads, LinearHead, fit_heads
 from trainer.images import Preprocess
@@ -70,7 +70,7 @@ def embed_pictures(
         pixels, found = fixed_views(pictures, views, places[start : start + block], seed, augmented=augmented)
         return embedder.embed_pixels(normalised(pixels, embedder.preprocess), batch_size=block), found
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         parts = list(pool.map(embed, range(0, len(places), block)))
     if not parts:
         return np.empty((0, embedder.dim), np.float32), places

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trainer.augmentations import Pixels
 from trainer.batches import Batch
+from trainer.cores import usable_cores
 from trainer.loss import derangement
 from trainer.objective import Objective, Slices
 from trainer.recipe import FitError, FitSettings, learning_rate
@@ -92,9 +93,9 @@ class Run:
         )
         if self.device == "cpu":
             if world == 1:
-                self.slices = Slices(self.objective, min(os.cpu_count() or 1, settings.batch_size))
+                self.slices = Slices(self.objective, min(usable_cores(), settings.batch_size))
             else:
-                torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+                torch.set_num_threads(max(1, usable_cores() // world))
         if settings.ema:
             self.average = copy.deepcopy(self.objective).requires_grad_(False)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from trainer.augmentations import Augmenter
 from trainer.batches import Batch, EpochSampler, Pairs, Pictures, collate
+from trainer.cores import usable_cores
 from trainer.embedder import CheckpointConfig, CheckpointError, build_backbone, pick_device, read_config
 from trainer.heads import LinearHead
 from trainer.objective import Objective, plain_attention
@@ -191,7 +191,7 @@ def epoch_batches(
     settings: FitSettings, training: Pictures, views: Views, run: Run
 ) -> Callable[[int], Iterator[Batch]]:
     """The batches of an epoch, made in worker processes: of pictures, or streamed where the data are shards."""
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     share = cores // 2 if run.device == "cpu" else cores - 1
     workers = max(1, share // run.processes.world) if settings.workers is None else settings.workers
     rank, world = run.processes.rank, run.processes.world
