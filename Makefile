@@ -68,7 +68,7 @@ check: $(LINEUP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(RUN) pytest -q tests/test_migrations.py
+	$(RUN) pytest -q tests/indexer/database/test_migrations.py
 
 soak: $(LINEUP)
 	$(RUN) pytest -q -m soak

@@ -17,21 +17,21 @@ from rich.console import Console
 from rich.table import Table
 
 from api.access import SCOPES, Keys, hash_secret, in_force, is_loopback, new_secret
-from api.detector import Detector
+from api.judge.detector import Detector
+from api.judge.uploads import Question, Upload
 from api.logs import log_as_json
 from api.patience import DATABASE_AWAY
-from api.problems import ApiError
-from api.schemas import Explanation, FailedFile, Problem
-from api.terminal import show
-from api.uploads import Question, Upload
-from indexer.postgres import DatabaseBehind, DatabaseUnreachable, connect
+from api.schemas.problems import ApiError
+from api.schemas.verdicts import Explanation, FailedFile, Problem
+from api.verdict_text import show
+from indexer.database.connection import DatabaseBehind, DatabaseUnreachable, connect
 from indexer.settings import SettingsError, read_settings
 from indexer.store import ApiKey, KeyExists, Store
-from trainer.datasets import DatasetError, read_dataset
-from trainer.embedder import CheckpointError
-from trainer.entry import read_file
-from trainer.folders import is_image_name
+from trainer.data.datasets import DatasetError, read_dataset
+from trainer.data.entry import read_file
+from trainer.data.folders import is_image_name
 from trainer.images import UnreadableImage
+from trainer.model.embedder import CheckpointError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 keys = typer.Typer(help="API keys: who may call, and for what.", no_args_is_help=True)
@@ -100,7 +100,7 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
 ) -> None:
     """Serve the HTTP interface and the page."""
-    from api.server import run
+    from api.http.server import run
 
     def loaded() -> tuple[Detector, str | None]:
         detector = load(host=host, port=port, checkpoint=checkpoint, device=device)

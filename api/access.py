@@ -15,8 +15,8 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from api.patience import DATABASE_AWAY, Patience
-from api.problems import ApiError
-from api.schemas import Neighbour, Scope
+from api.schemas.problems import ApiError
+from api.schemas.verdicts import Neighbour, Scope
 from indexer.store import ApiKey, Store
 
 SCOPES: tuple[Scope, ...] = ("detect", "enrol", "admin")

@@ -1,4 +1,4 @@
-"""Reference images that come over HTTP, on the way that every reference image takes: `indexer.ingest`."""
+"""Reference images that come over HTTP, on the way that every reference image takes: `indexer.ingest.ingest`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 
-from api.detector import Detector
-from api.problems import ApiError
-from api.resources import Added
-from api.schemas import LABELS, FieldError, Label
-from api.uploads import Upload, decode
-from indexer.effect import consequences
-from indexer.ingest import FORGOTTEN, ingest
+from api.judge.detector import Detector
+from api.judge.uploads import Upload, decode
+from api.schemas.problems import ApiError
+from api.schemas.resources import Added
+from api.schemas.verdicts import LABELS, FieldError, Label
+from indexer.ingest.ingest import FORGOTTEN, ingest
+from indexer.measure.enrolment_effect import consequences
 from indexer.store import check_generator_name
-from trainer.entry import Entry
+from trainer.data.entry import Entry
 
 
 @dataclass(frozen=True, slots=True)

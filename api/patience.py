@@ -13,7 +13,7 @@ import psycopg
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from indexer.postgres import DatabaseUnreachable
+from indexer.database.connection import DatabaseUnreachable
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")

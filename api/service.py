@@ -16,16 +16,16 @@ from prometheus_client import Gauge
 
 from api.access import Caller, Keys, hide_paths
 from api.batcher import Batcher, BatcherFull, Item, Result
-from api.catalogue import status
-from api.detector import Case, Detector
 from api.enrolment import Batch, enrol
-from api.metrics import Metrics
+from api.inventory import status
+from api.judge.detector import Case, Detector
+from api.judge.uploads import Question, Upload
+from api.monitoring import Metrics
 from api.patience import DATABASE_AWAY
-from api.problems import ApiError
-from api.resources import Added, Status
-from api.schemas import FailedFile, Hits, Label, Verdict
-from api.uploads import Question, Upload
-from indexer.postgres import DatabaseBehind
+from api.schemas.problems import ApiError
+from api.schemas.resources import Added, Status
+from api.schemas.verdicts import FailedFile, Hits, Label, Verdict
+from indexer.database.connection import DatabaseBehind
 from indexer.settings import Settings
 from indexer.store import CheckpointSwitched
 from trainer.cores import usable_cores

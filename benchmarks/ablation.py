@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.evaluate import evaluate
-from trainer.recipe import FitSettings
-from trainer.splits import UNSEEN
-from trainer.tables import Rows, seen_table, unseen_tables
-from trainer.train import fit
+from trainer.evaluation.head_evaluation import evaluate
+from trainer.evaluation.report_tables import Rows, seen_table, unseen_tables
+from trainer.evaluation.splits import UNSEEN
+from trainer.fit.fit_settings import FitSettings
+from trainer.fit.train import fit
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "CoDE": {},

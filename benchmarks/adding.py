@@ -22,15 +22,15 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from indexer.ahead import ahead
-from indexer.embedded import EmbeddedServer
-from indexer.ingest import fingerprint, ingest
-from indexer.postgres import connect
+from indexer.database.connection import connect
+from indexer.database.embedded import EmbeddedServer
+from indexer.ingest.ingest import fingerprint, ingest
+from indexer.ingest.prefetch import ahead
 from indexer.settings import Settings
 from indexer.store import Store
-from trainer.datasets import Entry, read_dataset
-from trainer.embedder import Embedder
+from trainer.data.datasets import Entry, read_dataset
 from trainer.images import decode_image, thumbnail
+from trainer.model.embedder import Embedder
 
 BATCH = 32
 CORES = len(os.sched_getaffinity(0))

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from benchmarks.pillow_views import PILLOW
 from benchmarks.training import source_images
-from trainer.augmentations import AUGMENTATIONS, inner_rectangle, picture_sheet
+from trainer.views.augmentations import AUGMENTATIONS, inner_rectangle, picture_sheet
 
 Apply = Callable[[torch.Tensor, float], torch.Tensor]
 

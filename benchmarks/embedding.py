@@ -18,13 +18,13 @@ import numpy as np
 import torch
 import typer
 
-from api.detector import Detector
-from api.schemas import Verdict
-from api.uploads import Upload
+from api.judge.detector import Detector
+from api.judge.uploads import Upload
+from api.schemas.verdicts import Verdict
 from indexer.settings import read_settings
-from trainer.datasets import read_dataset
-from trainer.embedder import Embedder, load_backbone, read_config, read_weights, save_checkpoint
-from trainer.runtimes import export_onnx
+from trainer.data.datasets import read_dataset
+from trainer.hub.runtimes import export_onnx
+from trainer.model.embedder import Embedder, load_backbone, read_config, read_weights, save_checkpoint
 
 BATCHES = (1, 8, 32)
 BASELINE = "torch"

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from trainer.datasets import Entry, read_dataset
+from trainer.data.datasets import Entry, read_dataset
 
 MOST = 30
 FIELDS = ("path", "label", "generator", "source", "group", "split")

@@ -25,12 +25,12 @@ import psycopg
 from sqlalchemy import text
 
 from benchmarks.search import DIM, K, built, embeddings, resident
-from indexer.embedded import EmbeddedServer
+from indexer.database.connection import connect
+from indexer.database.embedded import EmbeddedServer
 from indexer.follower import Follower
-from indexer.postgres import connect
+from indexer.index.vector_index import VectorIndex
 from indexer.settings import Settings
 from indexer.store import NewReference, Store
-from indexer.vector_index import VectorIndex
 
 CHECKPOINT = "c" * 32
 PER_REVISION = 1_000

@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.search import DIM, QUERIES, K, built, embeddings, recall, turns
-from indexer import outgrowing
-from indexer.embedded import EmbeddedServer
+from indexer.database.embedded import EmbeddedServer
+from indexer.index import growing as outgrowing
 
 NEAREST = "select id from {table} order by embedding <=> %s::vector limit %s"
 EF = 400

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torchvision import transforms
 
-from trainer.augmentations import inner_rectangle
+from trainer.views.augmentations import inner_rectangle
 
 Apply = Callable[[Image.Image, float], Image.Image]
 Size = tuple[int, int]

@@ -21,9 +21,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from indexer import outgrowing
-from indexer.inverted import Inverted
-from indexer.vector_index import VectorIndex
+from indexer.index import growing as outgrowing
+from indexer.index.inverted import Inverted
+from indexer.index.vector_index import VectorIndex
 
 DIM, K = 192, 20
 QUERIES = 32

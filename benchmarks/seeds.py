@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.embedder import read_config
-from trainer.evaluate import evaluate
+from trainer.evaluation.head_evaluation import evaluate
+from trainer.model.embedder import read_config
 
 HEADS = ("linear", "nn1", "knn", "svm", "combined")
 

@@ -28,15 +28,15 @@ import psutil
 import typer
 from PIL import Image
 
-from api.detector import Detector
-from api.uploads import Upload
-from indexer.embedded import EmbeddedServer
+from api.judge.detector import Detector
+from api.judge.uploads import Upload
+from indexer.database.embedded import EmbeddedServer
 from indexer.settings import Settings
 from indexer.store import NewReference
-from trainer.calibration_set import CalibrationSet
-from trainer.embedder import CheckpointConfig, build_backbone, save_checkpoint
-from trainer.heads import fit_heads
+from trainer.heads.calibration_set import CalibrationSet
+from trainer.heads.heads import fit_heads
 from trainer.images import thumbnail
+from trainer.model.embedder import CheckpointConfig, build_backbone, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 DIM = 192

@@ -22,13 +22,13 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.pillow_views import PillowViews
-from trainer.augmentations import Augmenter, Pixels
-from trainer.loss import code_loss, derangement
-from trainer.objective import Objective
-from trainer.recipe import FitSettings
-from trainer.run import Processes, Run
-from trainer.train import make_objective
-from trainer.views import Views, plain
+from trainer.fit.fit_settings import FitSettings
+from trainer.fit.loss import code_loss, derangement
+from trainer.fit.objective import Objective
+from trainer.fit.run import Processes, Run
+from trainer.fit.train import make_objective
+from trainer.views.augmentations import Augmenter, Pixels
+from trainer.views.views import Views, plain
 
 
 def source_images(count: int) -> list[Pixels]:

@@ -18,14 +18,14 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from trainer.datasets import read_dataset, role
-from trainer.embedded_set import EmbeddedSet, embed_entries
-from trainer.embedder import Embedder
-from trainer.heads import unit_length
-from trainer.logistic import balanced_weights, fit_logistic
-from trainer.metrics import auroc
-from trainer.transforms import basic
-from trainer.vote import CAP, TEMPERATURE, depths, vote
+from trainer.data.datasets import read_dataset, role
+from trainer.evaluation.embedded_set import EmbeddedSet, embed_entries
+from trainer.evaluation.metrics import auroc
+from trainer.evaluation.transforms import basic
+from trainer.heads.heads import unit_length
+from trainer.heads.logistic import balanced_weights, fit_logistic
+from trainer.heads.vote import CAP, TEMPERATURE, depths, vote
+from trainer.model.embedder import Embedder
 
 TEMPERATURES = (0.01, 0.05, 0.1, 0.5)
 CAPS = (1.0, 0.5, 0.2)
@@ -146,8 +146,8 @@ def vote_logits(
         references: m of them.
         queries: n of them.
         k: Neighbours.
-        temperature: See `trainer.vote`.
-        cap: See `trainer.vote`.
+        temperature: See `trainer.heads.vote`.
+        cap: See `trainer.heads.vote`.
         depth: Reals and fakes that are asked; None for the same share of each.
         views: More raw embeddings of the references, each (m, d); of one reference the nearest counts.
     """

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from indexer.command import (
+from indexer.commands import (
     AsJson,
     CheckpointFolder,
     Device,
@@ -25,7 +25,7 @@ from indexer.command import (
     renew_snapshot,
     serving_checkpoint,
 )
-from indexer.postgres import migrate, schema_revision, stop
+from indexer.database.connection import migrate, schema_revision, stop
 from indexer.settings import read_settings
 from indexer.store import GeneratorExists, with_active_folder
 from indexer.terminal import (
@@ -79,10 +79,10 @@ def add(
     if facts_given and (generator is None or "," in generator):
         fail("--family, --vendor, --version and --released-on need --generator with one name", 2)
     with expected_failures():
-        from indexer.effect import consequences
-        from indexer.ingest import ingest
-        from trainer.datasets import read_dataset
-        from trainer.embedder import Embedder
+        from indexer.ingest.ingest import ingest
+        from indexer.measure.enrolment_effect import consequences
+        from trainer.data.datasets import read_dataset
+        from trainer.model.embedder import Embedder
 
         settings = read_settings(checkpoint=checkpoint, device=device)
         choice: dict[str, Any] = {"split": split, "label": label, "generator": generator, "source": source}
@@ -168,7 +168,7 @@ def remove(
 def status(checkpoint: CheckpointFolder = None, device: Device = None, as_json: AsJson = False) -> None:
     """What the store holds, and how far the index is."""
     with expected_failures():
-        from indexer.status import store_status
+        from indexer.measure.status import store_status
 
         settings = read_settings(checkpoint=checkpoint, device=device)
         with opened(settings) as store:
@@ -184,7 +184,7 @@ def status(checkpoint: CheckpointFolder = None, device: Device = None, as_json: 
 def check(checkpoint: CheckpointFolder = None, device: Device = None, as_json: AsJson = False) -> None:
     """Compare rows, index and snapshot of every checkpoint (or of one); exit code 0 only where they agree."""
     with expected_failures():
-        from indexer.agreement import compare
+        from indexer.measure.check import compare
 
         settings = read_settings(checkpoint=checkpoint, device=device)
         with opened(settings) as store:
@@ -218,8 +218,8 @@ def rebuild(
         report: dict[str, Any] = {}
         with opened(settings) as store:
             if checkpoint is not None:
-                from indexer.reembedding import reembed
-                from trainer.embedder import Embedder
+                from indexer.ingest.reembed import reembed
+                from trainer.model.embedder import Embedder
 
                 embedder = Embedder.load(checkpoint, device=settings.device, engine=settings.engine)
                 todo = sum(store.counts().values()) - len(store.embedded_ids(embedder.id))
@@ -260,11 +260,11 @@ def evaluate(
 ) -> None:
     """The trainer's tables with the index's heads: knn, nn1, linear, svm and combined, with thresholds and coverage."""
     with expected_failures():
-        from indexer.evaluate import EvaluationError
-        from indexer.evaluate import evaluate as measure
-        from indexer.findings import tell_evaluation
-        from indexer.measured import keep, kept, question
-        from trainer.embedder import Embedder
+        from indexer.measure.cache import keep, kept, question
+        from indexer.measure.index_evaluation import EvaluationError
+        from indexer.measure.index_evaluation import evaluate as measure
+        from indexer.measure_tables import tell_evaluation
+        from trainer.model.embedder import Embedder
 
         settings = read_settings(checkpoint=checkpoint, device=device)
         with opened(settings) as store, image_progress(console) as advance:
@@ -296,9 +296,9 @@ def evaluate(
 def audit(as_json: AsJson = False) -> None:
     """Whether facts of the files alone tell real from fake references, and near duplicates across labels."""
     with expected_failures():
-        from indexer.audit import AuditError
-        from indexer.audit import audit as examine
-        from indexer.findings import tell_audit
+        from indexer.measure.audit import AuditError
+        from indexer.measure.audit import audit as examine
+        from indexer.measure_tables import tell_audit
 
         with opened(read_settings()) as store:
             try:
@@ -317,7 +317,7 @@ def export_command(
 ) -> None:
     """Write all references with the vectors of every checkpoint to one checksummed file."""
     with expected_failures():
-        from indexer.exchange import export_references
+        from indexer.ingest.exchange import export_references
 
         with (
             opened(read_settings()) as store,
@@ -333,7 +333,7 @@ def import_command(
 ) -> None:
     """Add the references of such a file; those that are known already stay as they are."""
     with expected_failures():
-        from indexer.exchange import import_references
+        from indexer.ingest.exchange import import_references
 
         settings = read_settings()
         with opened(settings) as store:

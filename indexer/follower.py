@@ -11,12 +11,12 @@ import numpy as np
 import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 
-from indexer.embedded import EmbeddedFailure, EmbeddedServer
-from indexer.landmark import landmark, stands
+from indexer.database.embedded import EmbeddedFailure, EmbeddedServer
+from indexer.index.vector_index import BadSnapshot, IndexChanged, Neighbours, VectorIndex
 from indexer.settings import Settings
 from indexer.store import CHANNEL, Additions, Checkpoint, Store
-from indexer.vector_index import BadSnapshot, IndexChanged, Neighbours, VectorIndex
-from trainer.vote import depths
+from indexer.store.history import landmark, stands
+from trainer.heads.vote import depths
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ class Follower:
         exclude_ids: np.ndarray | None = None,
         exclude_each: Sequence[np.ndarray] | None = None,
     ) -> tuple[Neighbours, Neighbours]:
-        """The real and the fake references that vote on raw embeddings (q, dim): see `trainer.vote.depths`.
+        """The real and the fake references that vote on raw embeddings (q, dim): see `trainer.heads.vote.depths`.
 
         Args:
             vectors: See `VectorIndex.search_both`.

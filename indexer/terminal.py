@@ -15,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.table import Table
 from rich.text import Text
 
-from indexer.agreement import Agreement
-from indexer.generators import FACTS
-from trainer.datasets import DatasetError
+from indexer.measure.check import Agreement
+from indexer.store.generators import FACTS
+from trainer.data.datasets import DatasetError
 from trainer.progress import Bar
 
 SHOWN = 10

@@ -3,7 +3,7 @@
 from alembic import context
 from sqlalchemy import Connection
 
-from indexer.tables import Base
+from indexer.database.tables import Base
 
 
 def run(connection: Connection) -> None:
@@ -17,7 +17,7 @@ handed: Connection | None = context.config.attributes.get("connection")
 if handed is not None:
     run(handed)
 else:
-    from indexer.postgres import connect
+    from indexer.database.connection import connect
     from indexer.settings import read_settings
 
     with connect(read_settings(), check=False).connect() as own:

@@ -17,8 +17,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Browser, ConsoleMessage, FilePayload, Page, Request, sync_playwright
 
-from api.app import create_app
-from api.detector import Detector
+from api.http.app import create_app
+from api.judge.detector import Detector
 from indexer.settings import Settings
 
 AXE = Path(__file__).parent / "vendor" / "axe-core" / "axe.min.js"

@@ -14,20 +14,27 @@ import pytest
 from PIL import Image, ImageFilter
 from sqlalchemy import URL, create_engine, text
 
-from indexer.embedded import EmbeddedServer
-from indexer.ingest import ingest
-from indexer.postgres import connect, migrate
+from indexer.database.connection import connect, migrate
+from indexer.database.embedded import EmbeddedServer
+from indexer.ingest.ingest import ingest
 from indexer.settings import Settings
 from indexer.store import Store
-from trainer.calibration_set import CalibrationSet
-from trainer.datasets import read_dataset
-from trainer.embedder import CheckpointConfig, Embedder, build_backbone, save_checkpoint
-from trainer.heads import fit_heads
+from trainer.data.datasets import read_dataset
+from trainer.heads.calibration_set import CalibrationSet
+from trainer.heads.heads import fit_heads
 from trainer.images import Preprocess
+from trainer.model.embedder import CheckpointConfig, Embedder, build_backbone, save_checkpoint
 
 # A busy machine is no failure: hypothesis fails examples that take over 200 ms otherwise.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test is marked by its folder: `journey`, `page`, else `unit`."""
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        item.add_marker(folder if folder in ("journey", "page") else "unit")
 
 
 def small_image(seed: int, fake: bool, size: int = 48) -> Image.Image:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trainer.embedder import CheckpointConfig
 from trainer.images import Preprocess
+from trainer.model.embedder import CheckpointConfig
 
 
 class HashingEmbedder:
@@ -61,7 +61,7 @@ class HashingEmbedder:
 def follow() -> None:
     """What a service does beside searching, with a snapshot at every chance."""
     from indexer import follower
-    from indexer.postgres import connect
+    from indexer.database.connection import connect
     from indexer.settings import Settings
     from indexer.store import Store
 
@@ -77,7 +77,7 @@ def follow() -> None:
 
 
 if __name__ == "__main__":
-    import trainer.embedder
+    import trainer.model.embedder
     from indexer.__main__ import app
 
     trainer.embedder.Embedder = HashingEmbedder  # type: ignore[misc,assignment]

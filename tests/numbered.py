@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from indexer.database.connection import connect
 from indexer.follower import Follower
-from indexer.postgres import connect
 from indexer.settings import Settings
 from indexer.store import NewReference, Store
 

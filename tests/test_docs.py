@@ -9,7 +9,7 @@ from fastapi.routing import APIRoute
 from typer.main import get_command
 
 from api.__main__ import app as api_app
-from api.app import create_app
+from api.http.app import create_app
 from indexer.__main__ import app as indexer_app
 from indexer.settings import Settings
 from trainer.__main__ import app as trainer_app

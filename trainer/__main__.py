@@ -66,7 +66,7 @@ def simulate(
 ) -> None:
     """Write a set of SIMULATED photographs and generated images, for demonstrations and tests."""
     with expected_failures():
-        from trainer.simulate import simulate as write_images
+        from trainer.simulation.simulate import simulate as write_images
 
         report = write_images(out, records=records, seed=seed)
     if as_json:
@@ -117,8 +117,8 @@ def fit(
     arguments = {key: value for key, value in locals().items() if key not in ("overwrite", "as_json")}
     try:
         with expected_failures():
-            from trainer.recipe import FitSettings
-            from trainer.train import fit as train
+            from trainer.fit.fit_settings import FitSettings
+            from trainer.fit.train import fit as train
 
             arguments["architecture_args"] = tuple(sorted(json.loads(architecture_args).items()))
             settings = FitSettings(**arguments)
@@ -156,7 +156,7 @@ def heads(
 ) -> None:
     """Fit heads and calibration of a checkpoint again, from training and calibration images."""
     with expected_failures():
-        from trainer.refit import refit
+        from trainer.fit.fit_heads import refit
 
         with counting_bar("embedding") as advance:
             fitted, rejected = refit(
@@ -194,8 +194,8 @@ def evaluate(
     Images that trained, calibrated or chose the checkpoint, or whose group did, are left out and counted.
     """
     with expected_failures():
-        from trainer.evaluate import evaluate as measure_heads
-        from trainer.report import print_summary, write_report
+        from trainer.evaluation.head_evaluation import evaluate as measure_heads
+        from trainer.evaluation.report import print_summary, write_report
 
         with counting_bar("embedding") as advance:
             result = measure_heads(
@@ -232,7 +232,7 @@ def import_(
 ) -> None:
     """Turn weights in the hub's layout, the official ones among them, into a checkpoint."""
     with expected_failures():
-        from trainer.hub import import_checkpoint
+        from trainer.hub.hub_layout import import_checkpoint
 
         imported = import_checkpoint(source, output, name=name, preprocess=preprocess, trust_pickles=trust_pickles)
     if as_json:
@@ -257,8 +257,8 @@ def export(
     if unknown := [kind for kind in chosen if kind not in ("onnx", "openvino", "hub")]:
         raise typer.BadParameter(f"{', '.join(unknown)} is not known; expected onnx, openvino or hub")
     with expected_failures():
-        from trainer.hub import export_hub
-        from trainer.runtimes import export_onnx, export_openvino
+        from trainer.hub.hub_layout import export_hub
+        from trainer.hub.runtimes import export_onnx, export_openvino
 
         writers = {"onnx": export_onnx, "openvino": export_openvino, "hub": export_hub}
         for kind in chosen:

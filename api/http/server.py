@@ -1,0 +1,106 @@
+"""What listens: uvicorn, which finishes what has begun before it stops, and hangs up on heads that never end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import math
+from collections.abc import Callable
+from socket import socket
+
+import uvicorn
+from threadpoolctl import threadpool_limits
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from api.http.app import create_app
+from api.judge.detector import Detector
+
+log = logging.getLogger(__name__)
+HEAD_SECONDS = 10.0
+"""Time for the request line and the headers."""
+
+
+class Protocol(H11Protocol):
+    """Closes a connection on which no whole request head arrives in time; uvicorn would wait for ever."""
+
+    late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first head."""
+        super().connection_made(transport)
+        self.late = self.loop.call_later(HEAD_SECONDS, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        """A part of a head, or of a body, whose time `Around` limits."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+        elif self.late is None and self.timeout_keep_alive_task is None:
+            self.late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is waited for any more."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _stop_waiting(self) -> None:
+        if self.late is not None:
+            self.late.cancel()
+            self.late = None
+
+
+class Server(uvicorn.Server):
+    """Tells where it listens once it does, and prints the link that opens the page.
+
+    Args:
+        config: What it serves, and where.
+        token: What the page needs; None where it needs none, or a key.
+    """
+
+    def __init__(self, config: uvicorn.Config, token: str | None = None) -> None:
+        super().__init__(config)
+        self.token = token
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        for listener in (listener for server in getattr(self, "servers", []) for listener in server.sockets):
+            host, port = listener.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            address = f"http://{shown}:{port}"
+            log.info("serving", extra={"address": address})
+            print(f"The page: {address}/{f'?token={self.token}' if self.token else ''}", flush=True)
+
+
+def server(detector: Detector, token: str | None = None) -> Server:
+    """A server that, told to stop, finishes the requests that have begun, in the time that a request may take."""
+    settings = detector.settings
+    config = uvicorn.Config(
+        create_app(settings, detector),
+        host=settings.host,
+        port=settings.port,
+        http=Protocol,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # a proxy's word about the client's address is not believed
+        timeout_graceful_shutdown=math.ceil(settings.request_seconds),
+    )
+    return Server(config, token)
+
+
+def run(load: Callable[[], tuple[Detector, str | None]]) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        load: What to serve at first, which nothing here keeps once it is replaced, and the token that the link to the
+            page carries.
+    """
+    ready = server(*load())
+    # What is loaded by now stays: to look through all of it for garbage stops every thread for a tenth of a second.
+    gc.collect()
+    gc.freeze()
+    # Between the heads' small products further threads of the BLAS would wait on cores that have images to decode.
+    with threadpool_limits(1, "blas"):
+        ready.run()

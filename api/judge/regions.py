@@ -1,0 +1,115 @@
+"""Where in an image a verdict comes from (regions), and whether it survives re-encoding (stability)."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image
+
+from api.schemas.verdicts import Region
+from trainer.images import Preprocess
+
+MOST_REGIONS = 64
+FAKE, REAL, STRONGEST = (214, 39, 40), (31, 119, 180), 170
+"""Colours of an overlay, and its alpha where a score is 0 or 1."""
+Box = tuple[int, int, int, int]
+
+
+def grid(width: int, height: int, size: int, most: int = MOST_REGIONS) -> list[Box]:
+    """Boxes (x, y, width, height) of `size` pixels spread evenly over an image, row by row, at most `most` of them.
+
+    They overlap where the image is no multiple of `size`, and leave gaps where `most` would be exceeded. A side shorter
+    than `size` is covered whole.
+    """
+    columns, rows = math.ceil(width / size), math.ceil(height / size)
+    if columns * rows > most:
+        shrink = math.sqrt(most / (columns * rows))
+        columns = min(max(1, int(columns * shrink)), most)
+        rows = min(max(1, int(rows * shrink)), most // columns)
+    return [
+        (x, y, min(size, width), min(size, height))
+        for y in _starts(height, size, rows)
+        for x in _starts(width, size, columns)
+    ]
+
+
+def _starts(length: int, size: int, count: int) -> list[int]:
+    """First pixels of `count` intervals of `size`, the first at the start and the last at the end; one is centred."""
+    room = max(0, length - size)
+    return [room // 2] if count == 1 else [round(i * room / (count - 1)) for i in range(count)]
+
+
+def region_pixels(image: Image.Image, boxes: Sequence[Box], preprocess: Preprocess) -> np.ndarray:
+    """The boxes' pixels at native resolution as the backbone reads them, shape (n, 3, s, s)."""
+    native = replace(preprocess, mode="center_crop")
+    return native([image.crop((x, y, x + w, y + h)) for x, y, w, h in boxes])
+
+
+def _encoded(**options: object) -> Callable[[Image.Image], Image.Image]:
+    def encode(image: Image.Image) -> Image.Image:
+        buffer = io.BytesIO()
+        image.save(buffer, **options)  # type: ignore[arg-type]
+        return Image.open(buffer).convert("RGB")
+
+    return encode
+
+
+def _scaled(factor: float) -> Callable[[Image.Image], Image.Image]:
+    def scale(image: Image.Image) -> Image.Image:
+        size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+        return image.resize(size, Image.Resampling.BICUBIC)
+
+    return scale
+
+
+VARIANTS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "jpeg-90": _encoded(format="JPEG", quality=90),
+    "jpeg-70": _encoded(format="JPEG", quality=70),
+    "jpeg-50": _encoded(format="JPEG", quality=50),
+    "webp-80": _encoded(format="WEBP", quality=80),
+    "scale-0.5": _scaled(0.5),
+    "scale-0.75": _scaled(0.75),
+    "scale-1.25": _scaled(1.25),
+}
+"""What platforms do to an image between its maker and its reader."""
+LARGEST_SIDE = 2048
+"""Pixels; a larger image is scaled down to this first, as platforms do, which also bounds the work."""
+
+
+def variant_pixels(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+    """The image after each of `VARIANTS`, in their order, as the backbone reads it, shape (n, 3, s, s)."""
+    if max(image.size) > LARGEST_SIDE:
+        image = _scaled(LARGEST_SIDE / max(image.size))(image)
+    return preprocess([change(image) for change in VARIANTS.values()])
+
+
+def overlay(width: int, height: int, regions: Sequence[Region], side: int = LARGEST_SIDE) -> bytes:
+    """Regions as a transparent PNG to lay over the image: red where fake, blue where real, clearer near 0.5.
+
+    Where regions overlap their mean counts.
+
+    Args:
+        width: Of the upright image, pixels.
+        height: Of the upright image, pixels.
+        regions: Their boxes and scores.
+        side: The PNG is smaller than the image where this is its longest side.
+    """
+    scale = min(1.0, side / max(width, height))
+    wide, high = max(1, round(width * scale)), max(1, round(height * scale))
+    total, count = np.zeros((high, wide), np.float32), np.zeros((high, wide), np.uint8)
+    for region in regions:
+        x, y, w, h = region.box
+        rows = slice(round(y * scale), max(round((y + h) * scale), round(y * scale) + 1))
+        columns = slice(round(x * scale), max(round((x + w) * scale), round(x * scale) + 1))
+        total[rows, columns] += region.score
+        count[rows, columns] += 1
+    mean = np.where(count > 0, total / np.maximum(count, 1), 0.5)  # (high, wide)
+    colour = np.where(mean[..., None] >= 0.5, np.array(FAKE, np.uint8), np.array(REAL, np.uint8))  # (high, wide, 3)
+    strength = np.rint(STRONGEST * 2 * np.abs(mean - 0.5)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(np.dstack([colour, strength])).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()

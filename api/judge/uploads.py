@@ -1,0 +1,120 @@
+"""Uploads: checked against the limits, decoded, and turned into what the model reads."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from api.judge.provenance import read_provenance
+from api.judge.regions import VARIANTS, Box, grid, region_pixels, variant_pixels
+from api.schemas.problems import ApiError, Kind
+from api.schemas.verdicts import Explanation, ImageFacts, Provenance
+from indexer.settings import Settings
+from trainer.images import FileFacts, ImageTooLarge, Preprocess, UnreadableImage, UnsupportedFormat, decode_image
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A file as it came.
+
+    Attributes:
+        file: Its name.
+        data: Its bytes; of one that is too large perhaps only the first.
+        size: Bytes in all, where `data` may be fewer.
+    """
+
+    file: str
+    data: bytes
+    size: int | None = None
+
+    def excess(self, settings: Settings) -> str | None:
+        """What is wrong with its size; None where it is allowed."""
+        size, most = self.size or len(self.data), settings.max_upload_bytes
+        return f"has {size:,} bytes; LINEUP_MAX_UPLOAD_BYTES allows {most:,}" if size > most else None
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a request wants to know; None means the setting."""
+
+    k: int | None = None
+    max_false_alarm: float | None = None
+    explain: frozenset[Explanation] = frozenset()
+    record: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A decoded upload: what is needed of it from here on, without its pixels at full size."""
+
+    file: str
+    file_bytes: int
+    image: ImageFacts
+    pixels: np.ndarray
+    """What is embedded, shape (1 + regions + variants, 3, s, s), the plain view first."""
+    boxes: list[Box]
+    """Of the regions."""
+    variants: tuple[str, ...]
+    provenance: Provenance
+    decode_ms: float
+
+
+def file_name(name: str | None) -> str:
+    """What a caller called a file, fit for answers, logs and tables."""
+    return "".join(c if c.isprintable() else "?" for c in (name or "")[:255]) or "unnamed"
+
+
+def decode(upload: Upload, settings: Settings) -> tuple[Image.Image, FileFacts]:
+    """The upright RGB image of an upload, within the limits of the settings.
+
+    Raises:
+        ApiError: too-large, not-an-image or unreadable.
+    """
+    if excess := upload.excess(settings):
+        raise ApiError("too-large", f"{upload.file} {excess}")
+    try:
+        return decode_image(upload.data, max_pixels=settings.max_pixels)
+    except UnreadableImage as error:
+        raise ApiError(_kind(error), f"{upload.file}: {error}") from error
+
+
+def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings: Settings) -> Prepared:
+    """Check, decode and preprocess one upload, with the views that the question's explanations need.
+
+    Raises:
+        ApiError: too-large, not-an-image or unreadable.
+    """
+    start = time.perf_counter()
+    image, facts = decode(upload, settings)
+    stacks: list[np.ndarray] = [preprocess([image])]
+    boxes = grid(image.width, image.height, preprocess.image_size) if "regions" in question.explain else []
+    if boxes:
+        stacks.append(region_pixels(image, boxes, preprocess))
+    variants = tuple(VARIANTS) if "stability" in question.explain else ()
+    if variants:
+        stacks.append(variant_pixels(image, preprocess))
+    return Prepared(
+        file=upload.file,
+        file_bytes=len(upload.data),
+        image=ImageFacts(
+            sha256=facts.sha256,
+            width=facts.width,
+            height=facts.height,
+            format=facts.format,
+            crop=preprocess.box(facts.width, facts.height),
+        ),
+        pixels=np.concatenate(stacks),  # (1 + regions + variants, 3, s, s)
+        boxes=boxes,
+        variants=variants,
+        provenance=read_provenance(upload.data, facts.format),
+        decode_ms=1000 * (time.perf_counter() - start),
+    )
+
+
+def _kind(error: UnreadableImage) -> Kind:
+    if isinstance(error, ImageTooLarge):
+        return "too-large"
+    return "not-an-image" if isinstance(error, UnsupportedFormat) else "unreadable"

@@ -1,0 +1,78 @@
+"""Numbers for operators, in the Prometheus format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from api.schemas.verdicts import FailedFile, Verdict
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+TENTHS = tuple(i / 20 for i in range(1, 21))
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """One registry per application, so that two of them in a process do not share counts."""
+
+    def __init__(self) -> None:
+        self.registry = every = CollectorRegistry()
+        ProcessCollector(registry=every)
+        self.requests = Counter("lineup_requests", "Requests answered.", ["method", "route", "status"], registry=every)
+        self.request_seconds = Histogram(
+            "lineup_request_seconds", "Time from first byte to last.", ["route"], buckets=SECONDS, registry=every
+        )
+        self.stage_seconds = Histogram(
+            "lineup_stage_seconds", "Time of one image in each stage.", ["stage"], buckets=SECONDS, registry=every
+        )
+        self.queue = Gauge("lineup_queue_images", "Views that wait to be embedded or judged.", registry=every)
+        self.batch = Histogram(
+            "lineup_batch_images",
+            "Views in one forward pass.",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+            registry=every,
+        )
+        self.verdicts = Counter("lineup_verdicts", "Verdicts given.", ["verdict", "basis"], registry=every)
+        self.rejected = Counter("lineup_rejected", "Files that could not be judged.", ["kind"], registry=every)
+        self.score = Histogram("lineup_score", "Combined score of judged images.", buckets=TENTHS, registry=every)
+        self.similarity = Histogram(
+            "lineup_nearest_similarity",
+            "Similarity of judged images to their nearest reference; a falling share of high values is drift.",
+            buckets=TENTHS,
+            registry=every,
+        )
+        self.index_size = Gauge("lineup_index_images", "References in the index.", ["label"], registry=every)
+        self.revision = Gauge("lineup_index_revision", "Revision up to which the index is complete.", registry=every)
+        self.lag = Gauge("lineup_index_lag_seconds", "Time since the index was known to be complete.", registry=every)
+        self.calibration = Gauge("lineup_calibration_revision", "Revision of the calibration in use.", registry=every)
+        self.inactive = Gauge(
+            "lineup_checkpoint_inactive", "1 while another checkpoint than the active one judges.", registry=every
+        )
+        self.degraded = Gauge("lineup_degraded", "1 while the index cannot follow the database.", registry=every)
+
+    def judged(self, results: Iterable[Verdict | FailedFile], final: bool) -> None:
+        """Count what a request gave.
+
+        Args:
+            results: Of its files.
+            final: The verdicts count; otherwise only the time they took and the files that failed, for the caller asks
+                again.
+        """
+        for result in results:
+            if isinstance(result, FailedFile):
+                self.rejected.labels(result.error.type.removeprefix("urn:lineup:")).inc()
+                continue
+            for stage, milliseconds in result.timings_ms.items():
+                self.stage_seconds.labels(stage).observe(milliseconds / 1000)
+            if not final:
+                continue
+            self.verdicts.labels(result.verdict, result.basis).inc()
+            if result.score is not None:
+                self.score.observe(result.score)
+            if result.heads.nn1:
+                self.similarity.observe(result.heads.nn1.similarity)
+
+    def page(self) -> bytes:
+        """Everything, as Prometheus reads it."""
+        return generate_latest(self.registry)

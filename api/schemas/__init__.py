@@ -1,0 +1,1 @@
+"""What the API says, one pydantic model per JSON object."""

@@ -1,0 +1,106 @@
+"""The errors that the API answers with: one kind per line of the table, as RFC 9457 problems."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from api.schemas.verdicts import Conflict, FieldError, Problem
+
+Kind = Literal[
+    "unreadable",
+    "bad-request",
+    "unauthorized",
+    "forbidden",
+    "not-found",
+    "method-not-allowed",
+    "conflict",
+    "too-large",
+    "not-an-image",
+    "bad-field",
+    "too-many-requests",
+    "not-ready",
+    "internal",
+]
+
+TABLE: dict[Kind, tuple[int, str]] = {
+    "unreadable": (400, "The image cannot be read"),
+    "bad-request": (400, "The request cannot be read"),
+    "unauthorized": (401, "An API key or the token is needed"),
+    "forbidden": (403, "Not allowed"),
+    "not-found": (404, "Not found"),
+    "method-not-allowed": (405, "Method not allowed"),
+    "conflict": (409, "Conflict"),
+    "too-large": (413, "Too large"),
+    "not-an-image": (415, "Not an image of an accepted format"),
+    "bad-field": (422, "A field is not valid"),
+    "too-many-requests": (429, "Too many requests"),
+    "not-ready": (503, "Not ready"),
+    "internal": (500, "The server failed"),
+}
+"""Status and title of each kind."""
+
+
+@dataclass(eq=False)
+class ApiError(Exception):
+    """A problem on its way to the caller.
+
+    Args:
+        kind: A key of `TABLE`.
+        detail: What came, what was expected, and what to change.
+        retry_after: Seconds after which trying again makes sense.
+    """
+
+    kind: Kind
+    detail: str
+    retry_after: float | None = None
+    errors: list[FieldError] | None = None
+    conflicts: list[Conflict] | None = None
+
+    def __str__(self) -> str:
+        return self.detail
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return TABLE[self.kind][0]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What goes with it into the response's head."""
+        headers = {} if self.retry_after is None else {"retry-after": str(max(1, math.ceil(self.retry_after)))}
+        return headers | ({"www-authenticate": "Bearer"} if self.kind == "unauthorized" else {})
+
+    def problem(self, request_id: str | None = None) -> Problem:
+        """The JSON body."""
+        status, title = TABLE[self.kind]
+        return Problem(
+            type=f"urn:lineup:{self.kind}",
+            title=title,
+            status=status,
+            detail=self.detail,
+            request_id=request_id,
+            errors=self.errors,
+            conflicts=self.conflicts,
+        )
+
+
+def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's account of the problems that a call may answer with, beside those that any call may."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    for kind in (*kinds, "unauthorized", "forbidden", "too-large", "bad-field", "too-many-requests", "not-ready"):
+        status, title = TABLE[kind]
+        example = ApiError(kind, title).problem("4f6c0a2e").model_dump()
+        schema = {"$ref": "#/components/schemas/Problem"}
+        responses[status] = {
+            "description": title,
+            "content": {"application/problem+json": {"schema": schema, "example": example}},
+        }
+    return responses
+
+
+def from_status(status: int, detail: str) -> ApiError:
+    """A problem for a status that the web framework chose."""
+    kinds: dict[int, Kind] = {number: kind for kind, (number, _) in TABLE.items() if kind != "unreadable"}
+    return ApiError(kinds.get(status, "internal" if status >= 500 else "bad-request"), detail)

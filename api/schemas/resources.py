@@ -1,0 +1,255 @@
+"""What the API says of what it keeps: references, generators, enrolments, records, and its own state."""
+
+from __future__ import annotations
+
+from datetime import date, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from api.schemas.verdicts import (
+    CalibrationFacts,
+    Conflict,
+    GeneratorName,
+    Label,
+    Model,
+    ModelFacts,
+    Text,
+    Thresholds,
+    Verdict,
+)
+
+
+class Rejected(Model):
+    file: str
+    reason: str
+
+
+class Added(Model):
+    """What an enrolment did; as `lineup index add --json`."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True, extra="allow")
+
+    added: int
+    known: int
+    embedded: int
+    """Images that were known, but not to this checkpoint."""
+    conflicts: list[Conflict] = Field(default_factory=list)
+    rejected: list[Rejected] = Field(default_factory=list)
+    revision: int
+    enrolment: int | None = None
+    effect: dict[str, Any] | None = None
+    """Recall of the new images and false alarms without the enrolment and with it; null where nothing was added."""
+    warnings: list[str] = Field(default_factory=list)
+    """Facts of the files, such as their format, that tell real from fake by themselves."""
+
+
+class ReferenceImage(Model):
+    """A reference image as stored."""
+
+    id: int
+    sha256: str
+    label: Label
+    generator: str | None = None
+    source: str | None = None
+    group: str | None = None
+    uri: str | None = None
+    """As of a `Neighbour`."""
+    file_bytes: int | None = None
+    width: int
+    height: int
+    format: str
+    jpeg_quality: int | None = None
+    thumbnail: str
+    attributes: dict[str, Any] = Field(default_factory=dict)
+    enrolment: int | None = None
+    added_at: datetime
+
+
+class ReferencePage(Model):
+    references: list[ReferenceImage]
+    next: int | None = None
+    """Give it as `after` for the following page; null at the end."""
+
+
+class Removed(Model):
+    references: int
+    revision: int
+
+
+class GeneratorFacts(Model):
+    """What is known of a generator beside its images."""
+
+    family: Text | None = None
+    vendor: Text | None = None
+    version: Text | None = None
+    released_on: date | None = None
+    notes: Annotated[str, Field(max_length=4000, pattern=r"^[^\x00]*$")] | None = None
+
+
+class NewGenerator(GeneratorFacts):
+    name: GeneratorName
+
+
+class GeneratorChange(GeneratorFacts):
+    """Only what is given is changed."""
+
+    name: GeneratorName = ""
+
+
+class Generator(NewGenerator):
+    references: int = 0
+
+
+class Generators(Model):
+    generators: list[Generator]
+
+
+class Enrolment(Model):
+    id: int
+    at: datetime
+    generator: str | None = None
+    source: str | None = None
+    references: int | None = None
+    """Images of it that are still there."""
+    report: dict[str, Any] | None = None
+    """Null while it runs, or where it was cut off."""
+
+
+class Enrolments(Model):
+    enrolments: list[Enrolment]
+    next: int | None = None
+
+
+class Feedback(Model):
+    """A dispute or a confirmation of a verdict."""
+
+    label: Label
+    """What the image is, according to who says so."""
+    note: Annotated[str, Field(max_length=2000, pattern=r"^[^\x00]*$")] = ""
+
+
+class Asked(Model):
+    """How a verdict was asked for; null where the settings decided."""
+
+    k: int | None = None
+    max_false_alarm: float | None = None
+
+
+class Detection(Model):
+    """A recorded verdict. Of the image only hash, size, embedding and the regions' boxes are kept."""
+
+    id: str
+    at: datetime
+    version: int
+    """Of the fields of `result`; 0 for records that do not tell it."""
+    result: dict[str, Any]
+    """The verdict as it was given, thus with the fields that a `Verdict` had then."""
+    question: Asked
+    feedback: dict[str, Any] | None = None
+
+
+class DetectionSummary(Model):
+    id: str
+    at: datetime
+    file: str | None = None
+    verdict: str | None = None
+    score: float | None = None
+    thresholds: dict[str, float | None] | None = None
+    sha256: str
+    feedback: dict[str, Any] | None = None
+
+
+class DetectionPage(Model):
+    detections: list[DetectionSummary]
+    next: str | None = None
+    """Give it as `after` for the following page; null at the end."""
+
+
+class Change(Model):
+    field: str
+    before: Any
+    after: Any
+
+
+class Replay(Model):
+    """A recorded embedding judged at today's revision."""
+
+    before: dict[str, Any]
+    """The verdict as it was given, thus with the fields that a `Verdict` had then."""
+    after: Verdict
+    changed: list[Change]
+
+
+class IndexState(Model):
+    kind: str
+    device: str
+    size: int
+    revision: int
+
+
+class References(Model):
+    real: int
+    fake: int
+
+
+class GeneratorCount(Model):
+    name: str
+    references: int
+
+
+class SourceCount(Model):
+    name: str
+    references: int
+
+
+class Status(Model):
+    """What is loaded, followed and calibrated."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True, extra="allow")
+
+    checkpoint: str
+    active_checkpoint: str | None = None
+    """The store's active checkpoint, as last seen."""
+    inactive: str | None = None
+    """Why `checkpoint` is another one than that."""
+    model: ModelFacts | None = None
+    revision: int
+    """The newest revision in Postgres; while it is away, the last one followed."""
+    references: References
+    generators: list[GeneratorCount]
+    sources: list[SourceCount] = Field(default_factory=list)
+    index: IndexState
+    calibration: CalibrationFacts | None = None
+    reason: str | None = None
+    """Why nothing is calibrated, or how many calibration images more a promised rate would need."""
+    degraded: bool = False
+    version: str | None = None
+    k: int | None = None
+    """Neighbours that vote unless a request asks for another number."""
+
+
+class Histogram(Model):
+    """How the calibration images score, each by maps fitted without its group: counts in equal bins of 0..1."""
+
+    real: list[int]
+    fake: list[int]
+
+
+class CalibrationState(Model):
+    """The calibration in use and what it promises."""
+
+    calibration: CalibrationFacts | None = None
+    thresholds: Thresholds
+    max_false_alarm: float
+    max_miss: float
+    prior: float
+    reason: str | None = None
+    maps: dict[str, Any] = Field(default_factory=dict)
+    """The logistic maps from raw head scores to calibrated logits, by the heads that answer."""
+    histogram: Histogram | None = None
+    """Of the scores that all heads together give; null where nothing is calibrated."""
+
+
+class Health(Model):
+    status: Literal["live", "ready"]

@@ -1,0 +1,377 @@
+"""What the API says of images: verdicts, searches and problems, one pydantic model per JSON object.
+
+Scores rise with "fake". Similarities are cosines, -1..1. Lists are best first.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from trainer.data.entry import GENERATOR
+
+Label = Literal["real", "fake"]
+LABELS: tuple[Label, Label] = ("real", "fake")
+"""By the number that stands for each in index and tables."""
+Decision = Literal["fake", "real", "uncertain"]
+Scope = Literal["detect", "enrol", "admin"]
+Explanation = Literal["regions", "stability"]
+Unit = Annotated[float, Field(ge=0, le=1)]
+Similarity = Annotated[float, Field(ge=-1.001, le=1.001)]
+Text = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00]*$")]
+GeneratorName = Annotated[str, Field(pattern=f"^{GENERATOR}$", examples=["SD-XL"])]
+
+
+def absent(value: object) -> bool:
+    """Whether a field that appears only when asked for was not asked for."""
+    return value is None
+
+
+class Model(BaseModel):
+    """Docstrings under fields become descriptions in OpenAPI."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True, extra="forbid")
+
+
+class Thresholds(Model):
+    """Cuts on `score`; null where the calibration images are too few to promise the rate asked for."""
+
+    fake: float | None = None
+    real: float | None = None
+
+
+class Known(Model):
+    """The reference image whose bytes the query repeats."""
+
+    id: int
+    label: Label
+    generator: str | None = None
+
+
+class Votes(Model):
+    real: int
+    fake: int
+
+
+class Nearest(Model):
+    """Similarity of the nearest reference image of each label; null where there is none."""
+
+    real: Similarity | None = None
+    fake: Similarity | None = None
+
+
+class KnnHead(Model):
+    """The vote of the k nearest reference images."""
+
+    score: Unit
+    """Weight of the fakes among the neighbours."""
+    probability: Unit | None = None
+    """Calibrated; null where nothing is calibrated, or for a k other than the calibrated one."""
+    contribution: float | None = None
+    """As of the other heads; that of the calibrated k, whatever k was asked for."""
+    label: Label
+    k: int
+    votes: Votes
+    nearest: Nearest
+
+
+class Nn1Head(Model):
+    """The single nearest reference image."""
+
+    label: Label
+    id: int
+    similarity: Similarity
+
+
+class LinearHead(Model):
+    """Logistic regression on the embedding."""
+
+    score: Unit
+    probability: Unit | None = None
+    contribution: float | None = None
+    """What the head adds to `combination.logit`, above 0 for fake; null where it has no part in the score."""
+    label: Label
+
+
+class SvmHead(Model):
+    """One-class SVM on real images; the score is minus its decision function, above 0 fake."""
+
+    score: float
+    probability: Unit | None = None
+    contribution: float | None = None
+    """As of the linear head."""
+    label: Label
+
+
+class HeadAnswers(Model):
+    """The heads side by side; null for a head that cannot answer."""
+
+    knn: KnnHead | None = None
+    nn1: Nn1Head | None = None
+    linear: LinearHead | None = None
+    svm: SvmHead | None = None
+
+
+class Combination(Model):
+    """The sum behind the score: the heads' contributions and a bias, which the calibration images set."""
+
+    bias: float
+    logit: float
+    """Bias and contributions together; the score is its logistic function, 1 / (1 + exp(-logit))."""
+
+
+class GeneratorShare(Model):
+    """Part of the fakes' weight that one generator holds."""
+
+    name: str
+    share: Unit
+
+
+class Neighbour(Model):
+    """A reference image near the query."""
+
+    id: int
+    label: Label
+    generator: str | None = None
+    source: str | None = None
+    similarity: Similarity
+    weight: Unit | None = None
+    """Its part of the vote; 0 for one that is shown but does not vote, null in a search."""
+    thumbnail: str | None = None
+    """Path of a small JPEG, null while the database is away."""
+    uri: str | None = None
+    """Where it lies; null for what came over HTTP, and a path of the server for callers without the scope admin."""
+    attributes: dict[str, Any] = {}
+
+
+class Region(Model):
+    """One local crop and its own vote."""
+
+    box: tuple[int, int, int, int]
+    """x, y, width, height in pixels of the upright image."""
+    score: Unit
+    generator: str | None = None
+
+
+class Stability(Model):
+    """The score of re-encoded and rescaled copies of the image."""
+
+    scores: dict[str, float | None]
+    spread: float | None = None
+    """Highest minus lowest score, the unchanged image included."""
+    flips: bool
+    """Whether any copy gets another verdict."""
+
+
+class ContentCredentials(Model):
+    """A C2PA manifest found in the file."""
+
+    state: Literal["trusted", "intact", "invalid", "remote", "unreadable"]
+    """`intact`: the signature fits the bytes, but its signer is on no trust list.
+    `remote`: the file only links to a manifest; the link is not followed."""
+    issues: list[str] = []
+    """C2PA status codes of what failed or could not be trusted."""
+    generator: str | None = None
+    """The software that claims to have made the manifest."""
+    signer: str | None = None
+    signed_at: str | None = None
+    title: str | None = None
+    actions: list[str] = []
+    source_types: list[str] = []
+    """IPTC digital source types of the actions, last path segment."""
+    says_generated: bool = False
+    """Whether a source type says that a trained algorithm made the image."""
+
+
+class Provenance(Model):
+    """What the file says of itself. Easily removed or forged, so it never touches the score."""
+
+    c2pa: Annotated[ContentCredentials | None, Field(exclude_if=absent)] = None
+    metadata: Annotated[dict[str, str] | None, Field(exclude_if=absent)] = None
+    """Software, source type and prompt fields of EXIF, XMP, IPTC and PNG text, shortened."""
+    says_generated: Annotated[bool | None, Field(exclude_if=absent)] = None
+    """Whether a field or manifest names a generator or an AI source type; absent where nothing was found."""
+
+
+class ImageFacts(Model):
+    """The image as decoded; width and height after EXIF orientation."""
+
+    sha256: str
+    width: int
+    height: int
+    format: str
+    crop: tuple[int, int, int, int]
+    """x, y, width, height of what the model saw, in pixels of the upright image."""
+
+
+class ModelFacts(Model):
+    checkpoint: str
+    heads: str | None = None
+    name: str
+    engine: str
+
+
+class IndexFacts(Model):
+    revision: int
+    size: int
+
+
+class CalibrationFacts(Model):
+    """The calibration in use and how many images of each label it rests on."""
+
+    revision: int
+    real: int
+    fake: int
+
+
+EXAMPLE_VERDICT: dict[str, Any] = {
+    "id": "1c87a41d-0823-41f7-b39a-76d3d857e578",
+    "file": "a.jpg",
+    "verdict": "fake",
+    "basis": "score",
+    "score": 0.97,
+    "probability": 0.97,
+    "false_alarm": 0.004,
+    "reason": None,
+    "thresholds": {"fake": 0.71, "real": 0.22},
+    "known": None,
+    "combination": {"bias": -0.5, "logit": 3.5},
+    "heads": {
+        "knn": {
+            "score": 0.9,
+            "probability": 0.95,
+            "contribution": 1.2,
+            "label": "fake",
+            "k": 10,
+            "votes": {"real": 1, "fake": 9},
+            "nearest": {"real": 0.41, "fake": 0.93},
+        },
+        "nn1": {"label": "fake", "id": 123, "similarity": 0.93},
+        "linear": {"score": 0.98, "probability": 0.97, "contribution": 2.1, "label": "fake"},
+        "svm": {"score": 1.7, "probability": 0.8, "contribution": 0.7, "label": "fake"},
+    },
+    "generators": [{"name": "SD-XL", "share": 0.7}, {"name": "DF-IF", "share": 0.3}],
+    "unknown_generator": False,
+    "novelty": 0.42,
+    "neighbours": [
+        {
+            "id": 123,
+            "label": "fake",
+            "generator": "SD-XL",
+            "source": "d3",
+            "similarity": 0.93,
+            "weight": 0.18,
+            "thumbnail": "/v1/references/123/thumbnail",
+            "uri": None,
+            "attributes": {},
+        }
+    ],
+    "provenance": {},
+    "image": {"sha256": "9f86d081", "width": 1024, "height": 768, "format": "JPEG", "crop": [400, 272, 224, 224]},
+    "model": {"checkpoint": "0f3a", "heads": "77c1", "name": "code", "engine": "openvino-bf16"},
+    "index": {"revision": 4711, "size": 50000},
+    "calibration": {"revision": 4711, "real": 1000, "fake": 4000},
+    "degraded": False,
+    "recorded": True,
+    "timings_ms": {"decode": 3.1, "embed": 5.2, "search": 0.4, "heads": 0.2},
+}
+
+
+class Verdict(Model):
+    """One image judged, with the evidence."""
+
+    model_config = ConfigDict(
+        use_attribute_docstrings=True, extra="forbid", json_schema_extra={"examples": [EXAMPLE_VERDICT]}
+    )
+
+    id: str
+    """Names the record, where one is kept."""
+    file: str
+    verdict: Decision
+    basis: Literal["score", "known"]
+    score: Unit | None = None
+    """Calibrated combination of the heads, prior 0.5; null where nothing is calibrated (see `reason`)."""
+    probability: Unit | None = None
+    """The score moved to the operator's prior (`LINEUP_PRIOR`), as the heads' probabilities are."""
+    false_alarm: Unit | None = None
+    """Share of real calibration images that score at least this."""
+    reason: str | None = None
+    """Why the verdict is uncertain or a part is missing."""
+    thresholds: Thresholds
+    known: Known | None = None
+    combination: Combination | None = None
+    """How the heads make the score; null where there is none."""
+    heads: HeadAnswers
+    generators: list[GeneratorShare] = []
+    unknown_generator: bool = False
+    """A fake that is unlike the fakes of every enrolled generator."""
+    novelty: Unit | None = None
+    """Conformal p-value of the nearest similarity: small means unlike everything known. Null below 50 images."""
+    neighbours: list[Neighbour] = []
+    regions: Annotated[list[Region] | None, Field(exclude_if=absent)] = None
+    stability: Annotated[Stability | None, Field(exclude_if=absent)] = None
+    provenance: Provenance = Provenance()
+    image: ImageFacts
+    model: ModelFacts
+    index: IndexFacts
+    calibration: CalibrationFacts | None = None
+    degraded: bool = False
+    """The database is away: judged from memory, neither recorded nor compared with known hashes."""
+    recorded: bool = False
+    """`/v1/detections/{id}` gives it again."""
+    timings_ms: dict[str, float] = {}
+
+
+class FieldError(Model):
+    field: str
+    message: str
+
+
+class Problem(Model):
+    """RFC 9457 problem details."""
+
+    type: str
+    """`urn:lineup:` and the kind of problem."""
+    title: str
+    status: int
+    detail: str
+    request_id: Annotated[str | None, Field(exclude_if=absent)] = None
+    errors: Annotated[list[FieldError] | None, Field(exclude_if=absent)] = None
+    conflicts: Annotated[list[Conflict] | None, Field(exclude_if=absent)] = None
+
+
+class FailedFile(Model):
+    """A file of a batch that could not be judged; the others are."""
+
+    file: str
+    error: Problem
+
+
+class Detections(Model):
+    results: list[Verdict | FailedFile]
+
+
+class Hits(Model):
+    """Neighbours of one searched image."""
+
+    file: str
+    neighbours: list[Neighbour]
+    next: int | None = None
+    """The offset of the following page; null at the end."""
+
+
+class Searches(Model):
+    results: list[Hits | FailedFile]
+
+
+class Conflict(Model):
+    """The same bytes are known with another label or generator."""
+
+    file: str
+    sha256: str
+    has: str
+    wants: str
+
+
+Problem.model_rebuild()

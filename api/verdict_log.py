@@ -1,0 +1,159 @@
+"""Verdicts that were given: shown again, recomputed at today's revision, and drawn.
+
+They are read as they were written, never checked against today's `Verdict`: fields come and go, records stay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+
+from api.access import Caller, hide_paths
+from api.judge.detector import FLIPS, Case, Detector
+from api.judge.regions import overlay
+from api.judge.uploads import Prepared, Question
+from api.schemas.problems import ApiError
+from api.schemas.resources import Asked, Change, Detection, DetectionPage, DetectionSummary, Feedback, Replay
+from api.schemas.verdicts import ImageFacts, Provenance, Region, Verdict
+from indexer import store
+
+COMPARED = (
+    "verdict",
+    "basis",
+    "score",
+    "thresholds.fake",
+    "thresholds.real",
+    "false_alarm",
+    "heads.knn.score",
+    "heads.knn.label",
+    "heads.nn1.id",
+    "heads.nn1.label",
+    "heads.linear.score",
+    "heads.svm.score",
+    "generators.0.name",
+    "unknown_generator",
+    "novelty",
+    "known.id",
+    "model.heads",
+    "index.revision",
+    "index.size",
+    "calibration.revision",
+)
+"""What a replay reports, as paths into the verdict's JSON."""
+
+
+def find(detector: Detector, caller: Caller, detection_id: UUID) -> store.Detection:
+    """A record, for who made it or holds the scope admin.
+
+    Raises:
+        ApiError: not-found, also for a record that is someone else's.
+    """
+    row = detector.store.get_detection(detection_id)
+    if row is None or not (caller.may("admin") or row.api_key_id == caller.key_id):
+        raise ApiError("not-found", f"there is no detection {detection_id}")
+    return row
+
+
+def shown(row: store.Detection, caller: Caller) -> Detection:
+    """A record with its whole verdict, as this caller may see it."""
+    assert row.at is not None  # the database sets it
+    result = dict(row.result)
+    version, asked = result.pop("version", 0), result.pop("question", {})
+    if neighbours := result.get("neighbours"):
+        result["neighbours"] = [near | {"uri": caller.visible(near.get("uri"))} for near in neighbours]
+    question = Asked(k=asked.get("k"), max_false_alarm=asked.get("max_false_alarm"))
+    return Detection(
+        id=str(row.id), at=row.at, version=version, result=result, question=question, feedback=row.feedback
+    )
+
+
+def page(rows: Sequence[store.ListedDetection], limit: int) -> DetectionPage:
+    """A page of records, newest first."""
+    summaries = [DetectionSummary(**asdict(row) | {"id": str(row.id)}) for row in rows]
+    return DetectionPage(detections=summaries, next=summaries[-1].id if len(rows) == limit else None)
+
+
+def drawn(row: store.Detection) -> bytes:
+    """The regions of a record as a transparent PNG.
+
+    Raises:
+        ApiError: not-found, for a verdict without regions.
+    """
+    regions = row.result.get("regions")
+    if regions is None:
+        raise ApiError("not-found", f"detection {row.id} has no regions; detect with explain=regions")
+    return overlay(row.width, row.height, [Region.model_validate(region, extra="ignore") for region in regions])
+
+
+def replay(detector: Detector, row: store.Detection, caller: Caller) -> Replay:
+    """Vote and heads again on the embedding that was kept, against the index and the calibration of now.
+
+    The question is the one that was asked then. Regions and stability would need the image, which was not kept; where
+    a flip made the verdict uncertain, it does so still.
+
+    Raises:
+        ApiError: conflict, when another checkpoint made the embedding.
+    """
+    if row.checkpoint_id != detector.embedder.id:
+        detail = f"detection {row.id} was embedded by checkpoint {row.checkpoint_id}; serving {detector.embedder.id}"
+        raise ApiError("conflict", detail)
+    record = shown(row, caller)
+    before, asked = record.result, record.question
+    image = ImageFacts(
+        sha256=row.sha256,
+        width=row.width,
+        height=row.height,
+        format=_at(before, "image.format") or "unknown",
+        crop=detector.embedder.preprocess.box(row.width, row.height),
+    )
+    prepared = Prepared(
+        file=before.get("file", "unnamed"),
+        file_bytes=row.file_bytes,
+        image=image,
+        pixels=np.empty((0, 3, 0, 0), np.float32),
+        boxes=[],
+        variants=(),
+        provenance=Provenance(),
+        decode_ms=0.0,
+    )
+    case = Case(prepared, row.vector[None], Question(asked.k, asked.max_false_alarm))  # (1, d)
+    [after] = detector.judge([case])
+    after.id = record.id
+    hide_paths(after.neighbours, caller)
+    if detector.settings.flip_uncertain and before.get("reason") == FLIPS and after.basis == "score":
+        after.verdict, after.reason, after.unknown_generator = "uncertain", FLIPS, False
+    return Replay(before=before, after=after, changed=changes(before, after))
+
+
+def changes(before: Mapping[str, Any], after: Verdict) -> list[Change]:
+    """Where a verdict differs from an earlier one on the same image, which is given as JSON."""
+    new = after.model_dump(mode="json")
+    pairs = [(path, _at(before, path), _at(new, path)) for path in COMPARED]
+    return [Change(field=path, before=was, after=now) for path, was, now in pairs if not _same(was, now)]
+
+
+def dispute(detector: Detector, row: store.Detection, feedback: Feedback, caller: Caller) -> Detection:
+    """Keep what a person says of a verdict; a second time replaces the first."""
+    detector.store.set_feedback(row.id, feedback.model_dump(mode="json") | {"by": caller.name})
+    return shown(find(detector, caller, row.id), caller)
+
+
+def _same(was: Any, now: Any) -> bool:
+    """Equal, but for what sums in another order may differ by."""
+    if isinstance(was, float) and isinstance(now, float):
+        return math.isclose(was, now, rel_tol=1e-6, abs_tol=1e-9)
+    return bool(was == now)
+
+
+def _at(value: Any, path: str) -> Any:
+    for part in path.split("."):
+        if isinstance(value, list):
+            value = value[int(part)] if int(part) < len(value) else None
+        else:
+            value = value.get(part) if isinstance(value, Mapping) else None
+    return value

@@ -1,0 +1,142 @@
+"""What every command of the indexer shares: options, expected failures, the store it opens, the snapshot it leaves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import psycopg
+import typer
+from alembic.util import CommandError
+from rich.console import Console
+from sqlalchemy.exc import DBAPIError
+
+from indexer.database.connection import DatabaseBehind, DatabaseUnreachable, connect
+from indexer.database.embedded import EmbeddedFailure
+from indexer.follower import Follower
+from indexer.ingest.exchange import BadExport
+from indexer.measure.calibrate import recalibrate
+from indexer.settings import Settings, SettingsError
+from indexer.store import (
+    BadGeneratorName,
+    BadVector,
+    Checkpoint,
+    CheckpointSwitched,
+    GeneratorExists,
+    Store,
+    UnknownCheckpoint,
+    UnknownGenerator,
+)
+from trainer.data.datasets import DatasetError
+from trainer.model.embedder import CheckpointError, read_id
+
+console = Console(stderr=True, highlight=False)
+
+REFUSALS = (
+    psycopg.errors.InsufficientPrivilege,
+    psycopg.errors.ReadOnlySqlTransaction,
+    psycopg.errors.InvalidSchemaName,
+    psycopg.errors.UndefinedTable,
+    psycopg.errors.UndefinedColumn,
+)
+"""What a database raises that is another one than was meant, or does not let its user in."""
+TRAINING = ("cv2", "sklearn")
+"""Libraries of the extra `train` that `evaluate` and `audit` use."""
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+CheckpointFolder = Annotated[Path | None, typer.Option("--checkpoint", help="Checkpoint folder.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+
+
+@contextmanager
+def expected_failures() -> Iterator[None]:
+    """What can go wrong without a fault of the program ends as one line on stderr and exit code 1."""
+    try:
+        yield
+    except (DBAPIError, psycopg.Error) as error:
+        reason = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(reason, psycopg.errors.LockNotAvailable):
+            fail(f"another transaction holds a lock ({reason}): end it (see pg_stat_activity), then run this again")
+        if isinstance(reason, psycopg.OperationalError):
+            fail(f"the database stopped answering ({reason}); what was written stays, run the command again")
+        if isinstance(reason, REFUSALS):
+            fail(f"the database refuses ({reason}): look at LINEUP_DATABASE_URL and the rights of its user")
+        fail(f"the database cannot do that: {reason}")
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in TRAINING:
+            raise
+        fail(f'this command needs {library}, which is not installed: pip install "lineup[train]"')
+    except (
+        SettingsError,
+        DatabaseUnreachable,
+        DatabaseBehind,
+        EmbeddedFailure,
+        DatasetError,
+        CheckpointError,
+        BadExport,
+        BadGeneratorName,
+        GeneratorExists,
+        BadVector,
+        UnknownGenerator,
+        UnknownCheckpoint,
+        CheckpointSwitched,
+        CommandError,
+        OSError,
+    ) as error:
+        fail(str(error))
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Say it in one line, and end: 1 failed, 2 wrong usage."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def opened(settings: Settings, *, check: bool = True) -> Iterator[Store]:
+    """The store of these settings."""
+    engine = connect(settings, check=check)
+    try:
+        yield Store(engine)
+    finally:
+        engine.dispose()
+
+
+def checkpoint_of(folder: Path, store: Store) -> Checkpoint:
+    """What the store knows of the checkpoint in a folder.
+
+    Raises:
+        CheckpointError: The folder holds none.
+        UnknownCheckpoint: Nothing was added with it.
+    """
+    return store.get_checkpoint(read_id(folder))
+
+
+def serving_checkpoint(settings: Settings, store: Store) -> Checkpoint | None:
+    """The checkpoint that the settings name; where they name none, or nothing was added with it, the active one."""
+    if settings.checkpoint is not None:
+        with suppress(CheckpointError, UnknownCheckpoint):
+            return checkpoint_of(settings.checkpoint, store)
+    return store.active_checkpoint()
+
+
+def renew_snapshot(settings: Settings, store: Store, checkpoint_id: str, *, anew: bool = False) -> Follower:
+    """Write the snapshot and the calibration of the index as the rows are now, and return the index.
+
+    Args:
+        settings: Where it lies.
+        store: The rows.
+        checkpoint_id: Whose index.
+        anew: Do not trust the snapshot that is there.
+    """
+    follower = Follower(settings, store, checkpoint_id, store.get_checkpoint(checkpoint_id).dim)
+    if anew:
+        follower.forget_snapshot()
+    follower.load()
+    follower.save()
+    recalibrate(settings, follower)
+    return follower

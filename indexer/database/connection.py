@@ -1,0 +1,147 @@
+"""Reach the database: the server of `LINEUP_DATABASE_URL`, or an embedded one under `LINEUP_HOME`."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import DBAPIError
+
+import migrations
+from indexer.database.embedded import EmbeddedFailure, EmbeddedServer
+from indexer.settings import Settings
+
+OLDEST_SERVER = 14
+# Any constant; whoever holds this advisory lock may change the schema.
+MIGRATION_LOCK = 0x11_E0_B0
+LOCK_SECONDS = 30
+"""Longest wait for a lock. Ours are held for a tenth of a second: what holds one longer is a transaction left open."""
+POOL_SECONDS = 10
+"""Longest wait for one of the pool's connections."""
+CONNECTION = {
+    "application_name": "lineup",
+    "connect_timeout": "10",
+    "keepalives_idle": "15",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+}
+"""libpq's parameters, where the URL has no others: a server that vanishes without a word is given up in 30 seconds."""
+
+
+class DatabaseUnreachable(RuntimeError):
+    """No connection; the message is one line and names the setting to look at."""
+
+
+class DatabaseBehind(RuntimeError):
+    """The database has another schema revision than this code; the message names the command."""
+
+
+def connect(settings: Settings, *, check: bool = True, statement_seconds: int = 0) -> Engine:
+    """An engine on a database that answers; without `database_url` the embedded server is started and migrated.
+
+    Args:
+        settings: Where the database is.
+        check: Refuse a database whose schema is not this code's (`lineup index migrate` itself does not).
+        statement_seconds: After which the server ends a statement; 0 leaves that to the server.
+
+    Raises:
+        DatabaseUnreachable: Nothing usable answers there.
+        DatabaseBehind: Its schema is another one.
+    """
+    if settings.database_url is None:
+        try:
+            url = EmbeddedServer(settings.home).start()
+        except EmbeddedFailure as error:
+            raise DatabaseUnreachable(str(error)) from error
+    else:
+        url = make_url(settings.database_url).set(drivername="postgresql+psycopg")
+    engine = create_engine(
+        url.set(query={**CONNECTION, **url.query}), pool_pre_ping=True, max_overflow=30, pool_timeout=POOL_SECONDS
+    )
+    event.listen(engine, "connect", partial(_limit_waiting, statement_seconds))
+    try:
+        _make_ready(engine, settings.database_url is None, check)
+    except DBAPIError as error:
+        engine.dispose()
+        where = url.render_as_string(hide_password=True)
+        reason = " ".join(str(error.orig).split())
+        raise DatabaseUnreachable(f"no database at {where} ({reason}): look at LINEUP_DATABASE_URL") from error
+    except (DatabaseUnreachable, DatabaseBehind):
+        engine.dispose()
+        raise
+    return engine
+
+
+def _limit_waiting(statement_seconds: int, connection: psycopg.Connection[Any], _: object) -> None:
+    connection.execute(f"set lock_timeout = '{LOCK_SECONDS}s'")
+    if statement_seconds:
+        connection.execute(f"set statement_timeout = '{statement_seconds}s'")
+    connection.commit()
+
+
+def _make_ready(engine: Engine, embedded: bool, check: bool) -> None:
+    with engine.connect() as connection:
+        version = int(connection.scalar(text("show server_version_num")) or 0) // 10_000
+        current = schema_revision(connection)
+    if version < OLDEST_SERVER:
+        raise DatabaseUnreachable(f"LINEUP_DATABASE_URL is PostgreSQL {version}; {OLDEST_SERVER} or newer is needed")
+    if embedded and (current is None or current in _older()):
+        migrate(engine)
+    elif check:
+        _require(current)
+
+
+def migrate(engine: Engine, revision: str = "head") -> None:
+    """Bring the schema to `revision`, up or down, in one transaction; several processes may try at once."""
+    config = alembic_config()
+    with engine.begin() as connection:
+        connection.execute(text("set local statement_timeout = 0"))
+        connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+        config.attributes["connection"] = connection
+        current = schema_revision(connection)
+        downward = revision == "base" or (current is not None and revision in _lineage(current))
+        (command.downgrade if downward else command.upgrade)(config, revision)
+
+
+def stop(settings: Settings) -> bool:
+    """Stop the embedded server of this home, whoever uses it; False where none runs."""
+    return EmbeddedServer(settings.home).stop()
+
+
+def schema_revision(connection: Connection) -> str | None:
+    """The schema revision of this database; None where Lineup has no tables yet."""
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def alembic_config() -> Config:
+    """Where the migrations are; `attributes["connection"]` is what they run on."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent).replace("%", "%%"))
+    return config
+
+
+def _require(current: str | None) -> None:
+    head = ScriptDirectory.from_config(alembic_config()).get_current_head()
+    if current == head:
+        return
+    if current is None or current in _older():
+        raise DatabaseBehind(
+            f"the database is at schema {current or 'none'}, this version needs {head}: run lineup index migrate"
+        )
+    raise DatabaseBehind(f"the database is at schema {current}, which this version does not know: update Lineup")
+
+
+def _older() -> set[str]:
+    return _lineage("heads") - {str(ScriptDirectory.from_config(alembic_config()).get_current_head())}
+
+
+def _lineage(revision: str) -> set[str]:
+    """A revision and all that it builds on."""
+    scripts = ScriptDirectory.from_config(alembic_config())
+    return {script.revision for script in scripts.iterate_revisions(revision, "base")}

@@ -1,0 +1,1 @@
+"""The vectors of one checkpoint in memory, searched by FAISS."""

@@ -1,0 +1,1 @@
+"""The ways by which references come into the store."""

@@ -1,0 +1,186 @@
+"""A reference set as one file: rows, thumbnails, kept uploads and the vectors of every checkpoint.
+
+The file is a zip whose members carry checksums: for each page of references `N.json` with their facts and `N.bin` with
+the bytes that these point into, at the end `about.json`, which says how many there are. Nothing in it is specific to a
+database.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import fields
+from datetime import date
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+from sqlalchemy import text
+
+from indexer.store import GeneratorExists, NewReference, Store
+from indexer.store.generators import FACTS
+
+FORMAT = "lineup references 1"
+PAGE = 250
+PAGE_BYTES = 64 * 1024 * 1024
+"""A page ends before its thumbnails and kept uploads exceed this, unless it is a single reference."""
+ROWS = text("""
+select r.*, g.name as generator, f.bytes
+from reference_image r left join generator g on g.id = r.generator_id left join reference_file f on f.image_id = r.id
+where r.id > :after and r.id <= (
+    select max(id) from (
+        select id, row_number() over page as place,
+               sum(octet_length(thumbnail) + coalesce(octet_length(bytes), 0)) over page as total
+        from (
+            select p.id, p.thumbnail, pf.bytes from reference_image p left join reference_file pf on pf.image_id = p.id
+            where p.id > :after order by p.id limit :page
+        ) next window page as (order by id)
+    ) sized where total <= :bytes or place = 1)
+order by r.id
+""")
+VECTORS = text("select image_id, checkpoint_id, vector from embedding where image_id = any(:ids)")
+# What a row of `N.json` holds besides; the rest of it is where its bytes lie.
+COLUMNS = tuple(one.name for one in fields(NewReference) if one.name not in {"thumbnail", "vector", "data"})
+
+
+class BadExport(ValueError):
+    """The file is no export, or is damaged; the message is one line."""
+
+
+def export_references(store: Store, path: Path, on_image: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Write everything to a file, aside first; references that come or go meanwhile may be in it or not.
+
+    Returns:
+        {"file", "references", "checkpoints": [ids]}.
+    """
+    about: dict[str, Any] = {"format": FORMAT, "pages": 0, "references": 0}
+    about["checkpoints"] = [
+        {"id": one.id, "name": one.name, "dim": one.dim}
+        | {"config": {name: value for name, value in one.config.items() if name != "folder"}}  # of this machine
+        for one in store.checkpoints()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.part")
+    try:
+        # Stored as it is: thumbnails and vectors are as good as incompressible.
+        with ZipFile(aside, "w") as archive:
+            for rows, data in _pages(store):
+                archive.writestr(f"{about['pages']}.json", json.dumps(rows))
+                archive.writestr(f"{about['pages']}.bin", data)
+                about["pages"] += 1
+                about["references"] += len(rows)
+                for _ in rows:
+                    on_image()
+            about["generators"] = [{name: getattr(one, name) for name in FACTS} for one in store.generators()]
+            archive.writestr("about.json", json.dumps(about, default=str))
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    checkpoints = [one["id"] for one in about["checkpoints"]]
+    return {"file": str(path), "references": about["references"], "checkpoints": checkpoints}
+
+
+def import_references(store: Store, path: Path, on_image: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Add everything from a file, by the same rules as any addition; safe to end at any point and to run again.
+
+    Returns:
+        {"references", "added", "embeddings", "conflicts": [{"sha256", "has", "wants"}], "blocked": [hashes],
+        "checkpoints": [ids], "enrolment"}.
+
+    Raises:
+        BadExport: The file is no export, or damaged; nothing was added.
+    """
+    about = _verified(path)
+    with ZipFile(path) as archive:
+        for one in about["checkpoints"]:
+            store.register_checkpoint(one["id"], one["name"], one["dim"], one["config"])
+        for one in about["generators"]:
+            with suppress(GeneratorExists):
+                released_on = one["released_on"] and date.fromisoformat(one["released_on"])
+                store.create_generator(**one | {"released_on": released_on})
+        checkpoints = [one["id"] for one in about["checkpoints"]]
+        report: dict[str, Any] = {"references": 0, "added": 0, "embeddings": 0, "conflicts": [], "blocked": []}
+        report |= {"checkpoints": checkpoints, "enrolment": store.open_enrolment(None, f"import {path.name}")}
+        for number in range(about["pages"]):
+            rows = json.loads(archive.read(f"{number}.json"))
+            _import_page(store, rows, archive.read(f"{number}.bin"), report)
+            for _ in rows:
+                on_image()
+    store.finish_enrolment(report["enrolment"], report)
+    return report
+
+
+def _pages(store: Store) -> Iterator[tuple[list[dict[str, Any]], bytes]]:
+    """Pages of rows, and the bytes that they point into as [start, end]."""
+    after = 0
+    while True:
+        with store.engine.connect() as connection:
+            found = connection.execute(ROWS, {"after": after, "page": PAGE, "bytes": PAGE_BYTES}).mappings().all()
+            if not found:
+                return
+            after = found[-1]["id"]
+            vectors = connection.execute(VECTORS, {"ids": [row["id"] for row in found]}).all()
+        data = bytearray()
+
+        def place(part: bytes, data: bytearray = data) -> list[int]:
+            data += part
+            return [len(data) - len(part), len(data)]
+
+        rows = {
+            row["id"]: {name: row[name] for name in COLUMNS if name != "sha256"}
+            | {"sha256": row["sha256"].hex(), "thumbnail": place(row["thumbnail"]), "vectors": {}}
+            | {"data": None if row["bytes"] is None else place(row["bytes"])}
+            for row in found
+        }
+        for one in vectors:
+            rows[one.image_id]["vectors"][one.checkpoint_id] = place(one.vector)
+        yield list(rows.values()), bytes(data)
+
+
+def _import_page(store: Store, rows: list[dict[str, Any]], data: bytes, report: dict[str, Any]) -> None:
+    report["references"] += len(rows)
+    conflicts: dict[str, dict[str, str]] = {}
+    blocked: set[str] = set()
+    for checkpoint_id in report["checkpoints"]:
+        batch = [
+            NewReference(
+                **{name: row[name] for name in COLUMNS},
+                thumbnail=_slice(data, row["thumbnail"]),
+                data=None if row["data"] is None else _slice(data, row["data"]),
+                vector=np.frombuffer(_slice(data, row["vectors"][checkpoint_id]), "<f4"),
+            )
+            for row in rows
+            if checkpoint_id in row["vectors"]
+        ]
+        added = store.add(batch, checkpoint_id, report["enrolment"])
+        report["added"] += added.added
+        report["embeddings"] += added.added + added.embedded
+        conflicts |= {one.sha256: {"sha256": one.sha256, "has": one.has, "wants": one.wants} for one in added.conflicts}
+        blocked |= set(added.blocked)
+    report["conflicts"] += conflicts.values()
+    report["blocked"] += sorted(blocked)
+
+
+def _slice(data: bytes, place: list[int]) -> bytes:
+    return data[place[0] : place[1]]
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """What `about.json` says, once every member has been found there and whole."""
+    try:
+        with ZipFile(path) as archive:
+            about: dict[str, Any] = json.loads(archive.read("about.json"))
+            known = about["format"] == FORMAT
+            members = {"about.json", *(f"{n}.{kind}" for n in range(about.get("pages", 0)) for kind in ("json", "bin"))}
+            damaged = archive.testzip() or ", ".join(sorted(members ^ set(archive.namelist())))
+    except FileNotFoundError as error:
+        raise BadExport(f"{path} does not exist") from error
+    # What the readers raise at other bytes: a wrong checksum, an unknown method, a password, an early end.
+    except (BadZipFile, zlib.error, OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise BadExport(f"{path} is no export, or is damaged ({' '.join(str(error).split())})") from error
+    if not known:
+        raise BadExport(f"{path} is {about['format']!r}, this version reads {FORMAT!r}")
+    if damaged:
+        raise BadExport(f"{path} is damaged at {damaged}: export it again")
+    return about

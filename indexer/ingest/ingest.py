@@ -1,0 +1,371 @@
+"""From the entries of a data set to rows: skip what is known, decode, embed, write, all at the same time."""
+
+import hashlib
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from indexer.ingest.prefetch import ahead
+from indexer.store import LABELS, Known, NewReference, Store, kind
+from trainer.cores import usable_cores
+from trainer.data.datasets import Entry
+from trainer.images import FileFacts, Preprocess, UnreadableImage, decode_image, thumbnail
+from trainer.model.embedder import CheckpointConfig
+
+WRITE_IMAGES = 256
+WRITE_SECONDS = 2.0
+FORGOTTEN = "was removed with --forget"
+
+
+class Embeds(Protocol):
+    """What is needed of an `Embedder`."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def preprocess(self) -> Preprocess: ...
+
+    @property
+    def config(self) -> CheckpointConfig: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+    def embed_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray: ...
+
+
+@dataclass(slots=True)
+class Report:
+    """What `lineup index add` did. Integers count images.
+
+    Attributes:
+        images: Entries that were read.
+        added: New rows.
+        known: Rows that were there, with their embedding.
+        embedded: Rows that were there and got their embedding for this checkpoint.
+        conflicts: {"file", "sha256", "has", "wants"}: same bytes, other label or generator; nothing was changed.
+        rejected: {"file", "reason"}.
+        generators: New rows by generator, "real" for real images.
+        sources: New rows by source, where that is known.
+        revision: Of the checkpoint's index, at the end.
+        enrolment: Its id, null when nothing was written.
+        seconds: From start to end.
+    """
+
+    images: int = 0
+    added: int = 0
+    known: int = 0
+    embedded: int = 0
+    conflicts: list[dict[str, str]] = field(default_factory=list)
+    rejected: list[dict[str, str]] = field(default_factory=list)
+    generators: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, int] = field(default_factory=dict)
+    revision: int = 0
+    enrolment: int | None = None
+    seconds: float = 0.0
+
+    def reject(self, file: str, reason: str) -> None:
+        """Note a file that is skipped."""
+        self.rejected.append({"file": file, "reason": reason})
+
+    def conflict(self, file: str, sha256: str, has: str, wants: str) -> None:
+        """Note bytes that stay as they are."""
+        self.conflicts.append({"file": file, "sha256": sha256, "has": has, "wants": wants})
+
+    def count_new(self, entry: Entry) -> None:
+        """Note a new row."""
+        self.added += 1
+        name = entry.generator or LABELS[entry.label]
+        self.generators[name] = self.generators.get(name, 0) + 1
+        if entry.source:
+            self.sources[entry.source] = self.sources.get(entry.source, 0) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An entry that was read: its pixels for the backbone, shape (3, s, s), float32, and what the row keeps."""
+
+    entry: Entry
+    facts: FileFacts
+    thumbnail: bytes
+    fingerprint: int
+    pixels: np.ndarray
+    data: bytes | None
+
+
+def ingest(
+    entries: Iterable[Entry],
+    embedder: Embeds,
+    store: Store,
+    *,
+    max_pixels: int = 50_000_000,
+    generator: str | None = None,
+    source: str | None = None,
+    dry_run: bool = False,
+    keep_bytes: bool = False,
+    while_active: bool = False,
+    batch_size: int = 32,
+    on_image: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Add every entry that is not known yet; safe to end at any point and to run again.
+
+    Files known by uri, size and time are not opened; bytes known by their hash are not decoded.
+
+    Args:
+        entries: Images to add; read, decoded and embedded a bounded number ahead.
+        embedder: The checkpoint; it becomes known to the store (and active, if it is the first).
+        store: Where to.
+        max_pixels: Larger images are rejected.
+        generator: Written on the enrolment; the entries carry their own.
+        source: Likewise.
+        dry_run: Read and decode, but embed and write nothing; `added` is what would be added.
+        keep_bytes: Keep the files themselves and no uri (uploads).
+        while_active: Add nothing once another checkpoint is the active one.
+        batch_size: Images per forward pass.
+        on_image: Called once for each entry that is done, from several threads.
+
+    Returns:
+        `Report` as a dict, which is what `lineup index add --json` prints.
+
+    Raises:
+        CheckpointSwitched: Another checkpoint is the active one, though `while_active`; what was added has been
+            embedded with that one too.
+    """
+    start = time.monotonic()
+    report = Report()
+    workers = min(32, usable_cores())
+    if not dry_run:
+        register(embedder, store)
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        reader = _Reader(embedder, store, report, pool, max_pixels, keep_bytes, 16 * workers, on_image)
+        prepared = ahead(reader.prepared(entries), 2 * batch_size)
+        if dry_run:
+            _count(prepared, store, report, on_image)
+        else:
+            writer = _Writer(store, embedder.id, report, generator, source, while_active, on_image)
+            with closing(ahead(_embedded(prepared, embedder, batch_size), 4)) as embedded:
+                writer.write(embedded)
+            report.revision = store.revision(embedder.id)
+    report.images = reader.images
+    report.known += reader.known
+    report.rejected.sort(key=itemgetter("file"))
+    report.seconds = round(time.monotonic() - start, 3)
+    if report.enrolment is not None:
+        store.finish_enrolment(report.enrolment, asdict(report))
+    return asdict(report)
+
+
+class _Reader:
+    """Decides what has to be read, reads and decodes it. Counts on its own, because it runs in its own thread."""
+
+    def __init__(
+        self,
+        embedder: Embeds,
+        store: Store,
+        report: Report,
+        pool: Executor,
+        max_pixels: int,
+        keep_bytes: bool,
+        chunk: int,
+        on_image: Callable[[], None],
+    ) -> None:
+        self._embedder, self._store, self._report, self._pool = embedder, store, report, pool
+        self._max_pixels, self._keep_bytes, self._chunk, self._on_image = max_pixels, keep_bytes, chunk, on_image
+        self.images = self.known = 0
+
+    def prepared(self, entries: Iterable[Entry]) -> Generator[Prepared, None, None]:
+        rest = iter(entries)
+        while chunk := list(islice(rest, self._chunk)):
+            self.images += len(chunk)
+            unknown = list(self._without_known_files(chunk))
+            read = [file for file in self._pool.map(self._read, unknown) if file is not None]
+            fresh = list(self._without_known_hashes(read))
+            yield from (one for one in self._pool.map(self._decode, fresh) if one is not None)
+
+    def _without_known_files(self, chunk: Sequence[Entry]) -> Iterator[Entry]:
+        known = self._store.known_files([entry.uri for entry in chunk if entry.uri], self._embedder.id)
+        for entry in chunk:
+            if not self._is_settled(entry, known.get((entry.uri, entry.size, entry.mtime))):
+                yield entry
+
+    def _without_known_hashes(self, read: Sequence[tuple[Entry, bytes, str]]) -> Iterator[tuple[Entry, bytes]]:
+        hashes = [sha256 for _, _, sha256 in read]
+        known, blocked = self._store.known_hashes(hashes, self._embedder.id), self._store.blocked_hashes(hashes)
+        for entry, data, sha256 in read:
+            if sha256 in blocked:
+                self._reject(entry, UnreadableImage(FORGOTTEN))
+            elif not self._is_settled(entry, known.get(sha256)):
+                yield entry, data
+
+    def _is_settled(self, entry: Entry, known: Known | None) -> bool:
+        """Whether nothing is left to do for this entry, given the row of its bytes."""
+        if known is None:
+            return False
+        has, wants = kind(known.label, known.generator), kind(entry.label, entry.generator)
+        if has.lower() != wants.lower():
+            self._report.conflict(entry.key, known.sha256, has, wants)
+        elif known.embedded:
+            self.known += 1
+        else:
+            return False
+        self._on_image()
+        return True
+
+    def _read(self, entry: Entry) -> tuple[Entry, bytes, str] | None:
+        try:
+            data = entry.read()
+        except (UnreadableImage, OSError) as error:
+            self._reject(entry, error)
+            return None
+        return entry, data, hashlib.sha256(data).hexdigest()
+
+    def _decode(self, file: tuple[Entry, bytes]) -> Prepared | None:
+        entry, data = file
+        try:
+            image, facts = decode_image(data, max_pixels=self._max_pixels)
+            pixels = self._embedder.preprocess([image])[0]  # (3, s, s)
+            kept = data if self._keep_bytes else None
+            return Prepared(entry, facts, thumbnail(image), fingerprint(image), pixels, kept)
+        except (UnreadableImage, MemoryError) as error:
+            self._reject(entry, error)
+            return None
+
+    def _reject(self, entry: Entry, error: Exception) -> None:
+        self._report.reject(entry.key, str(error) or type(error).__name__)
+        self._on_image()
+
+
+class _Writer:
+    """Collects what is embedded and writes it, a few hundred images or two seconds at a time."""
+
+    def __init__(
+        self,
+        store: Store,
+        checkpoint_id: str,
+        report: Report,
+        generator: str | None,
+        source: str | None,
+        while_active: bool,
+        on_image: Callable[[], None],
+    ) -> None:
+        self._store, self._checkpoint_id, self._report = store, checkpoint_id, report
+        self._while_active = while_active
+        self._generator, self._source, self._on_image = generator, source, on_image
+
+    def write(self, embedded: Iterable[Sequence[tuple[Prepared, np.ndarray]]]) -> None:
+        waiting: list[tuple[Prepared, np.ndarray]] = []
+        last = time.monotonic()
+        for batch in embedded:
+            waiting += batch
+            if len(waiting) >= WRITE_IMAGES or time.monotonic() - last > WRITE_SECONDS:
+                self._add(waiting)
+                waiting, last = [], time.monotonic()
+        self._add(waiting)
+
+    def _add(self, batch: Sequence[tuple[Prepared, np.ndarray]]) -> None:
+        if not batch:
+            return
+        report = self._report
+        if report.enrolment is None:
+            report.enrolment = self._store.open_enrolment(self._generator, self._source)
+        for start in range(0, len(batch), WRITE_IMAGES):
+            part = batch[start : start + WRITE_IMAGES]
+            rows = [new_reference(prepared, vector) for prepared, vector in part]
+            entries = [prepared.entry for prepared, _ in part]
+            added = self._store.add(rows, self._checkpoint_id, report.enrolment, while_active=self._while_active)
+            report.known += added.known
+            report.embedded += added.embedded
+            for position in added.new:
+                report.count_new(entries[position])
+            for conflict in added.conflicts:
+                report.conflict(entries[conflict.position].key, conflict.sha256, conflict.has, conflict.wants)
+            for entry, image_id in zip(entries, added.ids, strict=True):
+                if image_id is None:
+                    report.reject(entry.key, FORGOTTEN)
+                self._on_image()
+
+
+def register(embedder: Embeds, store: Store) -> None:
+    """Make a checkpoint known to the store, and where it lies.
+
+    Raises:
+        ValueError: It is known with another dimension.
+    """
+    store.register_checkpoint(embedder.id, embedder.name, embedder.dim, embedder.config.to_json(), embedder.folder)
+
+
+def new_reference(prepared: Prepared, vector: np.ndarray) -> NewReference:
+    """The row of a prepared entry with its embedding, shape (d,)."""
+    entry, facts = prepared.entry, prepared.facts
+    return NewReference(
+        sha256=facts.sha256,
+        label=entry.label,
+        generator=entry.generator,
+        source=entry.source,
+        group=entry.group,
+        uri=entry.uri if prepared.data is None else None,
+        file_bytes=facts.bytes,
+        mtime=entry.mtime,
+        width=facts.width,
+        height=facts.height,
+        format=facts.format,
+        jpeg_quality=facts.jpeg_quality,
+        thumbnail=prepared.thumbnail,
+        attributes=entry.attributes,
+        vector=vector,
+        data=prepared.data,
+        fingerprint=prepared.fingerprint,
+    )
+
+
+def fingerprint(image: Image.Image) -> int:
+    """64-bit difference hash of an RGB image, as a signed integer: near duplicates differ in few bits.
+
+    Each bit says whether a cell of a grid of 9 x 8 grey means is darker than its right neighbour.
+    """
+    small = image.resize((9, 8), Image.Resampling.BOX, reducing_gap=2.0).convert("L")
+    grey = np.asarray(small, np.int16)  # (8, 9)
+    bits = np.packbits(grey[:, :-1] < grey[:, 1:])  # (8,)
+    return int(bits.view(">i8")[0])
+
+
+def _embedded(
+    prepared: Generator[Prepared, None, None], embedder: Embeds, batch_size: int
+) -> Generator[list[tuple[Prepared, np.ndarray]], None, None]:
+    with closing(prepared):
+        while batch := list(islice(prepared, batch_size)):
+            vectors = embedder.embed_pixels(np.stack([one.pixels for one in batch]), batch_size)  # (n, d)
+            yield list(zip(batch, vectors, strict=True))
+
+
+def _count(
+    prepared: Generator[Prepared, None, None], store: Store, report: Report, on_image: Callable[[], None]
+) -> None:
+    """What a dry run would add."""
+    seen: set[str] = set()
+    with closing(prepared):
+        for one in prepared:
+            if one.facts.sha256 in seen:
+                report.known += 1
+            elif store.find(one.facts.sha256):
+                report.embedded += 1
+            else:
+                report.count_new(one.entry)
+            seen.add(one.facts.sha256)
+            on_image()

@@ -1,0 +1,167 @@
+"""Whether facts of the files alone tell real from fake in the reference set, and what lies on both sides of the line.
+
+An index of such a set indexes file types: it answers well on its like, and wrongly on everything else.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sqlalchemy import text
+
+from indexer.measure.near_duplicates import all_fingerprints, near_duplicates
+from indexer.store import Store
+from trainer.evaluation.metrics import auroc
+from trainer.images import FileFacts
+
+RINGS = 0.7
+"""An AUROC above this is a warning: half of the fakes could be told by their files alone."""
+ENOUGH = 20
+"""Fewer images of a side ring nothing: among so few, chance alone ranks this well."""
+SAMPLE_REAL = 10_000
+"""Real references that are looked at, at most; the first by SHA-256, which is as good as random."""
+SAMPLE_FAKE = 2_000
+"""Likewise of each generator."""
+LISTED = 100
+"""Near duplicates that are listed, the nearest first; all are counted."""
+
+FACTS = text("""
+select * from (
+    select r.label, coalesce(g.name, '') as generator, r."group", encode(r.sha256, 'hex') as sha256,
+           r.file_bytes, r.width, r.height, r.format, r.jpeg_quality,
+           row_number() over (partition by r.label, r.generator_id order by r.sha256) as place
+    from reference_image r left join generator g on g.id = r.generator_id
+) ranked
+where place <= case label when 0 then :reals else :fakes end
+order by sha256
+""")
+
+
+class AuditError(ValueError):
+    """There is nothing to audit; the message says what to do."""
+
+
+def audit(store: Store) -> dict[str, Any]:
+    """What `lineup index audit --json` prints.
+
+    Returns:
+        {"images", "auroc", "facts": {fact: auroc}, "generators": [{"name", "images", "reals", "auroc", "facts"}],
+        "warnings": [text], "near_duplicates": {"count", "listed": [{"real", "fake", "bits"}]}}. `auroc` is that of a
+        random forest on all facts together, cross-validated by group; null where a label has too few groups for that.
+
+    Raises:
+        AuditError: References of one label are missing.
+    """
+    facts, labels, generators, groups = _sample(store)
+    if len(np.unique(labels)) < 2:
+        raise AuditError("an audit compares real with fake references: add both first")
+    from trainer.evaluation.file_facts import file_fact_scores
+
+    scores = file_fact_scores(facts, labels, groups)
+    names = sorted(set(generators[labels == 1].tolist()))
+    overall, *judged = [_judged(name, facts, labels, generators, scores) for name in (None, *names)]
+    return {
+        "images": len(facts),
+        "auroc": overall["auroc"],
+        "facts": overall["facts"],
+        "generators": judged,
+        "warnings": _warnings([overall, *judged]),
+        "near_duplicates": near_duplicates_across(store),
+    }
+
+
+def fact_aurocs(facts: Sequence[FileFacts], labels: np.ndarray) -> dict[str, float]:
+    """How well each fact alone ranks real against fake, 0.5 (not at all) .. 1, in whichever direction; numpy only.
+
+    Args:
+        facts: n files.
+        labels: 0 real, 1 fake, shape (n,); both must occur.
+    """
+    pixels = np.array([fact.width * fact.height for fact in facts], np.float64)
+    size = np.array([fact.bytes for fact in facts], np.float64)
+    columns = {
+        "file size": size,
+        "pixels": pixels,
+        "aspect": np.array([fact.width / fact.height for fact in facts]),
+        "bytes per pixel": size / pixels,
+        "jpeg quality": np.array([-1.0 if fact.jpeg_quality is None else fact.jpeg_quality for fact in facts]),
+    }
+    formats = np.array([fact.format for fact in facts])
+    columns |= {f"format {name}": (formats == name).astype(np.float64) for name in sorted(set(formats.tolist()))}
+    areas = {name: float(auroc(column, labels)) for name, column in columns.items()}
+    return {name: round(max(area, 1 - area), 4) for name, area in areas.items()}
+
+
+def fact_warnings(store: Store) -> list[str]:
+    """Warnings about single facts, for the end of `lineup index add`; numpy only, seconds at a million references."""
+    facts, labels, generators, _ = _sample(store)
+    if len(np.unique(labels)) < 2:
+        return []
+    names = sorted(set(generators[labels == 1].tolist()))
+    return _warnings([_judged(name, facts, labels, generators) for name in (None, *names)])
+
+
+def near_duplicates_across(store: Store) -> dict[str, Any]:
+    """Real and fake references whose pictures are nearly the same: {"count", "listed": [{"real", "fake", "bits"}]}."""
+    ids, fingerprints = all_fingerprints(store)
+    with store.engine.connect() as connection:
+        fakes = np.array(list(connection.scalars(text("select id from reference_image where label = 1"))), np.int64)
+    is_fake = np.isin(ids, fakes)
+    real_ids, fake_ids = ids[~is_fake], ids[is_fake]
+    pairs = near_duplicates(fingerprints[~is_fake], fingerprints[is_fake])
+    nearest = pairs[np.argsort(pairs[:, 2], kind="stable")[:LISTED]].tolist()
+    shown = [(int(real_ids[real]), int(fake_ids[fake]), bits) for real, fake, bits in nearest]
+    rows = store.get_many({number for real, fake, _ in shown for number in (real, fake)})
+    listed = [
+        {
+            name: {"id": number, "uri": rows[number].uri, "generator": rows[number].generator}
+            for name, number in (("real", real), ("fake", fake))
+        }
+        | {"bits": bits}
+        for real, fake, bits in shown
+        if real in rows and fake in rows
+    ]
+    return {"count": len(pairs), "listed": listed}
+
+
+def _sample(store: Store) -> tuple[list[FileFacts], np.ndarray, np.ndarray, list[str]]:
+    """Facts, labels (n,), generators' names (n,) and groups of a sample of the references."""
+    with store.engine.connect() as connection:
+        rows = connection.execute(FACTS, {"reals": SAMPLE_REAL, "fakes": SAMPLE_FAKE}).all()
+    facts = [FileFacts(r.sha256, r.file_bytes, r.width, r.height, r.format, r.jpeg_quality) for r in rows]
+    labels = np.array([row.label for row in rows], np.int64)
+    return facts, labels, np.array([row.generator for row in rows], str), [row.group for row in rows]
+
+
+def _judged(
+    name: str | None,
+    facts: Sequence[FileFacts],
+    labels: np.ndarray,
+    generators: np.ndarray,
+    scores: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """One generator (all when None) against all reals."""
+    chosen = np.ones(len(labels), bool) if name is None else (labels == 0) | (generators == name)
+    part = [fact for fact, use in zip(facts, chosen, strict=True) if use]
+    unknown = scores is None or np.isnan(scores).any()
+    return {
+        "name": name,
+        "images": int((labels[chosen] == 1).sum()),
+        "reals": int((labels == 0).sum()),
+        "auroc": None if unknown or scores is None else round(float(auroc(scores[chosen], labels[chosen])), 4),
+        "facts": fact_aurocs(part, labels[chosen]),
+    }
+
+
+def _warnings(judged: Sequence[dict[str, Any]]) -> list[str]:
+    found = []
+    for row in judged:
+        if min(row["images"], row["reals"]) < ENOUGH:
+            continue
+        who = {None: "the fakes", "": "the fakes of no named generator"}.get(row["name"], row["name"])
+        best = max(row["facts"], key=row["facts"].__getitem__)
+        if row["auroc"] is not None and row["auroc"] > RINGS:
+            found.append(f"file facts alone tell {who} from the real images (AUROC {row['auroc']:.2f})")
+        if row["facts"][best] > RINGS:
+            found.append(f"{best} alone tells {who} from the real images (AUROC {row['facts'][best]:.2f})")
+    return found

@@ -1,0 +1,136 @@
+"""Refit what depends on the index: the k-NN map, the combination, thresholds and the novelty table."""
+
+import logging
+from collections import Counter
+from collections.abc import Collection
+from hashlib import blake2b
+
+import numpy as np
+from sqlalchemy import text
+
+from indexer.follower import Follower
+from indexer.measure.near_duplicates import relatives
+from indexer.settings import Settings
+from trainer.heads.calibration import METHOD, MINIMUM, Calibration, fit_calibration
+from trainer.heads.calibration_set import CALIBRATION_FILE, CalibrationSet
+from trainer.heads.heads import HEADS_FILE, Heads
+from trainer.heads.vote import vote
+from trainer.model.embedder import CheckpointError
+
+log = logging.getLogger(__name__)
+
+COMPARISONS = 1_000_000_000
+"""Calibration images times references that one fit may compare; about 12 s on one core."""
+LEAST = 500
+"""Calibration images that are always asked: a rate of 5 % needs 19 of each label, and more to be steady."""
+
+ENROLLED = text("""
+select encode(r.sha256, 'hex') as sha256, r."group", r.source, e.vector from reference_image r
+join embedding e on e.image_id = r.id and e.checkpoint_id = :checkpoint
+where r.generator_id = :generator order by r.id limit :most
+""")
+
+
+def calibrate(follower: Follower, heads: Heads, images: CalibrationSet, k: int) -> Calibration:
+    """Fit on the calibration images at the index's revision, and keep the result in the store under that revision.
+
+    References of generators that these lack are asked as well (`newcomers`). Each image ignores references of its own
+    group, of its own bytes, and near duplicates of it: it stands for images that the index has never seen.
+
+    Args:
+        follower: A loaded index.
+        heads: Of the same checkpoint.
+        images: The checkpoint's calibration set.
+        k: Neighbours that vote, of the label with fewer references; kept in the parameters as `k`.
+    """
+    revision = follower.revision  # first: what comes in meanwhile makes the next calibration
+    known = {name.casefold() for name in (*images.generators, *images.trained)}
+    images = affordable(images, len(follower.index))
+    own, images = len(images), images.joined(newcomers(follower, images, known))
+    related = relatives(follower.store, images.sha256, images.groups)
+    real, fake = follower.voters(images.embeddings, k, exclude_each=related)
+    votes = vote(real.similarities, fake.similarities, fake.generators, k)
+    calibration = fit_calibration(
+        {"knn": votes.logit} | heads.logits(images.embeddings),
+        nearest=np.fmax(votes.nearest_real, votes.nearest_fake),
+        nearest_fake=votes.nearest_fake,
+        labels=images.labels,
+        groups=images.groups,
+        enrolled=np.arange(len(images)) >= own,
+    )
+    params = calibration.to_json() | {"k": k, "method": METHOD}
+    follower.store.save_calibration(follower.checkpoint_id, heads.id, revision, params)
+    return calibration
+
+
+def affordable(images: CalibrationSet, references: int) -> CalibrationSet:
+    """The images, or so many of them, both labels alike, that comparing them with all references takes seconds.
+
+    Those with the smallest group hashes stay, so that the choice is the same each time and groups stay whole but one.
+    """
+    most = max(LEAST, COMPARISONS // max(1, references))
+    if len(images) <= most:
+        return images
+    order = sorted(range(len(images)), key=lambda row: blake2b(images.groups[row].encode()).digest())
+    real, fake = ([row for row in order if images.labels[row] == label] for label in (0, 1))
+    rows = sorted(real[: max(most // 2, most - len(fake))] + fake[: max(most // 2, most - len(real))])
+    return images.take(rows)
+
+
+def newcomers(follower: Follower, images: CalibrationSet, known: Collection[str]) -> CalibrationSet:
+    """References of generators that are new to the checkpoint, of each as many as the most frequent has in the images.
+
+    No checkpoint's calibration images can show how well k-NN does on a generator enrolled after its training. These
+    can, each asked without itself and its relatives; so the combination learns when to trust the neighbours. Images
+    that trained the checkpoint would teach it wrongly: what its heads say of them is too sure.
+
+    Args:
+        follower: A loaded index.
+        images: The calibration images that are asked.
+        known: Generators of all calibration and training images of the checkpoint, in lower case.
+    """
+    new = {number: name for number, name in follower.generator_names.items() if name.casefold() not in known}
+    counts = Counter(name for name, label in zip(images.generators, images.labels, strict=True) if label)
+    most = min(max(counts.values(), default=0), len(images) // max(1, len(new)))
+    found = images.take([])
+    with follower.store.engine.connect() as connection:
+        for number, name in new.items():
+            values = {"checkpoint": follower.checkpoint_id, "generator": number, "most": max(MINIMUM, most)}
+            if rows := connection.execute(ENROLLED, values).all():
+                found = found.joined(
+                    CalibrationSet(
+                        embeddings=np.stack([np.frombuffer(row.vector, "<f4") for row in rows]),  # (n, d)
+                        labels=np.ones(len(rows), images.labels.dtype),
+                        generators=[name] * len(rows),
+                        sources=[row.source for row in rows],
+                        sha256=[row.sha256 for row in rows],
+                        groups=[row.group for row in rows],
+                    )
+                )
+    return found
+
+
+def recalibrate(settings: Settings, follower: Follower) -> Calibration | None:
+    """`calibrate` with the folder of the follower's checkpoint, at the end of commands that change references.
+
+    None where that is not on this machine, or its heads or calibration images are missing or broken: references have
+    been changed all the same, and whoever serves the checkpoint says what is wrong with it.
+    """
+    folder = follower.store.get_checkpoint(follower.checkpoint_id).find(settings.checkpoint_folder)
+    if folder is None or not all((folder / name).exists() for name in (HEADS_FILE, CALIBRATION_FILE)):
+        return None
+    try:
+        heads, images = Heads.load(folder), CalibrationSet.load(folder)
+    except CheckpointError as error:
+        log.warning("not calibrated: %s", error)
+        return None
+    saved = kept(follower, heads, follower.revision, settings.k)
+    return saved or (calibrate(follower, heads, images, settings.k) if len(images) else None)
+
+
+def kept(follower: Follower, heads: Heads, revision: int, k: int) -> Calibration | None:
+    """What was fitted at that revision for the same k and by the same method."""
+    saved = follower.store.load_calibration(follower.checkpoint_id, heads.id, revision)
+    if saved is None or (saved.params.get("k"), saved.params.get("method")) != (k, METHOD):
+        return None
+    return Calibration.from_json(saved.params)

@@ -1,0 +1,106 @@
+"""Which references an image must not be compared with when something is measured: those too close to be evidence."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import faiss
+import numpy as np
+from sqlalchemy import text
+
+from indexer.index.flat import use_threads_for
+from indexer.store import Store
+
+NEAR_BITS = 4
+"""Images whose 64-bit difference hashes differ in at most this many bits are near duplicates."""
+PAGE = 100_000
+
+# Two look-ups, each by its own index.
+SAME = text("""
+select id, "group", encode(sha256, 'hex') as sha256, fingerprint from reference_image where sha256 = any(:hashes)
+union
+select id, "group", encode(sha256, 'hex') as sha256, fingerprint from reference_image
+where "group" in (select unnest(cast(:groups as text[])))
+""")
+FINGERPRINTS = text("""
+select string_agg(int8send(id), ''), string_agg(int8send(fingerprint), ''), max(id), count(*) from (
+    select id, fingerprint from reference_image where id > :after and fingerprint is not null order by id limit :page
+) page
+""")
+
+
+def relatives(store: Store, sha256: Sequence[str], groups: Sequence[str]) -> list[np.ndarray]:
+    """For each of n images, the ids of references of its group, with its bytes, or that are near duplicates of it.
+
+    Near duplicates are found for images that are references themselves: for others there is no fingerprint to compare.
+
+    Args:
+        store: The references.
+        sha256: Of the images' bytes, hexadecimal.
+        groups: The images' groups.
+
+    Returns:
+        n arrays of ids, int64.
+    """
+    by_group: dict[str, set[int]] = defaultdict(set)
+    by_hash: dict[str, set[int]] = defaultdict(set)
+    fingerprint: dict[str, int] = {}
+    values: dict[str, Any] = {"groups": list(set(groups)), "hashes": [bytes.fromhex(one) for one in set(sha256)]}
+    with store.engine.connect() as connection:
+        for row in connection.execute(SAME, values):
+            by_group[row.group].add(row.id)
+            by_hash[row.sha256].add(row.id)
+            if row.fingerprint is not None:
+                fingerprint[row.sha256] = row.fingerprint
+    related = [by_group[group] | by_hash[own] for own, group in zip(sha256, groups, strict=True)]
+    known = [number for number, own in enumerate(sha256) if own in fingerprint]
+    if known:
+        ids, fingerprints = all_fingerprints(store)
+        own_fingerprints = np.array([fingerprint[sha256[number]] for number in known])
+        for reference, number, _ in near_duplicates(fingerprints, own_fingerprints).tolist():
+            related[known[number]].add(int(ids[reference]))
+    return [np.array(sorted(one), np.int64) for one in related]
+
+
+def all_fingerprints(store: Store) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and fingerprints of all references that have one, both shape (n,), int64."""
+    ids, fingerprints = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    after, count = 0, PAGE
+    with store.engine.connect() as connection:
+        while count == PAGE:
+            page_ids, page, last, count = connection.execute(FINGERPRINTS, {"after": after, "page": PAGE}).one()
+            if count:
+                after = last
+                ids.append(np.frombuffer(page_ids, ">i8").astype(np.int64))
+                fingerprints.append(np.frombuffer(page, ">i8").astype(np.int64))
+    return np.concatenate(ids), np.concatenate(fingerprints)
+
+
+def near_duplicates(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Pairs of fingerprints that differ in at most `NEAR_BITS` bits, flat pictures left out (their fingerprint is 0).
+
+    Of five parts of 12 bits at least one is untouched by four changed bits: FAISS's multi-hash finds every pair.
+
+    Args:
+        one: Fingerprints, shape (n,), int64; the longer list.
+        other: Fingerprints, shape (m,), int64.
+
+    Returns:
+        Row in one, row in other and bits that differ, shape (pairs, 3), int64, in that order.
+    """
+    rows, other_rows = np.flatnonzero(one), np.flatnonzero(other)
+    if not len(rows) or not len(other_rows):
+        return np.empty((0, 3), np.int64)
+    table = faiss.IndexBinaryMultiHash(64, NEAR_BITS + 1, 64 // (NEAR_BITS + 1))
+    table.add(_bytes(other[other_rows]))
+    use_threads_for(1)
+    limits, bits, found = table.range_search(_bytes(one[rows]), NEAR_BITS + 1)  # nearer than that
+    pairs = [np.repeat(rows, np.diff(limits.astype(np.int64))), other_rows[found], bits.astype(np.int64)]
+    unique: np.ndarray = np.unique(np.stack(pairs, axis=1), axis=0)  # (pairs, 3)
+    return unique
+
+
+def _bytes(fingerprints: np.ndarray) -> np.ndarray:
+    """Shape (n, 8), uint8."""
+    data: np.ndarray = np.ascontiguousarray(fingerprints, np.int64).view(np.uint8).reshape(-1, 8)
+    return data

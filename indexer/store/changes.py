@@ -1,0 +1,108 @@
+"""What followers of an index read: additions, then removals, between two revisions."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, LiteralString, cast
+
+import numpy as np
+import psycopg
+
+from indexer.database.transactions import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Additions:
+    """One page of embeddings.
+
+    Attributes:
+        ids: Shape (n,), int64.
+        vectors: As stored, shape (n, d), float32, any norm; read-only.
+        labels: Shape (n,), int8, 0 real and 1 fake.
+        generators: Generator ids, shape (n,), int64, -1 for none.
+        sources: Names, n of them.
+    """
+
+    ids: np.ndarray
+    vectors: np.ndarray
+    labels: np.ndarray
+    generators: np.ndarray
+    sources: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Removals:
+    """Images that are gone: ids, shape (n,), int64. Some may never have been seen."""
+
+    ids: np.ndarray
+
+
+# All aggregates see the rows in one order, so position i means the same image in each.
+PAGE = """
+select count(*), max(revision),
+       string_agg(int8send(image_id), ''), string_agg(int8send(revision), ''), string_agg(vector, ''),
+       string_agg(int2send(label), ''), string_agg(int8send(coalesce(generator_id, -1)), ''), array_agg(source)
+from (
+    select e.image_id, e.revision, e.vector, r.label, r.generator_id, r.source
+    from embedding e join reference_image r on r.id = e.image_id
+    where e.checkpoint_id = %(checkpoint)s and e.revision <= %(target)s
+      and (e.revision, e.image_id) > (%(revision)s, %(image)s)
+    order by e.revision, e.image_id limit %(page)s
+) page
+"""
+GONE = """
+select string_agg(int8send(image_id), '') from removal
+where checkpoint_id = %(checkpoint)s and revision > %(seen)s and revision <= %(target)s
+"""
+PRESENT = (
+    "select string_agg(int8send(image_id), '' order by image_id) from embedding where checkpoint_id = %(checkpoint)s"
+)
+
+
+class Changes(Rows):
+    """The reading side of the revision rules."""
+
+    def changes(
+        self, checkpoint_id: str, seen: int, target: int, *, page: int = 20_000
+    ) -> Iterator[Additions | Removals]:
+        """Everything with seen < revision <= target: pages of additions first, then one of removals.
+
+        Take `target` from `revision(checkpoint_id)` before calling; then this is complete whatever others write
+        meanwhile, and applying all of it makes `target` the new `seen`. `changes(checkpoint_id, 0, target)` is a
+        full load (its removals are of ids that never come, and may be skipped).
+        """
+        place: dict[str, object] = {"checkpoint": checkpoint_id, "target": target, "page": page}
+        place |= {"revision": seen, "image": 2**63 - 1}  # after everything that was seen
+        count = page
+        while count == page:
+            count, revision, ids, revisions, vectors, labels, generators, sources = self._row(PAGE, place)
+            if count:
+                numbers = _integers(ids)
+                latest = _integers(revisions) == revision
+                place |= {"revision": revision, "image": int(numbers[latest].max())}
+                yield Additions(
+                    ids=numbers,
+                    vectors=np.frombuffer(vectors, "<f4").reshape(count, -1),  # (n, d)
+                    labels=np.frombuffer(labels, ">i2").astype(np.int8),
+                    generators=_integers(generators),
+                    sources=sources,
+                )
+        (gone,) = self._row(GONE, {"checkpoint": checkpoint_id, "seen": seen, "target": target})
+        if gone:
+            yield Removals(_integers(gone))
+
+    def embedded_ids(self, checkpoint_id: str) -> np.ndarray:
+        """Ids that have an embedding now, shape (n,), int64, ascending."""
+        (ids,) = self._row(PRESENT, {"checkpoint": checkpoint_id})
+        return _integers(ids or b"")
+
+    def _row(self, query: LiteralString, values: Mapping[str, object]) -> Any:
+        """One row, fetched in binary: a text reply would be twice as long."""
+        with self.engine.connect() as connection:
+            driver = cast("psycopg.Connection[Any]", connection.connection.driver_connection)
+            # Starting workers and passing rows between them takes three times as long as reading a page alone.
+            driver.execute("set local max_parallel_workers_per_gather = 0")
+            return driver.cursor(binary=True).execute(query, values).fetchone()
+
+
+def _integers(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, ">i8").astype(np.int64)

@@ -1,0 +1,283 @@
+"""Adding references: one short transaction each, revisions in the order of their commits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import psycopg
+from psycopg.types.json import Jsonb
+from sqlalchemy import Connection, text
+
+from indexer.database.transactions import PassingConflict, notify
+from indexer.index.vectors import BadVectors, unit_vectors
+from indexer.store.checkpoints import Checkpoints, CheckpointSwitched
+from indexer.store.generators import generator_ids
+from indexer.store.references import ImageFacts, kind
+
+BATCH = 1000
+# The columns of the temporary table that a batch is copied to, and their types.
+INCOMING = {
+    "position": "int4",
+    "sha256": "bytea",
+    "label": "int2",
+    "generator_id": "int8",
+    "source": "text",
+    "group": "text",
+    "uri": "text",
+    "file_bytes": "int8",
+    "mtime": "float8",
+    "width": "int4",
+    "height": "int4",
+    "format": "text",
+    "jpeg_quality": "int2",
+    "fingerprint": "int8",
+    "thumbnail": "bytea",
+    "attributes": "jsonb",
+    "vector": "bytea",
+    "bytes": "bytea",
+}
+ROW_COLUMNS = ", ".join(f'"{name}"' for name in INCOMING if name not in {"position", "vector", "bytes"})
+CREATE = f"""create temporary table incoming ({", ".join(f'"{name}" {kind}' for name, kind in INCOMING.items())})
+on commit drop"""
+BLOCK = "delete from incoming i using blocked_hash b where b.sha256 = i.sha256 returning i.position, i.sha256"
+# The same order everywhere, so that two writers of the same images wait for each other instead of deadlocking.
+INSERT = f"""insert into reference_image ({ROW_COLUMNS}, enrolment_id)
+select distinct on (sha256) {ROW_COLUMNS}, cast(:enrolment as bigint) from incoming order by sha256, position
+on conflict (sha256) do nothing returning id"""
+KEEP = """insert into reference_file (image_id, bytes)
+select distinct on (r.id) r.id, i.bytes from incoming i join reference_image r using (sha256)
+where i.bytes is not null order by r.id, i.position on conflict do nothing"""
+MATCH = """select i.position, r.id, r.sha256, r.label, r.generator_id, g.name as generator,
+       i.label = r.label and i.generator_id is not distinct from r.generator_id as agrees
+from incoming i join reference_image r using (sha256) left join generator g on g.id = r.generator_id
+order by i.position"""
+EMBED = """insert into embedding (image_id, checkpoint_id, vector, revision)
+select distinct on (r.id) r.id, :checkpoint, i.vector, :revision from incoming i join reference_image r using (sha256)
+where i.label = r.label and i.generator_id is not distinct from r.generator_id
+order by r.id, i.position on conflict do nothing returning image_id"""
+ACTIVE = "select active from checkpoint where id = :checkpoint"
+
+EMBED_KNOWN = """insert into embedding (image_id, checkpoint_id, vector, revision)
+select r.id, :checkpoint, i.vector, :revision
+from unnest(cast(:ids as bigint[]), cast(:vectors as bytea[])) i (id, vector) join reference_image r on r.id = i.id
+order by r.id on conflict do nothing"""
+
+
+class BadVector(ValueError):
+    """An embedding that may not be stored: wrong length, not finite, or zero."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewReference(ImageFacts):
+    """An image with its embedding, ready to be stored; a generator that is new is created.
+
+    Attributes:
+        thumbnail: JPEG.
+        vector: Raw embedding, shape (d,), float32.
+        data: The file itself, to be kept (uploads).
+    """
+
+    thumbnail: bytes
+    vector: np.ndarray
+    data: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """The same bytes are stored with another label or generator; `position` counts from 0 in the batch."""
+
+    position: int
+    sha256: str
+    id: int
+    has: str
+    wants: str
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What one `add` did.
+
+    Attributes:
+        ids: Row of each item of the batch, None where its hash is blocked; of a conflict the row that stands.
+        added: Rows that are new.
+        new: Where in the batch they are, each once.
+        known: Rows that were there, embedded by this checkpoint already.
+        embedded: Rows that were there, but not embedded by this checkpoint until now.
+        conflicts: Same bytes, other label or generator; nothing was changed.
+        blocked: Hashes that were removed for good.
+        revision: Of the checkpoint's index after this.
+    """
+
+    ids: list[int | None]
+    added: int
+    new: list[int]
+    known: int
+    embedded: int
+    conflicts: list[Conflict]
+    blocked: list[str]
+    revision: int
+
+
+class Adding(Checkpoints):
+    """The only code that writes references and embeddings."""
+
+    def add(
+        self,
+        batch: Sequence[NewReference],
+        checkpoint_id: str,
+        enrolment: int | None = None,
+        *,
+        while_active: bool = False,
+    ) -> Added:
+        """Store images with their embeddings; the same bytes twice change nothing.
+
+        Args:
+            batch: At most 1,000 images.
+            checkpoint_id: What embedded them.
+            enrolment: What they are part of.
+            while_active: Only if this is the active checkpoint; otherwise what searches ask would lack them.
+
+        Raises:
+            CheckpointSwitched: It is not, though `while_active`.
+            BadVector: A vector is not finite, zero, or not of the checkpoint's dimension.
+            BadGeneratorName: A new generator's name breaks the rule.
+            UnknownCheckpoint: The checkpoint was never registered.
+            ValueError: More than 1,000 images.
+        """
+        if len(batch) > BATCH:
+            raise ValueError(f"{len(batch)} images in one transaction; {BATCH} are allowed")
+        dim = self.get_checkpoint(checkpoint_id).dim
+        vectors = [_stored(reference.vector, dim) for reference in batch]
+        return self.transaction(
+            lambda connection: _add(connection, batch, vectors, checkpoint_id, enrolment, while_active)
+        )
+
+    def embed(self, ids: Sequence[int], vectors: np.ndarray, checkpoint_id: str) -> int:
+        """Store embeddings, shape (n, d), float32, of references that exist; returns how many were new.
+
+        Raises:
+            BadVector: A vector is not finite, zero, or not of the checkpoint's dimension.
+            UnknownCheckpoint: The checkpoint was never registered.
+        """
+        dim = self.get_checkpoint(checkpoint_id).dim
+        rows: dict[str, list[Any]] = {
+            "ids": [int(image_id) for image_id in ids],
+            "vectors": [_stored(vector, dim) for vector in vectors],
+        }
+        return self.transaction(lambda connection: _embed(connection, rows, checkpoint_id))
+
+
+def _add(
+    connection: Connection,
+    batch: Sequence[NewReference],
+    vectors: Sequence[bytes],
+    checkpoint_id: str,
+    enrolment: int | None,
+    while_active: bool,
+) -> Added:
+    generators = generator_ids(connection, {item.generator for item in batch if item.generator is not None})
+    _copy(connection, batch, vectors, generators)
+    blocked = {row.position: row.sha256.hex() for row in connection.execute(text(BLOCK))}
+    # Rows that nobody sees yet need no lock, and their thumbnails take most of the time.
+    inserted = {row.id for row in connection.execute(text(INSERT), {"enrolment": enrolment})}
+    connection.execute(text(KEEP))
+    revision = _lock(connection, checkpoint_id)  # which the switch to another checkpoint waits for, and makes wait
+    if while_active and not connection.scalar(text(ACTIVE), {"checkpoint": checkpoint_id}):
+        raise CheckpointSwitched(f"the active checkpoint is no longer {checkpoint_id}: run the command again")
+    matches = connection.execute(text(MATCH)).all()
+    if len(matches) + len(blocked) < len(batch):
+        raise PassingConflict("a row was removed after its image was found to be known")
+    new = {"checkpoint": checkpoint_id, "revision": revision + 1}
+    embedded = {row.image_id for row in connection.execute(text(EMBED), new)}
+    if embedded:
+        revision += 1
+        _stamp(connection, checkpoint_id, revision)
+    ids: list[int | None] = [None] * len(batch)
+    conflicts = []
+    for match in matches:
+        ids[match.position] = match.id
+        if not match.agrees:
+            item = batch[match.position]
+            has, wants = kind(match.label, match.generator), kind(item.label, item.generator)
+            conflicts.append(Conflict(match.position, match.sha256.hex(), match.id, has, wants))
+    first = {image_id: position for position, image_id in reversed(list(enumerate(ids)))}
+    return Added(
+        ids=ids,
+        added=len(inserted),
+        new=sorted(first[image_id] for image_id in inserted),
+        embedded=len(embedded - inserted),
+        known=len(batch) - len(blocked) - len(conflicts) - len(embedded | inserted),
+        conflicts=conflicts,
+        blocked=sorted(set(blocked.values())),
+        revision=revision,
+    )
+
+
+def _embed(connection: Connection, rows: dict[str, list[Any]], checkpoint_id: str) -> int:
+    revision = _lock(connection, checkpoint_id) + 1
+    values = {**rows, "checkpoint": checkpoint_id, "revision": revision}
+    count = connection.execute(text(EMBED_KNOWN), values).rowcount
+    if count:
+        _stamp(connection, checkpoint_id, revision)
+    return count
+
+
+def _lock(connection: Connection, checkpoint_id: str) -> int:
+    """The revision, locked: revisions become visible in the order of commits, and nothing is removed meanwhile."""
+    lock = text("select revision from index_revision where checkpoint_id = :checkpoint for update")
+    return int(connection.execute(lock, {"checkpoint": checkpoint_id}).scalar_one())
+
+
+def _stamp(connection: Connection, checkpoint_id: str, revision: int) -> None:
+    stamp = text("update index_revision set revision = :revision where checkpoint_id = :checkpoint")
+    connection.execute(stamp, {"checkpoint": checkpoint_id, "revision": revision})
+    notify(connection, f"{checkpoint_id} {revision}")
+
+
+def _copy(
+    connection: Connection, batch: Sequence[NewReference], vectors: Sequence[bytes], generators: dict[str, int]
+) -> None:
+    connection.execute(text(CREATE))
+    driver = cast("psycopg.Connection[Any]", connection.connection.driver_connection)
+    with driver.cursor() as cursor, cursor.copy("copy incoming from stdin (format binary)") as copy:
+        copy.set_types(list(INCOMING.values()))
+        for position, (item, vector) in enumerate(zip(batch, vectors, strict=True)):
+            copy.write_row(
+                (
+                    position,
+                    bytes.fromhex(item.sha256),
+                    item.label,
+                    None if item.generator is None else generators[item.generator.lower()],
+                    _clean(item.source),
+                    _clean(item.group),
+                    None if item.uri is None else _clean(item.uri),
+                    item.file_bytes,
+                    item.mtime,
+                    item.width,
+                    item.height,
+                    item.format,
+                    item.jpeg_quality,
+                    item.fingerprint,
+                    item.thumbnail,
+                    Jsonb({_clean(key): _clean(value) for key, value in item.attributes.items()}),
+                    vector,
+                    item.data,
+                )
+            )
+    connection.execute(text("analyze incoming (sha256)"))
+
+
+def _stored(vector: np.ndarray, dim: int) -> bytes:
+    """The vector's bytes; what the index would refuse is not stored, or it could never follow."""
+    array = np.asarray(vector, "<f4")
+    try:
+        unit_vectors(array[None], dim)
+    except BadVectors as error:
+        raise BadVector(str(error)) from error
+    return array.tobytes()
+
+
+def _clean(value: str) -> str:
+    """Without what Postgres cannot hold: NUL, and the stand-ins for bytes of a file name that are not UTF-8."""
+    return value.encode("utf-8", "backslashreplace").decode().replace("\0", "")

@@ -1,0 +1,84 @@
+"""Grids cover an image, stay few, and overlays colour what they should."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from api.judge.regions import FAKE, REAL, STRONGEST, VARIANTS, grid, overlay, region_pixels, variant_pixels
+from api.schemas.verdicts import Region
+from trainer.images import Preprocess
+
+SIDES = st.integers(1, 5000)
+
+
+@given(SIDES, SIDES, st.sampled_from([32, 224]))
+def test_boxes_lie_inside_and_are_few(width: int, height: int, size: int) -> None:
+    boxes = grid(width, height, size)
+    assert 1 <= len(boxes) <= 64
+    assert len(set(boxes)) == len(boxes)
+    for x, y, w, h in boxes:
+        assert (w, h) == (min(size, width), min(size, height))
+        assert 0 <= x <= width - w
+        assert 0 <= y <= height - h
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 31), st.integers(0, 31))
+def test_boxes_cover_an_image_that_needs_no_more_than_64(columns: int, rows: int, less: int, short: int) -> None:
+    width, height = 32 * columns - less, 32 * rows - short
+    covered = np.zeros((height, width), bool)
+    for x, y, w, h in grid(width, height, 32):
+        covered[y : y + h, x : x + w] = True
+    assert covered.all()
+
+
+def test_a_large_image_keeps_its_shape_in_the_grid() -> None:
+    boxes = grid(22400, 11200, 224)
+    assert (len({x for x, *_ in boxes}), len({y for _, y, *_ in boxes})) == (11, 5)
+
+
+def test_a_region_is_seen_at_native_resolution() -> None:
+    preprocess = Preprocess(mode="resize_crop", image_size=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    boxes = grid(96, 64, 32)
+    seen = region_pixels(Image.fromarray(pixels), boxes, preprocess)
+    for (x, y, w, h), region in zip(boxes, seen, strict=True):
+        np.testing.assert_allclose(region.transpose(1, 2, 0) * 255, pixels[y : y + h, x : x + w], atol=1e-3)
+
+
+def test_every_variant_changes_the_image_a_little() -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    preprocess = Preprocess(image_size=32)
+    plain = preprocess([image])[0]
+    variants = variant_pixels(image, preprocess)
+    assert variants.shape == (len(VARIANTS), 3, 32, 32)
+    for variant in variants:
+        assert 0 < np.abs(variant - plain).mean() < 1
+
+
+@pytest.mark.parametrize("size", [(64, 32), (8000, 4000)])
+def test_an_overlay_is_transparent_red_and_blue(size: tuple[int, int]) -> None:
+    half = (0, 0, size[0] // 2, size[1])
+    other = (size[0] // 2, 0, size[0] // 2, size[1])
+    regions = [Region(box=half, score=1.0, generator=None), Region(box=other, score=0.5, generator=None)]
+    with Image.open(io.BytesIO(overlay(*size, regions))) as image:
+        assert (image.format, image.mode) == ("PNG", "RGBA")
+        assert image.size == ((64, 32) if size[0] == 64 else (2048, 1024))
+        left, right = image.getpixel((image.width // 4, 10)), image.getpixel((3 * image.width // 4, 10))
+    assert left == (*FAKE, STRONGEST)
+    assert isinstance(right, tuple)
+    assert right[3] == 0
+
+
+def test_where_regions_overlap_their_mean_is_drawn_and_between_them_nothing() -> None:
+    regions = [Region(box=(0, 0, 20, 30), score=0.9), Region(box=(10, 0, 20, 30), score=0.2)]
+    with Image.open(io.BytesIO(overlay(40, 30, regions))) as image:
+        drawn = np.asarray(image)
+    for x, score in ((5, 0.9), (15, 0.55), (25, 0.2)):
+        colour = FAKE if score >= 0.5 else REAL
+        assert drawn[15, x].tolist() == [*colour, round(STRONGEST * 2 * abs(score - 0.5))], x
+    assert drawn[15, 35, 3] == 0

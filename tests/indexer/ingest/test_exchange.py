@@ -1,0 +1,158 @@
+"""A reference set moves between databases as one checksummed file."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import pytest
+from conftest import new_database
+from numbered import CHECKPOINT, new, opened, vector
+from sqlalchemy import URL
+
+from indexer.ingest import exchange
+from indexer.ingest.exchange import BadExport, export_references, import_references
+from indexer.settings import Settings
+from indexer.store import Additions, Store
+
+OTHER = "d" * 32
+
+
+@pytest.fixture
+def source(settings: Settings) -> Iterator[Store]:
+    """300 references of two checkpoints, one of them an upload that was kept."""
+    store = opened(settings)
+    store.register_checkpoint(OTHER, "wide", 2, {"image_size": 8}, Path("wide"))
+    store.create_generator("SD-XL", vendor="Stability AI", released_on=date(2023, 7, 26))
+    upload = new(1, "SD-XL", data=b"the file", attributes={"prompt": "a cat"}, fingerprint=-5, jpeg_quality=90)
+    store.add([upload, *(new(n, "SD-XL" if n % 3 else None) for n in range(2, 300))], CHECKPOINT)
+    store.add([new(n, "SD-XL" if n % 3 else None, vector=vector(n)[:2]) for n in range(290, 301)], OTHER)
+    yield store
+    store.engine.dispose()
+
+
+@pytest.fixture
+def target(postgres_server: URL, tmp_path: Path) -> Iterator[Store]:
+    with new_database(postgres_server) as url:
+        store = opened(Settings(home=tmp_path / "target", database_url=url))
+        yield store
+        store.engine.dispose()
+
+
+def rows(store: Store) -> dict[str, dict[str, Any]]:
+    """Every reference by its hash, without what a database gives."""
+    own = ("id", "enrolment_id", "added_at")
+    found = store.list(limit=1000)
+    return {
+        row.sha256: {key: value for key, value in asdict(row).items() if key not in own}
+        | {"thumbnail": store.thumbnail(row.id), "file": store.file(row.id)}
+        for row in found
+    }
+
+
+def vectors(store: Store, checkpoint: str) -> dict[str, list[float]]:
+    """Every embedding by the hash of its image."""
+    hashes = {row.id: row.sha256 for row in store.list(limit=1000)}
+    pages = [page for page in store.changes(checkpoint, 0, store.revision(checkpoint)) if isinstance(page, Additions)]
+    return {
+        hashes[image_id]: one
+        for page in pages
+        for image_id, one in zip(page.ids.tolist(), page.vectors.tolist(), strict=True)
+    }
+
+
+def test_a_set_arrives_as_it_was(source: Store, target: Store, tmp_path: Path) -> None:
+    path = tmp_path / "out/set.lineup"
+    exported = export_references(source, path)
+    assert exported == {"file": str(path), "references": 300, "checkpoints": [CHECKPOINT, OTHER]}
+    imported = import_references(target, path)
+    assert (imported["references"], imported["added"], imported["embeddings"]) == (300, 300, 310)
+    assert (imported["conflicts"], imported["blocked"]) == ([], [])
+    assert rows(target) == rows(source)
+    for checkpoint in (CHECKPOINT, OTHER):
+        assert vectors(target, checkpoint) == vectors(source, checkpoint)
+    generator = target.get_generator("SD-XL")
+    assert generator is not None
+    assert (generator.vendor, generator.released_on) == ("Stability AI", date(2023, 7, 26))
+    assert [row.file_bytes for row in target.list(limit=1)] == [100]
+    enrolment = target.get_enrolment(imported["enrolment"])
+    assert enrolment is not None
+    assert enrolment.report == imported
+    assert target.get_checkpoint(OTHER).config == {"image_size": 8}  # its folder is no other machine's business
+    again = import_references(target, path)
+    assert (again["added"], again["embeddings"]) == (0, 0)
+    assert target.revision(CHECKPOINT) == 2  # two pages
+
+
+def test_conflicts_and_blocked_images_are_told(source: Store, target: Store, tmp_path: Path) -> None:
+    target.add([new(2), new(3)], CHECKPOINT)
+    target.remove(ids=[row.id for row in target.list() if row.sha256 == new(3).sha256], forget=True)
+    export_references(source, tmp_path / "set")
+    report = import_references(target, tmp_path / "set")
+    assert (report["added"], report["blocked"]) == (298, [new(3).sha256])
+    assert report["conflicts"] == [{"sha256": new(2).sha256, "has": "real", "wants": "fake (SD-XL)"}]
+
+
+def test_pages_end_before_they_hold_too_many_bytes(
+    source: Store, target: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "PAGE_BYTES", 400)  # 100 thumbnails of 4 bytes
+    export_references(source, tmp_path / "set")
+    with ZipFile(tmp_path / "set") as archive:
+        pages = [json.loads(archive.read(f"{number}.json")) for number in range(4)]
+        assert len(archive.namelist()) == 9
+    assert sorted(len(page) for page in pages) == [2, 98, 100, 100]  # 98 with an upload of 8 bytes
+    assert import_references(target, tmp_path / "set")["added"] == 300
+    monkeypatch.setattr(exchange, "PAGE_BYTES", 1)
+    monkeypatch.setattr(exchange, "PAGE", 2)
+    source.remove(ids=[row.id for row in source.list(limit=1000)[3:]])
+    assert export_references(source, tmp_path / "set")["references"] == 3
+    assert import_references(target, tmp_path / "set")["references"] == 3
+
+
+def test_every_flipped_bit_of_the_zip_is_noticed_or_does_no_harm(source: Store, tmp_path: Path) -> None:
+    """Damage to a zip's own fields must not make it look smaller than it is."""
+    path = tmp_path / "set"
+    export_references(source, path)
+    good = path.read_bytes()
+    whole = exchange._verified(path)
+    with ZipFile(path) as archive:
+        fields = [*range(archive.start_dir, len(good)), *range(archive.infolist()[0].header_offset + 40)]
+    noticed = 0
+    for at in fields:
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :])
+        try:
+            assert exchange._verified(path) == whole
+        except BadExport:
+            noticed += 1
+    assert noticed > len(fields) / 3
+
+
+def test_a_failed_export_leaves_nothing(source: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        export_references(source, tmp_path / "set", broken)
+    assert list(tmp_path.glob("set*")) == []
+
+
+def test_damage_is_noticed_before_anything_is_added(source: Store, target: Store, tmp_path: Path) -> None:
+    path = tmp_path / "set"
+    export_references(source, path)
+    good = path.read_bytes()
+    at = good.index(b"jpegjpeg")
+    for bad in (good[:at] + b"x" + good[at + 1 :], good[: len(good) // 2], b"something else", b""):
+        path.write_bytes(bad)
+        with pytest.raises(BadExport, match="damaged") as caught:
+            import_references(target, path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(BadExport, match="does not exist"):
+        import_references(target, tmp_path / "none")
+    path.write_bytes(good.replace(b"lineup references 1", b"lineup references 9"))
+    with pytest.raises(BadExport):
+        import_references(target, path)
+    assert target.counts() == {"real": 0, "fake": 0}

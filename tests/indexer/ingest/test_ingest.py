@@ -1,0 +1,276 @@
+"""Adding data sets: overlapped, resumable, and honest about what was skipped."""
+
+import io
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hashing import HashingEmbedder
+from PIL import Image
+
+from indexer.database.connection import connect
+from indexer.ingest.ingest import fingerprint, ingest
+from indexer.ingest.prefetch import ahead
+from indexer.settings import Settings
+from indexer.store import Additions, Store
+from trainer.data.datasets import Entry, read_dataset
+from trainer.images import decode_image
+
+
+@pytest.fixture
+def store(settings: Settings) -> Iterator[Store]:
+    engine = connect(settings)
+    yield Store(engine)
+    engine.dispose()
+
+
+@pytest.fixture
+def folder(image_folder: Path, tmp_path: Path) -> Path:
+    """A copy to break: 12 real, 6 of each of two generators."""
+    root = tmp_path / "images"
+    for name, count in (("real", 12), ("fake/gen-a", 6), ("fake/gen-b", 6)):
+        (root / name).mkdir(parents=True)
+        for path in sorted((image_folder / name).iterdir())[:count]:
+            shutil.copy2(path, root / name / path.name)
+    return root
+
+
+def spoil(folder: Path) -> dict[str, str]:
+    """Add every kind of bad file; gives a word of each expected reason by key."""
+    good = next((folder / "real").iterdir()).read_bytes()
+    (folder / "real/empty.jpg").write_bytes(b"")
+    (folder / "real/cut.jpg").write_bytes(good[: len(good) // 2])
+    (folder / "real/notes.txt").write_text("not an image")
+    Image.new("L", (400, 300)).save(folder / "fake/gen-a/huge.png")
+    return {
+        "real/empty.jpg": "empty",
+        "real/cut.jpg": "truncated",
+        "real/notes.txt": "not an image",
+        "fake/gen-a/huge.png": "LINEUP_MAX_PIXELS",
+    }
+
+
+def test_a_folder_becomes_rows(store: Store, folder: Path) -> None:
+    embedder = HashingEmbedder()
+    done = []
+    report = ingest(read_dataset(folder), embedder, store, on_image=lambda: done.append(1), batch_size=5)
+    assert (report["images"], report["added"], report["known"], report["embedded"]) == (24, 24, 0, 0)
+    assert (report["conflicts"], report["rejected"], report["revision"]) == ([], [], 1)
+    assert report["generators"] == {"real": 12, "gen-a": 6, "gen-b": 6}
+    assert len(done) == embedder.calls == 24
+    enrolment = store.get_enrolment(report["enrolment"])
+    assert enrolment is not None
+    assert enrolment.report == report
+    active = store.active_checkpoint()
+    assert active is not None
+    assert (active.id, active.dim) == (embedder.id, embedder.dim)
+
+    path = folder / "fake/gen-a/000.jpg"
+    image, facts = decode_image(path.read_bytes())
+    row = store.find(facts.sha256)
+    assert row is not None
+    assert (row.label, row.generator, row.uri) == (1, "gen-a", path.as_uri())
+    assert (row.file_bytes, row.mtime, row.jpeg_quality) == (path.stat().st_size, path.stat().st_mtime, 75)
+    assert (row.width, row.height, row.format) == (48, 48, "JPEG")
+    assert row.enrolment_id == report["enrolment"]
+    thumbnail = store.thumbnail(row.id)
+    assert thumbnail is not None
+    assert Image.open(io.BytesIO(thumbnail)).format == "JPEG"
+    (page,) = store.changes(embedder.id, 0, 1)
+    assert isinstance(page, Additions)
+    np.testing.assert_array_equal(page.vectors[page.ids == row.id], embedder.embed([image]))
+
+
+def test_a_second_run_opens_no_file(store: Store, folder: Path) -> None:
+    first = ingest(read_dataset(folder), HashingEmbedder(), store)
+
+    def unopened() -> bytes:
+        raise AssertionError("a known file was opened")
+
+    entries = (replace(entry, read=unopened) for entry in read_dataset(folder))
+    second = ingest(entries, HashingEmbedder(), store)
+    assert (second["added"], second["known"], second["revision"]) == (0, 24, first["revision"])
+    assert second["enrolment"] is None
+
+
+def test_moved_and_touched_files_are_not_decoded(store: Store, folder: Path) -> None:
+    ingest(read_dataset(folder), HashingEmbedder(), store)
+    moved = folder.rename(folder.with_name("moved"))
+    embedder = HashingEmbedder()
+    report = ingest(read_dataset(moved, source="images"), embedder, store, max_pixels=1)  # decoding would reject
+    assert (report["added"], report["known"], report["rejected"], embedder.calls) == (0, 24, [], 0)
+
+
+def test_a_changed_file_is_another_image(store: Store, folder: Path) -> None:
+    ingest(read_dataset(folder), HashingEmbedder(), store)
+    Image.new("RGB", (50, 40), "red").save(folder / "real/000.jpg")
+    report = ingest(read_dataset(folder), HashingEmbedder(), store)
+    assert (report["added"], report["known"]) == (1, 23)
+
+
+def test_bad_files_are_named_and_the_rest_goes_on(store: Store, folder: Path) -> None:
+    reasons = spoil(folder)
+    report = ingest(read_dataset(folder), HashingEmbedder(), store, max_pixels=10_000)
+    assert report["added"] == 24
+    assert {item["file"] for item in report["rejected"]} == set(reasons)
+    for item in report["rejected"]:
+        assert reasons[item["file"]] in item["reason"]
+
+
+def test_a_file_that_vanishes_is_named(store: Store, folder: Path) -> None:
+    entries = list(read_dataset(folder))
+    (folder / "real/000.jpg").unlink()
+    report = ingest(entries, HashingEmbedder(), store)
+    assert report["added"] == 23
+    assert [item["file"] for item in report["rejected"]] == ["real/000.jpg"]
+
+
+def test_conflicts_are_reported_before_and_after_reading(store: Store, folder: Path) -> None:
+    ingest(read_dataset(folder), HashingEmbedder(), store)
+    same = folder / "real/000.jpg"
+    shutil.copy2(same, folder / "fake/gen-a/copy.jpg")  # other uri: found by its hash
+    entries = [replace(entry, label=1, generator="gen-c") if entry.key == "real/001.png" else entry
+               for entry in read_dataset(folder)]  # fmt: skip
+    report = ingest(entries, HashingEmbedder(), store)
+    assert (report["added"], report["known"]) == (0, 23)
+    assert sorted((c["file"], c["has"], c["wants"]) for c in report["conflicts"]) == [
+        ("fake/gen-a/copy.jpg", "real", "fake (gen-a)"),
+        ("real/001.png", "real", "fake (gen-c)"),
+    ]
+    assert store.counts() == {"real": 12, "fake": 12}
+
+
+def test_the_same_bytes_twice_in_one_run(store: Store, folder: Path) -> None:
+    shutil.copy2(folder / "real/000.jpg", folder / "real/again.jpg")
+    report = ingest(read_dataset(folder), HashingEmbedder(), store)
+    assert (report["added"], report["known"]) == (24, 1)
+
+
+def test_a_second_checkpoint_embeds_what_is_known(store: Store, folder: Path) -> None:
+    ingest(read_dataset(folder), HashingEmbedder(), store)
+    other = HashingEmbedder("other", dim=5)
+    report = ingest(read_dataset(folder), other, store)
+    assert (report["added"], report["known"], report["embedded"]) == (0, 0, 24)
+    assert len(store.embedded_ids(other.id)) == 24
+
+
+def test_a_dry_run_writes_nothing(store: Store, folder: Path) -> None:
+    spoil(folder)
+    shutil.copy2(folder / "real/000.jpg", folder / "real/again.jpg")
+    embedder = HashingEmbedder()
+    report = ingest(read_dataset(folder), embedder, store, max_pixels=10_000, dry_run=True)
+    assert (report["added"], report["known"], len(report["rejected"])) == (24, 1, 4)
+    assert report["generators"] == {"real": 12, "gen-a": 6, "gen-b": 6}
+    assert (embedder.calls, store.counts(), store.checkpoints()) == (0, {"real": 0, "fake": 0}, [])
+
+
+def test_forgotten_images_are_named(store: Store, folder: Path) -> None:
+    ingest(read_dataset(folder), HashingEmbedder(), store)
+    store.remove(generator="gen-a", forget=True)
+    report = ingest(read_dataset(folder), HashingEmbedder(), store)
+    assert (report["added"], report["known"]) == (0, 18)
+    assert {item["reason"] for item in report["rejected"]} == {"was removed with --forget"}
+    assert len(report["rejected"]) == 6
+
+
+def test_uploads_keep_their_bytes(store: Store, folder: Path) -> None:
+    data = (folder / "real/000.jpg").read_bytes()
+    entry = Entry("a.jpg", "g", 0, None, "http", "", None, None, None, {}, lambda: data)
+    report = ingest([entry], HashingEmbedder(), store, keep_bytes=True, source="http")
+    assert report["added"] == 1
+    (row,) = store.list()
+    assert row.uri is None
+    assert store.file(row.id) == data
+    enrolment = store.get_enrolment(report["enrolment"])
+    assert enrolment is not None
+    assert enrolment.source == "http"
+
+
+def test_two_at_once_lose_nothing(store: Store, settings: Settings, folder: Path) -> None:
+    reports = []
+
+    def run() -> None:
+        engine = connect(settings)
+        reports.append(ingest(read_dataset(folder), HashingEmbedder(), Store(engine), batch_size=3))
+        engine.dispose()
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sum(report["added"] for report in reports) == 24
+    assert [report["added"] + report["known"] for report in reports] == [24, 24]
+    assert len(store.embedded_ids(HashingEmbedder().id)) == 24
+
+
+def test_an_ended_run_is_taken_up_again(store: Store, folder: Path) -> None:
+    class Broken(HashingEmbedder):
+        def embed_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray:
+            if self.calls >= 10:
+                raise RuntimeError("the lights went out")
+            return super().embed_pixels(pixels, batch_size)
+
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="the lights went out"):
+        ingest(read_dataset(folder), Broken(), store, batch_size=4)
+    assert threading.active_count() == before
+    report = ingest(read_dataset(folder), HashingEmbedder(), store)
+    assert report["added"] + report["known"] == 24
+    assert store.counts() == {"real": 12, "fake": 12}
+
+
+def test_fingerprints_of_near_duplicates_are_near() -> None:
+    rng = np.random.default_rng(0)
+    big = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize((300, 300), Image.Resampling.BICUBIC)
+    out = io.BytesIO()
+    big.resize((200, 200)).save(out, "JPEG", quality=60)
+    near, _ = decode_image(out.getvalue())
+    other = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize((300, 300), Image.Resampling.BICUBIC)
+    distance = [(fingerprint(big) ^ fingerprint(image)) & (2**64 - 1) for image in (near, other)]
+    assert distance[0].bit_count() <= 8
+    assert distance[1].bit_count() >= 16
+    assert fingerprint(Image.new("RGB", (9, 8))) == 0
+
+
+def test_ahead_keeps_order_and_bounds_and_passes_errors() -> None:
+    produced: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(50):
+            produced.append(number)
+            yield number
+        raise ValueError("at the end")
+
+    got = []
+    stream = ahead((n for n in numbers()), 3)
+    for number in stream:
+        got.append(number)
+        assert len(produced) <= number + 1 + 3 + 2  # waiting, and one in each hand
+        if number == 48:
+            break
+    assert got == list(range(49))
+    with pytest.raises(ValueError, match="at the end"):
+        list(stream)
+
+
+def test_closing_ahead_ends_its_thread() -> None:
+    closed = threading.Event()
+
+    def endless() -> Iterator[int]:
+        try:
+            while True:
+                yield 1
+        finally:
+            closed.set()
+
+    before = threading.active_count()
+    stream = ahead((n for n in endless()), 2)
+    assert next(stream) == 1
+    stream.close()
+    assert threading.active_count() == before
+    assert closed.wait(10)

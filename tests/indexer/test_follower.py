@@ -1,0 +1,554 @@
+"""A follower's index equals the rows, through concurrent writers, outages, restored backups and damaged snapshots."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psycopg
+import pytest
+from numbered import CHECKPOINT, DIM, add, add_all, following, new, opened, vector
+from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.exc import OperationalError
+
+from indexer import follower as module
+from indexer.database.embedded import EmbeddedServer
+from indexer.follower import Follower
+from indexer.index import growing as outgrowing
+from indexer.index.inverted import Inverted
+from indexer.index.vector_index import VectorIndex
+from indexer.settings import Settings
+from indexer.store import Additions, Store
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait for a condition; fails after the deadline."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def assert_equal(follower: Follower, store: Store) -> None:
+    """The index holds exactly the rows: ids, vectors, labels, generators and sources."""
+    rows: dict[int, tuple[Any, ...]] = {}
+    for change in store.changes(CHECKPOINT, 0, store.revision(CHECKPOINT)):
+        if isinstance(change, Additions):
+            columns = (change.ids.tolist(), change.vectors, change.labels.tolist(), change.generators.tolist())
+            for number, raw, label, generator, source in zip(*columns, change.sources, strict=True):
+                rows[number] = raw / np.linalg.norm(raw), label, generator, source
+    ids, vectors = follower.index.vectors()
+    assert sorted(ids.tolist()) == sorted(rows)
+    labels, generators, sources = follower.index.metadata(ids)
+    for number, unit, label, generator, source in zip(
+        ids.tolist(), vectors, labels.tolist(), generators.tolist(), sources.tolist(), strict=True
+    ):
+        np.testing.assert_allclose(unit, rows[number][0], atol=1e-3)
+        assert (label, generator, follower.source_names[source]) == rows[number][1:]
+
+
+@pytest.fixture
+def store(settings: Settings) -> Iterator[Store]:
+    store = opened(settings)
+    yield store
+    store.engine.dispose()
+
+
+@pytest.fixture
+def started(store: Store, settings: Settings) -> Iterator[Follower]:
+    """A follower that runs in the background."""
+    follower = following(store, settings)
+    follower.load()
+    follower.start()
+    yield follower
+    follower.stop()
+
+
+def test_an_empty_store_is_followed(store: Store, settings: Settings) -> None:
+    follower = following(store, settings)
+    assert follower.load() == 0
+    assert follower.search(vector(0)[None], 3) == [[]]
+
+
+def test_additions_and_removals_are_applied(store: Store, settings: Settings) -> None:
+    follower = following(store, settings)
+    first = add(store, 1, 2, 3)
+    add(store, 4, generator="gen-a", source="elsewhere")
+    assert follower.load() == 2
+    assert_equal(follower, store)
+    store.remove(ids=first[:2])
+    add(store, 5, generator="gen-b")
+    assert follower.catch_up() == store.revision(CHECKPOINT) == 4
+    assert len(follower.index) == 3
+    assert_equal(follower, store)
+
+
+def test_a_search_gives_names(store: Store, settings: Settings) -> None:
+    (real,) = add(store, 1)
+    (fake,) = add(store, 2, generator="Gen-A", source="elsewhere")
+    follower = following(store, settings)
+    follower.load()
+    query = vector(2)[None]
+    (found,) = follower.search(query, 5)
+    assert [tuple(one[:4]) for one in found] == [(fake, 1, "Gen-A", "elsewhere"), (real, 0, None, "tests")]
+    assert found[0].similarity == pytest.approx(1, abs=1e-3)
+
+    def ids(**filters: Any) -> list[int]:
+        return [one.id for one in follower.search(query, 5, **filters)[0]]
+
+    assert ids(generator="gen-a") == ids(source="elsewhere") == ids(label=1) == [fake]
+    assert ids(source="ELSEWHERE") == ids(generator="gen") == ids(source="") == []
+    assert ids(exclude_ids=np.array([fake])) == [real]
+    both = follower.voters(query, 2)
+    assert [one.ids.tolist() for one in both] == [[[real]], [[fake]]]
+    (third,) = add(store, 3, generator="gen-a")
+    follower.catch_up()
+    assert [one.ids.tolist() for one in follower.voters(query, 1)] == [[[real]], [[fake, third]]]  # equally deep
+    masked = follower.voters(query, 1, exclude_ids=np.array([fake]))
+    assert [one.ids.tolist() for one in masked] == [[[real]], [[third]]]
+
+
+def test_a_renamed_generator_has_its_new_name(store: Store, settings: Settings) -> None:
+    add(store, 1, generator="gen-a")
+    follower = following(store, settings)
+    follower.load()
+    store.update_generator("gen-a", {"name": "gen-z"})
+    follower.catch_up()
+    assert follower.search(vector(1)[None], 1)[0][0].generator == "gen-z"
+
+
+def test_no_revision_is_missed_among_concurrent_writers(started: Follower, store: Store) -> None:
+    numbers = count()
+    lock = threading.Lock()
+
+    def write(seed: int) -> None:
+        rng = random.Random(seed)
+        own: list[int] = []
+        for _ in range(15):
+            if own and rng.random() < 0.4:
+                gone = rng.sample(own, rng.randint(1, len(own)))
+                store.remove(ids=gone)
+                own = [number for number in own if number not in gone]
+            else:
+                with lock:
+                    fresh = [next(numbers) for _ in range(rng.randint(1, 5))]
+                own += add(store, *fresh, generator=rng.choice([None, "gen-a", "gen-b"]))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    revision = store.revision(CHECKPOINT)
+    assert revision >= 60
+    until(lambda: started.revision == revision)
+    assert_equal(started, store)
+
+
+def test_a_late_commit_is_not_skipped(store: Store, settings: Settings) -> None:
+    """While one writer holds the revision, another waits; a follower in between sees neither half-way."""
+    follower = following(store, settings)
+    follower.load()
+    held = store.engine.connect()
+    held.execute(text("select revision from index_revision where checkpoint_id = :id for update"), {"id": CHECKPOINT})
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(add, store, 1), pool.submit(add, store, 2)]
+        until(lambda: _waiting(store.engine) == 2)
+        assert follower.catch_up() == 0
+        held.rollback()
+        for one in waiting:
+            one.result()
+    held.close()
+    assert follower.catch_up() == 2
+    assert_equal(follower, store)
+
+
+def _waiting(engine: Engine) -> int:
+    query = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+    with engine.connect() as connection:
+        return int(connection.scalar(text(query)) or 0)
+
+
+def test_a_notification_is_enough(store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL", 3600.0)
+    follower = following(store, settings)
+    follower.load()
+    thread = threading.Thread(target=follower._follow)
+    thread.start()
+    (first,) = add(store, 1)
+    until(lambda: follower.revision == 1)
+    follower._end.set()
+    store.remove(ids=[first])
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_the_poll_is_enough(store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHANNEL", "elsewhere")
+    monkeypatch.setattr(module, "POLL", 0.05)
+    follower = following(store, settings)
+    follower.load()
+    follower.start()
+    add(store, 1)
+    until(lambda: follower.revision == 1)
+    until(lambda: follower.lag < 1)
+    follower.stop()
+
+
+def test_options_of_the_database_url_are_followed(settings: Settings) -> None:
+    separator = "&" if "?" in str(settings.database_url) else "?"
+    url = f"{settings.database_url}{separator}connect_timeout=7&application_name=mine"
+    store = opened(settings.model_copy(update={"database_url": url}))
+    follower = following(store, settings)
+    follower.load()
+    follower.start()
+    add(store, 1)
+    until(lambda: follower.revision == 1)
+    assert not follower.degraded
+    with store.engine.connect() as connection:
+        query = text("select distinct application_name from pg_stat_activity where datname = current_database()")
+        assert set(connection.scalars(query)) == {"mine", "mine follower"}
+    follower.stop()
+    store.engine.dispose()
+
+
+def test_any_failure_of_following_degrades(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "POLL", 0.05)
+    listen = Follower._listen
+    failures = [TypeError("a fault"), TypeError("a fault")]
+    mended = threading.Event()
+
+    def broken(follower: Follower) -> "psycopg.Connection[Any]":
+        if failures:
+            raise failures.pop()
+        mended.wait(20)
+        return listen(follower)
+
+    monkeypatch.setattr(Follower, "_listen", broken)
+    follower = following(store, settings)
+    follower.load()
+    follower.start()
+    until(lambda: not failures)
+    assert follower.degraded
+    mended.set()
+    until(lambda: not follower.degraded)
+    follower.stop()
+    assert sum(record.exc_info is not None for record in caplog.records) == 1
+
+
+def test_an_outage_is_survived(
+    store: Store, started: Follower, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "POLL", 0.05)
+    add(store, 1)
+    until(lambda: started.revision == 1)
+    url = make_url(str(settings.database_url)).set(drivername="postgresql+psycopg")
+    admin = create_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"alter database {url.database} allow_connections false"))
+        _disconnect(admin, str(url.database))
+        until(lambda: started.degraded)
+        assert len(started.search(vector(1)[None], 1)[0]) == 1
+        with pytest.raises(OperationalError):
+            started.catch_up()
+        lag = started.lag
+        connection.execute(text(f"alter database {url.database} allow_connections true"))
+    add(store, 2)
+    until(lambda: started.revision == 2)
+    assert not started.degraded
+    assert started.lag < lag + 20
+    assert_equal(started, store)
+    admin.dispose()
+
+
+def _disconnect(admin: Engine, database: str) -> None:
+    with admin.connect() as connection:
+        query = text("select pg_terminate_backend(pid) from pg_stat_activity where datname = :name")
+        connection.execute(query, {"name": database})
+
+
+def test_a_killed_embedded_server_comes_back(tmp_path_factory: pytest.TempPathFactory) -> None:
+    settings = Settings(home=tmp_path_factory.mktemp("h"))
+    store = opened(settings)
+    follower = following(store, settings)
+    follower.load()
+    follower.start()
+    try:
+        add(store, 1)
+        until(lambda: follower.revision == 1)
+        server = EmbeddedServer(settings.home)
+        os.kill(int((server.data / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+        until(lambda: follower.degraded)
+        until(lambda: not follower.degraded, 60)
+        add(store, 2)
+        until(lambda: follower.revision == 2)
+        assert_equal(follower, store)
+    finally:
+        follower.stop()
+        store.engine.dispose()
+        EmbeddedServer(settings.home).leave()
+
+
+def test_a_failure_half_way_is_repaired_by_the_next_try(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follower = following(store, settings)
+    follower.load()
+    first = add(store, 1, 2)
+    follower.catch_up()
+    add(store, 3, 4, 5)
+    store.remove(ids=first[:1])
+    changes = store.changes
+
+    def breaks_off(*place: Any) -> Iterator[Any]:
+        yield next(changes(*place, page=2))
+        raise OperationalError("select", None, Exception("connection lost"))
+
+    monkeypatch.setattr(store, "changes", breaks_off)
+    with pytest.raises(OperationalError):
+        follower.catch_up()
+    assert (follower.degraded, follower.revision) == (True, 1)
+    monkeypatch.undo()
+    assert follower.catch_up() == 3
+    assert (follower.degraded, follower.revision) == (False, 3)
+    assert_equal(follower, store)
+
+
+class Backup:
+    """A copy of a test's database, to be restored over it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.url = make_url(str(settings.database_url)).set(drivername="postgresql+psycopg")
+        self.admin = create_engine(self.url.set(database="postgres"), isolation_level="AUTOCOMMIT")
+        self._copy(self.url.database, f"{self.url.database}_copy")
+
+    def restore(self) -> None:
+        self._copy(f"{self.url.database}_copy", self.url.database)
+        with self.admin.connect() as connection:
+            connection.execute(text(f"drop database {self.url.database}_copy"))
+        self.admin.dispose()
+
+    def _copy(self, source: str | None, target: str | None) -> None:
+        with self.admin.connect() as connection:
+            connection.execute(text(f"drop database if exists {target} with (force)"))
+            _disconnect(self.admin, str(source))
+            connection.execute(text(f"create database {target} template {source}"))
+
+
+@pytest.mark.parametrize("later", [0, 1, 3])
+def test_a_restored_backup_is_noticed(store: Store, settings: Settings, later: int) -> None:
+    """Also where the restored database was written to since, up to and past the revision that was followed."""
+    first = add(store, 1, 2)
+    store.engine.dispose()
+    backup = Backup(settings)
+    add(store, 3, 4)
+    store.remove(ids=first[:1])
+    follower = following(store, settings)
+    assert follower.load() == 3
+    follower.save()
+    store.engine.dispose()
+    backup.restore()
+    for number in range(later):
+        add(store, 10 + 2 * number, 11 + 2 * number)
+    again = following(store, settings)
+    assert again.load() == 1 + later
+    assert_equal(again, store)
+    follower.degraded = True  # as the broken connections would have told it
+    assert follower.catch_up() == 1 + later
+    assert_equal(follower, store)
+
+
+def test_rows_removed_since_are_no_other_history(store: Store, settings: Settings) -> None:
+    ids = add(store, 1, 2)
+    follower = following(store, settings)
+    follower.load()
+    follower.save()
+    store.remove(ids=ids)
+    seen = _where_reading_begins(store)
+    again = following(store, settings)
+    assert again.load() == 2
+    assert seen == [1]
+    assert_equal(again, store)
+
+
+def _where_reading_begins(store: Store) -> list[int]:
+    """Notes from which revision the store is read from now on."""
+    seen: list[int] = []
+    changes = store.changes
+
+    def noting(checkpoint_id: str, revision: int, target: int) -> Iterator[Any]:
+        seen.append(revision)
+        return changes(checkpoint_id, revision, target)
+
+    store.changes = noting  # type: ignore[assignment, method-assign]
+    return seen
+
+
+def test_another_store_is_loaded_anew(store: Store, settings: Settings) -> None:
+    add(store, 1)
+    follower = following(store, settings)
+    follower.load()
+    with store.engine.begin() as connection:
+        connection.execute(text("update store set id = gen_random_uuid()"))
+    seen = _where_reading_begins(store)
+    assert follower.catch_up() == 1
+    assert seen == [0]
+    assert_equal(follower, store)
+
+
+def test_a_snapshot_saves_reading(store: Store, settings: Settings) -> None:
+    add(store, 1, source="one")
+    add(store, 2, generator="gen-a", source="two")
+    follower = following(store, settings)
+    follower.load()
+    follower.save()
+    add(store, 3, source="three")
+    seen = _where_reading_begins(store)
+    again = following(store, settings)
+    assert again.load() == 3
+    assert seen == [2]
+    assert_equal(again, store)
+
+
+@pytest.mark.parametrize("damage", ["byte", "cut", "empty", "gone", "dimension", "folder"])
+def test_a_snapshot_that_is_not_good_is_ignored(store: Store, settings: Settings, damage: str) -> None:
+    add(store, 1, 2, 3)
+    follower = following(store, settings)
+    follower.load()
+    follower.save()
+    path, data = follower.snapshot, bytearray(follower.snapshot.read_bytes())
+    if damage == "byte":
+        data[-5] ^= 4
+        path.write_bytes(data)
+    elif damage in ("cut", "empty"):
+        path.write_bytes(data[: len(data) // 2 if damage == "cut" else 0])
+    elif damage == "dimension":
+        follower.index = VectorIndex(DIM + 1)
+        follower._saved = None
+        follower.save()
+    else:
+        path.unlink()
+        if damage == "folder":
+            path.mkdir()
+    seen = _where_reading_begins(store)
+    again = following(store, settings)
+    assert again.load() == 1
+    assert seen == [0]
+    assert_equal(again, store)
+
+
+def test_the_snapshot_is_written_after_changes_and_at_the_end(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "POLL", 0.05)
+    monkeypatch.setattr(module, "QUIET", 0.1)
+    follower = following(store, settings)
+    follower.load()
+    follower.start()
+    (first,) = add(store, 1)
+    until(lambda: follower.revision == 1 and _snapshot_size(follower.snapshot) == 1)
+    monkeypatch.setattr(module, "QUIET", 3600)
+    add(store, 2, 3)
+    until(lambda: follower.revision == 2)
+    store.remove(ids=[first])
+    until(lambda: follower.revision == 3)
+    follower.stop()
+    assert _snapshot_size(follower.snapshot) == 2
+    changed = follower.snapshot.stat().st_mtime_ns
+    follower.save()
+    assert follower.snapshot.stat().st_mtime_ns == changed  # nothing to write
+
+
+def test_snapshots_go_on_where_lists_cannot_be_made(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "POLL", 0.05)
+    monkeypatch.setattr(module, "QUIET", 0.1)
+    tried: list[int] = []
+
+    def fails(index: VectorIndex, ended: Callable[[], bool]) -> bool:
+        tried.append(len(index))
+        raise MemoryError
+
+    monkeypatch.setattr(VectorIndex, "outgrow", fails)
+    follower = following(store, settings)
+    follower.load()
+    follower.start()
+    for number in (1, 2):
+        add(store, number)
+        until(lambda number=number: follower.saved_revision == number)  # type: ignore[misc]
+    follower.stop()
+    assert len(tried) == 1
+    assert "could not be given inverted lists" in caplog.text
+
+
+def outgrown(store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Follower:
+    """A loaded follower of 500 references in clear clusters, more than flat search is to be used for."""
+    monkeypatch.setattr(module, "POLL", 0.05)
+    monkeypatch.setattr(module, "QUIET", 0.1)
+    monkeypatch.setattr(outgrowing, "OUTGROWN", 300)
+    directions = np.eye(DIM, dtype=np.float32)
+    add_all(store, [new(n, "gen-a", vector=20 * directions[n % DIM] + vector(n)) for n in range(500)])
+    follower = following(store, settings)
+    follower.load()
+    return follower
+
+
+def test_a_large_index_moves_to_lists_by_itself(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follower = outgrown(store, settings, monkeypatch)
+    follower.save()
+    follower.start()
+    until(lambda: follower.index.kind == "ivf-fp16")
+    until(lambda: VectorIndex.load(follower.snapshot)[0].kind == "ivf-fp16")
+    follower.stop()
+    again = following(store, settings)
+    again.load()
+    assert (again.index.kind, again.index.recall) == ("ivf-fp16", follower.index.recall)
+    assert_equal(again, store)
+
+
+@pytest.mark.parametrize("part", ["trained", "assign", "tune"])
+def test_stopping_does_not_wait_for_lists(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """The end that is set as a part of the work begins keeps its first step from being done."""
+    monkeypatch.setattr(outgrowing, "BLOCK", 100)
+    follower = outgrown(store, settings, monkeypatch)
+    begun, done = [], getattr(Inverted, part)
+
+    def end_meanwhile(*arguments: Any) -> Any:
+        begun.append(part)
+        follower._end.set()
+        return done(*arguments)
+
+    monkeypatch.setattr(Inverted, part, end_meanwhile)
+    follower.start()
+    until(lambda: bool(begun))
+    follower.stop()
+    assert begun == [part]
+    assert follower.index.kind == "flat-fp16"
+    assert_equal(follower, store)
+
+
+def _snapshot_size(path: Path) -> int:
+    return len(VectorIndex.load(path)[0]) if path.exists() else -1
+
+
+def test_a_home_that_cannot_be_written_to_only_costs_the_snapshot(store: Store, settings: Settings) -> None:
+    settings.home.mkdir(parents=True)
+    (settings.home / "index").write_text("a file where the folder should be")
+    add(store, 1)
+    follower = following(store, settings)
+    assert follower.load() == 1
+    follower.start()
+    follower.stop()
+    with pytest.raises(OSError, match="index"):
+        follower.save()

@@ -1,0 +1,117 @@
+"""Settings come from the environment, are documented, and refuse bad values with one line."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from api.cli import app
+from indexer.settings import ELSEWHERE, Settings, SettingsError, read_settings
+
+ROOT = Path(__file__).parents[2]
+
+NAMES = (
+    "home database_url checkpoint device host port k max_false_alarm max_miss prior unknown max_upload_bytes "
+    "max_pixels record"
+)
+
+
+def test_every_setting_of_the_design_exists_and_is_documented() -> None:
+    assert set(NAMES.split()) <= set(Settings.model_fields)
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"LINEUP_{name.upper()}", raising=False)
+    settings = read_settings()
+    assert settings.home == Path("lineup-data")
+    assert settings.checkpoint_folder == Path("lineup-data/checkpoint")
+    assert (settings.host, settings.port, settings.k) == ("127.0.0.1", 8000, 10)
+    assert (settings.max_false_alarm, settings.max_miss, settings.unknown, settings.prior) == (0.05, 0.05, 0.05, 0.5)
+    assert (settings.max_upload_bytes, settings.max_pixels) == (20 * 1024 * 1024, 50_000_000)
+
+
+def test_environment_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINEUP_K", "25")
+    monkeypatch.setenv("LINEUP_CHECKPOINT", "")  # as compose files write what is not set
+    monkeypatch.setenv("LINEUP_RECORD", "false")
+    assert read_settings().k == 25
+    assert read_settings().checkpoint is None
+    assert read_settings().record is False
+    assert read_settings(k=3, device=None).k == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("PORT", "99999", "65535"),
+        ("K", "0", "greater than or equal to 1"),
+        ("DEVICE", "tpu", "'auto', 'cpu' or 'cuda'"),
+        ("PRIOR", "1", "less than 1"),
+        ("MAX_PIXELS", "many", "valid integer"),
+        ("MAX_INFLIGHT_BYTES", "1000", "LINEUP_MAX_REQUEST_BYTES (268435456)"),
+        ("DATABASE_URL", "mysql://me:secret@host/db", "postgresql://"),
+        ("TOKEN", "secret", "is wrong"),
+        ("CORS_ORIGINS", "foo", "https://a.example"),
+        ("CORS_ORIGINS", "https://a.example, https://b.example/", "'https://b.example/' is no origin"),
+    ],
+)
+def test_bad_values_are_one_line_with_the_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, part: str
+) -> None:
+    monkeypatch.setenv(f"LINEUP_{name}", value)
+    with pytest.raises(SettingsError) as caught:
+        read_settings()
+    message = str(caught.value)
+    assert message.startswith(f"LINEUP_{name} ")
+    assert part in message
+    assert "\n" not in message
+    assert "secret" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("LINEUP_CHEKPOINT", "LINEUP_CHECKPOINT"),
+        ("LINEUP_DATABASE", "LINEUP_DATABASE_URL"),
+        ("lineup_prt", "LINEUP_PORT"),
+    ],
+)
+def test_a_misspelt_variable_is_one_line_with_the_nearest_setting(
+    monkeypatch: pytest.MonkeyPatch, name: str, nearest: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(SettingsError, match=f"^{name} is no setting; the nearest is {nearest}: .*$"):
+        read_settings()
+
+
+def test_a_misspelt_variable_stops_training_too() -> None:
+    done = CliRunner().invoke(app, ["train", "heads", "--data", "x"], env={"LINEUP_CHEKPOINT": "x"})
+    assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
+    assert "LINEUP_CHEKPOINT is no setting; the nearest is LINEUP_CHECKPOINT" in done.stderr
+
+
+def test_every_variable_that_something_reads_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [path.read_text() for path in (ROOT / "docker").iterdir()]
+    texts += [path.read_text() for path in (ROOT / "tests").rglob("*.py") if path.name != Path(__file__).name]
+    named = set(re.findall(r"LINEUP_[A-Z_]*[A-Z]", "".join(texts)))
+    assert set(ELSEWHERE) <= named
+    for name in named:
+        monkeypatch.setenv(name, "")
+    assert read_settings() is not None
+
+
+def test_a_password_is_not_shown() -> None:
+    settings = Settings(database_url="postgresql://me:secret@host/db")
+    assert "secret" not in repr(settings)
+
+
+def test_every_start_has_a_token_of_its_own_that_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = read_settings(), read_settings()
+    assert first.token != second.token
+    assert min(len(first.token), len(second.token)) >= 40
+    assert first.token not in repr(first)
+    monkeypatch.setenv("LINEUP_TOKEN", "chosen-for-scripts")
+    assert read_settings().token == "chosen-for-scripts"

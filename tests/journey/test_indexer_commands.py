@@ -1,0 +1,394 @@
+"""The indexer's commands: what they print, what they answer as JSON, and how they fail."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from hashing import HashingEmbedder
+from sqlalchemy import Connection, Engine, event, make_url
+from typer.testing import CliRunner, Result
+
+from indexer.__main__ import app
+from indexer.database.connection import connect
+from indexer.ingest.ingest import ingest
+from indexer.settings import Settings
+from indexer.store import Store
+from trainer import progress
+from trainer.data.datasets import read_dataset
+from trainer.heads.calibration_set import CALIBRATION_FILE
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A command with the hashing embedder, in this test's home and database."""
+    monkeypatch.setenv("LINEUP_HOME", str(settings.home))
+    monkeypatch.setenv("LINEUP_DATABASE_URL", str(settings.database_url))
+    monkeypatch.setenv("LINEUP_CHECKPOINT", str(settings.home / "hashing"))
+    monkeypatch.setattr("trainer.model.embedder.Embedder", HashingEmbedder)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # the tests' own process keeps its handlers
+
+    def invoke(*arguments: object) -> Result:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return invoke
+
+
+@pytest.fixture
+def store(settings: Settings) -> Iterator[Store]:
+    engine = connect(settings)
+    yield Store(engine)
+    engine.dispose()
+
+
+@pytest.fixture
+def images(image_folder: Path, tmp_path: Path) -> Path:
+    """8 real, 4 of each generator, and one file that is none."""
+    root = tmp_path / "images"
+    for name, count in (("real", 8), ("fake/gen-a", 4), ("fake/gen-b", 4)):
+        (root / name).mkdir(parents=True)
+        for path in sorted((image_folder / name).iterdir())[:count]:
+            shutil.copy2(path, root / name / path.name)
+    (root / "real/zero.jpg").write_bytes(b"")
+    return root
+
+
+def test_long_work_says_how_far_it_is_where_no_bar_is_seen(
+    run: Run, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "PERIOD", 0.001)
+    added = run("add", images, "--json")
+    assert json.loads(added.stdout)["added"] == 16
+    assert re.search(r"^images: \d+$", added.stderr, re.M)
+
+
+def document(result: Result) -> Any:
+    """The one JSON document on stdout."""
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_add_status_check_remove(run: Run, images: Path, settings: Settings) -> None:
+    added = document(run("add", images, "--json"))
+    assert {key: added[key] for key in ("added", "known", "embedded", "conflicts", "revision")} == {
+        "added": 16,
+        "known": 0,
+        "embedded": 0,
+        "conflicts": [],
+        "revision": 1,
+    }
+    assert added["rejected"] == [{"file": "real/zero.jpg", "reason": "the file is empty"}]
+    assert added["sources"] == {"images": 16}  # the folder's name
+    assert json.loads(Path(added["report"]).read_text())["rejected"] == added["rejected"]
+
+    status = document(run("status", "--json"))
+    assert status["checkpoint"] == HashingEmbedder().id
+    assert status["revision"] == 1
+    assert status["references"] == {"real": 8, "fake": 8}
+    assert [(row["name"], row["references"]) for row in status["generators"]] == [("gen-a", 4), ("gen-b", 4)]
+    assert (status["active"], status["not_embedded"]) == (True, 0)
+    assert status["index"] == {"kind": "flat-fp16", "device": "cpu", "size": 16, "revision": 1, "recall": 1.0}
+    assert status["calibration"] is None
+    (enrolment,) = status["enrolments"]
+    assert (enrolment["id"], enrolment["added"], enrolment["references"]) == (added["enrolment"], 16, 16)
+
+    assert document(run("check", "--json"))["agree"] is True
+    removed = document(run("remove", "--generator", "GEN-A", "--json"))
+    hashing = HashingEmbedder().id
+    assert removed == {
+        "removed": 4,
+        "revisions": {hashing: 2},
+        "forgotten": False,
+        "indexes": [{"checkpoint": hashing, "removed": 4, "size": 12, "snapshot": 2}],
+    }
+    assert document(run("status", "--json"))["enrolments"][0]["references"] == 12
+    (one,) = document(run("check", "--json"))["checkpoints"]
+    assert (one["rows"], one["index"], one["snapshot"], one["problems"]) == (12, 12, 2, [])
+    assert document(run("remove", "--enrolment", added["enrolment"], "--json"))["removed"] == 12
+    assert document(run("status", "--json"))["references"] == {"real": 0, "fake": 0}
+
+
+def test_people_get_lines(run: Run, images: Path) -> None:
+    first = run("add", images)
+    assert first.stdout.splitlines()[:2] == [
+        "added 16 of 17 images (4 gen-a, 4 gen-b, 8 real)",
+        "known 0, embedded 0, conflicts 0, rejected 1",
+    ]
+    assert "rejected real/zero.jpg: the file is empty" in first.stderr
+    assert "known 16" in run("add", images).stdout
+    assert "8 real, 8 fake; revision 1" in run("status").stdout
+    assert run("check").stdout.endswith("revision 1, 16 rows, 16 in the index, snapshot of revision 1: they agree\n")
+    gone = run("remove", "--id", 1, "--forget").stdout.splitlines()
+    assert gone == [
+        "removed 1 references with their thumbnails, which may not come back",
+        f"index of {HashingEmbedder().id}: 1 vectors removed, 15 left, snapshot of revision 2 written",
+    ]
+    assert "index of" in run("rebuild").stdout
+
+
+def test_a_dry_run_says_what_would_be(run: Run, images: Path, settings: Settings, store: Store) -> None:
+    assert run("add", images, "--dry-run").stdout.startswith("would add 16 of 17 images")
+    assert store.counts() == {"real": 0, "fake": 0}
+    assert not settings.home.exists()  # not even a report of the file that is no image
+    run("add", images)
+    other = document(run("add", images, "--dry-run", "--json", "--checkpoint", images.parent / "newer"))
+    assert (other["added"], other["known"], other["embedded"]) == (0, 0, 16)
+
+
+def test_forgotten_images_stay_away(run: Run, images: Path) -> None:
+    run("add", images)
+    document(run("remove", "--source", "images", "--forget", "--json"))
+    for options in (["--json"], ["--json", "--dry-run"]):
+        again = run("add", images, *options)
+        assert again.exit_code == 1  # nothing was usable
+        report = json.loads(again.stdout)
+        assert (len(report["rejected"]), report["enrolment"]) == (17, None)
+
+
+def test_facts_of_a_generator(run: Run, images: Path, store: Store) -> None:
+    shutil.rmtree(images / "real")
+    folder = images / "fake/gen-a"
+    facts = ["--vendor", "ACME", "--version", "2", "--released-on", "2025-01-31", "--family", "diffusion"]
+    report = document(run("add", folder, "--label", "fake", "--generator", "Gen A", *facts, "--json"))
+    assert report["added"] == 4
+    generator = store.get_generator("gen a")
+    assert generator is not None
+    assert (generator.vendor, generator.version, generator.family) == ("ACME", "2", "diffusion")
+    (row,) = document(run("status", "--json"))["generators"]
+    assert (row["vendor"], row["released_on"]) == ("ACME", "2025-01-31")
+    assert all(part in run("status").stdout for part in ("ACME", "2025-01-31", "diffusion"))
+    assert str(generator.released_on) == "2025-01-31"
+    enrolment = store.get_enrolment(report["enrolment"])
+    assert enrolment is not None
+    assert enrolment.generator == "Gen A"
+
+
+def test_check_notices(run: Run, images: Path, settings: Settings, store: Store) -> None:
+    run("add", images)
+    (snapshot,) = settings.home.glob("index/*/*/snapshot")
+    good = snapshot.read_bytes()
+    snapshot.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    broken = run("check")
+    assert broken.exit_code == 1
+    assert "run lineup index rebuild" in broken.stdout
+    assert run("rebuild").exit_code == 0
+    assert run("check").exit_code == 0
+    with store.engine.begin() as connection:  # behind the rules' back: without a revision
+        connection.exec_driver_sql("update reference_image set source = 'else' where id = 2")
+        other = "(select vector from embedding where image_id = 3)"
+        connection.exec_driver_sql(f"update embedding set vector = {other} where image_id = 4")
+    wrong = run("check", "--json")
+    assert wrong.exit_code == 1
+    (one,) = json.loads(wrong.stdout)["checkpoints"]
+    assert one["problems"] == ["2 vectors of the index differ from their rows"]
+    snapshot.unlink()  # nothing is lost
+    assert run("check").exit_code == 0
+
+
+def test_rebuild_with_another_checkpoint(run: Run, images: Path, settings: Settings, store: Store) -> None:
+    run("add", images)
+    run("add", images / "fake/gen-b", "--label", "fake", "--generator", "gen-b")
+    old, new = HashingEmbedder(), HashingEmbedder("newer")
+    (images / "real/000.jpg").unlink()
+    (images / "real/002.jpg").write_bytes((images / "real/001.png").read_bytes())
+    half = run("rebuild", "--checkpoint", settings.home / "newer", "--json")
+    assert half.exit_code == 1
+    report = json.loads(half.stdout)
+    assert (report["embedded"], report["active"]) == (14, False)
+    assert json.loads(Path(report["report"]).read_text())["unreadable"] == report["unreadable"]
+    reasons = sorted(item["reason"] for item in report["unreadable"])
+    assert reasons == ["no such file", "the file has changed since it was added"]
+    active = store.active_checkpoint()
+    assert active is not None
+    assert active.id == old.id
+    whole = document(run("rebuild", "--checkpoint", settings.home / "newer", "--partial", "--json"))
+    assert (whole["embedded"], whole["active"], len(whole["unreadable"])) == (0, True, 2)
+    again = document(run("rebuild", "--checkpoint", settings.home / "newer", "--json"))
+    assert (again["active"], len(again["unreadable"])) == (True, 2)  # it was before, and stays
+    active = store.active_checkpoint()
+    assert active is not None
+    assert active.id == new.id
+    assert len(store.embedded_ids(new.id)) == 14
+    status = run("status").stdout
+    assert f"newer {new.id}, the active one" in status
+    assert "2 references, which its searches do not find" in status
+    assert document(run("check", "--json"))["agree"] is True
+    assert "is not the active checkpoint" in run("add", images).stderr
+
+
+def test_what_comes_in_during_the_switch_is_embedded_too(
+    run: Run, images: Path, settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("add", images / "real", "--label", "real")
+    switch = Store.activate
+    rest = [["add", images / "fake" / name, "--label", "fake", "--generator", name] for name in ("gen-a", "gen-b")]
+
+    def late(store: Store, checkpoint_id: str, without: Sequence[int], folder: Path) -> bool:
+        if rest:
+            run(*rest.pop())
+        return switch(store, checkpoint_id, without, folder)
+
+    monkeypatch.setattr(Store, "activate", late)
+    report = document(run("rebuild", "--checkpoint", settings.home / "newer", "--json"))
+    assert (report["embedded"], report["active"]) == (16, True)
+    rest.append(["add", images / "real/000.jpg", "--label", "fake"])  # a conflict: nothing new
+    again = document(run("rebuild", "--checkpoint", settings.home / "newer", "--json"))
+    assert (again["embedded"], again["active"]) == (0, True)
+
+
+def test_uploads_that_were_kept_are_embedded_again(run: Run, images: Path, settings: Settings, store: Store) -> None:
+    embedder = HashingEmbedder()
+    ingest(read_dataset(images / "real/000.jpg", label="real"), embedder, store, keep_bytes=True)
+    ingest(read_dataset(images / "real/001.png", label="real"), embedder, store)
+    shutil.rmtree(images)
+    report = json.loads(run("rebuild", "--checkpoint", settings.home / "newer", "--json").stdout)
+    assert (report["embedded"], [item["id"] for item in report["unreadable"]]) == (1, [2])
+
+
+def test_a_broken_calibration_loses_no_enrolment(run: Run, images: Path, settings: Settings, store: Store) -> None:
+    folder = settings.home / "hashing"
+    folder.mkdir(parents=True)
+    (folder / CALIBRATION_FILE).write_bytes(b"half a fi")
+    report = document(run("add", images, "--json"))
+    assert report["effect"]["false_alarms"] is None
+    enrolment = store.get_enrolment(report["enrolment"])
+    assert enrolment is not None
+    assert enrolment.report is not None
+    assert enrolment.report["effect"] == report["effect"]
+
+
+def test_export_and_import(run: Run, images: Path, tmp_path: Path) -> None:
+    run("add", images)
+    assert run("export", tmp_path / "set").stdout == f"wrote 16 references to {tmp_path / 'set'}\n"
+    run("remove", "--source", "images")
+    report = document(run("import", tmp_path / "set", "--json"))
+    assert (report["added"], report["embeddings"]) == (16, 16)
+    assert document(run("check", "--json"))["agree"] is True
+    assert "added 0 of 16 references" in run("import", tmp_path / "set").stdout
+    damaged = run("import", images / "real/000.jpg")
+    assert (damaged.exit_code, len(damaged.stderr.splitlines())) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (["add", "missing"], 1, "does not exist"),
+        (["add", "."], 1, "no images"),
+        (["add", "images", "--vendor", "ACME"], 2, "--generator"),
+        (["remove"], 2, "--enrolment"),
+        (["remove", "--id", "1", "--source", "x"], 2, "--enrolment"),
+        (["remove", "--generator", "nobody"], 1, "no generator 'nobody'"),
+        (["status", "--checkpoint", "nowhere"], 1, "nowhere"),
+        (["migrate", "nonsense"], 1, "nonsense"),
+        (["export", "/proc/nowhere/set"], 1, "/proc/nowhere"),
+        (["import", "nothing"], 1, "does not exist"),
+    ],
+)
+def test_failures_are_one_line(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, part: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    result = run(*arguments)
+    assert result.exit_code == code
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert part in line
+
+
+def test_missing_checkpoints_and_databases_are_one_line(
+    images: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LINEUP_HOME", str(settings.home))
+    away = "postgresql://127.0.0.1:1/none"
+    for arguments, url, part in (
+        (["add", str(images)], settings.database_url, "lineup train fit"),
+        (["add", str(images)], away, "LINEUP_DATABASE_URL"),
+        (["status"], away, "LINEUP_DATABASE_URL"),
+        (["migrate"], away, "LINEUP_DATABASE_URL"),
+    ):
+        monkeypatch.setenv("LINEUP_DATABASE_URL", str(url))
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 1
+        (line,) = result.stderr.splitlines()
+        assert part in line
+    monkeypatch.setenv("LINEUP_K", "none")
+    result = CliRunner().invoke(app, ["status"])
+    assert result.stderr.startswith("error: LINEUP_K is 'none'")
+
+
+@pytest.mark.parametrize("moment", ["analyze incoming", "for update", "insert into embedding"])
+def test_a_database_that_goes_away_is_one_line_and_the_next_run_goes_on(
+    run: Run, images: Path, settings: Settings, moment: str
+) -> None:
+    def cut(connection: Connection, cursor: object, statement: str, *_: object) -> None:
+        if moment in statement:
+            event.remove(Engine, "before_cursor_execute", cut)
+            with psycopg.connect(str(settings.database_url), autocommit=True) as other:
+                backends = "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database()"
+                other.execute(f"{backends} and pid <> pg_backend_pid()")
+
+    event.listen(Engine, "before_cursor_execute", cut)
+    broken = run("add", images)
+    assert broken.exit_code == 1
+    (line,) = broken.stderr.splitlines()
+    assert line.startswith("error: the database stopped answering (")
+    assert line.endswith("run the command again")
+    assert document(run("add", images, "--json"))["added"] == 16
+    assert document(run("check", "--json"))["agree"] is True
+
+
+def test_a_transaction_left_open_is_one_line(
+    run: Run, images: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("add", images)
+    monkeypatch.setattr("indexer.database.connection.LOCK_SECONDS", 0.2)
+    with psycopg.connect(str(settings.database_url)) as other:
+        other.execute("select * from index_revision for update")
+        for arguments in (["remove", "--id", 1], ["migrate", "base"]):
+            blocked = run(*arguments)
+            assert blocked.exit_code == 1
+            (line,) = blocked.stderr.splitlines()
+            assert line.startswith("error: another transaction holds a lock (")
+    assert run("remove", "--id", 1).exit_code == 0
+
+
+def test_what_the_database_forbids_is_one_line(run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("migrate", "base")
+    read_only = make_url(str(settings.database_url)).update_query_dict(
+        {"options": "-c default_transaction_read_only=on"}
+    )
+    monkeypatch.setenv("LINEUP_DATABASE_URL", read_only.render_as_string(hide_password=False))
+    refused = run("migrate")
+    assert refused.exit_code == 1
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("error: the database refuses (")
+    assert "LINEUP_DATABASE_URL" in line
+
+
+def test_other_errors_of_the_database_blame_no_rights(run: Run) -> None:
+    wrong = run("remove", "--id", 10**20)
+    assert wrong.exit_code == 1
+    (line,) = wrong.stderr.splitlines()
+    assert line.startswith("error: the database cannot do that: ")
+    assert "out of range" in line
+    assert "rights" not in line
+
+
+def test_migrate_and_stop(run: Run, settings: Settings) -> None:
+    assert run("migrate", "base").stdout == "schema at nothing\n"
+    behind = run("status")
+    assert behind.exit_code == 1
+    assert "lineup index migrate" in behind.stderr
+    assert document(run("migrate", "--json")) == {"schema": "0001"}
+    assert run("status").stdout.strip().endswith("nothing was added yet")
+    assert run("stop").stdout.startswith("no embedded database runs")
+    assert document(run("stop", "--json")) == {"stopped": False}
+    assert run("check").stdout == "nothing was added yet\n"

@@ -1,0 +1,859 @@
+"""The page in a real browser: every journey, an error of each kind, hostile input, and accessibility."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browsing import AXE, PATIENCE, Watch, chromium, huge, other_file, picture, served
+from playwright.sync_api import Browser, Locator, Page, Route, ViewportSize, expect
+
+from api import verdict_text as terminal
+from api.access import hash_secret, new_secret
+from api.schemas.verdicts import EXAMPLE_VERDICT, Verdict
+from indexer import follower
+from indexer.database.connection import connect
+from indexer.settings import Settings
+from indexer.store import Store
+
+FILES = Path(__file__).parents[2] / "api" / "page"
+VIEWS = ("detect", "search", "generators", "status")
+HOSTILE = "<img src=x onerror=globalThis.broken=1><script>globalThis.broken=1</script>"
+Opens = Callable[..., Page]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hurried() -> Iterator[None]:
+    """Followers look at their end every 50 ms, so that closing one takes no second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(follower, "POLL", 0.05)
+        yield
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=PATIENCE)
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def site(populated: Settings) -> Iterator[str]:
+    """60 real references and 30 of each of two generators; whoever adds some takes them away again."""
+    with served(populated) as url:
+        yield url
+
+
+@pytest.fixture
+def opens(browser: Browser, site: str) -> Iterator[Opens]:
+    """Opens a view in a fresh session. At the end nothing may have gone wrong in it, seen or unseen."""
+    contexts, watch = [], Watch(site)
+
+    def visit(view: str = "detect", *, url: str = site, width: int = 1200, axe: bool = False, **options: Any) -> Page:
+        watch.origin = url.partition("?")[0]
+        size: ViewportSize = {"width": width, "height": 900}
+        context = browser.new_context(viewport=size, accept_downloads=True, **options)
+        contexts.append(context)
+        context.set_default_timeout(PATIENCE)
+        if axe:
+            context.add_init_script(path=AXE)  # from outside the page, where its policy does not reach
+        page = context.new_page()
+        watch.attach(page)
+        page.goto(f"{url}#/{view}")
+        return page
+
+    yield visit
+    for context in contexts:
+        for page in context.pages:
+            assert page.evaluate("globalThis.broken") is None, "markup of a name or of metadata was run"
+        context.close()
+    assert watch.wrong == []
+
+
+def choose(page: Page, *files: Any, view: str = "detect") -> Locator:
+    """Choose files in a view, and wait for what comes of the first."""
+    page.locator(f"#view-{view} input[type=file]").first.set_input_files(list(files))
+    return page.locator("#view-detect .verdict, #view-detect .problem").first
+
+
+def judge(page: Page, *files: Any, whole: bool = True) -> Locator:
+    """The verdict on the first file; `whole` when it has all that belongs to it and is recorded."""
+    choose(page, *(files or [picture()]))
+    verdict = page.locator("#view-detect .verdict").first
+    expect(verdict).to_be_visible()
+    if whole:
+        expect(verdict.locator(".coming")).to_have_count(0)
+    return verdict
+
+
+def alike(images: Locator) -> None:
+    """Every thumbnail came through."""
+    for image in images.all():
+        expect(image).to_have_js_property("complete", True)
+        expect(image).not_to_have_js_property("naturalWidth", 0)
+
+
+# Detect
+
+
+def test_a_verdict_tells_what_how_sure_and_why(opens: Opens) -> None:
+    page = opens()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Was this image made by a generator?")
+    verdict = judge(page, picture("a photo.png", texts={"parameters": "a castle, Steps: 20"}))
+    headline = verdict.get_by_role("heading", level=2)
+    expect(headline).to_have_text(re.compile("Probably generated|Probably a real photograph|Cannot tell"))
+    expect(verdict.locator(".score")).to_have_text(re.compile(r"^Score (< )?[01]\.\d\d of 1\. .*real photo"))
+    expect(verdict.locator(".meaning")).not_to_be_empty()
+    expect(verdict.locator(".of")).to_have_text("a photo.png")
+    # what was judged
+    expect(verdict.locator(".crop .edge")).to_have_count(1)
+    expect(verdict.locator("figcaption")).to_contain_text("inside the frame")
+    expect(verdict.locator(".frame img")).to_have_js_property("naturalWidth", 96)
+    regions = verdict.locator(".regions")
+    expect(regions.locator("rect")).to_have_count(9)
+    slider = verdict.get_by_role("slider", name="Regions")
+    boxes, numbers = regions.locator(".boxes"), regions.locator(".numbers")
+    expect(boxes).to_have_css("opacity", "0.4")
+    expect(numbers).to_have_css("opacity", "1")
+    for key, opacity in (("End", "1"), ("Home", "0")):
+        slider.press(key)
+        expect(boxes).to_have_css("opacity", opacity)
+        expect(numbers).to_have_css("opacity", opacity)
+    # why
+    for kind, title in (("fake", "Nearest generated images"), ("real", "Nearest real photos")):
+        row = verdict.get_by_role("list", name=title)
+        expect(row.get_by_role("listitem")).to_have_count(5)
+        expect(row.locator(".who").first).to_have_text(re.compile("gen-[ab]" if kind == "fake" else "real photo"))
+        expect(row.locator(".like").first).to_have_text(re.compile(r"alike [01]\.\d{3}"))
+        expect(row.locator(".weight").first).to_have_text(re.compile(r"weight .*%"))
+        alike(row.locator("img"))
+    expect(verdict.locator(".head-list > li")).to_have_count(4)
+    expect(verdict.locator(".shares")).to_contain_text(re.compile("gen-[ab]"))
+    expect(verdict.locator(".strip > li")).to_have_count(8)
+    expect(verdict.locator(".provenance")).to_contain_text("a castle, Steps: 20")
+    expect(verdict).to_contain_text("The file itself says that a generator made it. That did not enter the score.")
+    expect(verdict.locator(".version")).to_contain_text("120 reference images, revision ")
+    # a reference image by itself
+    verdict.locator(".portrait").first.press("Enter")
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text("SHA-256")
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+
+
+def test_a_verdict_is_recorded_disputed_and_judged_again(opens: Opens) -> None:
+    page = opens()
+    verdict = judge(page, picture("disputed.png", seed=2))
+    verdict.get_by_role("button", name="This is wrong").click()
+    verdict.get_by_label("A real photo").check()
+    verdict.get_by_label("How do you know?").fill(HOSTILE)
+    verdict.get_by_role("button", name="Send").click()
+    expect(verdict.locator(".done")).to_contain_text("Noted: you say it is real.")
+    verdict.get_by_role("link", name="Record").click()
+    record = page.locator("#view-record")
+    expect(record.get_by_role("heading", level=1)).to_be_focused()
+    expect(record).to_contain_text(f"Somebody (loopback) says that it is real. “{HOSTILE}”")
+    expect(record.locator(".frame img")).to_have_count(1)
+    record.get_by_role("button", name="Judge again").click()
+    expect(record.locator(".today")).to_contain_text("The verdict stays")
+    page.reload()  # now the image is not at hand any more
+    expect(record.locator(".no-image")).to_have_text("The image itself is not kept.")
+    page.get_by_role("link", name="Status").click()
+    expect(page.locator("#view-status tr", has_text="disputed.png")).to_contain_text("disputed: real")
+
+
+def test_the_verdict_comes_before_what_takes_longer(opens: Opens) -> None:
+    page = opens(axe=True)
+    held: list[Route] = []
+    page.route(re.compile("explain="), lambda route: held.append(route))
+    verdict = judge(page, picture("slow.png", seed=12), whole=False)
+    expect(verdict.locator(".coming")).to_contain_text("still being scored")
+    expect(verdict.locator(".line-up .suspect")).to_have_count(10)
+    expect(page.locator("#view-detect .counter")).to_contain_text("all judged")
+    expect(verdict.get_by_role("link", name="Record")).to_have_count(0)
+    assert violations(page) == []
+    neighbour = verdict.locator(".portrait").nth(3)
+    neighbour.focus()
+    name = neighbour.get_attribute("aria-label") or ""
+    held.pop().continue_()
+    expect(verdict.locator(".strip > li")).to_have_count(8)
+    expect(verdict.locator(".regions rect")).to_have_count(9)
+    expect(verdict.get_by_role("button", name=name)).to_be_focused()
+    verdict.get_by_role("link", name="Record").click()
+    expect(page.locator("#view-record .strip > li")).to_have_count(8)
+    page.get_by_role("link", name="Status").click()
+    expect(page.get_by_role("link", name="slow.png")).to_have_count(1)  # asked twice, kept once
+
+
+def test_a_verdict_stands_although_what_follows_fails(opens: Opens) -> None:
+    page = opens(axe=True)
+    page.route(re.compile("explain="), problem("internal", 500, "The server failed"))
+    verdict = judge(page, picture("half.png", seed=13))
+    expect(page.get_by_role("alert")).to_contain_text("The server failed")
+    expect(page.locator(".tally")).to_contain_text("1 incomplete")
+    expect(verdict.get_by_role("button", name="This is wrong")).to_have_count(0)  # there is no record
+    assert violations(page) == []
+    page.unroute(re.compile("explain="))
+    page.get_by_role("button", name="Try again").click()
+    expect(verdict.locator(".strip > li")).to_have_count(8)
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def test_simulated_references_are_called_simulated(opens: Opens) -> None:
+    page = opens()
+    expect(page.locator(".known")).to_contain_text("60 real photos and 60 images by 2 generators: gen-a, gen-b.")
+    expect(page.locator(".known .note")).to_have_count(0)
+    status = page.request.get(page.url.split("#")[0] + "v1/status").json()
+    page.route("**/v1/status", fulfilled(json.dumps(status | {"sources": [{"name": "simulated", "references": 120}]})))
+    page.reload()
+    expect(page.locator(".known .note")).to_contain_text("All references are simulated")
+    simulated = {**NEIGHBOUR, "source": "simulated", "thumbnail": None, "uri": None, "attributes": {}}
+    for source, notes in (("simulated", 1), ("camera", 0)):
+        body = {"results": [BARE | {"degraded": False, "neighbours": [simulated | {"source": source}]}]}
+        page.route("**/v1/detect*", fulfilled(json.dumps(body)))
+        verdict = judge(page)
+        expect(verdict.locator(".note", has_text="Compared with simulated images only")).to_have_count(notes)
+        page.get_by_role("button", name="Clear").click()
+
+
+def test_several_images_are_judged_counted_and_exported(opens: Opens) -> None:
+    page = opens()
+    pictures = [picture(f"{number}.png", number, fake=number % 2 == 0) for number in range(5)]
+    choose(page, *pictures, other_file("notes.txt", b"not an image"))
+    rows = page.locator("#view-detect details.one")
+    expect(rows).to_have_count(5)
+    expect(page.locator(".tally")).to_contain_text("1 failed")
+    expect(page.locator("#view-detect .progress")).to_be_hidden()
+    expect(page.get_by_role("alert")).to_contain_text("Not an image of an accepted format")
+    expect(page.locator("#announcer")).to_contain_text("Done: ")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export all as JSON").click()
+    exported = json.loads(Path(download.value.path()).read_text())["results"]
+    assert [item["file"] for item in exported] == [*(f"{number}.png" for number in range(5)), "notes.txt"]
+    assert all("neighbours" in item for item in exported[:5])
+    assert exported[5]["error"]["status"] == 415
+    rows.first.locator("summary").first.press("Enter")
+    expect(rows.first.locator(".line-up")).to_be_visible()
+    page.get_by_role("button", name="Clear").click()
+    expect(rows).to_have_count(0)
+
+
+def test_images_are_dropped_and_pasted(opens: Opens) -> None:
+    page = opens()
+    transfer = page.evaluate_handle(
+        """(bytes) => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([new Uint8Array(bytes)], "dropped.png", {type: "image/png"}));
+            return transfer;
+        }""",
+        list(picture(seed=3)["buffer"]),
+    )
+    page.dispatch_event("body", "dragenter", {"dataTransfer": transfer})
+    expect(page.locator("#view-detect .intake")).to_have_class(re.compile("over"))
+    page.dispatch_event("body", "drop", {"dataTransfer": transfer})
+    expect(page.locator(".verdict .of")).to_have_text(["dropped.png"])
+    page.evaluate(
+        "(data) => document.body.dispatchEvent(new ClipboardEvent('paste', {clipboardData: data, bubbles: true}))",
+        transfer,
+    )
+    expect(page.locator(".verdict")).to_have_count(2)
+
+
+def test_a_known_image_says_so(opens: Opens, image_folder: Path) -> None:
+    page = opens()
+    verdict = judge(page, image_folder / "fake" / "gen-a" / "001.png")
+    expect(verdict.get_by_role("heading", level=2)).to_have_text("Known generated image")
+    expect(verdict).to_contain_text("This very file is in the reference set as a generated image by gen-a.")
+
+
+def test_one_verdict_prints_on_one_page(opens: Opens) -> None:
+    page = opens()
+    long = dict.fromkeys(("parameters", "prompt", "Comment", "Description", "Software"), f"{HOSTILE} " * 40)
+    judge(page, picture("first.png", 4, texts=long))
+    choose(page, picture("second.png", seed=5))
+    expect(page.locator(".verdict")).to_have_count(2)
+    page.evaluate("globalThis.print = () => {}")
+    for paper in ("A4", "Letter"):
+        page.locator(".verdict", has_text="first.png").get_by_role("button", name="Print").click()
+        assert page.pdf(format=paper).count(b"/Type /Page\n") == 1  # after which the rest of the page is there again
+    assert page.pdf(format="A4").count(b"/Type /Page\n") == 2
+
+
+BARE: dict[str, Any] = {
+    "id": "6a9791ba-7c7e-4df6-b283-a32e64590fc8",
+    "file": "bare.png",
+    "verdict": "uncertain",
+    "basis": "score",
+    "score": None,
+    "probability": None,
+    "false_alarm": None,
+    "reason": "nothing is calibrated: the checkpoint lacks heads",
+    "thresholds": {"fake": None, "real": None},
+    "known": None,
+    "heads": {"knn": None, "nn1": None, "linear": None, "svm": None},
+    "generators": [],
+    "unknown_generator": False,
+    "novelty": None,
+    "neighbours": [],
+    "provenance": {},
+    "image": {"sha256": "0" * 64, "width": 96, "height": 96, "format": "PNG", "crop": [0, 0, 96, 96]},
+    "model": {"checkpoint": "c", "heads": None, "name": "tiny", "engine": "torch"},
+    "index": {"revision": 0, "size": 0},
+    "calibration": None,
+    "degraded": True,
+    "timings_ms": {},
+}
+NEIGHBOUR = {"id": 7, "label": "fake", "generator": None, "source": None, "similarity": 0.5, "weight": 1.0}
+
+
+def fulfilled(body: str) -> Callable[[Route], None]:
+    return lambda route: route.fulfill(body=body, content_type="application/json")
+
+
+def test_a_verdict_of_nothing_but_nulls(opens: Opens) -> None:
+    page = opens()
+    far = {**NEIGHBOUR, "thumbnail": None, "uri": None, "attributes": {}}
+    for neighbours in ([], [far]):
+        page.route("**/v1/detect*", fulfilled(json.dumps({"results": [BARE | {"neighbours": neighbours}]})))
+        verdict = judge(page)
+        expect(verdict.get_by_role("heading", level=2)).to_have_text("Cannot tell")
+        expect(verdict).to_contain_text("No score: nothing is calibrated: the checkpoint lacks heads.")
+        expect(verdict).to_contain_text("The database is away.")
+        expect(verdict.locator(".head-list")).to_contain_text("no answer")
+        expect(verdict.get_by_role("link", name="Record")).to_have_count(0)
+        page.get_by_role("button", name="Clear").click()
+
+
+def ruled(verdict: str, score: float | None, false_alarm: float | None = 0.05, **changed: object) -> dict[str, Any]:
+    thresholds = {"fake": 0.8479, "real": 0.14}
+    return (
+        EXAMPLE_VERDICT
+        | {"verdict": verdict, "score": score, "false_alarm": false_alarm, "thresholds": thresholds}
+        | changed
+    )
+
+
+BETWEEN = "the score lies between the thresholds"
+RULED = [
+    ruled("uncertain", 0.8478, reason=BETWEEN),
+    ruled("uncertain", 0.1402, 0.6, reason=BETWEEN),
+    ruled("real", 0.1398, 1.0),
+    ruled("real", 0.0001, 0.997),
+    ruled("fake", 0.8479, 0.0),
+    ruled("fake", 0.99999, 0.0, calibration=None),
+    ruled("fake", 0.9, 0.0037, calibration=None),
+    ruled("uncertain", 0.5, reason="a miss rate of 0.01 needs 40 more fake calibration images"),
+    ruled("uncertain", None, None, reason="nothing is calibrated"),
+    ruled("uncertain", None, None),
+    ruled("fake", 0.5, basis="known", known={"id": 7, "label": "fake", "generator": "SD-XL"}),
+    ruled("real", None, None, basis="known", known={"id": 7, "label": "real", "generator": None}),
+]
+
+
+def test_page_and_terminal_say_the_same(opens: Opens) -> None:
+    page = opens()
+    words = """async (verdict) => {
+        const { headline, figure, rarity, meaning } = await import("/words.js");
+        return [headline(verdict), verdict.score === null ? null : figure(verdict), rarity(verdict), meaning(verdict)];
+    }"""
+    for json_verdict in RULED:
+        verdict = Verdict.model_validate(json_verdict)
+        title, figure, rarity, meaning = page.evaluate(words, verdict.model_dump(mode="json"))
+        assert (title, rarity, meaning) == (
+            terminal.headline(verdict),
+            terminal.rarity(verdict),
+            terminal.meaning(verdict),
+        )
+        assert figure is None or f"core {figure} of 1." in terminal.in_words(verdict)
+    said = [terminal.in_words(Verdict.model_validate(one)) for one in RULED]
+    assert "Score 0.8478 of 1." in said[0]
+    assert "“generated” from 0.8479 on" in said[0]
+    assert "Score 0.1402 of 1." in said[1]
+    assert "Score 0.1398 of 1." in said[2]
+    assert "“real” below 0.1400." in said[2]
+
+
+def test_a_score_that_surprises_is_explained(opens: Opens) -> None:
+    page = opens()
+    near = [{**NEIGHBOUR, "weight": 0.05}] * 9 + [{**NEIGHBOUR, "label": "real", "weight": 0.5}]
+    body = {"results": [ruled("uncertain", 0.8478, reason=BETWEEN, neighbours=near)]}
+    page.route("**/v1/detect*", fulfilled(json.dumps(body)))
+    heads = judge(page).locator(".heads")
+    expect(heads).to_contain_text(
+        "Of the 10 nearest of either kind, 9 generated and 1 real weigh 45 % and 50 %; with those further down"
+    )
+    for head, adds in (("Vote", "1.20"), ("Linear", "2.10"), ("Outlier", "0.70")):
+        expect(heads.get_by_role("listitem").filter(has_text=head)).to_contain_text(f"It adds +{adds} to the sum.")
+    expect(heads.locator(".sum")).to_contain_text(
+        "+1.20 +2.10 +0.70 −0.50 (bias, from the calibration images) = +3.50."
+    )
+
+
+def test_the_strictness_asked_for_is_sent_and_told(opens: Opens) -> None:
+    page = opens()
+    page.get_by_label("Real photos called generated").select_option("0.1")
+    page.get_by_label("Also score regions").uncheck()
+    with page.expect_request("**/v1/detect*") as request:
+        verdict = judge(page, picture(seed=6))
+    assert request.value.url.endswith("?max_false_alarm=0.1")
+    expect(verdict.locator(".strip, .regions")).to_have_count(0)
+
+
+def test_without_records_the_page_offers_none(opens: Opens, populated: Settings) -> None:
+    with served(populated, record=False) as url:
+        verdict = judge(opens(url=url))
+        expect(verdict.get_by_role("button", name="Print")).to_be_visible()
+        expect(verdict.get_by_role("link", name="Record")).to_have_count(0)
+        expect(verdict.get_by_role("button", name="This is wrong")).to_have_count(0)
+
+
+# Search
+
+
+def test_search_filters_and_pages(opens: Opens) -> None:
+    page = opens("search")
+    page.locator("#view-search input[type=file]").set_input_files([picture()])
+    gallery = page.get_by_role("list", name="Reference images, nearest first")
+    expect(gallery.get_by_role("listitem")).to_have_count(24)
+    alike(gallery.locator("img"))
+    first = gallery.locator(".portrait").first.get_attribute("aria-label")
+    page.get_by_role("button", name="Further").click()
+    expect(page.locator(".pager")).to_contain_text("Nearest 25 to 48")
+    expect(gallery.locator(".portrait").first).not_to_have_attribute("aria-label", first or "")
+    page.get_by_role("button", name="Nearer").click()
+    expect(page.locator(".pager")).to_contain_text("Nearest 1 to 24")
+    page.locator("#view-search").get_by_label("Generator").select_option("gen-b")
+    expect(gallery.locator(".who", has_text="gen-b")).to_have_count(24)
+    page.get_by_role("button", name="Further").click()
+    expect(page.get_by_role("button", name="Further")).to_be_disabled()
+    page.locator("#view-search").get_by_label("Generator").select_option("")
+    page.get_by_label("Kind").select_option("real")
+    expect(gallery.locator(".who", has_text="real photo")).to_have_count(24)
+    page.locator("#view-search").get_by_label("Source").fill("nowhere")
+    page.locator("#view-search").get_by_label("Source").press("Enter")
+    expect(page.locator("#view-search .none")).to_have_text("No reference image fits these filters.")
+
+
+# Generators
+
+
+def test_a_folder_is_enrolled_reported_and_undone(opens: Opens, tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    folder.mkdir()
+    for number in range(34):  # more than one request takes
+        (folder / f"{number}.png").write_bytes(picture(seed=100 + number)["buffer"])
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    (folder / "readme.txt").write_text("no image")
+    page = opens("generators")
+    view = page.locator("#view-generators")
+    expect(view.get_by_role("row", name="gen-a").first).to_contain_text("30")
+    expect(view.get_by_role("button", name="Enrol", exact=True)).to_be_disabled()
+    view.locator("input[webkitdirectory]").set_input_files(folder)
+    expect(view.locator(".chosen")).to_contain_text("35 images chosen")
+    expect(view.locator(".chosen")).to_contain_text("1 other file left out")
+    view.get_by_label("Generator", exact=True).fill("gen-c")
+    view.get_by_label("Source").fill(HOSTILE)
+    view.get_by_role("button", name="Enrol", exact=True).click()
+    report = view.locator(".report")
+    expect(report).to_contain_text("Enrolled: gen-c")
+    expect(report).to_contain_text("34 images added")
+    expect(report).to_contain_text("1 file could not be used")
+    expect(report.locator(".effect").first).to_contain_text(re.compile(r"Found by the vote.*before.*%.*after.*%", re.S))
+    expect(report.locator(".effect").last).to_contain_text(
+        re.compile(r"False alarms of the vote.*before.*%.*after.*%", re.S)
+    )
+    expect(view.get_by_role("row", name="gen-c").first).to_contain_text(re.compile(r"34.*\d\s%.*→.*\d\s%"))
+    sent = view.get_by_role("row").filter(has_text=HOSTILE)  # in two requests, which is nobody's concern
+    expect(sent).to_have_count(1)
+    expect(sent).to_contain_text(re.compile(r"^\d+–\d+"))
+    expect(sent).to_contain_text("34")
+    report.get_by_role("button", name="Undo").click()
+    page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+    expect(view.get_by_role("row", name="gen-c").first).to_contain_text("34")
+    report.get_by_role("button", name="Undo").click()
+    page.get_by_role("dialog").get_by_role("button", name="Undo it").click()
+    expect(view.locator(".done")).to_have_text("Undone: 34 references removed.")
+    expect(view.get_by_role("row").filter(has_text="undone")).to_have_count(1)
+    view.get_by_label("Generator", exact=True).fill("gen-c")
+    view.locator("input[webkitdirectory]").set_input_files(folder)
+    view.get_by_role("button", name="Enrol", exact=True).click()
+    expect(view.locator(".report")).to_contain_text("34 images added")
+    again = view.get_by_role("row").filter(has_text="gen-c").filter(has_text="Undo")
+    again.get_by_role("button", name=re.compile(r"Undo enrolment \d+–\d+")).click()
+    expect(page.get_by_role("dialog")).to_contain_text("34 images (gen-c)")
+    page.get_by_role("dialog").get_by_role("button", name="Undo it").click()
+    expect(again.get_by_role("button")).to_have_count(0)
+
+
+def test_generated_images_are_not_sent_without_a_generator(opens: Opens) -> None:
+    view = opens("generators").locator("#view-generators")
+    name = view.get_by_label("Generator", exact=True)
+    for given, sent in (("", False), ("  ", False), ("gen-c", True)):
+        name.fill(given)
+        assert name.evaluate("field => field.form.checkValidity()") is sent
+
+
+def test_an_enrolment_is_undone_from_the_list_and_clashes_are_told(opens: Opens, image_folder: Path) -> None:
+    page = opens("generators")
+    view = page.locator("#view-generators")
+
+    def enrol(name: str, *files: Any) -> None:
+        view.locator("input[type=file]").first.set_input_files(list(files))
+        view.get_by_label("Generator", exact=True).fill(name)
+        view.get_by_role("button", name="Enrol", exact=True).click()
+
+    enrol("real", picture(seed=200))
+    expect(page.get_by_role("alert")).to_contain_text("'real' cannot name a generator")
+    expect(view.get_by_text("Nothing was enrolled")).to_have_count(0)
+    enrol("gen-z", image_folder / "fake" / "gen-a" / "000.jpg", image_folder / "real" / "000.jpg")
+    expect(view.locator(".report")).to_contain_text("2 images are known as something else")
+    enrol("gen-d", picture(seed=201))
+    row = view.get_by_role("row").filter(has_text="gen-d").filter(has_text="Undo")
+    row.get_by_role("button").click()
+    page.get_by_role("dialog").get_by_role("button", name="Undo it").click()
+    expect(view.get_by_role("row").filter(has_text="gen-d").filter(has_text="undone")).to_have_count(1)
+
+
+def test_a_generator_is_edited_and_deleted_and_a_reference_removed(opens: Opens) -> None:
+    page = opens("generators")
+    view, dialog = page.locator("#view-generators"), page.get_by_role("dialog")
+    view.locator("input[type=file]").first.set_input_files([picture(seed=300), picture(seed=301)])
+    view.get_by_label("Generator", exact=True).fill("gen-e")
+    view.get_by_role("button", name="Enrol", exact=True).click()
+    expect(view.locator(".report")).to_contain_text("2 images added")
+    view.get_by_role("button", name="Edit gen-e").click()
+    dialog.get_by_label("Vendor").fill(HOSTILE)
+    dialog.get_by_label("Family").fill("diffusion")
+    dialog.get_by_role("button", name="Save").click()
+    row = view.get_by_role("row").filter(has_text="Edit").filter(has_text="gen-e")
+    expect(row).to_contain_text(f"gen-e {HOSTILE}, diffusion")
+    view.get_by_role("button", name="Edit gen-e").click()
+    dialog.get_by_label("Vendor").fill("")
+    dialog.get_by_label("Vendor").press("Enter")
+    expect(row).to_contain_text("gen-e diffusion")
+    page.get_by_role("link", name="Search").click()
+    page.locator("#view-search").get_by_label("Generator").select_option("gen-e")
+    page.locator("#view-search input[type=file]").set_input_files([picture(seed=300)])
+    page.locator(".gallery .portrait").first.click()
+    dialog.get_by_role("button", name="Remove").click()
+    page.get_by_role("button", name="Remove it").click()
+    expect(dialog).to_contain_text("Removed from the reference set.")
+    dialog.get_by_role("button", name="Close").click()
+    page.get_by_role("link", name="Generators", exact=True).click()
+    view.get_by_role("button", name="Delete gen-e").click()
+    expect(dialog).to_contain_text("1 reference image of it will be removed")
+    dialog.get_by_role("button", name="Cancel").click()
+    view.get_by_role("button", name="Delete gen-e").click()
+    dialog.get_by_role("button", name="Delete it").click()
+    expect(row).to_have_count(0)
+    view.get_by_role("button", name="Edit gen-b").click()
+    page.route("**/v1/generators/*", problem("forbidden", 403, "Not allowed"))
+    dialog.get_by_role("button", name="Save").click()
+    expect(view.get_by_role("alert")).to_contain_text("Not allowed")
+
+
+def test_enrolments_by_command_and_values_measured_once(opens: Opens) -> None:
+    page = opens()
+    recall = [{"generator": "gen-a", "images": 3, "knn": {"before": None, "after": 0.26}}]
+    report = {
+        "added": 3,
+        "generators": {"gen-a": 3},
+        "sources": {"folder": 2, "other": 1},
+        "effect": {"recall": recall},
+    }
+    row = {
+        "id": 1,
+        "at": "2026-01-01T00:00:00Z",
+        "generator": "gen-a",
+        "source": None,
+        "references": 3,
+        "report": report,
+    }
+    page.route("**/v1/enrolments*", fulfilled(json.dumps({"enrolments": [row], "next": None})))
+    page.get_by_role("link", name="Generators", exact=True).click()
+    enrolment = page.get_by_role("row").filter(has_text="Undo").filter(has_text="gen-a")
+    expect(enrolment).to_contain_text("folder, other")
+    expect(enrolment).to_contain_text("26 % after")
+    assert "26\N{NO-BREAK SPACE}%" in enrolment.inner_text()
+    headings = page.locator("#view-generators thead").all_inner_texts()
+    assert headings
+    assert not any("before" in heading for heading in headings)
+
+
+def test_every_view_says_what_is_out_of_order(opens: Opens) -> None:
+    page = opens()
+    notice = page.locator("#service-notice")
+    expect(page.locator(".known")).to_contain_text("gen-a")
+    expect(notice).to_be_empty()
+    status = page.request.get(page.url.split("#")[0] + "v1/status").json()
+    reason = "tiny (c1) judges while large (c2) is the active checkpoint: LINEUP_CHECKPOINT names the other"
+    page.route("**/v1/status", fulfilled(json.dumps(status | {"degraded": True, "inactive": reason})))
+    for view in ("Search", "Generators", "Status", "Detect"):
+        page.get_by_role("link", name=view, exact=True).click()
+        expect(notice).to_have_text(
+            f"The database is away or slow. Lineup judges from memory, and records nothing. {reason}."
+        )
+    page.unroute("**/v1/status")
+    page.get_by_role("link", name="Status").click()
+    expect(notice).to_be_empty()
+
+
+def test_enrolments_are_undone_together_only_where_this_page_sent_them_so(opens: Opens) -> None:
+    page = opens()
+    report = {"added": 3, "generators": {"gen-a": 3}}
+    rows = [
+        {"id": number, "at": f"2026-01-01T00:00:0{number}Z", "generator": "gen-a", "source": "feed"}
+        | {"references": 3, "report": report}
+        for number in (2, 1)
+    ]
+    page.route("**/v1/enrolments*", fulfilled(json.dumps({"enrolments": rows, "next": None})))
+    page.get_by_role("link", name="Generators", exact=True).click()
+    for number in (1, 2):
+        expect(page.get_by_role("button", name=f"Undo enrolment {number}", exact=True)).to_have_count(1)
+
+
+# Status
+
+
+def test_status_shows_what_answers_and_how_well_calibrated(opens: Opens) -> None:
+    page = opens()
+    judge(page, picture("lately.png", seed=7))
+    page.get_by_role("link", name="Status").click()
+    view = page.locator("#view-status")
+    expect(view.locator(".cards")).to_contain_text("60 real photos and 60 generated images")
+    expect(view.locator(".cards")).to_contain_text("up to date with the database")
+    expect(view.locator(".plot")).to_have_count(2)
+    view.locator("summary").first.click()
+    cells = view.get_by_role("table", name="Scores of the calibration images").locator("td").all_inner_texts()
+    assert sum(int(cell) for cell in cells) == 150  # 120 of the checkpoint, 30 of the generator that it lacks
+    expect(view.get_by_role("link", name="lately.png").first).to_be_visible()
+    expect(view.get_by_role("button", name="Refresh")).to_be_enabled()
+
+
+# Access
+
+
+@pytest.fixture
+def locked(populated: Settings) -> Iterator[tuple[str, str]]:
+    """The address of a service that asks for a key, and one for detecting."""
+    store, secret = Store(connect(populated)), new_secret()
+    store.create_key("reader", hash_secret(secret), ["detect"])
+    try:
+        with served(populated) as url:
+            yield url, secret
+    finally:
+        with store.engine.begin() as connection:
+            connection.exec_driver_sql("delete from api_key")
+        store.engine.dispose()
+
+
+def test_a_key_is_asked_for_kept_in_the_session_and_forgotten(opens: Opens, locked: tuple[str, str]) -> None:
+    url, secret = locked
+    page = opens(url=url)
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text("This service asks for a key")
+    dialog.get_by_label("API key").fill("lineup_wrong")
+    dialog.get_by_role("button", name="Use this key").click()
+    expect(dialog).to_contain_text("This API key is unknown, revoked or expired. Enter another one.")
+    dialog.get_by_label("API key").fill(secret)
+    dialog.get_by_role("button", name="Use this key").click()
+    expect(dialog).to_be_hidden()
+    alike(judge(page).locator(".suspect img"))  # fetched with the key
+    assert secret not in json.dumps(page.context.storage_state())  # neither cookie nor local storage
+    page.get_by_role("link", name="Status").click()
+    alert = page.locator("#view-status").get_by_role("alert")
+    expect(alert).to_contain_text("this key needs the scope admin")
+    page.reload()
+    expect(page.locator("#view-status .cards")).to_be_visible()
+    page.get_by_role("button", name="Forget it").click()
+    page.get_by_role("button", name="Refresh").click()
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("#view-status").get_by_role("alert").first).to_contain_text("An API key or the token is needed")
+
+
+def test_the_link_that_was_printed_opens_the_page_and_its_token_leaves_the_address(
+    opens: Opens, populated: Settings
+) -> None:
+    with served(populated, open=False) as url:
+        asking = opens("status", url=url)
+        expect(asking.get_by_role("dialog")).to_contain_text("prints a link that opens this page")
+        page = opens("status", url=f"{url}?token={populated.token}")
+        expect(page.locator("#view-status .cards")).to_be_visible()
+        assert page.url == f"{url}#/status"
+        page.reload()
+        expect(page.locator("#view-status .cards")).to_be_visible()
+        assert populated.token not in json.dumps(page.context.storage_state())
+
+
+# Errors
+
+
+def test_files_that_cannot_be_judged_are_named_with_the_reason(opens: Opens) -> None:
+    page = opens()
+    cut_off = picture(size=200)["buffer"][:2000]
+    cases = {
+        "empty.png": (b"", "The image cannot be read"),
+        "cut-off.png": (cut_off, "The image cannot be read"),
+        "words.png": (b"some words", "Not an image of an accepted format"),
+        "huge.png": (huge(), "Too large"),
+    }
+    choose(page, *(other_file(name, data) for name, (data, _) in cases.items()))
+    for name, (_, title) in cases.items():
+        failed = page.locator(".failed", has_text=name)
+        expect(failed.get_by_role("alert").locator(".title")).to_have_text(title)
+    expect(page.locator(".failed", has_text="huge.png")).to_contain_text("LINEUP_MAX_PIXELS")
+    expect(page.locator(".tally")).to_have_text("4 failed")
+
+
+def problem(kind: str, status: int, title: str, **headers: str) -> Callable[[Route], None]:
+    """An answer that is not to be had from a healthy service."""
+    body = {"type": f"urn:lineup:{kind}", "title": title, "status": status, "detail": HOSTILE, "request_id": "4f6c"}
+    return lambda route: route.fulfill(
+        status=status, headers={"content-type": "application/problem+json", **headers}, body=json.dumps(body)
+    )
+
+
+PROBLEMS: dict[str, Callable[[Route], None]] = {
+    "may work again in 7 s": problem("too-many-requests", 429, "Too many requests", **{"retry-after": "7"}),
+    "its database is away": problem("not-ready", 503, "Not ready"),
+    "Request 4f6c": problem("internal", 500, "The server failed"),
+    "A field is not valid": problem("bad-field", 422, "A field is not valid"),
+    "Ask whoever runs the service": problem("forbidden", 403, "Not allowed"),
+    "answered 502": lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>"),
+    "The service does not answer": lambda route: route.abort(),
+}
+
+
+def test_what_goes_wrong_is_said_in_words_and_can_be_tried_again(opens: Opens) -> None:
+    page = opens()
+    alert = page.get_by_role("alert")
+    for words, answer in PROBLEMS.items():
+        page.route("**/v1/detect*", answer)
+        choose(page, picture(seed=8))
+        expect(alert).to_contain_text(words)
+        page.unroute("**/v1/detect*")
+        if words != "The service does not answer":
+            page.get_by_role("button", name="Clear").click()
+    alert.get_by_role("button", name="Try again").click()
+    expect(page.locator(".verdict")).to_be_visible()
+    expect(alert).to_have_count(0)
+
+
+def test_views_say_what_is_wrong(opens: Opens) -> None:
+    page = opens("record/6a9791ba-7c7e-4df6-b283-a32e64590fc8")
+    expect(page.get_by_role("alert")).to_contain_text("there is no detection 6a9791ba")
+    page.goto(page.url.split("#")[0] + "#/record/nonsense")
+    expect(page.get_by_role("alert")).to_contain_text("A field is not valid")
+    page.route("**/v1/**", problem("not-ready", 503, "Not ready"))
+    for view in ("generators", "status"):
+        page.get_by_role("link", name=view.title(), exact=True).click()
+        expect(page.locator(f"#view-{view}").get_by_role("alert").first).to_contain_text("Not ready")
+    page.get_by_role("link", name="Search").click()
+    page.locator("#view-search input[type=file]").set_input_files([picture()])
+    expect(page.locator("#view-search").get_by_role("alert")).to_contain_text("Not ready")
+
+
+def test_a_service_that_is_starting_is_waited_for(opens: Opens) -> None:
+    page = opens()
+    ready = problem("not-ready", 503, "Not ready")
+    page.route("**/health/ready", ready)
+    page.reload()
+    expect(page.locator("#service-notice")).to_contain_text("The service is not ready")
+    page.unroute("**/health/ready")
+    expect(page.locator("#view-detect")).to_be_visible()
+    expect(page.locator("#service-notice")).to_be_empty()
+
+
+# Hostile input
+
+
+def test_names_and_metadata_are_only_text(opens: Opens) -> None:
+    page = opens()
+    name = f"{HOSTILE.replace('/', '')}\u202egnp.exe"
+    seen = name.replace("\u202e", "?")
+    verdict = judge(page, picture(name, seed=9, texts={"parameters": HOSTILE, "Software": HOSTILE}))
+    expect(verdict.locator(".of")).to_have_text(seen)
+    expect(verdict.locator(".provenance td").filter(has_text=HOSTILE)).to_have_count(2)
+    page.get_by_role("link", name="Status").click()
+    expect(page.get_by_role("link", name=seen)).to_be_visible()
+    page.get_by_role("link", name="Detect", exact=True).click()
+    choose(page, other_file(name, b"no image"))
+    expect(page.get_by_role("alert")).to_contain_text("Not an image")
+
+
+def test_the_page_is_files_without_inline_code_markup_from_text_or_other_hosts() -> None:
+    addresses = re.compile(r"https?://(?!www\.w3\.org/2000/svg)")
+    for file in FILES.iterdir():
+        text = file.read_text()
+        assert not addresses.search(text), file.name
+        if file.suffix == ".js":
+            for forbidden in (
+                "innerHTML",
+                "outerHTML",
+                "insertAdjacentHTML",
+                "document.write",
+                "eval(",
+                "localStorage",
+            ):
+                assert forbidden not in text, (file.name, forbidden)
+        if file.suffix == ".html":
+            assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\bstyle=|\bon\w+=", text)
+
+
+# Accessibility
+
+
+def violations(page: Page) -> list[str]:
+    """What axe finds, as one line each."""
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+    return [f"{rule['id']}: {node['target']} {node['failureSummary']}" for rule in found for node in rule["nodes"]]
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 380)])
+def test_axe_finds_nothing_and_nothing_overflows(opens: Opens, scheme: str, width: int) -> None:
+    page = opens(color_scheme=scheme, width=width, reduced_motion="reduce", axe=True)
+    expect(page.locator("#view-detect")).to_be_visible()
+    assert violations(page) == []
+    verdict = judge(page, picture(seed=10, texts={"parameters": "a castle"}))
+    choose(page, other_file("notes.txt", b"words"))
+    expect(page.get_by_role("alert")).to_be_visible()
+    verdict.get_by_role("button", name="This is wrong").click()
+    assert violations(page) == []
+    verdict.locator(".portrait").first.click()
+    expect(page.get_by_role("dialog")).to_contain_text("SHA-256")
+    assert violations(page) == []
+    page.keyboard.press("Escape")
+    for view, shown in (("search", ".filters"), ("generators", "table"), ("status", ".plot")):
+        page.get_by_role("link", name=view.title(), exact=True).click()
+        expect(page.locator(f"#view-{view} {shown}").first).to_be_visible()
+        if view == "search":
+            page.locator("#view-search input[type=file]").set_input_files([picture()])
+            expect(page.locator(".gallery")).to_be_visible()
+        assert violations(page) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.get_by_role("link", name="Detect", exact=True).click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_keyboard_is_enough(opens: Opens) -> None:
+    page = opens()
+    expect(page.locator("#view-detect")).to_be_visible()
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("main")).to_be_focused()
+    page.keyboard.press("Tab")
+    chooser = page.locator("#view-detect input[type=file]")
+    expect(chooser).to_be_focused()
+    assert page.evaluate("getComputedStyle(document.activeElement.parentElement).outlineStyle") == "solid"
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Shift+Tab")
+    expect(page.get_by_role("link", name="Generators", exact=True)).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#title-generators")).to_be_focused()
+    expect(page.get_by_role("link", name="Generators", exact=True)).to_have_attribute("aria-current", "page")
+    expect(page).to_have_title("Generators · Lineup")
+    for view in VIEWS:
+        expect(page.locator(f"#view-{view}")).to_be_visible(visible=view == "generators")

@@ -1,0 +1,543 @@
+"""Training end to end on a few small images: schedule, batches, resume, reuse, several processes."""
+
+import importlib
+import io
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from tiny import tiny_settings
+
+from trainer.data.datasets import read_dataset, role
+from trainer.data.entry import default_split
+from trainer.fit.batches import EpochSampler, Pairs, Pictures
+from trainer.fit.fit_settings import FitError, FitSettings, learning_rate
+from trainer.fit.probe import Probe
+from trainer.fit.roles import read_roles
+from trainer.fit.run import Processes, Run
+from trainer.fit.state import RunState, state_folder
+from trainer.fit.train import epoch_steps, finishing_seconds, fit, make_objective
+from trainer.heads.heads import Heads
+from trainer.model.embedder import Embedder, read_config, read_weights
+from trainer.model.seen_images import SeenImages
+from trainer.views.views import Views
+
+
+@pytest.fixture
+def tiny(image_folder: Path, tmp_path: Path) -> FitSettings:
+    return tiny_settings(image_folder, tmp_path / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def whole(
+    image_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[FitSettings, dict[str, Any], list[str]]:
+    """A finished run, its metrics and what it said."""
+    settings = tiny_settings(image_folder, tmp_path_factory.mktemp("whole") / "checkpoint")
+    lines: list[str] = []
+    metrics = fit(settings, say=lines.append)
+    return settings, metrics, lines
+
+
+def assert_same_weights(one: Path, two: Path) -> None:
+    first, second = read_weights(one), read_weights(two)
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def test_learning_rate_warms_up_and_ends_at_zero(tiny: FitSettings) -> None:
+    settings = replace(tiny, batch_size=256, epochs=10, warmup_epochs=1)
+    peak = 2e-3 * math.sqrt(256 / 1024)
+    assert learning_rate(settings, 0.0) == pytest.approx(1e-6)
+    assert learning_rate(settings, 0.05) == pytest.approx((1e-6 + peak) / 2)
+    assert learning_rate(settings, 0.1) == pytest.approx(peak)
+    assert learning_rate(settings, 0.55) == pytest.approx(peak / 2)
+    assert learning_rate(settings, 1.0) == pytest.approx(0.0, abs=1e-12)
+    assert learning_rate(settings, 0.1, processes=4) == pytest.approx(2e-3)
+
+
+def test_default_local_size_is_96_at_224_in_whole_patches(tiny: FitSettings) -> None:
+    expected = {(224, None): 96, (112, None): 48, (64, None): 32, (112, 112): 112}
+    for (size, local), pixels in expected.items():
+        settings = FitSettings(data=tiny.data, output=tiny.output, image_size=size, local_size=local)
+        assert settings.local == pixels
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": "train,test"}, "split test must not train"),
+        ({"split": "unseen"}, "split unseen must not train"),
+        ({"batch_size": 1}, "--batch-size to 2 or more"),
+        ({"image_size": 33}, "change --image-size"),
+        ({"local_size": 12}, "change --local-size"),
+        ({"max_minutes": 0.0}, "--max-minutes is 0.0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tiny: FitSettings, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(FitError, match=message):
+        replace(tiny, **change)
+
+
+def test_only_training_images_feed_the_loss(tiny: FitSettings) -> None:
+    roles = read_roles(tiny)
+    groups = {name: {entry.group for entry in pictures.entries} for name, pictures in roles.items()}
+    assert sum(map(len, groups.values())) == len(list(read_dataset(tiny.data, split="train"))) < 120
+    assert not groups["training"] & (groups["calibration"] | groups["validation"])
+    pairs = Pairs(roles["training"], Views(preprocess=tiny.preprocessing, local_size=16), seed=0)
+    places = {place for record in range(2000) for place in pairs.pair(0, record)[:2]}
+    assert places == set(range(len(roles["training"])))
+
+
+def test_without_a_split_only_the_training_split_is_read(tiny: FitSettings) -> None:
+    splits = {entry.split for pictures in read_roles(tiny).values() for entry in pictures.entries}
+    assert splits == {"train"}
+
+
+def test_pairs_follow_from_seed_epoch_and_record(tiny: FitSettings) -> None:
+    training = read_roles(tiny)["training"]
+    views = Views(preprocess=tiny.preprocessing, local_size=16)
+    one, same, other = Pairs(training, views, 0), Pairs(training, views, 0), Pairs(training, views, 1)
+    np.testing.assert_array_equal(one[3, 5][0], same[3, 5][0])
+    np.testing.assert_array_equal(one[3, 5][1], same[3, 5][1])
+    for changed in (one[4, 5], one[3, 6], other[3, 5]):
+        assert not np.array_equal(one[3, 5][0], changed[0])
+
+
+def test_each_real_image_comes_once_per_turn_with_generators_drawn_alike(tiny: FitSettings) -> None:
+    training = read_roles(tiny)["training"]
+    of_b = [entry for entry in training.entries if entry.generator == "gen-b"]
+    training = Pictures(
+        [entry for entry in training.entries if entry.generator != "gen-b"] + of_b[:2], tiny.preprocessing
+    )
+    pairs = Pairs(training, Views(), seed=0)
+    drawn = [pairs.pair(0, record) for record in range(len(pairs) * 10)]
+    for turn in range(10):
+        reals = [real for real, _, _ in drawn[turn * len(pairs) : (turn + 1) * len(pairs)]]
+        assert sorted(reals) == pairs.reals.tolist()
+    share = np.mean([training.entries[fake].generator == "gen-b" for _, fake, _ in drawn])
+    assert 0.4 < share < 0.6  # two images of the one generator, dozens of the other
+
+
+def test_processes_share_the_records_of_an_epoch() -> None:
+    whole = list(EpochSampler(steps=2, batch_size=4, epoch=7))
+    parts = [list(EpochSampler(2, 2, rank, 2, epoch=7)) for rank in (0, 1)]
+    assert whole == [one + two for one, two in zip(*parts, strict=True)]
+    assert whole[1][0] == (7, 4)
+
+
+def test_an_epoch_of_a_small_set_shows_each_real_image_four_times(tiny: FitSettings) -> None:
+    training = read_roles(tiny)["training"]
+    real = int((training.labels == 0).sum())
+    assert epoch_steps(replace(tiny, epoch_steps=None), training) == math.ceil(4 * real / 4)
+    assert epoch_steps(tiny, training) == 3
+
+
+Whole = tuple[FitSettings, dict[str, Any], list[str]]
+
+
+def test_fit_writes_a_checkpoint_that_embeds_and_has_heads(whole: Whole) -> None:
+    settings, metrics, lines = whole
+    assert not metrics["reused"]
+    assert metrics["training"]["updates"] == 6
+    assert len(lines) == 2
+    embedder, heads = Embedder.load(settings.output, device="cpu"), Heads.load(settings.output)
+    assert (embedder.id, heads.id, embedder.dim) == (metrics["checkpoint"], metrics["heads"], 48)
+    assert set(metrics["validation"]) == {"linear", "svm", "nn1"}
+    assert sum(sum(images.values()) for images in metrics["images"].values()) == len(
+        list(read_dataset(settings.data, split="train"))
+    )
+    assert json.loads((settings.output / "metrics.json").read_text())["checkpoint"] == embedder.id
+    assert "gen-a" in (settings.output / "README.md").read_text()
+    assert len((settings.output / "summary.csv").read_text().splitlines()) == 3
+    assert [path.name for path in settings.output.parent.iterdir()] == ["checkpoint"]
+
+
+def test_a_checkpoint_remembers_what_it_saw(whole: Whole, image_folder: Path) -> None:
+    seen, settings = SeenImages.load(whole[0].output), whole[0]
+    assert seen.complete
+    elsewhere = {entry.key: replace(entry, group="of another data set") for entry in read_dataset(image_folder)}
+    for entry in read_dataset(settings.data):
+        assert seen.holds(entry) == seen.holds(elsewhere[entry.key]) == (default_split(entry.group) == "train")
+    assert not seen.holds(replace(entry, group="other", read=lambda: b"other"))
+
+
+def test_a_second_run_changes_nothing_and_other_settings_are_refused(whole: Whole) -> None:
+    settings = whole[0]
+    before = {path.name: path.stat().st_mtime_ns for path in settings.output.iterdir()}
+    assert fit(settings)["reused"]
+    with pytest.raises(FitError, match=r"other settings \(seed 42 -> 1\)"):
+        fit(replace(settings, seed=1))
+    with pytest.raises(FitError, match=r"other settings \(architecture_args .*'depth': 2.* -> .*'depth': 1"):
+        fit(replace(settings, architecture_args=(("depth", 1), *settings.architecture_args[1:])))
+    assert {path.name: path.stat().st_mtime_ns for path in settings.output.iterdir()} == before
+
+
+def test_a_folder_that_is_no_checkpoint_is_left_alone(tiny: FitSettings) -> None:
+    tiny.output.mkdir()
+    (tiny.output / "notes.txt").write_text("mine")
+    with pytest.raises(FitError, match="is no checkpoint"):
+        fit(tiny)
+    assert (tiny.output / "notes.txt").read_text() == "mine"
+
+
+def test_resume_gives_the_weights_of_an_uninterrupted_run(
+    tiny: FitSettings, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = RunState.save, []
+
+    def save_then_stop(self: RunState, folder: Path) -> None:
+        save(self, folder)
+        saved.append(self.epoch)
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunState, "save", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny)
+    assert not tiny.output.exists()
+    with pytest.raises(FitError, match=r"unfinished run of other settings \(batch_size 4 -> 5\)"):
+        fit(replace(tiny, batch_size=5))
+    fit(tiny)
+    assert saved == [1, 2]
+    assert_same_weights(tiny.output, whole[0].output)
+
+
+def test_a_stop_within_an_epoch_restarts_that_epoch(tiny: FitSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = replace(tiny, ema=0.9, patience=1, tokens=5)
+    straight = replace(tiny, output=tiny.output.with_name("straight"))
+    fit(straight)
+    step, steps = Run.step, []
+
+    def step_then_stop(self: Run, *arguments: Any) -> float:
+        steps.append(self.state.updates)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Run, "step", step_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny)
+    fit(tiny, overwrite=False)
+    assert steps == [0, 1, 2, 3, 4, 3, 4, 5]
+    assert_same_weights(tiny.output, straight.output)
+
+
+def test_a_broken_state_is_named(tiny: FitSettings) -> None:
+    folder = state_folder(tiny.output)
+    folder.mkdir()
+    whole = io.BytesIO()
+    torch.save({"epoch": Path("anything that is no tensor")}, whole)
+    for content in (b"", whole.getvalue()[:200], whole.getvalue()):
+        (folder / "last.pt").write_bytes(content)
+        with pytest.raises(FitError, match=r"last\.pt is broken .* --overwrite"):
+            fit(tiny)
+
+
+def test_overwrite_starts_anew(tiny: FitSettings, whole: Whole, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(whole[0].output, tiny.output)
+    settings = replace(tiny, seed=1, epochs=1)
+    assert not fit(settings, overwrite=True)["reused"]
+    assert read_config(tiny.output).training["seed"] == 1
+    assert Heads.load(tiny.output).id == json.loads((tiny.output / "metrics.json").read_text())["heads"]
+
+
+def test_early_stopping_keeps_the_best_epoch(tiny: FitSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, weights = iter([0.6, 0.8, 0.7, 0.7, 0.9]), []
+
+    def score(self: Probe, embed: object) -> tuple[float, float]:
+        return next(scores), 0.5
+
+    capture = Run.capture
+
+    def remember(self: Run) -> None:
+        weights.append({key: value.clone() for key, value in self.kept.backbone.state_dict().items()})
+        capture(self)
+
+    monkeypatch.setattr(Probe, "score", score)
+    monkeypatch.setattr(Run, "capture", remember)
+    metrics = fit(replace(tiny, epochs=50, patience=2))
+    assert metrics["training"]["epochs"] == 4
+    kept = read_weights(tiny.output)
+    assert all(np.array_equal(kept[name], value) for name, value in weights[1].items())
+    assert not all(np.array_equal(kept[name], value) for name, value in weights[3].items())
+
+
+@pytest.mark.parametrize("kept", [("real",), ()])
+def test_without_validation_images_of_both_labels_all_epochs_are_trained(
+    tiny: FitSettings, tmp_path: Path, kept: tuple[str, ...]
+) -> None:
+    """Nothing can be judged then: patience has no effect, and the last weights are kept."""
+    data = shutil.copytree(tiny.data, tmp_path / tiny.data.name)
+    for entry in read_dataset(data):
+        if role(entry.group) == "validation" and not entry.key.startswith(kept):
+            (data / entry.key).unlink()
+    lines: list[str] = []
+    settings = replace(tiny, data=data, epochs=4, patience=2, warmup_epochs=0.5)
+    assert fit(settings, say=lines.append)["training"]["epochs"] == 4
+    assert lines[0].startswith(f"{4 if kept else 0} real and 0 generated validation images: accuracy is not measured")
+    fit(replace(settings, output=tmp_path / "never", patience=0))
+    assert_same_weights(settings.output, tmp_path / "never")
+
+
+def test_less_time_than_starting_takes_still_gives_a_checkpoint(tiny: FitSettings) -> None:
+    metrics = fit(replace(tiny, epochs=100_000, max_minutes=1e-6))
+    assert metrics["training"]["epochs"] == 1
+    assert Embedder.load(tiny.output, device="cpu").dim == 48
+
+
+def test_max_minutes_ends_the_schedule_with_a_usable_checkpoint(tiny: FitSettings) -> None:
+    settings = replace(tiny, epochs=100_000, max_minutes=0.05)
+    fit(settings)
+    rows = (settings.output / "summary.csv").read_text().splitlines()
+    last = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
+    assert float(last["progress"]) == 1.0
+    assert float(last["learning_rate"]) < 1e-4
+    assert Embedder.load(settings.output, device="cpu").dim == Heads.load(settings.output).dim == 48
+
+
+def stopped_once(monkeypatch: pytest.MonkeyPatch, where: str, name: str) -> None:
+    """Let a function of a module do its work and then raise KeyboardInterrupt, the first time it is called."""
+    module = importlib.import_module(where)
+    real, calls = getattr(module, name), []
+
+    def stop(*arguments: Any, **options: Any) -> Any:
+        result = real(*arguments, **options)
+        calls.append(name)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(module, name, stop)
+
+
+def test_a_resumed_run_keeps_its_time_and_schedule(tiny: FitSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows: list[float] = []
+    save = RunState.save
+
+    def save_then_stop(self: RunState, folder: Path) -> None:
+        save(self, folder)
+        windows.append(self.window)
+        if len(windows) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunState, "save", save_then_stop)
+    settings = replace(tiny, epochs=100_000, max_minutes=0.05)
+    with pytest.raises(KeyboardInterrupt):
+        fit(settings)
+    fit(settings)
+    assert len(set(windows)) == 1
+    rows = [line.split(",") for line in (settings.output / "summary.csv").read_text().splitlines()]
+    progress = [float(row[rows[0].index("progress")]) for row in rows[1:]]
+    assert progress == sorted(progress)
+    assert progress[-1] == 1
+
+
+@pytest.mark.parametrize("change", [{}, {"max_minutes": 0.05, "epochs": 100_000}, {"patience": 1, "epochs": 9}])
+def test_a_run_that_only_lacks_its_heads_trains_no_more(
+    tiny: FitSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Even where images have gone meanwhile."""
+    data = shutil.copytree(tiny.data, tmp_path / tiny.data.name)
+    settings = replace(tiny, data=data, epoch_steps=None, batch_size=8, **change)
+    accuracies = iter([0.9, 0.8])
+    if "patience" in change:
+        monkeypatch.setattr(Probe, "score", lambda *_: (next(accuracies), 0.5))
+    stopped_once(monkeypatch, "trainer.fit.release", "fit_heads")
+    with pytest.raises(KeyboardInterrupt):
+        fit(settings)
+    for entry in [entry for entry in read_dataset(data, split="train") if not entry.label][:20]:
+        (data / entry.key).unlink()
+    done = RunState.load(state_folder(settings.output))
+    assert done is not None
+    monkeypatch.setattr(Run, "step", lambda *_: pytest.fail("trained on"))
+    metrics = fit(settings)
+    assert (metrics["training"]["updates"], metrics["training"]["epochs"]) == (done.updates, done.epoch)
+
+
+@pytest.mark.parametrize("cache_bytes", [1000, 4 << 30])
+def test_files_that_go_while_training_cost_no_training(
+    tiny: FitSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache_bytes: int
+) -> None:
+    """One image of each role and all of a generator: named, counted and skipped where they are not in memory."""
+    data = shutil.copytree(tiny.data, tmp_path / tiny.data.name)
+    entries = list(read_dataset(data, split="train"))
+    gone = {entry.key for entry in entries if entry.generator == "gen-b"}
+    for name in ("training", "calibration", "validation"):
+        gone.add(next(entry.key for entry in entries if role(entry.group) == name and not entry.label))
+    save = RunState.save
+
+    def save_and_delete(self: RunState, folder: Path) -> None:
+        save(self, folder)
+        for key in gone:
+            (data / key).unlink(missing_ok=True)
+
+    monkeypatch.setattr(RunState, "save", save_and_delete)
+    metrics = fit(replace(tiny, data=data, cache_bytes=cache_bytes))
+    assert metrics["training"]["updates"] == 6
+    listed = tiny.output / "unreadable.csv"
+    if cache_bytes > 1000:
+        assert metrics["unreadable"] == 0
+        assert not listed.exists()
+    else:
+        assert metrics["unreadable"] == len(gone)
+        assert all(f"{key},no such file" in listed.read_text() for key in gone)
+
+
+@pytest.mark.parametrize(("device", "slower"), [("cpu", 1), ("cuda", 3)])
+def test_time_kept_for_the_heads_follows_from_what_will_embed_them(
+    tiny: FitSettings, monkeypatch: pytest.MonkeyPatch, device: str, slower: int
+) -> None:
+    """A second per view here: OpenVINO takes no longer than the training, torch in float32 does."""
+    roles = read_roles(tiny)
+    views = Views(preprocess=tiny.preprocessing, local_size=tiny.local)
+    probe = Probe.of(roles["training"], roles["validation"], views, 0)
+    run = Run(tiny, Processes(), "cpu", make_objective(tiny, "cpu")[0], 1)
+    run.device = device
+    monkeypatch.setattr(Run, "embed", lambda *_: None)
+    clock = iter([0.0, float(len(probe.training[:128]))])
+    monkeypatch.setattr("trainer.fit.train.time.monotonic", lambda: next(clock))
+    heads = min(3 * len(roles["training"]), tiny.head_images) + len(roles["calibration"]) + len(roles["validation"])
+    assert finishing_seconds(run, probe, roles) == 6 + len(probe) + slower * heads
+
+
+def one_update(settings: FitSettings) -> tuple[Run, dict[str, torch.Tensor]]:
+    """A run after one update with random views, and its weights before it."""
+    run = Run(settings, Processes(), "cpu", make_objective(settings, "cpu")[0], 1)
+    before = {name: value.clone() for name, value in run.objective.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    size, local = settings.image_size, settings.local
+    whole = torch.randint(0, 256, (4, 3, 2, size, size, 3), generator=generator, dtype=torch.uint8)
+    crops = torch.randint(0, 256, (4, 2, local, local, 3), generator=generator, dtype=torch.uint8)
+    run.step((whole, crops, [], []), generator, 1e-3)
+    return run, before
+
+
+def test_the_average_moves_towards_the_weights_by_its_decay(tiny: FitSettings) -> None:
+    run, before = one_update(replace(tiny, ema=0.9))
+    assert run.average is not None
+    assert run.kept is run.average
+    decay = min(0.9, 1 / 10)  # of the first update: a young average forgets its start sooner
+    moved = 0
+    for name, after in run.objective.state_dict().items():
+        expected = decay * before[name] + (1 - decay) * after
+        torch.testing.assert_close(run.average.state_dict()[name], expected)
+        moved += not torch.equal(before[name], after)
+    assert moved > 10
+    assert one_update(tiny)[0].average is None
+
+
+@pytest.mark.parametrize(("clip", "scaled"), [(0.0, False), (1e-3, True)])
+def test_gradients_are_scaled_to_the_norm_that_clip_allows(
+    tiny: FitSettings, monkeypatch: pytest.MonkeyPatch, clip: float, scaled: bool
+) -> None:
+    norms = []
+
+    def watch(self: torch.optim.AdamW) -> None:
+        gradients = [value.grad for group in self.param_groups for value in group["params"] if value.grad is not None]
+        norms.append(float(torch.stack([gradient.norm() for gradient in gradients]).norm()))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+    one_update(replace(tiny, clip=clip))
+    assert (norms[0] == pytest.approx(1e-3, rel=1e-2)) == scaled
+
+
+def test_a_stop_while_the_checkpoint_is_written_leaves_none_and_the_next_run_ends_it(
+    tiny: FitSettings, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("trainer.fit.release.model_card", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(tiny)
+    assert not tiny.output.exists()
+    fit(tiny)
+    assert_same_weights(tiny.output, whole[0].output)
+    assert [path.name for path in tiny.output.parent.iterdir()] == [tiny.output.name]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"terms": "global"},
+        {"terms": "multi-scale"},
+        {"anchors": "real"},
+        {"loss": "bce"},
+        {"local_size": 32},
+        {"precision": "float32"},
+    ],
+)
+def test_ablations_train(tiny: FitSettings, change: dict[str, Any]) -> None:
+    metrics = fit(replace(tiny, epochs=1, **change))
+    assert read_config(tiny.output).training | change == read_config(tiny.output).training
+    if change == {"loss": "bce"}:
+        assert "linear" in metrics["validation"]
+        assert Heads.load(tiny.output).linear.weight.shape == (48,)
+
+
+def test_pretrained_starts_from_timms_weights(tiny: FitSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    create, official = timm.create_model, {}
+
+    def offline(name: str, *, pretrained: bool, **options: Any) -> torch.nn.Module:
+        model: torch.nn.Module = create(name, pretrained=False, **options)
+        if pretrained:
+            official.update({key: torch.full_like(value, 0.25) for key, value in model.state_dict().items()})
+            model.load_state_dict(official)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    started = make_objective(replace(tiny, pretrained=True), "cpu")[0].backbone.state_dict()
+    assert official
+    assert all(torch.equal(started[key], value) for key, value in official.items())
+    other = make_objective(tiny, "cpu")[0].backbone.state_dict()
+    assert not any(torch.equal(other[key], value) for key, value in official.items() if value.dim() > 1)
+
+
+def test_unreadable_images_are_counted_and_listed(tiny: FitSettings, image_folder: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    (data / "real" / "cut.jpg").write_bytes((data / "real" / "000.jpg").read_bytes()[:100])
+    (data / "fake" / "gen-a" / "empty.png").write_bytes(b"")
+    metrics = fit(replace(tiny, data=data, epochs=1))
+    assert metrics["unreadable"] == 2
+    listed = (tiny.output / "unreadable.csv").read_text()
+    assert "cut.jpg" in listed
+    assert "empty.png" in listed
+    images = len(list(read_dataset(data, split="train"))) - 2
+    assert sum(sum(counts.values()) for counts in metrics["images"].values()) == images
+
+
+def test_images_that_do_not_fit_into_memory_are_read_as_they_are_needed(tiny: FitSettings, whole: Whole) -> None:
+    lazy = replace(tiny, cache_bytes=1000)
+    assert not read_roles(lazy)["training"].kept
+    fit(lazy)
+    assert_same_weights(lazy.output, whole[0].output)
+
+
+def test_worker_processes_make_the_same_views(tiny: FitSettings, whole: Whole) -> None:
+    fit(replace(tiny, workers=2))
+    assert_same_weights(tiny.output, whole[0].output)
+
+
+def test_tensorboard_gets_scalars(tiny: FitSettings, tmp_path: Path) -> None:
+    fit(replace(tiny, epochs=1, epoch_steps=10, tensorboard=tmp_path / "events"))
+    (events,) = (tmp_path / "events").iterdir()
+    content = events.read_bytes()
+    assert b"loss" in content
+    assert b"epoch/accuracy" in content
+
+
+def test_training_learns(tiny: FitSettings) -> None:
+    fit(replace(tiny, epoch_steps=80, batch_size=8, learning_rate=1e-2, warmup_epochs=0.2))
+    rows = [line.split(",") for line in (tiny.output / "summary.csv").read_text().splitlines()]
+    first, second = (float(row[rows[0].index("loss")]) for row in rows[1:])
+    assert second < 0.9 * first

@@ -1,0 +1,351 @@
+"""The checkpoint folder: what is written is read back, what is broken is named."""
+
+import json
+import logging
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_image
+from PIL import Image
+
+from trainer.images import Preprocess
+from trainer.model.embedder import (
+    CheckpointConfig,
+    CheckpointError,
+    Embedder,
+    build_backbone,
+    checkpoint_id,
+    load_backbone,
+    pick_device,
+    read_config,
+    read_weights,
+    save_checkpoint,
+    write_atomically,
+)
+from trainer.model.vit_openvino import NotPlain, build_graph, resized
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def embedder(tiny_checkpoint: Path) -> Embedder:
+    return Embedder.load(tiny_checkpoint, device="cpu", engine="openvino-f32")
+
+
+def pictures(count: int) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8)) for i in range(count)]
+
+
+def test_embeddings_are_the_backbones_cls_token(embedder: Embedder) -> None:
+    images = pictures(3)
+    x = embedder.embed(images)
+    assert x.shape == (3, 48)
+    assert x.dtype == np.float32
+    pixels = torch.from_numpy(embedder.preprocess(images))
+    with torch.inference_mode():
+        tokens = load_backbone(embedder.folder).forward_features(pixels)  # type: ignore[operator]
+    np.testing.assert_allclose(x, tokens[:, 0].numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(embedder.embed_pixels(pixels.numpy()), x, rtol=1e-5, atol=1e-6)
+
+
+def test_batches_and_threads_do_not_change_embeddings(embedder: Embedder) -> None:
+    images = pictures(7)
+    whole = embedder.embed(images)
+    np.testing.assert_allclose(embedder.embed(images, batch_size=2), whole, rtol=1e-4, atol=1e-5)
+    with ThreadPoolExecutor(4) as pool:
+        for x in pool.map(embedder.embed, [images] * 8):
+            np.testing.assert_allclose(x, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_no_images_give_no_embeddings(embedder: Embedder) -> None:
+    assert embedder.embed([]).shape == (0, 48)
+    assert embedder.embed_pixels(np.empty((0, 3, 32, 32), np.float32)).shape == (0, 48)
+
+
+def test_a_saved_checkpoint_is_read_back(tmp_path: Path) -> None:
+    config = CheckpointConfig(
+        name="a",
+        image_size=32,
+        dim=24,
+        preprocess=Preprocess(mode="center_crop", image_size=32),
+        architecture_args={"depth": 1, "embed_dim": 24, "num_heads": 2, "norm_eps": 1e-12},
+        training={"seed": 1},
+        provenance={"from": "here"},
+        licence="MIT",
+    )
+    backbone = build_backbone(config)
+    saved = save_checkpoint(tmp_path / "deep" / "c", backbone, config)
+    loaded = Embedder.load(tmp_path / "deep" / "c", device="cpu", engine="torch")
+    assert (loaded.id, loaded.name, loaded.dim, loaded.engine) == (saved, "a", 24, "torch")
+    assert loaded.config == config
+    again = load_backbone(loaded.folder)
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    assert {m.eps for m in again.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-12}
+    assert sorted(path.name for path in (tmp_path / "deep" / "c").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_other_sizes_share_the_state_dict() -> None:
+    config = CheckpointConfig(image_size=112, architecture_args={"depth": 1})
+    backbone = build_backbone(config)
+    assert backbone.get_parameter("pos_embed").shape == (1, 197, 192)
+    assert backbone(torch.zeros(2, 3, 112, 112)).shape == backbone(torch.zeros(2, 3, 48, 48)).shape == (2, 192)
+
+
+def test_the_id_follows_weights_and_preprocessing() -> None:
+    weights = {"a": np.zeros((2, 3), np.float32), "b": np.ones(3, np.float32)}
+    plain = checkpoint_id(weights, Preprocess())
+    assert len(plain) == 32
+    assert plain == checkpoint_id(dict(reversed(weights.items())), Preprocess())
+    changed = [
+        checkpoint_id(weights, Preprocess(mode="center_crop")),
+        checkpoint_id(weights | {"b": np.array([1, 1, 2], np.float32)}, Preprocess()),
+        checkpoint_id(weights | {"a": np.zeros((3, 2), np.float32)}, Preprocess()),
+        checkpoint_id({"a": weights["a"], "c": weights["b"]}, Preprocess()),
+    ]
+    assert len({plain, *changed}) == 5
+
+
+def test_keys_of_others_in_the_configuration_are_left_alone(tiny_checkpoint: Path) -> None:
+    assert "heads" in json.loads((tiny_checkpoint / "config.json").read_text())
+    assert read_config(tiny_checkpoint).name == "tiny"
+
+
+def test_a_missing_folder_says_what_to_do(tmp_path: Path) -> None:
+    folder = tmp_path / "not there; really"
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*not there") as caught:
+        Embedder.load(folder)
+    command = shlex.split(str(caught.value).split("`")[1])
+    assert command == ["lineup", "train", "fit", "--data", "IMAGES", "--output", str(folder)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "config.json"),
+        ("{}", "not a checkpoint's configuration"),
+        ('{"preprocess": {"mode": "center_crop", "sise": 3}}', "not a checkpoint's configuration"),
+    ],
+)
+def test_a_broken_configuration_is_named(folder: Path, text: str, message: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        Embedder.load(folder)
+
+
+def test_missing_and_broken_weights_are_named(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=r"model.safetensors is broken"):
+        Embedder.load(folder)
+    weights.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model.safetensors is broken"):
+        Embedder.load(folder)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"model.safetensors is missing"):
+        Embedder.load(folder)
+
+
+def test_weights_of_another_dimension_are_named(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"dim": 192}))
+    with pytest.raises(CheckpointError, match=r"gives 48 dimensions, config\.json says 192"):
+        Embedder.load(folder)
+    args = values["architecture_args"] | {"embed_dim": 96}
+    (folder / "config.json").write_text(json.dumps(values | {"dim": 96, "architecture_args": args}))
+    with pytest.raises(CheckpointError, match=r"does not fit config.json"):
+        Embedder.load(folder)
+
+
+def test_an_unknown_architecture_device_or_engine_is_named(tiny_checkpoint: Path) -> None:
+    config = read_config(tiny_checkpoint)
+    with pytest.raises(CheckpointError, match="timm cannot build 'vit_of_dreams'"):
+        build_backbone(replace(config, architecture="vit_of_dreams"))
+    with pytest.raises(CheckpointError, match="device 'abacus' is not known"):
+        Embedder.load(tiny_checkpoint, device="abacus")
+    with pytest.raises(CheckpointError, match="engine 'steam' is not known"):
+        Embedder.load(tiny_checkpoint, engine="steam")
+    if not torch.cuda.is_available():
+        assert pick_device("auto") == "cpu"
+        with pytest.raises(CheckpointError, match="no CUDA device"):
+            pick_device("cuda")
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def fail(self: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_weights_are_float32_whatever_was_trained(tmp_path: Path) -> None:
+    config = CheckpointConfig(architecture_args={"depth": 1})
+    save_checkpoint(tmp_path, build_backbone(config).bfloat16(), config)
+    assert {value.dtype for value in read_weights(tmp_path).values()} == {np.dtype(np.float32)}
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of each row with its counterpart, shape (n,)."""
+    product: np.ndarray = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return product
+
+
+def saved(folder: Path, **changes: Any) -> Path:
+    """A random ViT of depth 2, as the trainer would leave it, its weights far from their start at zero or one."""
+    usual: dict[str, Any] = {"architecture_args": {"depth": 2}, "preprocess": Preprocess(image_size=64)}
+    config = CheckpointConfig(**(usual | changes))
+    torch.manual_seed(0)
+    backbone = build_backbone(config)
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_checkpoint(folder, backbone, config)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"preprocess": Preprocess(image_size=224)},
+        {"preprocess": Preprocess(image_size=256)},
+        {"architecture": "vit_small_patch32_224.augreg_in21k", "dim": 384},
+        {"architecture_args": {"depth": 1, "norm_eps": 1e-12, "qkv_bias": False, "num_heads": 6}},
+        {
+            "architecture_args": {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8},
+            "dim": 48,
+        },
+    ],
+    ids=["smaller", "native", "larger", "small", "arguments", "tiny"],
+)
+def test_engines_agree(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = saved(tmp_path, **changes)
+    exact, rounded = (Embedder.load(folder, device="cpu", engine=engine) for engine in ("openvino-f32", "openvino"))
+    expected = Embedder.load(folder, device="cpu", engine="torch")
+    x = np.random.default_rng(0).normal(size=(5, 3, *[expected.preprocess.image_size] * 2)).astype(np.float32)
+    given = x.copy()
+    for engine, least in ((exact, 0.99999), (rounded, 0.9999)):
+        assert cosine(engine.embed_pixels(x), expected.embed_pixels(x)).min() > least
+        assert cosine(engine.embed_pixels(x[3:4]), engine.embed_pixels(x)[3:4]).min() > 0.9999
+    np.testing.assert_allclose(exact.embed_pixels(x), expected.embed_pixels(x), rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(x, given)
+    assert (exact.engine, expected.engine) == ("openvino-f32", "torch")
+    assert rounded.engine in ("openvino-bf16", "openvino-f32")
+
+
+def test_nearest_images_are_the_same_by_every_engine(tiny_checkpoint: Path) -> None:
+    images = [small_image(number, fake=bool(number % 2)) for number in range(80)]
+    orders = []
+    for engine in ("torch", "openvino"):
+        x = Embedder.load(tiny_checkpoint, device="cpu", engine=engine).embed(images)
+        unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+        orders.append(np.argsort(-(unit[:40] @ unit[40:].T), axis=1)[:, :10])
+    shared = [len(set(a) & set(b)) for a, b in zip(*orders, strict=True)]
+    assert np.mean(shared) >= 9.8  # of 10; random weights put all images close together
+
+
+def test_threads_get_their_own_answers(tiny_checkpoint: Path) -> None:
+    embedder = Embedder.load(tiny_checkpoint, device="cpu", engine="openvino")
+    x = np.random.default_rng(0).normal(size=(64, 3, 32, 32)).astype(np.float32)
+    given, expected = x.copy(), embedder.embed_pixels(x)
+    parts = [slice(start, start + size) for size in (1, 2, 3, 5) for start in range(0, 60, 4)] * 4
+    with ThreadPoolExecutor(8) as pool:
+        for part, got in zip(parts, pool.map(lambda part: embedder.embed_pixels(x[part]), parts), strict=True):
+            assert cosine(got, expected[part]).min() > 0.9999
+    np.testing.assert_array_equal(x, given)
+
+
+@pytest.mark.parametrize("side", [3, 7, 20])
+def test_position_embeddings_are_resized_as_timm_does(side: int) -> None:
+    from timm.layers.pos_embed import resample_abs_pos_embed
+
+    positions = np.random.default_rng(0).normal(size=(1, 1 + 14 * 14, 12)).astype(np.float32)
+    expected = resample_abs_pos_embed(torch.from_numpy(positions), [side, side], [14, 14])
+    np.testing.assert_allclose(resized(positions, side), expected.numpy(), atol=1e-5)
+
+
+def test_an_engine_is_chosen_by_device_and_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = saved(tmp_path / "plain")
+    other = saved(tmp_path / "other", architecture_args={"depth": 1, "init_values": 1e-5})
+    assert Embedder.load(plain, device="cpu").engine.startswith("openvino-")
+    with caplog.at_level(logging.INFO):
+        assert Embedder.load(other, device="cpu").engine == "torch"
+    assert "the architecture has the arguments ['init_values']" in caplog.text
+    with pytest.raises(CheckpointError, match=r"OpenVINO cannot run .*init_values.*LINEUP_ENGINE=torch"):
+        Embedder.load(other, device="cpu", engine="openvino")
+    monkeypatch.setattr("trainer.model.embedder.has_cuda", lambda: True)
+    with pytest.raises(CheckpointError, match=r"computes on the CPU, not on 'cuda'"):
+        Embedder.load(plain, device="cuda", engine="openvino")
+    assert Embedder.load(plain, engine="openvino").device == "cpu"
+    monkeypatch.setattr(
+        "trainer.model.embedder.find_spec", lambda name: find_spec(name) if name != "openvino" else None
+    )
+    assert Embedder.load(plain, device="cpu").engine == "torch"
+    monkeypatch.setattr("trainer.model.embedder.find_spec", lambda name: find_spec(name) if name != "torch" else None)
+    with pytest.raises(CheckpointError, match="OpenVINO cannot run"):
+        Embedder.load(other, device="cpu")
+    with pytest.raises(CheckpointError, match=r"not installed: add the extra `train`"):
+        Embedder.load(plain, device="cpu", engine="torch")
+
+
+def test_weights_of_another_model_are_no_plain_vit(tiny_checkpoint: Path) -> None:
+    config, weights = read_config(tiny_checkpoint), read_weights(tiny_checkpoint)
+    build_graph(config, weights)
+    wrong = [
+        (replace(config, architecture="resnet18"), weights, "architecture is 'resnet18'"),
+        (config, weights | {"reg_token": weights["cls_token"]}, r"no plain ViT: \['reg_token'\]"),
+        (config, {name: x for name, x in weights.items() if name != "norm.weight"}, "norm.weight is not among"),
+        (config, weights | {"pos_embed": weights["pos_embed"][:, 1:]}, r"pos_embed .* in the shape \(1, 17, 48\)"),
+        (replace(config, dim=47), weights, "48 dimensions for 47"),
+        (replace(config, preprocess=Preprocess(image_size=30)), weights, "30 pixels in patches of 8"),
+        (replace(config, architecture_args={"patch_size": [8, 8]}), weights, "no number above 0"),
+    ]
+    for of, given, message in wrong:
+        with pytest.raises(NotPlain, match=message):
+            build_graph(of, given)
+
+
+DROPPED = """
+import gc, signal, sys, threading
+from pathlib import Path
+from PIL import Image
+from trainer.model.embedder import Embedder
+seen = []
+signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
+held = [Embedder.load(Path(sys.argv[1]), device="cpu", engine="openvino")]
+held[0].embed([Image.new("RGB", (40, 40))])
+thread = threading.Thread(target=lambda: (held.clear(), gc.collect()))
+thread.start()
+thread.join()
+signal.raise_signal(signal.SIGUSR1)
+print(seen)
+"""
+
+
+def test_signals_are_survived_after_an_embedder_is_dropped_in_another_thread(tiny_checkpoint: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", DROPPED, str(tiny_checkpoint)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[1]"), done.stderr

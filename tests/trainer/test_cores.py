@@ -1,0 +1,48 @@
+"""Pools are as large as the container allows, not as the machine is."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from api.monitoring import Metrics
+from api.service import Service
+from indexer.settings import Settings
+from trainer import cores
+from trainer.cores import usable_cores
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("files", "count"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "250000 100000\n"}, 3),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "1600000 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+    ],
+)
+def test_cores_are_those_of_the_affinity_within_the_quota(
+    files: dict[str, str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    assert usable_cores() == count
+
+
+def test_pools_keep_to_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpu.max").write_text("500000 100000\n")
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    service = Service(Settings(), Metrics())
+    assert (service._decoders._max_workers, service._askers._max_workers) == (5, 10)
+    service.close()
+    modules = [path for name in ("api", "indexer", "trainer") for path in (ROOT / name).rglob("*.py")]
+    assert [path.name for path in modules if "cpu_count" in path.read_text()] == ["cores.py"]

@@ -1,0 +1,1 @@
+"""Data sets of every layout, as one stream of entries."""

@@ -1,0 +1,167 @@
+"""One reader for every data layout: a stream of entries with label, generator, group and bytes on demand.
+
+| layout | looks like |
+|---|---|
+| manifest | a CSV file, or a folder with a `manifest.csv`: `path,label,generator,split[,source,group,...]` |
+| folders | `real/**` and `fake/<generator>/**`, also below `train/`, `test/`, ... |
+| ForenSynths | `<generator>/[<class>/]{0_real,1_fake}/**` |
+| GenImage | `<generator>/{train,val}/{ai,nature}/**` |
+| D3 test | `{augm,no_augm}/{real,gen_0,...}/**`, or one of the two |
+| D3 shards | `*.tar`, WebDataset records of `real.jpg`, `gen_0.jpg`, ..., `caption.txt`, `url.txt` |
+| hub parquet | `*.parquet` with `image_gen0`, `model_gen0`, ... (extra `datasets`) |
+| one kind | a folder or file with `label` and, for fakes, `generator` |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path, PurePath
+from urllib.parse import unquote, urlsplit
+
+from trainer.data.entry import DatasetError, Entry, Role, check_generator, default_split, read_file, role
+from trainer.data.folders import (
+    IMAGE_SUFFIXES,
+    Part,
+    d3_names,
+    d3_test,
+    files,
+    folder_entries,
+    foren_synths_or_gen_image,
+    is_image_name,
+    one_kind,
+    real_and_fake,
+)
+from trainer.data.manifest import manifest_entries, manifest_rows
+from trainer.data.shards import D3_GENERATORS, parquet_entries, read_cell, read_member, tar_entries
+from trainer.images import UnreadableImage
+
+__all__ = [
+    "D3_GENERATORS",
+    "FIT_FORBIDDEN_SPLITS",
+    "DatasetError",
+    "Entry",
+    "Role",
+    "check_generator",
+    "read_dataset",
+    "read_uri",
+    "role",
+]
+
+# Neither training nor thresholds may ever see these.
+FIT_FORBIDDEN_SPLITS = ("test", "unseen")
+
+_EXPECTED = "manifest.csv; real/ and fake/<generator>/; 0_real/ and 1_fake/; ai/ and nature/; gen_0/; *.tar; *.parquet"
+_ONE_KIND = "give --label real, or --label fake and --generator NAME"
+
+
+def read_dataset(
+    path: Path,
+    *,
+    split: str | None = None,
+    label: str | None = None,
+    generator: str | None = None,
+    source: str | None = None,
+) -> Iterator[Entry]:
+    """Every image of `path` in a fixed order, whatever its layout.
+
+    The layout, a manifest's every row and the first image are checked before this returns; unreadable images are met
+    only when they are read. Files that are no images are given too, so that they are named and counted.
+
+    Args:
+        path: A folder or file.
+        split: Only these splits, a comma list. Where the data set names none, a hash of the group makes 70 % of the
+            groups `train` and the rest `test`.
+        label: `real` or `fake`: all of the folder is of this kind.
+        generator: Of all fakes, where the layout does not name it; for D3's shards, test archive and parquet a comma
+            list in the order of gen_0, gen_1, ...
+        source: Where the images came from; by default what the manifest says, or the folder's name.
+
+    Raises:
+        DatasetError: No such layout, no images, or names and labels that cannot be; one line that says what to do.
+    """
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve would follow links and so rename the images
+    if not path.exists():
+        raise DatasetError(f"{path} does not exist")
+    entries, has_splits = _open_layout(path, label, generator)
+    if source is not None:
+        entries = (replace(entry, source=source) for entry in entries)
+    found: set[str] = set()
+    if split is not None:
+        entries = _select(entries, {part.strip() for part in split.split(",")}, has_splits, found)
+    skipped: list[Entry] = []
+    for entry in entries:
+        skipped.append(entry)
+        if PurePath(entry.key).suffix.lower() in {"", *IMAGE_SUFFIXES} or entry.uri.partition("#")[2]:
+            return chain(skipped, entries)
+    if skipped:
+        raise DatasetError(f"{path} has no images, only other files such as {skipped[0].key}")
+    if found:
+        raise DatasetError(f"{path} has no images of split {split}; its splits are {', '.join(sorted(found))}")
+    raise DatasetError(f"{path} has no images" + (f" of split {split}" if split else ""))
+
+
+def read_uri(uri: str) -> bytes:
+    """The bytes that the `uri` of an entry names.
+
+    Raises:
+        UnreadableImage: They are no longer there, or the address is of another kind.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
+        raise UnreadableImage(f"cannot read {uri!r}; expected file:///path, file:///x.tar#member or a parquet cell")
+    path = Path(unquote(parts.path, errors="surrogateescape"))
+    inside = unquote(parts.fragment, errors="surrogateescape")
+    if not inside:
+        return read_file(path)
+    if path.suffix.lower() != ".parquet":
+        return read_member(path, inside)
+    column, _, row = inside.partition("/")
+    if not row.isdecimal():
+        raise UnreadableImage(f"cannot read {uri!r}; expected a column and a row after #")
+    return read_cell(path, column, int(row))
+
+
+def _select(entries: Iterator[Entry], wanted: set[str], has_splits: bool, found: set[str]) -> Iterator[Entry]:
+    for entry in entries:
+        part = entry.split if has_splits else default_split(entry.group)
+        if part in wanted:
+            yield replace(entry, split=part)
+        elif part is not None:
+            found.add(part)
+
+
+def _open_layout(path: Path, label: str | None, generator: str | None) -> tuple[Iterator[Entry], bool]:
+    """The entries of a path, and whether its layout names splits."""
+    kind = path.suffix.lower() if path.is_file() else ""
+    if label is not None:
+        if kind in (".csv", ".tar", ".parquet"):
+            raise DatasetError(f"{path} says itself what is real and fake: drop --label")
+        return folder_entries(path, one_kind(path, label, generator)), False
+    manifest = path if kind == ".csv" else path / "manifest.csv"
+    if manifest.is_file():
+        if generator is not None:
+            raise DatasetError(f"{manifest} names its generators itself: drop --generator")
+        splits = {row.split for row in manifest_rows(manifest)}  # every line is checked before the first is used
+        return manifest_entries(manifest), splits != {None}
+    if path.is_file() and kind not in (".tar", ".parquet"):
+        raise DatasetError(f"{path} is a single file: {_ONE_KIND}")
+    if parts := _parts(path, generator):
+        return folder_entries(path, parts), any(part.split for part in parts)
+    if archives := [path] if kind else sorted(p for p in path.iterdir() if p.suffix.lower() in (".tar", ".parquet")):
+        return chain.from_iterable(_archive(archive, generator) for archive in archives), False
+    if not any(map(is_image_name, files(path))):
+        raise DatasetError(f"{path} has no images")
+    raise DatasetError(f"{path} has no known layout ({_EXPECTED}): {_ONE_KIND}")
+
+
+def _parts(path: Path, generator: str | None) -> list[Part]:
+    return d3_test(path, generator) or real_and_fake(path, generator) or foren_synths_or_gen_image(path, generator)
+
+
+def _archive(path: Path, generator: str | None) -> Iterator[Entry]:
+    if path.suffix.lower() == ".tar":
+        return tar_entries(path, names=d3_names(generator))
+    return parquet_entries(path, names=d3_names(generator) if generator else None)

@@ -1,0 +1,256 @@
+"""Archives of records: D3's WebDataset shards (tar) and its parquet files on the hub. Nothing is unpacked."""
+
+from __future__ import annotations
+
+import logging
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache, partial
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import quote
+
+from trainer.data.entry import DatasetError, Entry, check_generator, plain
+from trainer.images import UnreadableImage
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
+# The order of gen_0 to gen_3 in D3 (arXiv 2407.20337, section 3).
+D3_GENERATORS = ("DF-IF", "SD-1.4", "SD-2.1", "SD-XL")
+MAX_TEXT_BYTES = 65_536
+
+_log = logging.getLogger(__name__)
+_FIELD = re.compile(r"gen_(\d+)")
+_COLUMN = re.compile(r"image_gen(\d+)")
+
+
+class Member(NamedTuple):
+    """A file inside a tar: its name and where its bytes lie. `record` and `field` are WebDataset's reading of it."""
+
+    name: str
+    offset: int
+    size: int
+
+    @property
+    def record(self) -> str:
+        folder, _, base = self.name.rpartition("/")
+        return f"{folder}/{base.partition('.')[0]}" if folder else base.partition(".")[0]
+
+    @property
+    def field(self) -> str:
+        return self.name.rpartition("/")[2].partition(".")[2]
+
+
+def generator_name(names: Sequence[str], number: int, where: str) -> str:
+    """The name of gen_`number`.
+
+    Raises:
+        DatasetError: There are not that many names.
+    """
+    if number >= len(names):
+        raise DatasetError(
+            f"{where}: gen_{number} has no name among {', '.join(names)}; give one per generator as --generator A,B,C"
+        )
+    return names[number]
+
+
+def tar_entries(path: Path, *, names: Sequence[str] = D3_GENERATORS) -> Iterator[Entry]:
+    """The real and generated images of a shard, record by record; captions and addresses become attributes.
+
+    A shard that was cut short gives the images before the cut, and says so in the log.
+
+    Raises:
+        DatasetError: It is no tar, or a generator has no name.
+    """
+    mtime = path.stat().st_mtime
+    for record, members in groupby(tar_members(path), key=lambda member: member.record):
+        images: list[tuple[Member, int | None]] = []
+        texts: dict[str, str] = {}
+        for member in members:
+            kind, _, suffix = member.field.partition(".")
+            match = _FIELD.fullmatch(kind)
+            if suffix == "txt" and member.size <= MAX_TEXT_BYTES:
+                texts[kind] = plain(read_slice(path, member.offset, member.size).decode("utf-8", "replace").strip())
+            elif kind == "real" or match:
+                images.append((member, int(match[1]) if match else None))
+        for member, number in images:
+            yield Entry(
+                key=plain(f"{record}.{member.field.partition('.')[0]}"),
+                group=plain(record),
+                label=0 if number is None else 1,
+                generator=None if number is None else generator_name(names, number, path.name),
+                source=plain(path.parent.name),
+                uri=f"{path.as_uri()}#{quote(member.name, errors='surrogateescape')}",
+                split=None,
+                size=member.size,
+                mtime=mtime,
+                attributes={name: text for name, text in texts.items() if number is None or name != "url"},
+                read=partial(read_slice, path, member.offset, member.size),
+            )
+
+
+def tar_members(path: Path) -> Iterator[Member]:
+    """The regular files of a tar, header by header, without reading what they hold."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            with suppress(tarfile.ReadError):
+                for info in archive:
+                    if info.isfile():
+                        yield Member(info.name, info.offset_data, info.size)
+            with path.open("rb") as file:  # tarfile takes a broken header for the end
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    _log.warning(
+                        "%s is cut short or damaged; only what lies before byte %d is used", path, archive.offset
+                    )
+    except tarfile.ReadError as error:
+        raise DatasetError(f"{path} is no uncompressed tar ({error})") from error
+
+
+def read_slice(path: Path, offset: int, size: int) -> bytes:
+    """Bytes of a file.
+
+    Raises:
+        UnreadableImage: The file ends inside them, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+    except OSError as error:
+        raise UnreadableImage(f"{path.name} cannot be read ({error.strerror or error})") from error
+    if len(data) < size:
+        raise UnreadableImage(f"{path.name} ends inside this image")
+    return data
+
+
+def read_member(path: Path, name: str) -> bytes:
+    """The bytes of a tar's member.
+
+    Raises:
+        UnreadableImage: There is none of that name.
+    """
+    try:
+        member = _members(path, path.stat().st_mtime_ns).get(name)
+    except (OSError, DatasetError) as error:
+        raise UnreadableImage(f"{path} cannot be read ({error})") from error
+    if member is None:
+        raise UnreadableImage(f"{path} has no member {name!r}")
+    return read_slice(path, member.offset, member.size)
+
+
+@lru_cache(maxsize=8)
+def _members(path: Path, version: int) -> dict[str, Member]:
+    del version  # a changed file is another key of the cache
+    return {member.name: member for member in tar_members(path)}
+
+
+def parquet_entries(path: Path, *, names: Sequence[str] | None = None) -> Iterator[Entry]:
+    """The generated images of a parquet file with D3's columns; the real image is only an address there.
+
+    Other columns with text or numbers become attributes, those of one generator (`..._gen0`) only of its image.
+
+    Args:
+        path: Absolute.
+        names: Of the generators; by default `model_gen<i>` says, or D3's usual order.
+
+    Raises:
+        DatasetError: pyarrow is missing, or the columns are others.
+    """
+    file = _open_parquet(path)
+    columns = {int(match[1]): name for name in file.schema_arrow.names if (match := _COLUMN.fullmatch(name))}
+    if not columns:
+        found = ", ".join(file.schema_arrow.names[:10])
+        raise DatasetError(f"{path} has columns {found}; expected image_gen0, image_gen1, ... and model_gen0, ...")
+    texts = [field.name for field in file.schema_arrow if _is_scalar(str(field.type))]
+    mtime, row = path.stat().st_mtime, 0
+    for batch in file.iter_batches(batch_size=1024, columns=texts):
+        for values in batch.to_pylist():
+            known = {name: str(value) for name, value in values.items() if value is not None}
+            group = known.get("id") or f"{path.stem}/{row}"
+            for number, column in sorted(columns.items()):
+                model = names is None and known.get(f"model_gen{number}")
+                yield Entry(
+                    key=plain(f"{group}.gen_{number}"),
+                    group=plain(group),
+                    label=1,
+                    generator=_hub_name(model, path.name)
+                    if model
+                    else generator_name(names or D3_GENERATORS, number, path.name),
+                    source=plain(path.parent.name),
+                    uri=f"{path.as_uri()}#{column}/{row}",
+                    split=None,
+                    size=None,
+                    mtime=mtime,
+                    attributes=_attributes(known, number),
+                    read=partial(read_cell, path, column, row),
+                )
+            row += 1
+
+
+def _is_scalar(arrow_type: str) -> bool:
+    return arrow_type.startswith(("string", "large_string", "int", "uint", "float", "double", "bool"))
+
+
+def _attributes(known: dict[str, str], number: int) -> dict[str, str]:
+    """What a row says of its image `number`: the columns of all images and its own, without their suffix."""
+    own = f"_gen{number}"
+    return {
+        name.removesuffix(own): plain(value)
+        for name, value in known.items()
+        if name.endswith(own) or not re.search(r"_gen\d+$", name)
+    }
+
+
+def _hub_name(model: str, where: str) -> str:
+    """`stabilityai/stable-diffusion-2-1` without its owner."""
+    return check_generator(re.sub(r"[^A-Za-z0-9 ._+-]", "-", model.strip("/ ").rpartition("/")[2]), where)
+
+
+def _open_parquet(path: Path) -> ParquetFile:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise DatasetError(f"{path.name} needs pyarrow; install the extra: pip install 'lineup[datasets]'") from error
+    try:
+        return pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DatasetError(f"{path} is no parquet file ({' '.join(str(error).split())[:200]})") from error
+
+
+def read_cell(path: Path, column: str, row: int) -> bytes:
+    """The image bytes in one cell: a binary value, or the hub's pair of `bytes` and `path`.
+
+    Raises:
+        UnreadableImage: There is no such cell, or no image in it.
+    """
+    try:
+        file = _open_parquet(path)
+        first = 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if first <= row < first + rows:
+                cells = _column(path, path.stat().st_mtime_ns, column, group)
+                break
+            first += rows
+        else:
+            raise UnreadableImage(f"{path.name} has no row {row}")
+    except (OSError, KeyError, DatasetError) as error:
+        raise UnreadableImage(f"{path.name} has no readable cell {column}/{row} ({error})") from error
+    data = cells[row - first]
+    if not data:
+        raise UnreadableImage(f"{path.name} has no image in {column} of row {row}")
+    return data
+
+
+@lru_cache(maxsize=4)
+def _column(path: Path, version: int, column: str, group: int) -> list[bytes | None]:
+    """One column of one row group, as a reader of all images goes through them: a generator's next to another's."""
+    del version
+    cells = _open_parquet(path).read_row_group(group, columns=[column])[column].to_pylist()
+    return [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]

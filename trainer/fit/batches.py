@@ -1,0 +1,193 @@
+"""From data sets to batches of views: who is paired with whom, decoded once for its views, in worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from trainer.data.datasets import Entry
+from trainer.images import Preprocess, UnreadableImage, decode_image
+from trainer.model.seen_images import SeenImages
+from trainer.views.augmentations import Pixels
+from trainer.views.views import Views
+
+Origin = tuple[str, str]
+"""SHA-256 and group of an image."""
+Batch = tuple[torch.Tensor, torch.Tensor, list[str], list[Origin]]
+"""Whole views (n, 3, 2, s, s, 3), local views (n, 2, l, l, 3), uint8, what could not be read, and what was."""
+Sample = tuple[Pixels, Pixels, list[str], list[Origin]]
+"""Whole views (3, 2, s, s, 3), local views (2, l, l, 3), the uris that could not be read, and what was read."""
+
+
+class Decoded(NamedTuple):
+    """An image, its plain view and the SHA-256 of its bytes."""
+
+    image: Pixels
+    """Shape (h, w, 3), uint8."""
+    plain: Pixels
+    """Shape (s, s, 3), uint8."""
+    sha256: str
+
+
+@dataclass(slots=True)
+class Pictures:
+    """Images of one role, decoded on demand and kept while they fit into memory.
+
+    Workers are forked, so what the parent decoded is shared and never copied.
+    """
+
+    entries: list[Entry]
+    preprocess: Preprocess
+    kept: dict[int, Decoded] = field(default_factory=dict)
+    hashes: dict[int, str] = field(default_factory=dict)
+    """SHA-256 by place, of the images that this process read."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Reason by uri."""
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """0 real, 1 fake, shape (n,)."""
+        return np.array([entry.label for entry in self.entries], np.uint8)
+
+    @property
+    def seen(self) -> SeenImages:
+        """The record of these images: every group, and the bytes of those that were read."""
+        return SeenImages.of(self.hashes.values(), (entry.group for entry in self.entries))
+
+    def decode(self, entry: Entry) -> Decoded:
+        """Read and decode one image.
+
+        Raises:
+            UnreadableImage: As `decode_image`.
+        """
+        try:
+            image, facts = decode_image(entry.read())
+        except OSError as error:
+            raise UnreadableImage(str(error)) from error
+        return Decoded(np.asarray(image), np.asarray(self.preprocess.crop(image)), facts.sha256)
+
+    def keep(self, threads: int = 2) -> int:
+        """Decode all images into memory, drop the unreadable among them, and return the bytes used."""
+
+        def attempt(entry: Entry) -> Decoded | str:
+            try:
+                return self.decode(entry)
+            except UnreadableImage as error:
+                return str(error)
+
+        readable: list[Entry] = []
+        with ThreadPoolExecutor(threads) as pool:
+            for entry, decoded in zip(self.entries, pool.map(attempt, self.entries), strict=True):
+                if isinstance(decoded, str):
+                    self.unreadable[entry.uri] = decoded
+                else:
+                    self.kept[len(readable)] = decoded
+                    self.hashes[len(readable)] = decoded.sha256
+                    readable.append(entry)
+        self.entries = readable
+        return sum(decoded.image.nbytes + decoded.plain.nbytes for decoded in self.kept.values())
+
+    def __getitem__(self, index: int) -> Decoded:
+        """Raises UnreadableImage where the file does not decode."""
+        return self.kept[index] if index in self.kept else self.decode(self.entries[index])
+
+
+@dataclass(slots=True)
+class Pairs(Dataset[Sample]):
+    """Records of a set that is not paired: each real image in turn, with a fake drawn at random per epoch.
+
+    The generators are drawn alike often, however many images each has. Everything about record r of epoch e follows
+    from (seed, e, r), whichever process makes it.
+    """
+
+    pictures: Pictures
+    views: Views
+    seed: int
+    reals: np.ndarray = field(init=False)
+    fakes: list[np.ndarray] = field(init=False)
+    """Places of the fakes of each generator."""
+
+    def __post_init__(self) -> None:
+        labels = self.pictures.labels
+        self.reals = np.flatnonzero(labels == 0)
+        names = np.array([entry.generator or "" for entry in self.pictures.entries])
+        self.fakes = [np.flatnonzero((names == name) & (labels == 1)) for name in sorted(set(names[labels == 1]))]
+
+    def __len__(self) -> int:
+        return len(self.reals)
+
+    def pair(self, epoch: int, record: int) -> tuple[int, int, np.random.Generator]:
+        """Places of the real image and of the fake, and the generator that decides the views."""
+        turn, place = divmod(record, len(self.reals))
+        real = self.reals[_order(self.seed, epoch, turn, len(self.reals))[place]]
+        rng = np.random.default_rng((self.seed, epoch, record))
+        return int(real), int(rng.choice(self.fakes[rng.integers(len(self.fakes))])), rng
+
+    def __getitem__(self, index: tuple[int, int]) -> Sample:
+        """The views of (epoch, record); unreadable images are replaced by the next of their label."""
+        real, fake, rng = self.pair(*index)
+        failed: list[str] = []
+        origins: list[Origin] = []
+        readable = [self._next_readable(place, failed, origins)[:2] for place in (real, fake)]
+        whole, local = self.views.record(readable[0], readable[1], rng)
+        return whole, local, failed, origins
+
+    def _next_readable(self, first: int, failed: list[str], origins: list[Origin]) -> Decoded:
+        entries = self.pictures.entries
+        for step in range(first, first + len(entries)):
+            place = step % len(entries)
+            if entries[place].label != entries[first].label:
+                continue
+            try:
+                decoded = self.pictures[place]
+            except UnreadableImage as error:
+                failed.append(f"{entries[place].uri}\t{error}")
+            else:
+                origins.append((decoded.sha256, entries[place].group))
+                return decoded
+        raise UnreadableImage(f"none of {len(failed)} images of one label can be read any more, the last: {failed[-1]}")
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, turn: int, n: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch, turn, 1)).permutation(n)
+
+
+@dataclass(slots=True)
+class EpochSampler:
+    """Indices (epoch, record) of an epoch's batches for one of several processes; workers live on as it changes."""
+
+    steps: int
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.steps):
+            first = (step * self.world + self.rank) * self.batch_size
+            yield [(self.epoch, first + place) for place in range(self.batch_size)]
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples: whole (n, 3, 2, s, s, 3) and local (n, 2, l, l, 3), uint8, the unreadable and the read."""
+    whole, local, failed, origins = zip(*samples, strict=True)
+    return (
+        torch.from_numpy(np.stack(whole)),
+        torch.from_numpy(np.stack(local)),
+        [line for lines in failed for line in lines],
+        [origin for pair in origins for origin in pair],
+    )

@@ -1,0 +1,166 @@
+"""What a training step differentiates: one forward pass over all views of a batch, and the loss on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.fit.fit_settings import FitSettings
+from trainer.fit.loss import code_loss
+
+
+class Objective(nn.Module):
+    """Backbone and loss as one module, so that one call per step is all that DistributedDataParallel sees."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, dim: int, settings: FitSettings) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.settings = settings
+        self.classifier = nn.Linear(dim, 1) if settings.loss == "bce" else None
+        preprocess = settings.preprocessing
+        self.register_buffer("mean", 255 * torch.tensor(preprocess.mean).view(3, 1, 1), persistent=False)
+        self.patches: PatchSubset | None = None
+        if settings.tokens:
+            self.patches = PatchSubset(settings.tokens, int(getattr(backbone, "num_prefix_tokens", 1)))
+            backbone.patch_drop = self.patches
+        self.register_buffer("std", 255 * torch.tensor(preprocess.std).view(3, 1, 1), persistent=False)
+
+    def forward(self, whole: Tensor, local: Tensor, other: Tensor, seed: int = 0) -> Tensor:
+        """The loss of a batch of records, a scalar.
+
+        Args:
+            whole: Plain, augmented and global views, shape (n, 3, 2, s, s, 3), uint8.
+            local: Local crops, shape (n, 2, l, l, 3), uint8.
+            other: A derangement of the records, shape (n,).
+            seed: Decides the patches that are fed, where not all are.
+        """
+        return self.loss(self.embed_views(whole, local, seed), other)
+
+    def loss(self, embeddings: Tensor, other: Tensor) -> Tensor:
+        """The loss of embeddings (4, 2, n, d) of plain, augmented, global and local views; real, fake."""
+        if self.classifier is not None:
+            logits: Tensor = self.classifier(embeddings)[..., 0]  # (4, 2, n)
+            labels = torch.arange(2.0, device=logits.device)[None, :, None].expand_as(logits)
+            return F.binary_cross_entropy_with_logits(logits, labels)
+        plain, augmented, global_crop, local_crop = embeddings
+        settings = self.settings
+        return code_loss(
+            plain,
+            augmented,
+            global_crop,
+            local_crop,
+            other,
+            temperature=settings.temperature,
+            terms=settings.terms,
+            anchors=settings.anchors,
+            gather=settings.gather,
+        )
+
+    def embed_views(self, whole: Tensor, local: Tensor, seed: int = 0) -> Tensor:
+        """Embeddings of all views, shape (4, 2, n, d), float32: plain, augmented, global, local; real, fake."""
+        chosen = self.patches.drawn_by(seed) if self.patches else nullcontext()
+        with chosen:
+            return self._embed_views(whole, local)
+
+    def _embed_views(self, whole: Tensor, local: Tensor) -> Tensor:
+        whole = whole.permute(1, 2, 0, 3, 4, 5).flatten(0, 2)  # (3 * 2 * n, s, s, 3)
+        local = local.transpose(0, 1).flatten(0, 1)  # (2 * n, l, l, 3)
+        if local.shape[1:] == whole.shape[1:]:
+            embeddings = self.embed(torch.cat([whole, local]))
+        else:
+            embeddings = torch.cat([self.embed(whole), self.embed(local)])
+        return embeddings.view(4, 2, -1, embeddings.shape[1])  # (4, 2, n, d)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Embeddings of uint8 pixels (m, s, s, 3), shape (m, d), float32."""
+        normalised = (pixels.permute(0, 3, 1, 2).float() - self.mean) / self.std  # (m, 3, s, s)
+        bf16 = self.settings.precision == "bf16"
+        # Each weight is cast once per call, and a cache of casts would be shared by the threads of `Slices`.
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            embeddings: Tensor = self.backbone(normalised)
+        return embeddings.float()
+
+
+class PatchSubset(nn.Module):
+    """Keeps the class token and at most so many patches of each view, drawn anew for each; without a draw, all.
+
+    In timm's backbones it takes the place of patch dropout (arXiv 2208.07220), whose share of patches grows with the
+    view and whose draw neither a thread nor a resumed run can repeat.
+    """
+
+    def __init__(self, most: int, prefix: int) -> None:
+        super().__init__()
+        self.most, self.prefix = most, prefix
+
+    @contextmanager
+    def drawn_by(self, seed: int) -> Iterator[None]:
+        """Within this context and thread, forward passes draw from a generator of this seed."""
+        token = _DRAW.set(torch.Generator().manual_seed(seed))
+        try:
+            yield
+        finally:
+            _DRAW.reset(token)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (n, prefix + p, d) in, (n, prefix + min(p, most), d) out."""
+        generator, patches = _DRAW.get(), x.shape[1] - self.prefix
+        if generator is None or patches <= self.most:
+            return x
+        order = torch.rand(len(x), patches, generator=generator).argsort(1)[:, : self.most]  # (n, most)
+        kept = order.to(x.device)[..., None].expand(-1, -1, x.shape[2])  # (n, most, d)
+        return torch.cat([x[:, : self.prefix], x[:, self.prefix :].gather(1, kept)], 1)
+
+
+_DRAW: ContextVar[torch.Generator | None] = ContextVar("draw", default=None)
+
+
+class Slices:
+    """Forward and backward passes over slices of a batch, a slice per thread, with the gradient of the whole batch.
+
+    Threads that meet twice per step use the cores of a CPU better than kernels that each split their work: at 112
+    pixels and two cores a step was seen to take two thirds of the time, and not to collapse beside other programs.
+    """
+
+    def __init__(self, objective: Objective, threads: int) -> None:
+        torch.set_num_threads(1)
+        self.objective = objective
+        self.threads = threads
+        self.pool = ThreadPoolExecutor(threads)
+        self.parameters = [parameter for parameter in objective.backbone.parameters() if parameter.requires_grad]
+
+    def __call__(self, whole: Tensor, local: Tensor, other: Tensor, seed: int = 0) -> Tensor:
+        """Set the gradients of all parameters; returns the loss. Arguments as `Objective.forward`."""
+        wholes, locals_ = whole.chunk(self.threads), local.chunk(self.threads)
+        slices = zip(wholes, locals_, range(seed, seed + len(wholes)), strict=True)
+        parts = list(self.pool.map(lambda views: self.objective.embed_views(*views), slices))  # (4, 2, n / threads, d)
+        leaves = [part.detach().requires_grad_() for part in parts]
+        loss = self.objective.loss(torch.cat(leaves, 2), other)
+        torch.autograd.backward(loss)
+        gradients = self.pool.map(self._gradients, parts, leaves)
+        for parameter, *shares in zip(self.parameters, *gradients, strict=True):
+            parameter.grad = torch.stack(shares).sum(0)
+        return loss.detach()
+
+    def _gradients(self, part: Tensor, leaf: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(part, self.parameters, leaf.grad)
+
+
+def plain_attention(backbone: nn.Module) -> nn.Module:
+    """Let attention run as two matrix products.
+
+    At the few dozen tokens of small views on a CPU this was seen 1.6 times as fast per training step as PyTorch's
+    fused kernel, whose backward pass there computes in float32.
+    """
+    for module in backbone.modules():
+        if hasattr(module, "fused_attn"):
+            setattr(module, "fused_attn", False)  # noqa: B010 - an attribute of some modules only
+    return backbone

@@ -1,0 +1,214 @@
+"""One training run in one process: model, optimiser, schedule and state, epoch by epoch."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.cores import usable_cores
+from trainer.fit.batches import Batch
+from trainer.fit.fit_settings import FitError, FitSettings, learning_rate
+from trainer.fit.loss import derangement
+from trainer.fit.objective import Objective, Slices
+from trainer.fit.state import RunState
+from trainer.model.seen_images import SeenImages
+from trainer.views.augmentations import Pixels
+
+Advance = Callable[[float, int, float, float], None]
+"""Told about each update: share of the schedule done, updates done, loss, records per second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """This process among those that `torchrun` started; alone without it."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def join(cls, device: str) -> Processes:
+        """Join the group that the environment describes."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            if device.startswith("cuda"):
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+
+    def agree(self, value: float) -> float:
+        """The first process's value, so that all take the same decision."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64)
+        shared = shared.cuda() if dist.get_backend() == "nccl" else shared
+        dist.broadcast(shared, 0)
+        return float(shared[0])
+
+    def gather(self, seen: SeenImages) -> list[SeenImages]:
+        """The records of all processes."""
+        if self.world == 1:
+            return [seen]
+        parts: list[Any] = [None] * self.world
+        dist.all_gather_object(parts, seen)
+        return parts
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything that changes while training."""
+
+    settings: FitSettings
+    processes: Processes
+    device: str
+    objective: Objective
+    steps: int
+    """Updates per epoch, where no state says otherwise."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Reason by uri of images that could not be read on the way."""
+    seen: SeenImages = field(default_factory=lambda: SeenImages.of([], []))
+    """Images of the epochs done, those of all processes."""
+    state: RunState = field(init=False)
+    model: nn.Module = field(init=False)
+    """What a step calls: the objective, or the same under DistributedDataParallel."""
+    optimiser: torch.optim.AdamW = field(init=False)
+    average: Objective | None = field(init=False, default=None)
+    slices: Slices | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        settings, world = self.settings, self.processes.world
+        self.state = RunState(settings.record(), self.steps)
+        self.model = nn.parallel.DistributedDataParallel(self.objective) if world > 1 else self.objective
+        self.optimiser = torch.optim.AdamW(
+            self.objective.parameters(), lr=1e-6, weight_decay=settings.weight_decay, fused=True
+        )
+        if self.device == "cpu":
+            if world == 1:
+                self.slices = Slices(self.objective, min(usable_cores(), settings.batch_size))
+            else:
+                torch.set_num_threads(max(1, usable_cores() // world))
+        if settings.ema:
+            self.average = copy.deepcopy(self.objective).requires_grad_(False)
+
+    @property
+    def kept(self) -> Objective:
+        """The weights that are judged and kept: the average where there is one."""
+        return self.average or self.objective
+
+    def progress(self, seconds: float) -> float:
+        """Share of the schedule that is done, 0..1: the larger of updates done and time used."""
+        done = self.state.updates / (self.settings.epochs * self.state.steps)
+        if self.state.window < math.inf:
+            done = self.processes.agree(max(done, seconds / self.state.window))
+        return min(1.0, done)
+
+    def step(self, batch: Batch, order: torch.Generator, rate: float) -> float:
+        """One update; returns the loss."""
+        whole, local, failed, _ = batch
+        self.unreadable.update({uri: reason for uri, _, reason in (line.partition("\t") for line in failed)})
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        whole, local = (views.to(self.device, non_blocking=True) for views in (whole, local))
+        other = derangement(len(whole), order).to(self.device)
+        seed = int(torch.randint(2**31, (), generator=order))
+        if self.slices is not None:
+            loss = self.slices(whole, local, other, seed)
+        else:
+            loss = self.model(whole, local, other, seed)
+            torch.autograd.backward(loss)
+        if self.settings.clip:
+            nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.average is not None:
+            decay = min(self.settings.ema, (1 + self.state.updates) / (10 + self.state.updates))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.objective.parameters()), 1 - decay)
+        self.state.updates += 1
+        return float(loss.detach())
+
+    def epoch(self, batches: Iterator[Batch], listeners: Sequence[Advance] = ()) -> dict[str, float]:
+        """Train until the batches or the time end, and return what the summary of the epoch needs.
+
+        Raises:
+            FitError: The loss is no longer finite.
+        """
+        settings, state, world = self.settings, self.state, self.processes.world
+        seed = np.random.SeedSequence((settings.seed, state.epoch, self.processes.rank)).generate_state(1, np.uint64)[0]
+        order = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+        begin, used, losses, rate, seen = time.monotonic(), state.seconds, [], 0.0, [self.seen]
+        self.model.train()
+        for batch in batches:
+            progress = self.progress(used + time.monotonic() - begin)
+            if progress >= 1:
+                break
+            rate = learning_rate(settings, progress, world)
+            losses.append(self.step(batch, order, rate))
+            seen.append(SeenImages.of((sha256 for sha256, _ in batch[3]), (group for _, group in batch[3])))
+            if not math.isfinite(losses[-1]):
+                raise FitError(f"the loss became {losses[-1]} at update {state.updates}: lower --learning-rate")
+            speed = len(losses) * settings.batch_size * world / (time.monotonic() - begin)
+            for listener in listeners:
+                listener(progress, state.updates, losses[-1], speed)
+        self.seen = SeenImages.joined(self.processes.gather(SeenImages.joined(seen)))
+        elapsed = time.monotonic() - begin
+        state.seconds = used + elapsed
+        state.epoch += 1
+        return {
+            "learning_rate": rate,
+            "loss": float(np.mean(losses)) if losses else math.nan,
+            "records_per_second": len(losses) * settings.batch_size * world / max(elapsed, 1e-9),
+        }
+
+    def embed(self, pixels: Pixels, block: int = 64) -> np.ndarray:
+        """Embeddings (n, d) of pixels (n, s, s, 3), uint8, by the weights that are kept."""
+        self.kept.eval()
+
+        def embed(start: int) -> np.ndarray:
+            with torch.inference_mode():
+                views = torch.from_numpy(pixels[start : start + block]).to(self.device)
+                return self.kept.embed(views).cpu().numpy()
+
+        with ThreadPoolExecutor(self.slices.threads if self.slices else 1) as pool:
+            return np.concatenate(list(pool.map(embed, range(0, len(pixels), block))))  # (n, d)
+
+    def keep_best(self) -> None:
+        """Remember the weights that are kept, which a later epoch may not improve on."""
+        self.state.tensors["best"] = {key: value.cpu().clone() for key, value in self.kept.state_dict().items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict that the checkpoint gets: that of the best epoch where one was remembered."""
+        return dict(self.state.tensors.get("best") or self.kept.state_dict())
+
+    def capture(self) -> None:
+        """Put the tensors into the state."""
+        self.state.tensors |= {"model": self.objective.state_dict(), "optimiser": self.optimiser.state_dict()}
+        self.state.tensors["seen"] = [torch.from_numpy(hashes) for hashes in (self.seen.contents, self.seen.groups)]
+        if self.average is not None:
+            self.state.tensors["average"] = self.average.state_dict()
+
+    def restore(self, state: RunState) -> None:
+        """Go on where a state was taken."""
+        self.state = state
+        self.objective.load_state_dict(state.tensors["model"])
+        self.optimiser.load_state_dict(state.tensors["optimiser"])
+        self.seen = SeenImages(*(hashes.numpy() for hashes in state.tensors["seen"]))
+        if self.average is not None:
+            self.average.load_state_dict(state.tensors["average"])
+
+    def finished(self) -> bool:
+        """Whether the schedule, the time or the patience has run out."""
+        settings, state = self.settings, self.state
+        idle = state.epoch - state.best_epoch if state.best_epoch else 0  # none: no epoch could be judged
+        if settings.max_minutes is None and settings.patience and idle >= settings.patience:
+            return True
+        return self.progress(state.seconds) >= 1

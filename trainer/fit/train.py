@@ -1,0 +1,302 @@
+"""Training of the embedding: data in, checkpoint out."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import cv2
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from trainer.cores import usable_cores
+from trainer.fit.batches import Batch, EpochSampler, Pairs, Pictures, collate
+from trainer.fit.fit_settings import FitError, FitSettings
+from trainer.fit.objective import Objective, plain_attention
+from trainer.fit.probe import Probe
+from trainer.fit.release import release
+from trainer.fit.roles import Roles, read_roles
+from trainer.fit.run import Advance, Processes, Run
+from trainer.fit.scalars import Scalars
+from trainer.fit.state import EpochSummary, RunState, state_folder
+from trainer.fit.stream import ShardRecords, shard_paths
+from trainer.heads.heads import LinearHead
+from trainer.model.embedder import CheckpointConfig, CheckpointError, build_backbone, pick_device, read_config
+from trainer.views.augmentations import Augmenter
+from trainer.views.views import Views
+
+EPOCH_STEPS = 1700
+"""Updates of an epoch at D3's scale (the reference code's)."""
+
+
+def fit(
+    settings: FitSettings,
+    *,
+    overwrite: bool = False,
+    show: Callable[[], AbstractContextManager[Advance]] = lambda: nullcontext(lambda *_: None),
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Train, resume or reuse: afterwards `settings.output` holds a checkpoint of these settings.
+
+    Args:
+        settings: What to train.
+        overwrite: Replace a checkpoint or an unfinished run of whatever settings, and train anew.
+        show: Gives a progress display.
+        say: Told about epochs in one line each.
+
+    Returns:
+        The metrics of the checkpoint, and whether it was `reused`. Empty in all processes but the first.
+
+    Raises:
+        FitError: Data, settings or output folder do not allow it, or the loss diverged.
+    """
+    begin = time.monotonic()
+    folder, device = state_folder(settings.output), pick_device(settings.device)
+    if not overwrite and (metrics := finished_checkpoint(settings)) is not None:
+        return metrics | {"reused": True}
+    state = None if overwrite else unfinished_run(settings)
+    processes = Processes.join(device)
+    roles = read_roles(settings)
+    views = Views(
+        preprocess=settings.preprocessing,
+        local_size=settings.local,
+        augmenter=Augmenter(settings.image_size, settings.augmentations),
+        scale=settings.scale,
+        recompress=settings.recompress,
+    )
+    objective, config = make_objective(settings, device)
+    run = Run(settings, processes, device, objective, epoch_steps(settings, roles["training"], processes.world))
+    if state is not None:
+        run.restore(state)
+        say(f"resuming after epoch {state.epoch}, {state.updates} updates")
+    batches = epoch_batches(settings, roles["training"], views, run)
+    probe = Probe.of(roles["training"], roles["validation"], views, settings.seed)
+    first = processes.rank == 0
+    if first and not probe.usable:
+        real, fake = (int((probe.validation_labels == label).sum()) // 2 for label in (0, 1))  # each is there twice
+        say(
+            f"{real} real and {fake} generated validation images: accuracy is not measured, --patience has no effect, "
+            "and the last weights are kept"
+        )
+    deadline = math.inf
+    if settings.max_minutes is not None:
+        finishing = finishing_seconds(run, probe, roles)
+        if run.state.window == math.inf:
+            left = begin + 60 * settings.max_minutes - finishing - time.monotonic()
+            run.state.window = max(left, 1e-3)  # too little for one update ends with what there is
+        deadline = time.monotonic() + max(0.0, run.state.window - run.state.seconds) + finishing
+    with (
+        show() if first else nullcontext(lambda *_: None) as advance,
+        Scalars(settings.tensorboard if first else None) as scalars,
+    ):
+        while not run.finished():
+            summary = judge(run, probe, run.epoch(batches(run.state.epoch), (advance, scalars.update)))
+            scalars.epoch(summary)
+            if first:
+                run.capture()
+                run.state.save(folder)
+                say(describe(summary))
+        metrics = write_checkpoint(run, config, roles, views, deadline) if first else {}
+    if processes.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return metrics | {"reused": False}
+
+
+def finished_checkpoint(settings: FitSettings) -> dict[str, Any] | None:
+    """The metrics of a checkpoint of these settings at the output folder, or None where there is none.
+
+    Raises:
+        FitError: There is something else.
+    """
+    if not settings.output.exists() or (settings.output.is_dir() and not any(settings.output.iterdir())):
+        return None
+    try:
+        config = read_config(settings.output)
+    except CheckpointError as error:
+        raise FitError(f"{settings.output} exists and is no checkpoint ({error}): choose another --output") from error
+    if differs := differences(config.training, settings.record()):
+        raise FitError(
+            f"{settings.output} holds a checkpoint trained with other settings ({differs}): "
+            "choose another --output, or use --overwrite"
+        )
+    path = settings.output / "metrics.json"
+    metrics: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"checkpoint": None, "validation": {}}
+    return metrics
+
+
+def unfinished_run(settings: FitSettings) -> RunState | None:
+    """The state of an interrupted run of these settings, or None where there is none.
+
+    Raises:
+        FitError: It is of other settings.
+    """
+    folder = state_folder(settings.output)
+    state = RunState.load(folder)
+    if state is not None and (differs := differences(state.settings, settings.record())):
+        raise FitError(f"{folder} holds an unfinished run of other settings ({differs}): finish it, or use --overwrite")
+    return state
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The settings that differ, in words; empty where none does."""
+    changed = [key for key in sorted(set(old) | set(new)) if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
+
+
+def epoch_steps(settings: FitSettings, training: Pictures, processes: int = 1) -> int:
+    """Updates per epoch: as set, else 1,700, or as many as show each real image four times where that is fewer."""
+    if settings.epoch_steps or shard_paths(settings.data):
+        return settings.epoch_steps or EPOCH_STEPS
+    real = int((training.labels == 0).sum())
+    return min(EPOCH_STEPS, max(10, math.ceil(4 * real / (settings.batch_size * processes))))
+
+
+def make_objective(settings: FitSettings, device: str) -> tuple[Objective, CheckpointConfig]:
+    """Backbone and loss with weights drawn from the seed (or timm's), and the configuration of the checkpoint."""
+    import timm
+
+    args = dict(settings.architecture_args)
+    with torch.device("meta"):
+        bare = timm.create_model(settings.architecture, pretrained=False, num_classes=0, **args)
+    config = CheckpointConfig(
+        name=settings.name,
+        architecture=settings.architecture,
+        image_size=settings.image_size,
+        dim=int(bare.get_parameter("cls_token").shape[-1]),
+        preprocess=settings.preprocessing,
+        architecture_args=args,
+        training=settings.record(),
+        provenance={"code": "lineup train fit", "data": str(settings.data), "split": settings.split},
+    )
+    torch.manual_seed(settings.seed)
+    objective = Objective(build_backbone(config), config.dim, settings)
+    if settings.pretrained:
+        official = timm.create_model(settings.architecture, pretrained=True, num_classes=0, **args)
+        objective.backbone.load_state_dict(official.state_dict())
+    if device == "cpu":
+        plain_attention(objective.backbone)
+    return objective.to(device), config
+
+
+def epoch_batches(
+    settings: FitSettings, training: Pictures, views: Views, run: Run
+) -> Callable[[int], Iterator[Batch]]:
+    """The batches of an epoch, made in worker processes: of pictures, or streamed where the data are shards."""
+    cores = usable_cores()
+    share = cores // 2 if run.device == "cpu" else cores - 1
+    workers = max(1, share // run.processes.world) if settings.workers is None else settings.workers
+    rank, world = run.processes.rank, run.processes.world
+    cv2.setNumThreads(0)  # here, not in the workers: a forked process waits for ever for OpenCV's pool of threads
+    options: dict[str, Any] = {
+        "num_workers": workers,
+        "collate_fn": collate,
+        "prefetch_factor": 2 if workers else None,
+        "pin_memory": run.device.startswith("cuda"),
+    }
+    if paths := shard_paths(settings.data):
+        records = ShardRecords(paths, views, settings.seed, settings.split, rank)
+
+        def stream(epoch: int) -> Iterator[Batch]:
+            of_epoch = replace(records, epoch=epoch)
+            return islice(DataLoader(of_epoch, batch_size=settings.batch_size, **options), run.state.steps)
+
+        return stream
+    sampler = EpochSampler(run.state.steps, settings.batch_size, rank, world)
+    loader: DataLoader[Any] = DataLoader(
+        Pairs(training, views, settings.seed), batch_sampler=sampler, persistent_workers=workers > 0, **options
+    )
+
+    def pairs(epoch: int) -> Iterator[Batch]:
+        sampler.epoch = epoch
+        return iter(loader)
+
+    return pairs
+
+
+def judge(run: Run, probe: Probe, epoch: dict[str, float]) -> EpochSummary:
+    """Look at validation images after an epoch, and put it into the history.
+
+    Under a limit of time only where that takes less than a tenth of the training since the last look, or at the end.
+    """
+    state, started = run.state, time.monotonic()
+    worth = run.settings.max_minutes is None or run.progress(state.seconds) >= 1
+    accuracy = auroc = math.nan
+    if worth or run.processes.agree(state.seconds - state.judged) > 10 * state.judging:
+        if run.processes.rank == 0:
+            accuracy, auroc = probe.score(run.embed)
+        accuracy = run.processes.agree(accuracy)
+        state.judging = time.monotonic() - started
+        state.seconds += state.judging
+        state.judged = state.seconds
+    summary = EpochSummary(
+        epoch=state.epoch,
+        updates=state.updates,
+        seconds=state.seconds,
+        progress=run.progress(state.seconds),  # after the look, whose time may have been the last
+        accuracy=accuracy,
+        auroc=auroc,
+        **epoch,
+    )
+    if state.add(summary) and run.settings.max_minutes is None:
+        run.keep_best()
+    return summary
+
+
+def describe(summary: EpochSummary) -> str:
+    """An epoch in one line."""
+    looked = "" if math.isnan(summary.accuracy) else f"accuracy {summary.accuracy:.3f}, AUROC {summary.auroc:.3f}, "
+    speed = f"{summary.records_per_second:.1f} records/s"
+    return f"epoch {summary.epoch}: loss {summary.loss:.3f}, {looked}{speed}, {100 * summary.progress:.0f} %"
+
+
+def finishing_seconds(run: Run, probe: Probe, roles: Roles) -> float:
+    """Time to keep for the last look at validation images and for heads on three views of each training image.
+
+    At most a third of all time.
+    """
+    settings = run.settings
+    sample = probe.training[:128]
+    started = time.monotonic()
+    run.embed(sample)
+    per_view = (time.monotonic() - started) / len(sample)
+    images = min(3 * len(roles["training"]), settings.head_images)
+    images += len(roles["calibration"]) + len(roles["validation"])
+    # `release` embeds by torch in float32 on a GPU; on a CPU by OpenVINO, which takes no longer than bf16 in training.
+    slower = 1 if run.device == "cpu" else 3
+    return min(6 + per_view * (len(probe) + slower * images), 20 * (settings.max_minutes or math.inf))
+
+
+def write_checkpoint(run: Run, config: CheckpointConfig, roles: Roles, views: Views, deadline: float) -> dict[str, Any]:
+    """Write the checkpoint folder, remove the state of the run, and return the metrics."""
+    settings, state, weights = run.settings, run.state, run.weights()
+    classifier = None
+    if "classifier.weight" in weights:
+        weight, bias = weights["classifier.weight"].cpu(), weights["classifier.bias"].cpu()
+        classifier = LinearHead(weight[0].double().numpy(), float(bias[0]))
+    metrics = release(
+        settings.output,
+        {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")},
+        config,
+        roles,
+        views,
+        seed=settings.seed,
+        head_images=settings.head_images,
+        device=run.device,
+        deadline=deadline - 3,
+        classifier=classifier,
+        training={"updates": state.updates, "epochs": state.epoch, "seconds": round(state.seconds, 1)},
+        history=state.history,
+        unreadable=run.unreadable,
+        seen=run.seen,
+    )
+    shutil.rmtree(state_folder(settings.output), ignore_errors=True)
+    return metrics

@@ -1,0 +1,1 @@
+"""What judges embeddings: heads, the vote of neighbours, and their calibration."""

@@ -1,0 +1,302 @@
+"""From raw head scores to probabilities, thresholds with promised error rates, and p-values for novelty.
+
+Everything is fitted from images that trained neither backbone nor heads (the role "calibration"). The maps are
+logistic (Platt 1999); thresholds and p-values are conformal (Vovk et al. 2005). Numpy only: serving refits after index
+changes.
+
+p-values hold for fresh images that are exchangeable with the calibration images, whatever the distribution. Thresholds
+would as well if the scores they are set from came from the map that serves. They come from maps fitted without the
+image's group, uploads are scored by the map fitted on all: the rates are met closely, not exactly. Images count one by
+one, though those of a group resemble each other: g groups of images all alike hold no rate below 1 / (g + 1).
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from trainer.heads.logistic import LogisticMap, fit_logistic, sigmoid
+
+HEADS = ("knn", "linear", "svm")
+"""Whose raw scores are combined: the vote's logit, the linear logit, the one-class score."""
+FOLDS = 5
+"""Thresholds come from scores of maps that have not seen the image's group."""
+METHOD = 3
+"""Changes whenever scores or their fit do, here or in the vote: what was fitted otherwise is not used again."""
+MINIMUM = 10
+"""Fewer calibration images of either label than this calibrate nothing."""
+MINIMUM_NOVELTY = 50
+"""Fewer calibration images than this give no p-value for novelty."""
+
+
+def subset(heads: Iterable[str]) -> str:
+    """The name of a set of heads, such as "knn+linear", whatever the order given."""
+    given = set(heads)
+    return "+".join(head for head in HEADS if head in given)
+
+
+def shift_prior(score: float, prior: float) -> float:
+    """A probability at prior 0.5 as it is when a share `prior` of all images is fake. Thresholds are not shifted.
+
+    Args:
+        score: 0..1.
+        prior: 0..1, both excluded (`LINEUP_PRIOR`).
+    """
+    odds = score * prior
+    return odds / (odds + (1 - score) * (1 - prior))
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Fitted maps and the calibration images' own scores, for every subset of heads that can answer.
+
+    Methods that take `heads` use the subset's own table; None is the largest subset there is. Nothing was calibrated
+    where `maps` is empty.
+    """
+
+    maps: dict[str, LogisticMap]
+    """By `subset` name; a single head's map is its own calibration."""
+    real: dict[str, np.ndarray]
+    """Calibrated logits of the real calibration images by maps fitted without their group, ascending, float32."""
+    fake: dict[str, np.ndarray]
+    """Likewise of the fakes."""
+    nearest: np.ndarray
+    """Similarity of each calibration image to its nearest reference, ascending, float32."""
+    nearest_fake: np.ndarray
+    """Similarity of each fake calibration image to its nearest fake reference, ascending, float32."""
+    n_real: int
+    n_fake: int
+
+    def largest(self, heads: Collection[str] | None = None) -> str | None:
+        """The calibrated subset of most heads among those given (all when None); None when there is none."""
+        names = [name for name in self.maps if heads is None or set(name.split("+")) <= set(heads)]
+        return max(names, key=lambda name: name.count("+"), default=None)
+
+    def probability(self, head: str, logits: np.ndarray | float) -> np.ndarray:
+        """Calibrated probabilities of one head at prior 0.5, same shape, NaN where it is not calibrated.
+
+        Args:
+            head: knn, linear or svm.
+            logits: The head's raw logit or score, any shape.
+        """
+        x = np.asarray(logits, np.float64)
+        if head not in self.maps:
+            return np.full(x.shape, np.nan)
+        return sigmoid(self.maps[head](x.reshape(-1, 1))).reshape(x.shape)
+
+    def combine(self, logits: Mapping[str, float | None]) -> float | None:
+        """Combined probability of fake at prior 0.5; None when no head that answered is calibrated.
+
+        Args:
+            logits: Raw logit or score by head; None or NaN for a head that cannot answer.
+        """
+        there = {head: value for head, value in logits.items() if value is not None and not np.isnan(value)}
+        score = self.combine_many({head: np.array([value]) for head, value in there.items()})[0] if there else np.nan
+        return None if np.isnan(score) else float(score)
+
+    def combine_many(self, logits: Mapping[str, np.ndarray]) -> np.ndarray:
+        """`combine` for n images at once: shape (n,), NaN for None.
+
+        Args:
+            logits: Raw logits or scores by head, each of shape (n,); NaN for a head that cannot answer.
+        """
+        heads = [head for head in HEADS if head in logits]
+        table = np.column_stack([np.asarray(logits[head], np.float64) for head in heads])  # (n, h)
+        scores = np.full(len(table), np.nan)
+        for pattern in np.unique(~np.isnan(table), axis=0):
+            rows = (~np.isnan(table) == pattern).all(1)
+            name = self.largest([head for head, there in zip(heads, pattern, strict=True) if there])
+            if name is not None:
+                columns = [heads.index(head) for head in self.maps[name].heads]
+                scores[rows] = sigmoid(self.maps[name](table[np.ix_(rows, columns)]))
+        return scores
+
+    def terms(self, logits: Mapping[str, float]) -> dict[str, float]:
+        """What the combined logit is the sum of: each head's raw answer times its weight, and `bias`.
+
+        Empty when no head that answered is calibrated. Beyond +-30 the sum is more than `combine` makes use of.
+
+        Args:
+            logits: Raw logit or score by head; NaN for a head that cannot answer.
+        """
+        name = self.largest([head for head, value in logits.items() if not np.isnan(value)])
+        if name is None:
+            return {}
+        joined = self.maps[name]
+        weighed = zip(joined.heads, joined.weights, strict=True)
+        return {head: float(weight * logits[head]) for head, weight in weighed} | {"bias": joined.intercept}
+
+    def thresholds(
+        self, max_false_alarm: float, max_miss: float, heads: Collection[str] | None = None
+    ) -> tuple[float | None, float | None]:
+        """(t_fake, t_real): `fake` if score >= t_fake, else `real` if score < t_real, else uncertain.
+
+        t_fake is the smallest t with (1 + real calibration images scoring >= t) / (n_real + 1) <= max_false_alarm,
+        t_real the largest with (1 + fakes scoring < t) / (n_fake + 1) <= max_miss. None where that few images cannot
+        promise the rate (see `more_images`) or nothing is calibrated.
+        """
+        name = self.largest(heads)
+        if name is None:
+            return None, None
+        real, fake = sigmoid(self.real[name]), sigmoid(self.fake[name])
+        above, below = _allowed(max_false_alarm, len(real)), _allowed(max_miss, len(fake))
+        t_fake = t_real = None
+        if above >= 0:  # just above the first real that must stay below
+            t_fake = float(np.nextafter(real[len(real) - 1 - above], 2.0)) if above < len(real) else 0.0
+        if below >= 0:
+            t_real = float(fake[below]) if below < len(fake) else 1.0
+        return t_fake, t_real
+
+    def more_images(
+        self, max_false_alarm: float, max_miss: float, heads: Collection[str] | None = None
+    ) -> tuple[int, int]:
+        """How many more real and fake calibration images the two rates would need before they can be promised."""
+        name = self.largest(heads)
+        real, fake = (0, 0) if name is None else (len(self.real[name]), len(self.fake[name]))
+        return _missing(max_false_alarm, real), _missing(max_miss, fake)
+
+    def false_alarm(self, score: float, heads: Collection[str] | None = None) -> float | None:
+        """Share of real calibration images that score at least this, 0..1; None when nothing is calibrated."""
+        name = self.largest(heads)
+        if name is None:
+            return None
+        real = sigmoid(self.real[name])  # (n,), ascending
+        return float(len(real) - np.searchsorted(real, score, side="left")) / len(real)
+
+    def novelty(self, similarity: float) -> float | None:
+        """p-value of being as far from every reference as this, 0..1; None below 50 calibration images.
+
+        (1 + calibration images whose nearest similarity <= this) / (n + 1).
+        """
+        return _p_value(self.nearest, similarity)
+
+    def fake_novelty(self, similarity: float) -> float | None:
+        """The same p-value over fakes and their nearest fakes: a small one means an unknown generator."""
+        return _p_value(self.nearest_fake, similarity)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; arrays as base64 of little-endian float32."""
+        return {
+            "maps": {name: logistic.to_json() for name, logistic in self.maps.items()},
+            "real": {name: _pack(scores) for name, scores in self.real.items()},
+            "fake": {name: _pack(scores) for name, scores in self.fake.items()},
+            "nearest": _pack(self.nearest),
+            "nearest_fake": _pack(self.nearest_fake),
+            "n_real": self.n_real,
+            "n_fake": self.n_fake,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Calibration:
+        """Read `to_json` back."""
+        return cls(
+            maps={name: LogisticMap.from_json(item) for name, item in values["maps"].items()},
+            real={name: _unpack(text) for name, text in values["real"].items()},
+            fake={name: _unpack(text) for name, text in values["fake"].items()},
+            nearest=_unpack(values["nearest"]),
+            nearest_fake=_unpack(values["nearest_fake"]),
+            n_real=int(values["n_real"]),
+            n_fake=int(values["n_fake"]),
+        )
+
+
+def fit_calibration(
+    logits: Mapping[str, np.ndarray],
+    nearest: np.ndarray,
+    nearest_fake: np.ndarray,
+    labels: np.ndarray,
+    groups: Sequence[str],
+    enrolled: np.ndarray | None = None,
+) -> Calibration:
+    """Fit maps, thresholds' tables and novelty tables from n calibration images: the one place where that is done.
+
+    Args:
+        logits: Raw logit or score by head (knn, linear, svm), each of shape (n,); NaN where a head could not answer.
+        nearest: Similarity to the nearest reference of any label, shape (n,); NaN where there is none.
+        nearest_fake: Similarity to the nearest fake reference, shape (n,); only those of fakes are used.
+        labels: 0 real, 1 fake, shape (n,).
+        groups: The images' groups, n of them; references of the same group must not have been asked.
+        enrolled: Whether an image is a reference of a generator that the checkpoint does not know, shape (n,), bool;
+            such count for what depends on the index, not for maps of the checkpoint's own heads. None: no image is.
+    """
+    labels = np.asarray(labels)
+    own = np.ones(len(labels), bool) if enrolled is None else ~enrolled
+    columns = {head: np.asarray(logits[head], np.float64) for head in HEADS if head in logits}
+    folds = group_folds(groups, labels)
+    maps: dict[str, LogisticMap] = {}
+    real: dict[str, np.ndarray] = {}
+    fake: dict[str, np.ndarray] = {}
+    for size in range(1, len(columns) + 1):
+        for heads in combinations(columns, size):
+            table = np.column_stack([columns[head] for head in heads])  # (n, h)
+            rows = np.isfinite(table).all(1) & (own | ("knn" in heads))
+            if not MINIMUM <= labels[rows].sum() <= rows.sum() - MINIMUM:
+                continue
+            name = subset(heads)
+            maps[name] = fit_logistic(heads, table[rows], labels[rows])
+            scores = _cross_fitted(heads, table[rows], labels[rows], folds[rows])
+            real[name] = np.sort(scores[labels[rows] == 0])
+            fake[name] = np.sort(scores[labels[rows] == 1])
+    fakes = np.asarray(nearest_fake)[labels == 1]
+    everything = np.asarray(nearest)
+    return Calibration(
+        maps=maps,
+        real=real,
+        fake=fake,
+        nearest=np.sort(everything[~np.isnan(everything)]).astype(np.float32),
+        nearest_fake=np.sort(fakes[~np.isnan(fakes)]).astype(np.float32),
+        n_real=int((labels == 0).sum()),
+        n_fake=int((labels == 1).sum()),
+    )
+
+
+def _cross_fitted(heads: tuple[str, ...], table: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Calibrated logits, shape (n,), float32, each by a map fitted on the other folds."""
+    scores = np.empty(len(table), np.float32)
+    for fold in range(FOLDS):
+        held = folds == fold
+        # A fold whose complement lacks a label (few, large groups) is scored by all: better than no threshold.
+        others = ~held if 0 < labels[~held].sum() < (~held).sum() else np.ones_like(held)
+        scores[held] = fit_logistic(heads, table[others], labels[others])(table[held])
+    return scores
+
+
+def group_folds(groups: Sequence[str], labels: np.ndarray) -> np.ndarray:
+    """Fold of each image, shape (n,): groups stay whole, and are dealt out in hash order for each mix of labels."""
+    mixes: dict[str, set[int]] = {}
+    for group, label in zip(groups, labels, strict=True):
+        mixes.setdefault(group, set()).add(int(label))
+    order = sorted(mixes, key=lambda group: (sorted(mixes[group]), blake2b(group.encode()).digest()))
+    fold = {group: number % FOLDS for number, group in enumerate(order)}
+    return np.array([fold[group] for group in groups], dtype=np.int64)
+
+
+def _allowed(rate: float, n: int) -> int:
+    """The most calibration images that may lie on the wrong side, so that (1 + they) / (n + 1) <= rate; -1 for none."""
+    return int(np.floor(rate * (n + 1) + 1e-9)) - 1
+
+
+def _missing(rate: float, n: int) -> int:
+    """How many images more than n the rate needs."""
+    return max(0, int(np.ceil(1 / rate - 1e-9)) - 1 - n) if rate > 0 else 0
+
+
+def _p_value(table: np.ndarray, similarity: float) -> float | None:
+    """(1 + entries <= similarity) / (n + 1), None for a table too small."""
+    if len(table) < MINIMUM_NOVELTY or np.isnan(similarity):
+        return None
+    return float(1 + np.searchsorted(table, np.float32(similarity), side="right")) / (len(table) + 1)
+
+
+def _pack(values: np.ndarray) -> str:
+    return base64.b64encode(values.astype("<f4").tobytes()).decode()
+
+
+def _unpack(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float32)

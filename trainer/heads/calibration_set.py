@@ -1,0 +1,103 @@
+"""The calibration images of a checkpoint: raw embeddings and what they are, so that any index can calibrate on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from shlex import quote
+
+import numpy as np
+
+from trainer.model.embedder import CheckpointError, write_atomically
+
+CALIBRATION_FILE = "calibration.safetensors"
+LIMIT = 10_000
+"""The most images a set holds."""
+TEXTS = ("generators", "sources", "sha256", "groups")
+"""Columns of text."""
+
+
+def refit_command(folder: Path) -> str:
+    """The command that fits heads and calibration of a checkpoint anew, as it can be copied into a shell."""
+    return f"lineup train heads --checkpoint {quote(str(folder))} --data IMAGES"
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSet:
+    """n images that trained neither backbone nor heads (role "calibration")."""
+
+    embeddings: np.ndarray
+    """Raw, shape (n, d), float32."""
+    labels: np.ndarray
+    """0 real, 1 fake, shape (n,)."""
+    generators: list[str]
+    """Empty for a real image."""
+    sources: list[str]
+    sha256: list[str]
+    groups: list[str]
+    trained: list[str] = field(default_factory=list)
+    """Generators whose images trained the checkpoint, whether or not any is here."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def digest(self) -> str:
+        """Hash of embeddings, labels, hashes and groups, 32 hex characters."""
+        digest = blake2b(json.dumps([self.sha256, self.groups]).encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(self.embeddings, np.float32).tobytes())
+        digest.update(np.ascontiguousarray(self.labels, np.uint8).tobytes())
+        return digest.hexdigest()
+
+    def take(self, rows: Sequence[int]) -> CalibrationSet:
+        """Those images, in that order."""
+        texts = {name: [getattr(self, name)[row] for row in rows] for name in TEXTS}
+        chosen = np.asarray(rows, np.int64)
+        return replace(self, embeddings=self.embeddings[chosen], labels=self.labels[chosen], **texts)
+
+    def joined(self, other: CalibrationSet) -> CalibrationSet:
+        """These images, then those."""
+        texts = {name: getattr(self, name) + getattr(other, name) for name in TEXTS}
+        return replace(
+            self,
+            embeddings=np.concatenate([self.embeddings, other.embeddings]),  # (n + m, d)
+            labels=np.concatenate([self.labels, other.labels]),  # (n + m,)
+            **texts,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write `calibration.safetensors` into a checkpoint folder, atomically."""
+        from safetensors.numpy import save
+
+        texts = {key: getattr(self, key) for key in (*TEXTS, "trained")}
+        arrays: dict[str, np.ndarray] = {
+            "embeddings": np.ascontiguousarray(self.embeddings, np.float32),
+            "labels": np.ascontiguousarray(self.labels, np.uint8),
+        }
+        write_atomically(folder / CALIBRATION_FILE, save(arrays, {"texts": json.dumps(texts)}))
+
+    @classmethod
+    def load(cls, folder: Path) -> CalibrationSet:
+        """Read `calibration.safetensors` of a checkpoint folder.
+
+        Raises:
+            CheckpointError: It is missing or broken.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(folder) / CALIBRATION_FILE
+        try:
+            with safe_open(path, "numpy") as file:
+                arrays = {key: file.get_tensor(key) for key in ("embeddings", "labels")}
+                texts = json.loads(file.metadata()["texts"])
+            loaded = cls(**arrays, **texts)
+            if {len(loaded.embeddings)} != {len(getattr(loaded, name)) for name in ("labels", *TEXTS)}:
+                raise ValueError("its columns differ in length")
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing: run `{refit_command(folder)}`") from error
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is broken ({error}): run `{refit_command(folder)}`") from error
+        return loaded

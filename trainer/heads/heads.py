@@ -1,0 +1,317 @@
+"""The classifiers on raw embeddings: linear, nearest neighbour and one-class SVM (CoDE, section 4.1).
+
+scikit-learn fits them; they are stored as arrays and scored by numpy, so that serving needs neither scikit-learn nor
+a pickle. Labels are 0 real and 1 fake, and every score rises with "fake".
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import numpy as np
+
+from trainer.heads.calibration import MINIMUM
+from trainer.heads.calibration_set import CalibrationSet, refit_command
+from trainer.heads.logistic import LogisticMap, fit_logistic, sigmoid
+from trainer.model.embedder import CONFIG_FILE, CheckpointError, write_atomically, write_config
+
+HEADS_FILE = "heads.safetensors"
+C = 0.316
+"""Inverse regularisation of the logistic regression (the paper's)."""
+NU = 0.1
+"""Share of real training images that the one-class SVM may leave outside (the paper's)."""
+DEGREE = 3
+"""Of the one-class SVM's polynomial kernel (the paper's)."""
+BLOCK = 4_000_000
+"""Entries of one block of kernel or similarity values, which bounds memory."""
+
+
+class HeadsError(CheckpointError):
+    """The heads are missing, broken, or of another checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearHead:
+    """Logistic regression."""
+
+    weight: np.ndarray
+    """Shape (d,), float64."""
+    bias: float
+
+    def logit(self, x: np.ndarray) -> np.ndarray:
+        """Signed distance, shape (n,), above 0 for fake.
+
+        Args:
+            x: Raw embeddings, shape (n, d).
+        """
+        logits: np.ndarray = x.astype(np.float64) @ self.weight + self.bias  # (n, d) -> (n,)
+        return logits
+
+    def probability(self, x: np.ndarray) -> np.ndarray:
+        """Probability of fake as fitted (not calibrated), shape (n,), 0..1."""
+        return sigmoid(self.logit(x))
+
+
+@dataclass(frozen=True, slots=True)
+class OneClassHead:
+    """One-class SVM on real images, kernel (gamma <x, y> + coef0) ^ degree."""
+
+    support: np.ndarray
+    """Support vectors, shape (m, d), float32."""
+    dual: np.ndarray
+    """Their coefficients, shape (m,), float64."""
+    intercept: float
+    gamma: float
+    coef0: float
+    degree: int
+
+    def score(self, x: np.ndarray) -> np.ndarray:
+        """Minus scikit-learn's decision function (+1 is an inlier there), shape (n,), above 0 for fake.
+
+        Args:
+            x: Raw embeddings, shape (n, d); on unit length this head degenerates.
+        """
+        support = self.support.astype(np.float64).T  # (d, m)
+        scores = np.empty(len(x))
+        rows = max(1, BLOCK // max(1, len(self.support)))
+        for start in range(0, len(x), rows):
+            block = x[start : start + rows].astype(np.float64)
+            kernel = (self.gamma * (block @ support) + self.coef0) ** self.degree  # (rows, m)
+            scores[start : start + rows] = -(kernel @ self.dual + self.intercept)
+        return scores
+
+
+@dataclass(frozen=True, slots=True)
+class NearestHead:
+    """The paper's 1-NN by cosine on the embeddings that the other heads were fitted on."""
+
+    embeddings: np.ndarray
+    """Unit length, shape (m, d), float16 (similarities are then off by at most about 1e-3)."""
+    labels: np.ndarray
+    """0 real, 1 fake, shape (m,), uint8."""
+
+    def nearest(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row of the nearest training embedding (n,), and its cosine similarity (n,) float32.
+
+        Args:
+            x: Raw embeddings, shape (n, d).
+        """
+        queries = unit_length(x)  # (n, d)
+        known = self.embeddings.astype(np.float32).T  # (d, m)
+        rows = np.empty(len(x), np.int64)
+        similarity = np.empty(len(x), np.float32)
+        size = max(1, BLOCK // max(1, len(self.labels)))
+        for start in range(0, len(x), size):
+            block = queries[start : start + size] @ known  # (size, m)
+            best = block.argmax(1)
+            rows[start : start + size] = best
+            similarity[start : start + size] = np.take_along_axis(block, best[:, None], 1)[:, 0]
+        return rows, similarity
+
+    def label(self, x: np.ndarray) -> np.ndarray:
+        """Label of the nearest, shape (n,)."""
+        labels: np.ndarray = self.labels[self.nearest(x)[0]]
+        return labels
+
+    def margin(self, x: np.ndarray) -> np.ndarray:
+        """Similarity of the nearest fake minus that of the nearest real, shape (n,), -2..2, above 0 for fake.
+
+        Its sign is `label`; unlike the label it ranks images, which AUROC needs.
+        """
+        fake, real = (
+            NearestHead(self.embeddings[self.labels == label], self.labels[self.labels == label]).nearest(x)[1]
+            for label in (1, 0)
+        )
+        margin: np.ndarray = fake - real
+        return margin
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """All heads of a checkpoint. `svm` is None for heads imported without it, `nearest` likewise."""
+
+    linear: LinearHead
+    svm: OneClassHead | None
+    nearest: NearestHead | None
+    maps: dict[str, LogisticMap]
+    """Calibration of linear and svm, fixed by the checkpoint; empty when there were too few calibration images."""
+    settings: dict[str, Any]
+    """Hyperparameters and what the heads were fitted on, for `config.json`."""
+    calibration_digest: str = ""
+    """Of the calibration set the maps were fitted on."""
+
+    @property
+    def dim(self) -> int:
+        """Length of the embeddings."""
+        return len(self.linear.weight)
+
+    @property
+    def id(self) -> str:
+        """Hash of heads and calibration embeddings, 32 hex characters."""
+        digest = blake2b(self.calibration_digest.encode(), digest_size=16)
+        for name, array in sorted(self.arrays().items()):
+            digest.update(f"{name}{array.shape}{array.dtype}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def logits(self, x: np.ndarray) -> dict[str, np.ndarray]:
+        """Raw scores by head name as `fit_calibration` takes them: linear logit and SVM score, each (n,).
+
+        Args:
+            x: Raw embeddings, shape (n, d).
+        """
+        scores = {"linear": self.linear.logit(x)}
+        return scores | ({"svm": self.svm.score(x)} if self.svm else {})
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything that is stored in `heads.safetensors`, by name."""
+        arrays = {"linear.weight": self.linear.weight, "linear.bias": np.array([self.linear.bias])}
+        if self.svm:
+            scalars = np.array([self.svm.intercept, self.svm.gamma, self.svm.coef0, self.svm.degree])
+            arrays |= {"svm.support": self.svm.support, "svm.dual": self.svm.dual, "svm.scalars": scalars}
+        if self.nearest:
+            arrays |= {"nearest.embeddings": self.nearest.embeddings, "nearest.labels": self.nearest.labels}
+        return arrays
+
+    def save(self, folder: Path) -> None:
+        """Write `heads.safetensors`, then the section `heads` of the folder's `config.json`, each atomically.
+
+        Raises:
+            CheckpointError: The folder holds no checkpoint, or one of another dimension.
+        """
+        from safetensors.numpy import save
+
+        config = _config(folder)
+        _check_dimension(self.dim, int(config.get("dim", self.dim)), folder)
+        write_atomically(folder / HEADS_FILE, save(self.arrays()))
+        maps = {head: logistic.to_json() for head, logistic in self.maps.items()}
+        section = {"id": self.id, "calibration_digest": self.calibration_digest, "maps": maps} | self.settings
+        write_config(folder, config | {"heads": section})
+
+    @classmethod
+    def load(cls, folder: Path) -> Heads:
+        """Read the heads of a checkpoint folder.
+
+        Raises:
+            HeadsError: They are missing, broken, of another dimension, or config and arrays do not belong together.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        folder = Path(folder)
+        config = _config(folder)
+        again = f"run `{refit_command(folder)}`"
+        section = dict(config.get("heads") or {})
+        try:
+            arrays = load_file(folder / HEADS_FILE)
+            heads = cls(
+                linear=LinearHead(arrays["linear.weight"], float(arrays["linear.bias"][0])),
+                svm=_one_class(arrays) if "svm.support" in arrays else None,
+                nearest=NearestHead(arrays["nearest.embeddings"], arrays["nearest.labels"])
+                if "nearest.embeddings" in arrays
+                else None,
+                maps={head: LogisticMap.from_json(item) for head, item in section.pop("maps", {}).items()},
+                calibration_digest=section.pop("calibration_digest", ""),
+                settings={key: value for key, value in section.items() if key != "id"},
+            )
+        except FileNotFoundError as error:
+            raise HeadsError(f"{folder / HEADS_FILE} is missing: {again}") from error
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise HeadsError(f"{folder / HEADS_FILE} is broken ({error}): {again}") from error
+        _check_dimension(heads.dim, int(config.get("dim", heads.dim)), folder)
+        if section.get("id") != heads.id:
+            raise HeadsError(f"{HEADS_FILE} and {CONFIG_FILE} in {folder} do not belong together: {again}")
+        return heads
+
+
+def unit_length(x: np.ndarray) -> np.ndarray:
+    """Rows of length 1, shape (n, d), float32; a zero row stays zero."""
+    x = np.asarray(x, np.float32)
+    length: np.ndarray = np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    unit: np.ndarray = x / length
+    return unit
+
+
+def fit_heads(
+    embeddings: np.ndarray, labels: np.ndarray, *, seed: int = 42, calibration: CalibrationSet | None = None
+) -> Heads:
+    """Fit the three heads, and the maps of linear and svm where a calibration set is given.
+
+    Args:
+        embeddings: Raw embeddings of augmented images, shape (n, d).
+        labels: 0 real, 1 fake, shape (n,).
+        seed: Recorded; the solvers themselves are deterministic.
+        calibration: Images of the role "calibration".
+
+    Raises:
+        HeadsError: Fewer than two images of a label, or embeddings that are not finite.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.svm import OneClassSVM
+
+    embeddings, labels = np.asarray(embeddings, np.float32), np.asarray(labels, np.uint8)
+    counts = {"real": int((labels == 0).sum()), "fake": int((labels == 1).sum())}
+    if min(counts.values()) < 2:
+        raise HeadsError(f"heads need at least 2 images of each label, got {counts}: add images or change --split")
+    if not np.isfinite(embeddings).all():
+        raise HeadsError("embeddings hold values that are not finite: the checkpoint diverged, train it again")
+    logistic = LogisticRegression(C=C, class_weight="balanced", solver="newton-cholesky", tol=1e-10, max_iter=1000)
+    logistic.fit(embeddings.astype(np.float64), labels)
+    svm = OneClassSVM(kernel="poly", degree=DEGREE, gamma="auto", nu=NU)
+    svm.fit(embeddings[labels == 0].astype(np.float64))
+    heads = Heads(
+        linear=LinearHead(logistic.coef_[0].astype(np.float64), float(logistic.intercept_[0])),
+        svm=OneClassHead(
+            support=svm.support_vectors_.astype(np.float32),
+            dual=svm.dual_coef_[0].astype(np.float64),
+            intercept=float(svm.intercept_[0]),
+            gamma=1 / embeddings.shape[1],
+            coef0=float(svm.coef0),
+            degree=DEGREE,
+        ),
+        nearest=NearestHead(unit_length(embeddings).astype(np.float16), labels),
+        maps={},
+        settings={"C": C, "nu": NU, "degree": DEGREE, "gamma": "auto", "seed": seed, "images": counts},
+    )
+    return heads if calibration is None else calibrated(heads, calibration)
+
+
+def calibrated(heads: Heads, calibration: CalibrationSet) -> Heads:
+    """The heads with their maps refitted on a calibration set; without maps where it holds fewer than 10 of a label."""
+    labels = np.asarray(calibration.labels)
+    maps = {}
+    if MINIMUM <= labels.sum() <= len(labels) - MINIMUM:
+        for head, scores in heads.logits(calibration.embeddings).items():
+            maps[head] = fit_logistic((head,), scores[:, None], labels)
+    return replace(heads, maps=maps, calibration_digest=calibration.digest)
+
+
+def _one_class(arrays: dict[str, np.ndarray]) -> OneClassHead:
+    intercept, gamma, coef0, degree = (float(value) for value in arrays["svm.scalars"])
+    return OneClassHead(arrays["svm.support"], arrays["svm.dual"], intercept, gamma, coef0, int(degree))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """`config.json` as it stands, whose other sections are kept."""
+    path = Path(folder) / CONFIG_FILE
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        command = f"lineup train fit --data IMAGES --output {quote(str(folder))}"
+        raise HeadsError(f"{path} is missing: train a checkpoint first (`{command}`)") from error
+    except ValueError as error:
+        raise HeadsError(f"{path} is not JSON ({error}): restore it, or train or import again") from error
+    return config
+
+
+def _check_dimension(dim: int, expected: int, folder: Path) -> None:
+    if dim != expected:
+        raise HeadsError(
+            f"the heads are for {dim}-dimensional embeddings, the checkpoint in {folder} gives {expected}: "
+            f"run `{refit_command(folder)}`"
+        )

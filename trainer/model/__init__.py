@@ -1,0 +1,1 @@
+"""The backbone: its checkpoint folder, and the embeddings it makes."""

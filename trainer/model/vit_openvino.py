@@ -1,0 +1,189 @@
+"""A plain vision transformer as an OpenVINO graph, built from a checkpoint's arrays alone: no torch, no timm."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    import openvino
+    from openvino import Node
+
+    from trainer.model.embedder import CheckpointConfig
+
+SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+"""Dimension, depth and attention heads by timm's name."""
+ARGUMENTS = ("embed_dim", "depth", "num_heads", "patch_size", "img_size", "norm_eps", "qkv_bias")
+"""Of timm's model: those that the graph follows."""
+INPUT, OUTPUT = "pixels", "embedding"
+
+
+class NotPlain(ValueError):
+    """The checkpoint is no plain ViT; the message says where it differs."""
+
+
+def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> openvino.Model:
+    """The function of `trainer.model.embedder.build_backbone`: pixels (n, 3, s, s) float32 -> CLS token (n, d) float32.
+
+    Args:
+        config: Its `preprocess.image_size` is the s of the graph.
+        weights: By timm's names.
+
+    Raises:
+        NotPlain: The architecture, an argument of it, or the weights are not those of a plain ViT.
+    """
+    import openvino
+    from openvino import opset13 as op
+
+    known = re.fullmatch(r"vit_(tiny|small|base|large)_patch(\d+)_(\d+)(\..*)?", config.architecture)
+    if not known:
+        raise NotPlain(f"the architecture is {config.architecture!r}")
+    usual = (*SIZES[known[1]], int(known[2]), int(known[3]), 1e-6, True)
+    if others := config.architecture_args.keys() - set(ARGUMENTS):
+        raise NotPlain(f"the architecture has the arguments {sorted(others)}")
+    args = dict(zip(ARGUMENTS, usual, strict=True)) | config.architecture_args
+    if not all(isinstance(value, int | float) and (value > 0 or value is False) for value in args.values()):
+        raise NotPlain(f"an argument of the architecture is no number above 0: {args}")
+    dim, depth, heads, patch, trained, eps, biased = (args[name] for name in ARGUMENTS)
+    size, grid = config.preprocess.image_size, trained // patch
+    if dim != config.dim or dim % heads or size % patch:
+        raise NotPlain(f"{dim} dimensions for {config.dim}, {heads} heads, {size} pixels in patches of {patch}")
+    unused = set(weights)
+
+    def take(name: str, *shape: int) -> np.ndarray:
+        unused.discard(name)
+        if name not in weights or weights[name].shape != shape:
+            raise NotPlain(f"{name} is not among the weights in the shape {shape}")
+        return np.asarray(weights[name], np.float32)
+
+    def linear(x: Node, name: str, into: int, out: int, part: slice = slice(None), bias: bool = True) -> Node:
+        x = op.matmul(x, op.constant(take(f"{name}.weight", out, into)[part]), False, True)
+        return op.add(x, op.constant(take(f"{name}.bias", out)[part])) if bias else x
+
+    def norm(x: Node, name: str) -> Node:
+        x = op.mvn(x, op.constant(np.array([-1])), True, eps, "INSIDE_SQRT")
+        return op.add(op.multiply(x, op.constant(take(f"{name}.weight", dim))), op.constant(take(f"{name}.bias", dim)))
+
+    def split(x: Node) -> Node:
+        x = op.reshape(x, op.constant(np.array([0, 0, heads, dim // heads])), True)  # (n, t, h, d / h)
+        return op.transpose(x, op.constant(np.array([0, 2, 1, 3])))  # (n, h, t, d / h)
+
+    def first(x: Node) -> Node:
+        return op.slice(x, op.constant([0]), op.constant([1]), op.constant([1]), op.constant([1]))
+
+    pixels = op.parameter([-1, 3, size, size], np.float32, INPUT)
+    kernel = op.constant(take("patch_embed.proj.weight", dim, 3, patch, patch))
+    x = op.convolution(pixels, kernel, [patch, patch], [0, 0], [0, 0], [1, 1])
+    x = op.add(x, op.constant(take("patch_embed.proj.bias", dim)[:, None, None]))
+    x = op.reshape(x, op.constant(np.array([0, dim, -1])), True)  # (n, d, t)
+    x = op.transpose(x, op.constant(np.array([0, 2, 1])))  # (n, t, d)
+    positions = resized(take("pos_embed", 1, 1 + grid * grid, dim), size // patch)
+    x = op.add(x, op.constant(positions[:, 1:]))
+    cls = op.constant(take("cls_token", 1, 1, dim) + positions[:, :1])
+    count = op.slice(op.shape_of(x), op.constant([0]), op.constant([1]), op.constant([1]))
+    cls = op.broadcast(cls, op.concat([count, op.constant(np.array([1, dim]))], 0))
+    x = op.concat([cls, x], 1)  # (n, 1 + t, d)
+
+    for number in range(depth):
+        block = f"blocks.{number}"
+        inside = norm(x, f"{block}.norm1")
+        asking = inside
+        if number == depth - 1:  # nothing after reads more than the CLS token
+            asking, x = first(inside), first(x)
+        q, k, v = (
+            split(linear(y, f"{block}.attn.qkv", dim, 3 * dim, slice(i * dim, (i + 1) * dim), biased))
+            for i, y in enumerate((asking, inside, inside))
+        )
+        seen = op.scaled_dot_product_attention(q, k, v)
+        seen = op.transpose(seen, op.constant(np.array([0, 2, 1, 3])))  # (n, t, h, d / h)
+        seen = op.reshape(seen, op.constant(np.array([0, 0, dim])), True)  # (n, t, d)
+        x = op.add(x, linear(seen, f"{block}.attn.proj", dim, dim))
+        y = op.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1", dim, 4 * dim), "erf")
+        x = op.add(x, linear(y, f"{block}.mlp.fc2", 4 * dim, dim))
+    x = op.squeeze(norm(x, "norm"), op.constant([1]))
+    if unused:
+        raise NotPlain(f"weights of no plain ViT: {sorted(unused)[:3]}")
+    x.output(0).get_tensor().set_names({OUTPUT})
+    return openvino.Model([x], [pixels], "vit")
+
+
+def resized(positions: np.ndarray, side: int) -> np.ndarray:
+    """Position embeddings for a grid of side x side patches, shape (1, 1 + side * side, d), as timm makes them.
+
+    timm asks torch for antialiased bicubic interpolation, which is Pillow's.
+
+    Args:
+        positions: Shape (1, 1 + g * g, d), the CLS token's first.
+        side: Of the new grid.
+    """
+    grid = round((positions.shape[1] - 1) ** 0.5)
+    if grid == side:
+        return positions
+    planes = positions[0, 1:].reshape(grid, grid, -1).transpose(2, 0, 1)  # (d, g, g)
+    smaller = [Image.fromarray(plane).resize((side, side), Image.Resampling.BICUBIC) for plane in planes]
+    patches = np.stack([np.asarray(plane) for plane in smaller], -1).reshape(1, side * side, -1)  # (1, t, d)
+    return np.concatenate([positions[:, :1], patches], 1)
+
+
+@cache
+def _core() -> openvino.Core:
+    """One for the process, kept to its end.
+
+    A core gives the thread that makes it a signal stack, and takes the memory back when it goes, perhaps in another
+    thread: the next signal would then end the process.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
+class CompiledGraph:
+    """A graph ready to run on the CPU. Threads may share it: each has inference requests of its own.
+
+    Attributes:
+        precision: "bf16" or "f32": that of products; inputs and outputs are float32.
+    """
+
+    def __init__(self, graph: openvino.Model, precision: str | None = None) -> None:
+        """Compile it twice: for one image by all cores, and for batches, a part of which each core takes.
+
+        Args:
+            graph: As `build_graph` makes it.
+            precision: None for bf16 where the processor has it.
+        """
+        # Threads bound to cores would wait there for the threads that decode.
+        settings: dict[str, Any] = {"ENABLE_CPU_PINNING": False}
+        if precision is not None:
+            settings["INFERENCE_PRECISION_HINT"] = precision
+        one = graph.clone()
+        one.reshape([1, *list(graph.inputs[0].partial_shape)[1:]])  # a fixed shape is a third faster
+        core = _core()
+        self._one = core.compile_model(one, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"})
+        self._many = core.compile_model(graph, "CPU", settings | {"PERFORMANCE_HINT": "THROUGHPUT"})
+        self._parts = int(self._many.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+        used = self._many.get_property("INFERENCE_PRECISION_HINT").to_string()
+        self.precision: str = {"bfloat16": "bf16", "float32": "f32"}.get(used, used)
+        self._own = threading.local()
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels (n, 3, s, s), float32, to embeddings (n, d), float32.
+
+        Compiled models themselves must not be called (`self._one(pixels)`): that writes later inputs into this array.
+        """
+        if not hasattr(self._own, "one"):
+            self._own.one = self._one.create_infer_request()
+            self._own.many = [self._many.create_infer_request() for _ in range(self._parts)]
+        parts = np.array_split(pixels, min(len(pixels), self._parts))
+        requests = self._own.many if len(pixels) > 1 else [self._own.one]
+        started = list(zip(requests, parts, strict=False))
+        for request, part in started:
+            request.start_async({0: np.ascontiguousarray(part)})
+        for request, _ in started:
+            request.wait()
+        return np.concatenate([request.get_output_tensor(0).data for request, _ in started])  # (n, d)

@@ -1,0 +1,1 @@
+"""Simulated photographs and simulated generators."""

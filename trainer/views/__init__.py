@@ -1,0 +1,1 @@
+"""The views of an image that training sees."""
