@@ -80,6 +80,6 @@ if __name__ == "__main__":
     import trainer.model.embedder
     from indexer.__main__ import app
 
-    trainer.embedder.Embedder = HashingEmbedder  # type: ignore[misc,assignment]
+    trainer.model.embedder.Embedder = HashingEmbedder  # type: ignore[misc,assignment]
     print("ready", file=sys.stderr, flush=True)  # imports are over, a kill from here on hits something
     follow() if sys.argv[1:] == ["follow"] else app()
