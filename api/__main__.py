@@ -23,9 +23,10 @@ from api.logs import log_as_json
 from api.patience import DATABASE_AWAY
 from api.schemas.problems import ApiError
 from api.schemas.verdicts import Explanation, FailedFile, Problem
+from api.service_settings import ServiceSettings
 from api.verdict_text import show
 from indexer.database.connection import DatabaseBehind, DatabaseUnreachable, connect
-from indexer.settings import SettingsError, read_settings
+from indexer.settings import SettingsError
 from indexer.store import ApiKey, KeyExists, Store
 from trainer.data.datasets import DatasetError, read_dataset
 from trainer.data.entry import read_file
@@ -51,7 +52,7 @@ def fail(error: Exception) -> typer.Exit:
 def load(**options: Any) -> Detector:
     """A loaded detector; what is wrong with settings, checkpoint or database ends the command with one line."""
     try:
-        return Detector(read_settings(**options)).load()
+        return Detector(ServiceSettings.read(**options)).load()
     except EXPECTED as error:
         raise fail(error) from None
 
@@ -235,7 +236,7 @@ def revoke(name: Annotated[str, typer.Argument(help="The key to end; within seco
 def open_store() -> Store:
     """The store of the settings; what is wrong with it ends the command with one line."""
     try:
-        return Store(connect(read_settings()))
+        return Store(connect(ServiceSettings.read()))
     except EXPECTED as error:
         raise fail(error) from None
 

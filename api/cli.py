@@ -37,7 +37,8 @@ app = typer.Typer(cls=Programs, no_args_is_help=True, add_completion=False, pret
 @app.callback()
 def lineup() -> None:
     """Tell whether images were generated, by the known ones closest to them."""
-    from indexer.settings import SettingsError, check_names
+    from api.service_settings import check_names
+    from indexer.settings import SettingsError
 
     try:
         check_names()

@@ -25,8 +25,8 @@ from api.patience import DATABASE_AWAY
 from api.schemas.problems import ApiError
 from api.schemas.resources import Added, Status
 from api.schemas.verdicts import FailedFile, Hits, Label, Verdict
+from api.service_settings import ServiceSettings
 from indexer.database.connection import DatabaseBehind
-from indexer.settings import Settings
 from indexer.store import CheckpointSwitched
 from trainer.cores import usable_cores
 
@@ -87,7 +87,7 @@ class Service:
         detector: A loaded one; without it `start` loads one.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, detector: Detector | None = None) -> None:
+    def __init__(self, settings: ServiceSettings, metrics: Metrics, detector: Detector | None = None) -> None:
         self.settings = settings
         self.metrics = metrics
         self.failure: str | None = None

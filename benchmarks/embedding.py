@@ -21,7 +21,7 @@ import typer
 from api.judge.detector import Detector
 from api.judge.uploads import Upload
 from api.schemas.verdicts import Verdict
-from indexer.settings import read_settings
+from api.service_settings import ServiceSettings
 from trainer.data.datasets import read_dataset
 from trainer.hub.runtimes import export_onnx
 from trainer.model.embedder import Embedder, load_backbone, read_config, read_weights, save_checkpoint
@@ -126,7 +126,7 @@ def agreement(checkpoint: Path, data: Path, split: str) -> None:
     uploads = [Upload(Path(entry.uri).name, entry.read()) for entry in read_dataset(data, split=split)]
     answers: dict[str, list[Verdict]] = {}
     for engine in ("torch", "openvino-f32", "openvino"):
-        settings = read_settings(checkpoint=checkpoint, device="cpu", engine=engine, record=False)
+        settings = ServiceSettings.read(checkpoint=checkpoint, device="cpu", engine=engine, record=False)
         detector = Detector(settings).load()
         detector.calibrate()
         found = [result for result in detector.detect(uploads) if isinstance(result, Verdict)]

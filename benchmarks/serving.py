@@ -30,8 +30,8 @@ from PIL import Image
 
 from api.judge.detector import Detector
 from api.judge.uploads import Upload
+from api.service_settings import ServiceSettings
 from indexer.database.embedded import EmbeddedServer
-from indexer.settings import Settings
 from indexer.store import NewReference
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import fit_heads
@@ -75,7 +75,7 @@ def checkpoint(folder: Path) -> None:
     fit_heads(train, labels, calibration=calibration).save(folder)
 
 
-def fill(settings: Settings, n: int) -> None:
+def fill(settings: ServiceSettings, n: int) -> None:
     """Write n references."""
     detector = Detector(settings).load()
     x, y = embeddings(n, 3)
@@ -142,7 +142,7 @@ def reference_path(train: np.ndarray, labels: np.ndarray, n: int) -> Callable[[b
 
 
 @contextmanager
-def served(settings: Settings) -> Iterator[tuple[int, int, float]]:
+def served(settings: ServiceSettings) -> Iterator[tuple[int, int, float]]:
     """A server: its port, its process id, and the seconds until it answered."""
     values = {"LINEUP_HOME": str(settings.home), "LINEUP_CHECKPOINT": str(settings.checkpoint), "LINEUP_DEVICE": "cpu"}
     values["LINEUP_OPEN"] = "true"
@@ -254,7 +254,7 @@ def row(name: str, rate: float, times: list[float], pid: int) -> str:
     return f"| {name} | {rate:.1f} | {p50:.0f} | {p95:.0f} | {p99:.0f} | {resident(pid)} |"
 
 
-def one_image(settings: Settings, images: list[bytes], references: int, rounds: int, seconds: float) -> None:
+def one_image(settings: ServiceSettings, images: list[bytes], references: int, rounds: int, seconds: float) -> None:
     """Print the table of one image at a time, and the rates that nothing around the engine can exceed."""
     train, labels = embeddings(10_000, 2)
     judge = reference_path(train, labels, references)
@@ -292,7 +292,7 @@ def main(
 ) -> None:
     """Print two Markdown tables."""
     folder = home or Path(tempfile.mkdtemp(prefix="lineup-"))
-    settings = Settings(home=folder, checkpoint=folder / "checkpoint", device="cpu")
+    settings = ServiceSettings(home=folder, checkpoint=folder / "checkpoint", device="cpu")
     images = [photograph(seed) for seed in range(16)]
     forms = [form(image) for image in images]
     try:

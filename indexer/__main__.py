@@ -26,7 +26,7 @@ from indexer.commands import (
     serving_checkpoint,
 )
 from indexer.database.connection import migrate, schema_revision, stop
-from indexer.settings import read_settings
+from indexer.settings import Settings
 from indexer.store import GeneratorExists, with_active_folder
 from indexer.terminal import (
     image_progress,
@@ -84,7 +84,7 @@ def add(
         from trainer.data.datasets import read_dataset
         from trainer.model.embedder import Embedder
 
-        settings = read_settings(checkpoint=checkpoint, device=device)
+        settings = Settings.read(checkpoint=checkpoint, device=device)
         choice: dict[str, Any] = {"split": split, "label": label, "generator": generator, "source": source}
         entries = read_dataset(path, **choice)
         with opened(settings) as store:
@@ -145,7 +145,7 @@ def remove(
     if len(chosen) + (generator is not None) != 1:
         fail("give one of --id, --generator, --source and --enrolment", 2)
     with expected_failures():
-        settings = read_settings()
+        settings = Settings.read()
         with opened(settings) as store:
             if generator is not None:
                 removed = store.delete_generator(generator, forget=forget)
@@ -170,7 +170,7 @@ def status(checkpoint: CheckpointFolder = None, device: Device = None, as_json: 
     with expected_failures():
         from indexer.measure.status import store_status
 
-        settings = read_settings(checkpoint=checkpoint, device=device)
+        settings = Settings.read(checkpoint=checkpoint, device=device)
         with opened(settings) as store:
             one = serving_checkpoint(settings, store) if checkpoint is None else checkpoint_of(checkpoint, store)
             found = store_status(settings, store, one)
@@ -186,7 +186,7 @@ def check(checkpoint: CheckpointFolder = None, device: Device = None, as_json: A
     with expected_failures():
         from indexer.measure.check import compare
 
-        settings = read_settings(checkpoint=checkpoint, device=device)
+        settings = Settings.read(checkpoint=checkpoint, device=device)
         with opened(settings) as store:
             which = store.checkpoints() if checkpoint is None else [checkpoint_of(checkpoint, store)]
             results = [compare(settings, store, one) for one in which]
@@ -214,7 +214,7 @@ def rebuild(
     LINEUP_CHECKPOINT names another.
     """
     with expected_failures():
-        settings = read_settings(checkpoint=checkpoint, device=device)
+        settings = Settings.read(checkpoint=checkpoint, device=device)
         report: dict[str, Any] = {}
         with opened(settings) as store:
             if checkpoint is not None:
@@ -235,7 +235,7 @@ def rebuild(
         print(json.dumps(report))
     else:
         tell_rebuilt(console, report)
-    named = read_settings().checkpoint
+    named = Settings.read().checkpoint
     if checkpoint is not None and named is not None and named.resolve() != checkpoint.resolve():
         note = f"note: where LINEUP_CHECKPOINT is {named}, as it is here, that goes on being used"
         console.print(note, markup=False, soft_wrap=True)
@@ -266,7 +266,7 @@ def evaluate(
         from indexer.measure_tables import tell_evaluation
         from trainer.model.embedder import Embedder
 
-        settings = read_settings(checkpoint=checkpoint, device=device)
+        settings = Settings.read(checkpoint=checkpoint, device=device)
         with opened(settings) as store, image_progress(console) as advance:
             settings = with_active_folder(settings, store)
             embedder = Embedder.load(settings.checkpoint_folder, device=settings.device, engine=settings.engine)
@@ -300,7 +300,7 @@ def audit(as_json: AsJson = False) -> None:
         from indexer.measure.audit import audit as examine
         from indexer.measure_tables import tell_audit
 
-        with opened(read_settings()) as store:
+        with opened(Settings.read()) as store:
             try:
                 found = examine(store)
             except AuditError as error:
@@ -320,7 +320,7 @@ def export_command(
         from indexer.ingest.exchange import export_references
 
         with (
-            opened(read_settings()) as store,
+            opened(Settings.read()) as store,
             image_progress(console, total=sum(store.counts().values())) as advance,
         ):
             report = export_references(store, file, advance)
@@ -335,7 +335,7 @@ def import_command(
     with expected_failures():
         from indexer.ingest.exchange import import_references
 
-        settings = read_settings()
+        settings = Settings.read()
         with opened(settings) as store:
             with image_progress(console) as advance:
                 report = import_references(store, file, advance)
@@ -355,7 +355,7 @@ def migrate_command(
     as_json: AsJson = False,
 ) -> None:
     """Bring the database's tables to this version (the embedded database does so by itself)."""
-    with expected_failures(), opened(read_settings(), check=False) as store:
+    with expected_failures(), opened(Settings.read(), check=False) as store:
         migrate(store.engine, revision)
         with store.engine.connect() as connection:
             schema = schema_revision(connection)
@@ -366,7 +366,7 @@ def migrate_command(
 def stop_command(as_json: AsJson = False) -> None:
     """Stop the embedded database of this home, whoever uses it."""
     with expected_failures():
-        settings = read_settings()
+        settings = Settings.read()
         stopped = stop(settings)
     if as_json:
         print(json.dumps({"stopped": stopped}))

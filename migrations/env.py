@@ -18,7 +18,7 @@ if handed is not None:
     run(handed)
 else:
     from indexer.database.connection import connect
-    from indexer.settings import read_settings
+    from indexer.settings import Settings
 
-    with connect(read_settings(), check=False).connect() as own:
+    with connect(Settings.read(), check=False).connect() as own:
         run(own)

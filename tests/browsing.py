@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, ConsoleMessage, FilePayload, Page, Requ
 
 from api.http.app import create_app
 from api.judge.detector import Detector
-from indexer.settings import Settings
+from api.service_settings import ServiceSettings
 
 AXE = Path(__file__).parent / "vendor" / "axe-core" / "axe.min.js"
 PATIENCE = 30_000
@@ -40,7 +40,7 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def served(settings: Settings, **changes: object) -> Iterator[str]:
+def served(settings: ServiceSettings, **changes: object) -> Iterator[str]:
     """The address of an application with these settings, on a port of its own."""
     settings = settings.model_copy(update=changes)
     detector = Detector(settings).load()

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image, ImageFilter
 from sqlalchemy import URL, create_engine, text
 
+from api.service_settings import ServiceSettings
 from indexer.database.connection import connect, migrate
 from indexer.database.embedded import EmbeddedServer
 from indexer.ingest.ingest import ingest
-from indexer.settings import Settings
 from indexer.store import Store
 from trainer.data.datasets import read_dataset
 from trainer.heads.calibration_set import CalibrationSet
@@ -140,11 +140,13 @@ def database_url(postgres_server: URL) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def populated(
     postgres_server: URL, tiny_checkpoint: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Settings]:
+) -> Iterator[ServiceSettings]:
     """Settings of a database that holds the image folder; the module's tests leave those references as they are."""
     with new_database(postgres_server) as url:
         home = tmp_path_factory.mktemp("populated")
-        settings = Settings(home=home, database_url=url, checkpoint=tiny_checkpoint, device="cpu", k=5, open=True)
+        settings = ServiceSettings(
+            home=home, database_url=url, checkpoint=tiny_checkpoint, device="cpu", k=5, open=True
+        )
         store = Store(connect(settings))
         ingest(read_dataset(image_folder, source="tests"), Embedder.load(tiny_checkpoint, device="cpu"), store)
         store.engine.dispose()
@@ -152,6 +154,6 @@ def populated(
 
 
 @pytest.fixture
-def settings(database_url: str, tmp_path: Path) -> Settings:
+def settings(database_url: str, tmp_path: Path) -> ServiceSettings:
     """Settings of a fresh home and a fresh database, without a token."""
-    return Settings(home=tmp_path / "home", database_url=database_url, open=True)
+    return ServiceSettings(home=tmp_path / "home", database_url=database_url, open=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from indexer.settings import Settings
+from api.service_settings import ServiceSettings
 from trainer.hub.hub_layout import export_hub
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ from typer.testing import CliRunner
 from api.__main__ import app as api
 from api.http.app import create_app
 from indexer.__main__ import app as indexer
-from indexer.settings import read_settings
+from api.service_settings import ServiceSettings
 from trainer.__main__ import app as trainer
 from trainer.model.embedder import Embedder
 
@@ -105,7 +105,7 @@ for arguments, library in (
     assert done.stderr.splitlines()[-1:] == [expected], (arguments, done.stderr)
 done = CliRunner().invoke(trainer, ["import", sys.argv[2], "--output", "imported"])
 assert done.exit_code == 0, (done.output, done.exception)
-settings = read_settings()
+settings = ServiceSettings.read()
 assert Embedder.load(Path("imported")).id == Embedder.load(settings.checkpoint_folder).id
 with TestClient(create_app(settings), base_url="http://127.0.0.1:8000", client=("127.0.0.1", 50000)) as client:
     from time import monotonic, sleep
@@ -121,7 +121,7 @@ print("served")
 
 
 def test_adding_detecting_and_serving_need_no_training_library(
-    settings: Settings, tiny_checkpoint: Path, image_folder: Path, tmp_path: Path
+    settings: ServiceSettings, tiny_checkpoint: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     """And a command that does ends in one line which names the extra."""
     export_hub(tiny_checkpoint, tmp_path / "hub")

@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from api.cli import app
-from indexer.settings import Settings
+from api.service_settings import ServiceSettings
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
@@ -27,7 +27,7 @@ def test_variables_are_settings() -> None:
     names = set(re.findall(r"LINEUP_[A-Z_]+(?=[=:] )|LINEUP_[A-Z_]+(?==)", DOCKERFILE))
     names |= set(re.findall(r"^ +(LINEUP_[A-Z_]+):", COMPOSE, re.MULTILINE))
     assert "LINEUP_DATABASE_URL" in names
-    assert {name.removeprefix("LINEUP_").lower() for name in names} <= set(Settings.model_fields)
+    assert {name.removeprefix("LINEUP_").lower() for name in names} <= set(ServiceSettings.model_fields)
 
 
 def test_copied_paths_exist_and_reach_the_build() -> None:

@@ -10,8 +10,8 @@ from typer.main import get_command
 
 from api.__main__ import app as api_app
 from api.http.app import create_app
+from api.service_settings import ServiceSettings
 from indexer.__main__ import app as indexer_app
-from indexer.settings import Settings
 from trainer.__main__ import app as trainer_app
 
 ROOT = Path(__file__).parent.parent
@@ -20,9 +20,9 @@ APPS = {"train ": trainer_app, "index ": indexer_app, "": api_app}
 """By what stands between `lineup` and the name of a command."""
 
 
-@pytest.mark.parametrize("name", Settings.model_fields)
+@pytest.mark.parametrize("name", ServiceSettings.model_fields)
 def test_every_setting_is_documented_as_the_class_says(name: str) -> None:
-    field = Settings.model_fields[name]
+    field = ServiceSettings.model_fields[name]
     default = "" if field.default_factory or field.default in (None, "") else f"`{field.default}`"
     assert field.description
     assert f"| `LINEUP_{name.upper()}` | {default} | {' '.join(field.description.split())} |" in README
@@ -47,7 +47,7 @@ def test_one_form_of_the_commands_is_used_throughout() -> None:
     assert [path for path, text in texts.items() if other.search(text)] == []
 
 
-def test_every_call_is_in_the_readme(settings: Settings) -> None:
+def test_every_call_is_in_the_readme(settings: ServiceSettings) -> None:
     paths = {route.path for route in create_app(settings).routes if isinstance(route, APIRoute)}
     missing = {path for path in paths if path.startswith("/v1") and "/".join(path.split("/")[:3]) not in README}
     assert paths

@@ -38,8 +38,8 @@ from api.schemas.problems import ApiError, Kind, documented, from_status
 from api.schemas.resources import Removed
 from api.schemas.verdicts import FailedFile, FieldError, Label, Scope, Text
 from api.service import Service
+from api.service_settings import ServiceSettings
 from indexer import store
-from indexer.settings import Settings, read_settings
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).parents[1] / "page"
@@ -85,7 +85,7 @@ bearer = HTTPBearer(auto_error=False, description="An API key, or the token of t
 router = APIRouter(prefix="/v1", dependencies=[Depends(bearer)])  # for OpenAPI: `Guard` has decided already
 
 
-async def read_uploads(files: list[UploadFile], settings: Settings) -> list[Upload]:
+async def read_uploads(files: list[UploadFile], settings: ServiceSettings) -> list[Upload]:
     """The files of a request. One that is larger than allowed is not read into memory, only its first excess byte."""
     limit = settings.max_upload_bytes + 1
     return [Upload(file_name(file.filename), await file.read(limit), file.size) for file in files]
@@ -413,7 +413,7 @@ class Page(Mount):
         return Match.NONE, {}
 
 
-def create_app(settings: Settings | None = None, detector: Detector | None = None) -> FastAPI:
+def create_app(settings: ServiceSettings | None = None, detector: Detector | None = None) -> FastAPI:
     """The application.
 
     Args:
@@ -421,7 +421,7 @@ def create_app(settings: Settings | None = None, detector: Detector | None = Non
         detector: A loaded one, which is closed with the application; when not given it is loaded in the background,
             and until then requests are answered not-ready.
     """
-    settings = settings or read_settings()
+    settings = settings or ServiceSettings.read()
     metrics = Metrics()
     service = Service(settings, metrics, detector)
     loaded = detector is not None  # the service alone keeps it, and lets it go when another checkpoint serves

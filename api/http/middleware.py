@@ -14,7 +14,7 @@ from api.access import Caller, RateLimit, bearer, check_loopback, check_token
 from api.monitoring import Metrics
 from api.schemas.problems import ApiError
 from api.service import Service
-from indexer.settings import Settings
+from api.service_settings import ServiceSettings
 
 ASGIScope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -74,7 +74,7 @@ class Around:
     """
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, settings: Settings, as_raised: Callable[[ApiError], Exception]
+        self, app: ASGIApp, metrics: Metrics, settings: ServiceSettings, as_raised: Callable[[ApiError], Exception]
     ) -> None:
         self.app, self.metrics, self.settings, self.as_raised = app, metrics, settings, as_raised
         self.held = 0  # bytes of the bodies of all requests in work

@@ -21,10 +21,10 @@ from api.judge.uploads import Prepared, Question, Upload, prepare
 from api.patience import DATABASE_AWAY, Patience
 from api.schemas.problems import ApiError
 from api.schemas.verdicts import LABELS, FailedFile, IndexFacts, Known, ModelFacts, Provenance, Region, Verdict
+from api.service_settings import ServiceSettings
 from indexer.database.connection import connect
 from indexer.follower import Follower
 from indexer.ingest.ingest import register
-from indexer.settings import Settings
 from indexer.store import Checkpoint, Store, with_active_folder
 from indexer.store import Detection as Record
 from indexer.store.references import Reference
@@ -69,7 +69,7 @@ class Detector:
         settings: Which checkpoint and which database; once it is loaded, they name the checkpoint's folder.
     """
 
-    settings: Settings
+    settings: ServiceSettings
     named: bool = field(init=False)
     """Whether the settings name the checkpoint; otherwise it is to be the active one."""
     hindrance: str | None = field(init=False, default=None)
@@ -126,7 +126,7 @@ class Detector:
         other._open(with_active_folder(other.settings, self.store)).calibrate()
         return other
 
-    def _open(self, settings: Settings) -> Detector:
+    def _open(self, settings: ServiceSettings) -> Detector:
         """Load the checkpoint in the folder of these settings."""
         self.settings, folder = settings, settings.checkpoint_folder
         self.embedder = Embedder.load(folder, device=settings.device, engine=settings.engine)

@@ -27,7 +27,7 @@ from api.schemas.verdicts import (
     Verdict,
     Votes,
 )
-from indexer.settings import Settings
+from api.service_settings import ServiceSettings
 from trainer.heads.calibration import shift_prior
 from trainer.heads.heads import Heads
 from trainer.heads.logistic import sigmoid
@@ -88,7 +88,7 @@ def rule(
     evidence: Evidence,
     fitted: Fitted | None,
     uncalibrated: str | None,
-    settings: Settings,
+    settings: ServiceSettings,
     max_false_alarm: float | None = None,
 ) -> Ruling:
     """Rule on the first embedding of the evidence.
@@ -130,7 +130,11 @@ def combination(terms: Mapping[str, float]) -> Combination | None:
 
 
 def heads_side_by_side(
-    evidence: Evidence, fitted: Fitted | None, heads: Heads | None, settings: Settings, terms: Mapping[str, float]
+    evidence: Evidence,
+    fitted: Fitted | None,
+    heads: Heads | None,
+    settings: ServiceSettings,
+    terms: Mapping[str, float],
 ) -> HeadAnswers:
     """Every head's own answer to the first embedding.
 
@@ -181,7 +185,7 @@ def heads_side_by_side(
 
 
 def _probability(
-    head: str, evidence: Evidence, fitted: Fitted | None, heads: Heads | None, settings: Settings
+    head: str, evidence: Evidence, fitted: Fitted | None, heads: Heads | None, settings: ServiceSettings
 ) -> float | None:
     """The head's calibrated probability at the operator's prior; linear's and svm's maps are the checkpoint's own."""
     value = evidence.logits[head][:1]  # (1,)

@@ -12,7 +12,7 @@ from api.judge.provenance import read_provenance
 from api.judge.regions import VARIANTS, Box, grid, region_pixels, variant_pixels
 from api.schemas.problems import ApiError, Kind
 from api.schemas.verdicts import Explanation, ImageFacts, Provenance
-from indexer.settings import Settings
+from api.service_settings import ServiceSettings
 from trainer.images import FileFacts, ImageTooLarge, Preprocess, UnreadableImage, UnsupportedFormat, decode_image
 
 
@@ -30,7 +30,7 @@ class Upload:
     data: bytes
     size: int | None = None
 
-    def excess(self, settings: Settings) -> str | None:
+    def excess(self, settings: ServiceSettings) -> str | None:
         """What is wrong with its size; None where it is allowed."""
         size, most = self.size or len(self.data), settings.max_upload_bytes
         return f"has {size:,} bytes; LINEUP_MAX_UPLOAD_BYTES allows {most:,}" if size > most else None
@@ -67,7 +67,7 @@ def file_name(name: str | None) -> str:
     return "".join(c if c.isprintable() else "?" for c in (name or "")[:255]) or "unnamed"
 
 
-def decode(upload: Upload, settings: Settings) -> tuple[Image.Image, FileFacts]:
+def decode(upload: Upload, settings: ServiceSettings) -> tuple[Image.Image, FileFacts]:
     """The upright RGB image of an upload, within the limits of the settings.
 
     Raises:
@@ -81,7 +81,7 @@ def decode(upload: Upload, settings: Settings) -> tuple[Image.Image, FileFacts]:
         raise ApiError(_kind(error), f"{upload.file}: {error}") from error
 
 
-def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings: Settings) -> Prepared:
+def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings: ServiceSettings) -> Prepared:
     """Check, decode and preprocess one upload, with the views that the question's explanations need.
 
     Raises:

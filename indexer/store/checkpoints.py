@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
@@ -14,6 +14,8 @@ from indexer.database.tables import CalibrationRow, CheckpointRow, RevisionRow, 
 from indexer.database.transactions import Rows, notify
 from indexer.settings import Settings
 from trainer.model.embedder import CheckpointError, read_id
+
+S = TypeVar("S", bound=Settings)
 
 COMPLETE = """select not exists (select from reference_image r where r.id <> all(:without) and not exists (
     select from embedding e where e.image_id = r.id and e.checkpoint_id = :checkpoint))"""
@@ -211,7 +213,7 @@ class Checkpoints(Rows):
         return None if row is None else SavedCalibration(**row)
 
 
-def with_active_folder(settings: Settings, store: Checkpoints) -> Settings:
+def with_active_folder(settings: S, store: Checkpoints) -> S:
     """The settings with the checkpoint folder to use: the active one's, unless they name one or nothing is active yet.
 
     Raises:

@@ -25,19 +25,19 @@ from api.__main__ import app
 from api.http import server
 from api.judge.detector import Detector
 from api.schemas.verdicts import FailedFile, Verdict
-from indexer.settings import Settings
+from api.service_settings import ServiceSettings
 from indexer.store import Store
 
 Call = Callable[..., Result]
 
 
-def environment(settings: Settings) -> dict[str, str]:
+def environment(settings: ServiceSettings) -> dict[str, str]:
     values = {name: getattr(settings, name) for name in ("home", "database_url", "checkpoint", "device", "k")}
     return {f"LINEUP_{name.upper()}": str(value) for name, value in values.items()}
 
 
 @pytest.fixture
-def call(populated: Settings) -> Call:
+def call(populated: ServiceSettings) -> Call:
     """Runs the command line on the populated store."""
 
     def run(*arguments: object, **variables: str) -> Result:
@@ -48,7 +48,7 @@ def call(populated: Settings) -> Call:
 
 
 @pytest.fixture
-def own(settings: Settings, tiny_checkpoint: Path) -> Call:
+def own(settings: ServiceSettings, tiny_checkpoint: Path) -> Call:
     """Runs the command line on an empty store."""
     settings = settings.model_copy(update={"checkpoint": tiny_checkpoint, "device": "cpu"})
 
@@ -181,7 +181,7 @@ def begin_request(port: int, token: str) -> socket.socket:
 
 
 def test_serve_answers_finishes_and_stops(
-    settings: Settings, tiny_checkpoint: Path, queries: Path, tmp_path: Path
+    settings: ServiceSettings, tiny_checkpoint: Path, queries: Path, tmp_path: Path
 ) -> None:
     settings = settings.model_copy(update={"checkpoint": tiny_checkpoint, "device": "cpu"})
     log, shown = tmp_path / "log", tmp_path / "shown"

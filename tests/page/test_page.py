@@ -13,9 +13,9 @@ from playwright.sync_api import Browser, Locator, Page, Route, ViewportSize, exp
 from api import verdict_text as terminal
 from api.access import hash_secret, new_secret
 from api.schemas.verdicts import EXAMPLE_VERDICT, Verdict
+from api.service_settings import ServiceSettings
 from indexer import follower
 from indexer.database.connection import connect
-from indexer.settings import Settings
 from indexer.store import Store
 
 FILES = Path(__file__).parents[2] / "api" / "page"
@@ -40,7 +40,7 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def site(populated: Settings) -> Iterator[str]:
+def site(populated: ServiceSettings) -> Iterator[str]:
     """60 real references and 30 of each of two generators; whoever adds some takes them away again."""
     with served(populated) as url:
         yield url
@@ -401,7 +401,7 @@ def test_the_strictness_asked_for_is_sent_and_told(opens: Opens) -> None:
     expect(verdict.locator(".strip, .regions")).to_have_count(0)
 
 
-def test_without_records_the_page_offers_none(opens: Opens, populated: Settings) -> None:
+def test_without_records_the_page_offers_none(opens: Opens, populated: ServiceSettings) -> None:
     with served(populated, record=False) as url:
         verdict = judge(opens(url=url))
         expect(verdict.get_by_role("button", name="Print")).to_be_visible()
@@ -636,7 +636,7 @@ def test_status_shows_what_answers_and_how_well_calibrated(opens: Opens) -> None
 
 
 @pytest.fixture
-def locked(populated: Settings) -> Iterator[tuple[str, str]]:
+def locked(populated: ServiceSettings) -> Iterator[tuple[str, str]]:
     """The address of a service that asks for a key, and one for detecting."""
     store, secret = Store(connect(populated)), new_secret()
     store.create_key("reader", hash_secret(secret), ["detect"])
@@ -674,7 +674,7 @@ def test_a_key_is_asked_for_kept_in_the_session_and_forgotten(opens: Opens, lock
 
 
 def test_the_link_that_was_printed_opens_the_page_and_its_token_leaves_the_address(
-    opens: Opens, populated: Settings
+    opens: Opens, populated: ServiceSettings
 ) -> None:
     with served(populated, open=False) as url:
         asking = opens("status", url=url)

@@ -7,7 +7,7 @@ import pytest
 
 from api.monitoring import Metrics
 from api.service import Service
-from indexer.settings import Settings
+from api.service_settings import ServiceSettings
 from trainer import cores
 from trainer.cores import usable_cores
 
@@ -41,7 +41,7 @@ def test_pools_keep_to_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "cpu.max").write_text("500000 100000\n")
     monkeypatch.setattr(cores, "CGROUPS", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
-    service = Service(Settings(), Metrics())
+    service = Service(ServiceSettings(), Metrics())
     assert (service._decoders._max_workers, service._askers._max_workers) == (5, 10)
     service.close()
     modules = [path for name in ("api", "indexer", "trainer") for path in (ROOT / name).rglob("*.py")]

@@ -17,7 +17,7 @@ from schemathesis.specs.openapi.checks import (
 from api.http.app import create_app
 from api.http.middleware import ASGIApp, ASGIScope, Receive, Send
 from api.judge.detector import Detector
-from indexer.settings import Settings
+from api.service_settings import ServiceSettings
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
@@ -39,7 +39,7 @@ def from_here(app: ASGIApp) -> ASGIApp:
 
 
 @pytest.fixture(scope="module")
-def api_schema(populated: Settings) -> Iterator[Any]:
+def api_schema(populated: ServiceSettings) -> Iterator[Any]:
     limited = populated.model_copy(update={"max_upload_bytes": 100_000})
     detector = Detector(limited).load()
     detector.calibrate()
@@ -50,7 +50,7 @@ def api_schema(populated: Settings) -> Iterator[Any]:
 
 def operations() -> list[tuple[str, str]]:
     """Path and method of every call."""
-    paths = create_app(Settings()).openapi()["paths"]
+    paths = create_app(ServiceSettings()).openapi()["paths"]
     return [(path, method.upper()) for path, methods in paths.items() for method in methods]
 
 

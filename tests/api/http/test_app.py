@@ -36,10 +36,10 @@ from api.judge.regions import MOST_REGIONS, VARIANTS
 from api.judge.uploads import Prepared, Question, Upload
 from api.schemas.verdicts import Verdict
 from api.service import Service
+from api.service_settings import ServiceSettings
 from indexer import follower
 from indexer.__main__ import app as indexer
 from indexer.ingest.reembed import reembed
-from indexer.settings import Settings
 from indexer.store import ApiKey, Store
 from trainer.model.embedder import Embedder, read_id
 
@@ -57,7 +57,7 @@ def files(*data: bytes, field: str = "image") -> Files:
     return [(field, (f"{number}.png", one, "image/png")) for number, one in enumerate(data)]
 
 
-def connected(settings: Settings, **changes: object) -> TestClient:
+def connected(settings: ServiceSettings, **changes: object) -> TestClient:
     """A client of an application of its own, calling from this machine."""
     settings = settings.model_copy(update=changes)
     detector = Detector(settings).load()
@@ -74,13 +74,13 @@ def hurried() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def client(populated: Settings) -> Iterator[TestClient]:
+def client(populated: ServiceSettings) -> Iterator[TestClient]:
     with connected(populated, max_files=4, max_upload_bytes=100_000, max_request_bytes=300_000) as client:
         yield client
 
 
 @pytest.fixture
-def own(settings: Settings, tiny_checkpoint: Path) -> Iterator[TestClient]:
+def own(settings: ServiceSettings, tiny_checkpoint: Path) -> Iterator[TestClient]:
     """Over an empty database of this test's own."""
     with connected(settings, checkpoint=tiny_checkpoint, device="cpu", k=5) as client:
         yield client
@@ -154,7 +154,7 @@ def test_many_at_once_get_the_answers_of_one_at_a_time(client: TestClient) -> No
 
 
 def test_one_request_of_many_explained_images_does_not_fill_the_queue(
-    populated: Settings, monkeypatch: pytest.MonkeyPatch
+    populated: ServiceSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with connected(populated) as client:
         batcher = service_of(client).serving.embedding
@@ -415,7 +415,9 @@ def test_a_detection_by_another_checkpoint_is_not_replayed(client: TestClient) -
     assert "0" * 32 in problem(client.post(f"/v1/detections/{other}/replay"), 409, "conflict")["detail"]
 
 
-def test_old_records_are_deleted(settings: Settings, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_records_are_deleted(
+    settings: ServiceSettings, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(service, "HOUSEKEEPING", 0.05)
     with connected(settings, checkpoint=tiny_checkpoint, device="cpu", record_days=3) as client:
         old, new = (client.post("/v1/detect", files=files(png(n))).json()["results"][0]["id"] for n in (1, 2))
@@ -443,7 +445,9 @@ def test_too_large(client: TestClient) -> None:
     assert body["detail"].startswith("Too many files. Maximum number of files is 4. LINEUP_MAX_FILES")
 
 
-def test_a_reference_that_is_too_large_is_rejected_with_its_size(settings: Settings, tiny_checkpoint: Path) -> None:
+def test_a_reference_that_is_too_large_is_rejected_with_its_size(
+    settings: ServiceSettings, tiny_checkpoint: Path
+) -> None:
     with connected(settings, checkpoint=tiny_checkpoint, device="cpu", max_upload_bytes=20_000) as client:
         images = files(png(), bytes(30_000), field="images")
         added = client.post("/v1/references", data={"label": "real"}, files=images).json()
@@ -468,7 +472,7 @@ def test_a_body_without_announced_length_is_counted(client: TestClient) -> None:
     assert "LINEUP_MAX_REQUEST_BYTES" in answer["detail"]
 
 
-def test_bodies_in_work_share_one_budget(populated: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bodies_in_work_share_one_budget(populated: ServiceSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     image, begun, going, prepare = png(), threading.Event(), threading.Event(), Detector.prepare
 
     def slow(detector: Detector, upload: Upload, question: Question) -> Prepared:
@@ -536,7 +540,7 @@ def test_unknown_paths_and_methods(client: TestClient) -> None:
     problem(client.get("/v1/detections/no-uuid"), 422, "bad-field")
 
 
-def test_a_head_that_never_ends_is_hung_up_on(populated: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_never_ends_is_hung_up_on(populated: ServiceSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
     whole = b"GET /health/live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     monkeypatch.setattr(server.Server, "capture_signals", nullcontext)
@@ -556,7 +560,7 @@ def test_a_head_that_never_ends_is_hung_up_on(populated: Settings, monkeypatch: 
         thread.join(20)
 
 
-def test_a_request_that_takes_too_long_is_ended(populated: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_takes_too_long_is_ended(populated: ServiceSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = threading.Event()
     with connected(populated, request_seconds=0.3) as client:
         monkeypatch.setattr(store_of(client), "generators", lambda: opened.wait(20))
@@ -670,7 +674,7 @@ def test_a_key_works_from_elsewhere(keyed: TestClient) -> None:
 
 
 def test_the_rate_limit_says_when_to_come_back(
-    settings: Settings, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    settings: ServiceSettings, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(access, "FRESH", 0.0)
     with connected(settings, checkpoint=tiny_checkpoint, device="cpu", rate_limit=3) as client:
@@ -708,7 +712,7 @@ def test_without_keys_other_machines_are_refused(client: TestClient) -> None:
 
 
 def test_without_keys_a_proxy_that_looks_like_this_machine_needs_the_token(
-    settings: Settings, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+    settings: ServiceSettings, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A plain reverse proxy calls from 127.0.0.1 with a loopback Host and no forwarding header, as this client does."""
     caplog.set_level("INFO")
@@ -733,7 +737,7 @@ def test_without_keys_a_proxy_that_looks_like_this_machine_needs_the_token(
 
 
 def test_cors_only_for_the_origins_of_the_setting(
-    settings: Settings, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    settings: ServiceSettings, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(access, "FRESH", 0.0)
     origins = "https://a.example, https://b.example"
@@ -764,7 +768,7 @@ def test_status_and_calibration(client: TestClient) -> None:
     assert {label: sum(counts) for label, counts in state["histogram"].items()} == {"real": 60, "fake": 90}
 
 
-def test_a_promise_that_cannot_be_kept_is_told(populated: Settings) -> None:
+def test_a_promise_that_cannot_be_kept_is_told(populated: ServiceSettings) -> None:
     with connected(populated, max_false_alarm=0.001) as client:
         state, status = client.get("/v1/calibration").json(), client.get("/v1/status").json()
     assert state["thresholds"]["fake"] is None
@@ -834,7 +838,7 @@ def test_requests_are_logged_without_what_they_carried(client: TestClient, caplo
     assert "secret-name" not in str(fields)
 
 
-def test_not_ready_until_loaded_and_never_with_a_bad_checkpoint(settings: Settings, tmp_path: Path) -> None:
+def test_not_ready_until_loaded_and_never_with_a_bad_checkpoint(settings: ServiceSettings, tmp_path: Path) -> None:
     unready = create_app(settings.model_copy(update={"checkpoint": tmp_path / "missing"}))
     with TestClient(unready, base_url=BASE, client=("127.0.0.1", 1)) as client:
         wait_for(lambda: "no checkpoint at" in client.get("/health/ready").text)
@@ -844,7 +848,7 @@ def test_not_ready_until_loaded_and_never_with_a_bad_checkpoint(settings: Settin
         assert client.get("/health/live").json() == {"status": "live"}
 
 
-def test_it_loads_in_the_background(settings: Settings, tiny_checkpoint: Path) -> None:
+def test_it_loads_in_the_background(settings: ServiceSettings, tiny_checkpoint: Path) -> None:
     loading = create_app(settings.model_copy(update={"checkpoint": tiny_checkpoint, "device": "cpu"}))
     with TestClient(loading, base_url=BASE, client=("127.0.0.1", 1)) as client:
         wait_for(lambda: client.get("/health/ready").status_code == 200)
@@ -852,7 +856,7 @@ def test_it_loads_in_the_background(settings: Settings, tiny_checkpoint: Path) -
 
 
 def test_nothing_is_judged_before_the_calibration_is_there(
-    populated: Settings, monkeypatch: pytest.MonkeyPatch
+    populated: ServiceSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, fitting, refresh = threading.Event(), threading.Event(), Calibrator.refresh
 
@@ -880,7 +884,7 @@ def test_nothing_is_judged_before_the_calibration_is_there(
 
 
 def test_a_database_that_fails_while_starting_is_asked_again(
-    populated: Settings, monkeypatch: pytest.MonkeyPatch
+    populated: ServiceSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detector = Detector(populated).load()
     monkeypatch.setattr(service, "RETRY", 0.01)
@@ -904,7 +908,7 @@ def test_a_database_that_fails_while_starting_is_asked_again(
 
 @pytest.fixture
 def unnamed(
-    settings: Settings, tiny_checkpoint: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+    settings: ServiceSettings, tiny_checkpoint: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[TestClient]:
     """Over references and a checkpoint of this test's own, which lies in the home and is in no setting."""
     monkeypatch.setattr("signal.signal", lambda *_: None)  # the tests' own process keeps its handlers
@@ -1025,7 +1029,7 @@ def test_where_the_active_checkpoint_is_not_on_this_machine_that_is_told(
 
 
 def test_a_checkpoint_that_is_named_goes_on_serving(
-    settings: Settings, tiny_checkpoint: Path, other_checkpoint: Path
+    settings: ServiceSettings, tiny_checkpoint: Path, other_checkpoint: Path
 ) -> None:
     with connected(settings, checkpoint=tiny_checkpoint, device="cpu") as client:
         embedder, store = Embedder.load(other_checkpoint, device="cpu"), store_of(client)

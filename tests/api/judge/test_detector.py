@@ -18,10 +18,10 @@ from api.judge.regions import VARIANTS
 from api.judge.uploads import Question, Upload, file_name
 from api.schemas.problems import ApiError
 from api.schemas.verdicts import FailedFile, Provenance, Verdict
+from api.service_settings import ServiceSettings
 from indexer import follower
 from indexer.follower import Neighbour
 from indexer.index.index_neighbours import Neighbours
-from indexer.settings import Settings
 from indexer.store import Detection, Reference
 from trainer.heads.heads import unit_length
 
@@ -57,7 +57,7 @@ def with_settings(detector: Detector, **changes: object) -> Detector:
 
 
 @pytest.fixture(scope="module")
-def detector(populated: Settings) -> Iterator[Detector]:
+def detector(populated: ServiceSettings) -> Iterator[Detector]:
     detector = Detector(populated).load()
     detector.calibrate()
     yield detector
@@ -416,7 +416,7 @@ def test_while_the_database_is_away_what_may_be_the_image_itself_does_not_vote(
     assert "may be" not in str(judged(detector, query(51)).reason)
 
 
-def test_an_empty_store_still_answers_from_the_heads(settings: Settings, tiny_checkpoint: Path) -> None:
+def test_an_empty_store_still_answers_from_the_heads(settings: ServiceSettings, tiny_checkpoint: Path) -> None:
     detector = Detector(settings.model_copy(update={"checkpoint": tiny_checkpoint, "device": "cpu"})).load()
     try:
         before = judged(detector, query())
@@ -433,7 +433,7 @@ def test_an_empty_store_still_answers_from_the_heads(settings: Settings, tiny_ch
 
 
 def test_without_calibration_images_the_verdict_says_why(
-    settings: Settings, tiny_checkpoint: Path, tmp_path: Path
+    settings: ServiceSettings, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()

@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from api.cli import app
-from indexer.settings import ELSEWHERE, Settings, SettingsError, read_settings
+from api.service_settings import ELSEWHERE, ServiceSettings
+from indexer.settings import Settings, SettingsError
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,14 +19,14 @@ NAMES = (
 
 
 def test_every_setting_of_the_design_exists_and_is_documented() -> None:
-    assert set(NAMES.split()) <= set(Settings.model_fields)
-    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+    assert set(NAMES.split()) <= set(ServiceSettings.model_fields)
+    assert [name for name, field in ServiceSettings.model_fields.items() if not field.description] == []
 
 
 def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in Settings.model_fields:
+    for name in ServiceSettings.model_fields:
         monkeypatch.delenv(f"LINEUP_{name.upper()}", raising=False)
-    settings = read_settings()
+    settings = ServiceSettings.read()
     assert settings.home == Path("lineup-data")
     assert settings.checkpoint_folder == Path("lineup-data/checkpoint")
     assert (settings.host, settings.port, settings.k) == ("127.0.0.1", 8000, 10)
@@ -37,10 +38,10 @@ def test_environment_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LINEUP_K", "25")
     monkeypatch.setenv("LINEUP_CHECKPOINT", "")  # as compose files write what is not set
     monkeypatch.setenv("LINEUP_RECORD", "false")
-    assert read_settings().k == 25
-    assert read_settings().checkpoint is None
-    assert read_settings().record is False
-    assert read_settings(k=3, device=None).k == 3
+    assert ServiceSettings.read().k == 25
+    assert ServiceSettings.read().checkpoint is None
+    assert ServiceSettings.read().record is False
+    assert ServiceSettings.read(k=3, device=None).k == 3
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_bad_values_are_one_line_with_the_variable(
 ) -> None:
     monkeypatch.setenv(f"LINEUP_{name}", value)
     with pytest.raises(SettingsError) as caught:
-        read_settings()
+        ServiceSettings.read()
     message = str(caught.value)
     assert message.startswith(f"LINEUP_{name} ")
     assert part in message
@@ -84,7 +85,7 @@ def test_a_misspelt_variable_is_one_line_with_the_nearest_setting(
 ) -> None:
     monkeypatch.setenv(name, "1")
     with pytest.raises(SettingsError, match=f"^{name} is no setting; the nearest is {nearest}: .*$"):
-        read_settings()
+        ServiceSettings.read()
 
 
 def test_a_misspelt_variable_stops_training_too() -> None:
@@ -100,18 +101,19 @@ def test_every_variable_that_something_reads_is_accepted(monkeypatch: pytest.Mon
     assert set(ELSEWHERE) <= named
     for name in named:
         monkeypatch.setenv(name, "")
-    assert read_settings() is not None
+    assert ServiceSettings.read() is not None
+    assert Settings.read() is not None
 
 
 def test_a_password_is_not_shown() -> None:
-    settings = Settings(database_url="postgresql://me:secret@host/db")
+    settings = ServiceSettings(database_url="postgresql://me:secret@host/db")
     assert "secret" not in repr(settings)
 
 
 def test_every_start_has_a_token_of_its_own_that_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = read_settings(), read_settings()
+    first, second = ServiceSettings.read(), ServiceSettings.read()
     assert first.token != second.token
     assert min(len(first.token), len(second.token)) >= 40
     assert first.token not in repr(first)
     monkeypatch.setenv("LINEUP_TOKEN", "chosen-for-scripts")
-    assert read_settings().token == "chosen-for-scripts"
+    assert ServiceSettings.read().token == "chosen-for-scripts"

@@ -1,0 +1,92 @@
+"""Settings of the service alone, beside those that every command shares; `lineup` knows the names of all of them."""
+
+import os
+import re
+import secrets
+from difflib import get_close_matches
+from typing import Any, Self
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from indexer.settings import Settings, SettingsError
+
+ELSEWHERE = (
+    *("LINEUP_DB_PASSWORD", "LINEUP_CHECKPOINT_DIR", "LINEUP_TARGET"),
+    *("LINEUP_TEST_DEBIAN", "LINEUP_SOAK_MINUTES", "LINEUP_SOAK_REPORT"),
+)
+"""Variables that are no settings: docker's compose file reads the first, the tests the others."""
+
+
+class ServiceSettings(Settings):
+    """What an installation may change: the indexer's settings, and how the service judges, answers and records."""
+
+    host: str = "127.0.0.1"
+    """Address that `lineup serve` listens on; anything but loopback needs API keys."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """TCP port that `lineup serve` listens on; 0 picks a free one."""
+    token: str = Field(default_factory=secrets.token_urlsafe, pattern="^[A-Za-z0-9._~-]{16,}$", repr=False)
+    """What a request must bring while there is no API key, at least 16 of `A-Z a-z 0-9 . _ ~ -`; unset: a new one at
+    each start, which `lineup serve` prints."""
+    open: bool = False
+    """Ask this machine's requests for no token while there is no API key: a proxy here then lets in whoever reaches
+    it. true or false."""
+    prior: float = Field(default=0.5, gt=0, lt=1)
+    """Probability, 0..1, that an image is fake before looking at it; shifts the probabilities, not the thresholds."""
+    unknown: float = Field(default=0.05, ge=0, lt=1)
+    """p-value, 0..1, below which a fake is said to come from an unknown generator."""
+    max_upload_bytes: int = Field(default=20 * 1024 * 1024, ge=1)
+    """Largest uploaded image, bytes."""
+    record: bool = True
+    """Keep each verdict in the table `detection`: hash, embedding and result, never the image. true or false."""
+    record_days: int = Field(default=0, ge=0)
+    """Days after which a kept verdict is deleted; 0 keeps it for ever."""
+    keep_uploads: bool = True
+    """Keep the bytes of references added over HTTP, so that a new checkpoint can embed them again. true or false."""
+    flip_uncertain: bool = False
+    """Call a verdict uncertain when it flips under re-encoding (asked for by `explain=stability`). true or false."""
+    max_files: int = Field(default=32, ge=1, le=1000)
+    """Images in one request, a count."""
+    max_request_bytes: int = Field(default=256 * 1024 * 1024, ge=1)
+    """Largest request body, bytes."""
+    max_inflight_bytes: int = Field(default=512 * 1024 * 1024, ge=1, validate_default=True)
+    """Bodies of all requests in work together, bytes; what would exceed it is answered 503."""
+    request_seconds: float = Field(default=60.0, gt=0)
+    """Time a request may take, upload included, seconds."""
+    rate_limit: int = Field(default=0, ge=0)
+    """Requests that one API key may make per minute; 0 is no limit."""
+    cors_origins: str = ""
+    """Origins of web pages that may call the API with a key, `https://a.example,https://b.example`; empty: none."""
+
+    @field_validator("max_inflight_bytes")
+    @classmethod
+    def _holds_the_largest_request(cls, most: int, info: ValidationInfo) -> int:
+        if most < (largest := info.data.get("max_request_bytes", 0)):
+            raise ValueError(f"less than one request may have, LINEUP_MAX_REQUEST_BYTES ({largest})")
+        return most
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: str) -> str:
+        for origin in filter(None, map(str.strip, origins.split(","))):
+            if not re.fullmatch(r"https?://[^\s/?#@*]+", origin):
+                raise ValueError(f"{origin!r} is no origin like https://a.example, without a path")
+        return origins
+
+    @classmethod
+    def read(cls, **overrides: Any) -> Self:
+        """Read the environment once its names are known to be right; see `Settings.read`."""
+        check_names()
+        return super().read(**overrides)
+
+
+def check_names() -> None:
+    """Refuse a misspelt variable, which would leave the default in force unseen.
+
+    Raises:
+        SettingsError: A variable `LINEUP_...` is no setting.
+    """
+    settings = {f"LINEUP_{name.upper()}" for name in ServiceSettings.model_fields}
+    for name in sorted(name for name in os.environ if name.upper().startswith("LINEUP_")):
+        if name.upper() not in settings.union(ELSEWHERE):
+            nearest = get_close_matches(name.upper(), settings, 1, 0)[0]
+            raise SettingsError(f"{name} is no setting; the nearest is {nearest}: correct its name, or unset it")
