@@ -28,11 +28,11 @@ from api.verdict_text import show
 from indexer.database.connection import DatabaseBehind, DatabaseUnreachable, connect
 from indexer.settings import SettingsError
 from indexer.store import ApiKey, KeyExists, Store
-from trainer.data.datasets import DatasetError, read_dataset
-from trainer.data.entry import read_file
+from trainer.data.datasets import read_dataset
+from trainer.data.entry import DatasetError, read_file
 from trainer.data.folders import is_image_name
 from trainer.images import UnreadableImage
-from trainer.model.embedder import CheckpointError
+from trainer.model.checkpoint import CheckpointError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 keys = typer.Typer(help="API keys: who may call, and for what.", no_args_is_help=True)

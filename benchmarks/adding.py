@@ -28,7 +28,8 @@ from indexer.ingest.ingest import fingerprint, ingest
 from indexer.ingest.prefetch import ahead
 from indexer.settings import Settings
 from indexer.store import Store
-from trainer.data.datasets import Entry, read_dataset
+from trainer.data.datasets import read_dataset
+from trainer.data.entry import Entry
 from trainer.images import decode_image, thumbnail
 from trainer.model.embedder import Embedder
 

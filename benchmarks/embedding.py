@@ -24,7 +24,8 @@ from api.schemas.verdicts import Verdict
 from api.service_settings import ServiceSettings
 from trainer.data.datasets import read_dataset
 from trainer.hub.runtimes import export_onnx
-from trainer.model.embedder import Embedder, load_backbone, read_config, read_weights, save_checkpoint
+from trainer.model.checkpoint import load_backbone, read_config, read_weights, save_checkpoint
+from trainer.model.embedder import Embedder
 
 BATCHES = (1, 8, 32)
 BASELINE = "torch"

@@ -15,7 +15,8 @@ from typing import Annotated
 
 import typer
 
-from trainer.data.datasets import Entry, read_dataset
+from trainer.data.datasets import read_dataset
+from trainer.data.entry import Entry
 
 MOST = 30
 FIELDS = ("path", "label", "generator", "source", "group", "split")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from trainer.evaluation.head_evaluation import evaluate
-from trainer.model.embedder import read_config
+from trainer.model.checkpoint import read_config
 
 HEADS = ("linear", "nn1", "knn", "svm", "combined")
 

@@ -36,7 +36,7 @@ from indexer.store import NewReference
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import fit_heads
 from trainer.images import thumbnail
-from trainer.model.embedder import CheckpointConfig, build_backbone, save_checkpoint
+from trainer.model.checkpoint import CheckpointConfig, build_backbone, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 DIM = 192

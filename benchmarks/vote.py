@@ -18,7 +18,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from trainer.data.datasets import read_dataset, role
+from trainer.data.datasets import read_dataset
+from trainer.data.entry import role
 from trainer.evaluation.embedded_set import EmbeddedSet, embed_entries
 from trainer.evaluation.metrics import auroc
 from trainer.evaluation.transforms import basic

@@ -30,8 +30,8 @@ from indexer.store import (
     UnknownCheckpoint,
     UnknownGenerator,
 )
-from trainer.data.datasets import DatasetError
-from trainer.model.embedder import CheckpointError, read_id
+from trainer.data.entry import DatasetError
+from trainer.model.checkpoint import CheckpointError, read_id
 
 console = Console(stderr=True, highlight=False)
 

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from indexer.measure.check import Agreement
 from indexer.store.generators import FACTS
-from trainer.data.datasets import DatasetError
+from trainer.data.entry import DatasetError
 from trainer.progress import Bar
 
 SHOWN = 10

@@ -23,7 +23,8 @@ from trainer.data.datasets import read_dataset
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import fit_heads
 from trainer.images import Preprocess
-from trainer.model.embedder import CheckpointConfig, Embedder, build_backbone, save_checkpoint
+from trainer.model.checkpoint import CheckpointConfig, build_backbone, save_checkpoint
+from trainer.model.embedder import Embedder
 
 # A busy machine is no failure: hypothesis fails examples that take over 200 ms otherwise.
 hypothesis.settings.register_profile("patient", deadline=None)
@@ -86,7 +87,7 @@ def make_checkpoint(folder: Path, name: str, seed: int) -> Path:
     save_checkpoint(folder, build_backbone(config), config)
     labels = np.arange(120) % 2
     images = [small_image(90_000 + number, bool(label)) for number, label in enumerate(labels)]
-    embeddings = Embedder.load(folder, device="cpu").embed(images)
+    embeddings = Embedder.load(folder, device="cpu").embed_pixels(config.preprocess(images))
     names = [f"calibration-{number}" for number in range(len(labels))]
     generators = ["gen-a" if label else "" for label in labels]
     hashes = [sha256(image.tobytes()).hexdigest() for image in images]

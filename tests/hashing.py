@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from trainer.images import Preprocess
-from trainer.model.embedder import CheckpointConfig
+from trainer.model.checkpoint import CheckpointConfig
 
 
 class HashingEmbedder:

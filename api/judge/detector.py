@@ -31,7 +31,8 @@ from indexer.store.references import Reference
 from trainer.cores import usable_cores
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import HEADS_FILE, Heads
-from trainer.model.embedder import CONFIG_FILE, CheckpointError, Embedder
+from trainer.model.checkpoint import CONFIG_FILE, CheckpointError
+from trainer.model.embedder import Embedder
 
 STATEMENT_SECONDS = 60
 """After which the database ends a statement of the service."""

@@ -17,9 +17,9 @@ from PIL import Image
 from indexer.ingest.prefetch import ahead
 from indexer.store import LABELS, Known, NewReference, Store, kind
 from trainer.cores import usable_cores
-from trainer.data.datasets import Entry
+from trainer.data.entry import Entry
 from trainer.images import FileFacts, Preprocess, UnreadableImage, decode_image, thumbnail
-from trainer.model.embedder import CheckpointConfig
+from trainer.model.checkpoint import CheckpointConfig
 
 WRITE_IMAGES = 256
 WRITE_SECONDS = 2.0

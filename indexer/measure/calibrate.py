@@ -15,7 +15,7 @@ from trainer.heads.calibration import METHOD, MINIMUM, Calibration, fit_calibrat
 from trainer.heads.calibration_set import CALIBRATION_FILE, CalibrationSet
 from trainer.heads.heads import HEADS_FILE, Heads
 from trainer.heads.vote import vote
-from trainer.model.embedder import CheckpointError
+from trainer.model.checkpoint import CheckpointError
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from indexer.settings import Settings
 from indexer.store.references import LABELS
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.vote import vote
-from trainer.model.embedder import CheckpointError
+from trainer.model.checkpoint import CheckpointError
 
 SAMPLE = 200
 """Images of each kind that are measured, at most; the first by SHA-256, which is as good as random."""

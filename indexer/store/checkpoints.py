@@ -13,7 +13,7 @@ from sqlalchemy.dialects.postgresql import insert
 from indexer.database.tables import CalibrationRow, CheckpointRow, RevisionRow, StoreRow
 from indexer.database.transactions import Rows, notify
 from indexer.settings import Settings
-from trainer.model.embedder import CheckpointError, read_id
+from trainer.model.checkpoint import CheckpointError, read_id
 
 S = TypeVar("S", bound=Settings)
 

@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path, PurePath
 from urllib.parse import unquote, urlsplit
 
-from trainer.data.entry import DatasetError, Entry, Role, check_generator, default_split, read_file, role
+from trainer.data.entry import DatasetError, Entry, default_split, read_file
 from trainer.data.folders import (
     IMAGE_SUFFIXES,
     Part,
@@ -35,23 +35,8 @@ from trainer.data.folders import (
     real_and_fake,
 )
 from trainer.data.manifest import manifest_entries, manifest_rows
-from trainer.data.shards import D3_GENERATORS, parquet_entries, read_cell, read_member, tar_entries
+from trainer.data.shards import parquet_entries, read_cell, read_member, tar_entries
 from trainer.images import UnreadableImage
-
-__all__ = [
-    "D3_GENERATORS",
-    "FIT_FORBIDDEN_SPLITS",
-    "DatasetError",
-    "Entry",
-    "Role",
-    "check_generator",
-    "read_dataset",
-    "read_uri",
-    "role",
-]
-
-# Neither training nor thresholds may ever see these.
-FIT_FORBIDDEN_SPLITS = ("test", "unseen")
 
 _EXPECTED = "manifest.csv; real/ and fake/<generator>/; 0_real/ and 1_fake/; ai/ and nature/; gen_0/; *.tar; *.parquet"
 _ONE_KIND = "give --label real, or --label fake and --generator NAME"

@@ -15,6 +15,8 @@ from typing import Literal
 from trainer.images import ImageTooLarge, UnreadableImage
 
 Role = Literal["training", "calibration", "validation"]
+FIT_FORBIDDEN_SPLITS = ("test", "unseen")
+"""Neither training nor thresholds may ever see these."""
 MAX_FILE_BYTES = 2**30
 
 GENERATOR = r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}"

@@ -13,11 +13,12 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from trainer.data.datasets import Entry
+from trainer.data.entry import Entry
 from trainer.evaluation.transforms import Transform
+from trainer.files import write_atomically
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.images import FileFacts, Preprocess, UnreadableImage, decode_image
-from trainer.model.embedder import Embedder, write_atomically
+from trainer.model.embedder import Embedder
 
 BATCH = 32
 """Images per forward pass; twice as many are prepared ahead."""

@@ -17,7 +17,8 @@ from trainer.evaluation.transforms import basic, curves
 from trainer.heads.calibration import Calibration, fit_calibration
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads
-from trainer.model.embedder import CheckpointError, Embedder
+from trainer.model.checkpoint import CheckpointError
+from trainer.model.embedder import Embedder
 from trainer.model.seen_images import LeftOut, SeenImages
 
 

@@ -35,7 +35,7 @@ from trainer.evaluation.report_tables import (
     with_interval,
 )
 from trainer.evaluation.splits import UNSEEN, rows_of
-from trainer.model.embedder import write_atomically
+from trainer.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.datasets import Entry, read_dataset
+from trainer.data.datasets import read_dataset
+from trainer.data.entry import Entry
 from trainer.evaluation.embedded_set import EmbeddedSet
 from trainer.evaluation.metrics import RESAMPLES, measure
 from trainer.evaluation.transforms import Transform, unchanged

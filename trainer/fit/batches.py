@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from trainer.data.datasets import Entry
+from trainer.data.entry import Entry
 from trainer.images import Preprocess, UnreadableImage, decode_image
 from trainer.model.seen_images import SeenImages
 from trainer.views.augmentations import Pixels

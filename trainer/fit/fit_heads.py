@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trainer.data.datasets import FIT_FORBIDDEN_SPLITS, Entry, read_dataset, role
+from trainer.data.datasets import read_dataset
+from trainer.data.entry import FIT_FORBIDDEN_SPLITS, Entry, role
 from trainer.evaluation.embedded_set import EmbeddedSet, Rejected, embed_entries
 from trainer.evaluation.transforms import Transform, unchanged
-from trainer.heads.calibration_set import LIMIT
+from trainer.heads.calibration_set import CALIBRATION_IMAGES
 from trainer.heads.heads import Heads, HeadsError, fit_heads
-from trainer.model.embedder import CheckpointConfig, Embedder
+from trainer.model.checkpoint import CheckpointConfig
+from trainer.model.embedder import Embedder
 from trainer.model.seen_images import SeenImages
 
 IMAGES = 50_000
@@ -116,7 +118,7 @@ def _work(data: Path, split: str, copies: list[Transform], images: int) -> Itera
     """Entries with what they are embedded under; either label gets at most half of the images."""
     left = {0: images // 2, 1: images - images // 2}
     most = {("training", label): -(-left[label] // len(copies)) for label in (0, 1)}
-    most |= {("calibration", label): LIMIT // 2 for label in (0, 1)}
+    most |= {("calibration", label): CALIBRATION_IMAGES // 2 for label in (0, 1)}
     for entry in _chosen(data, split, most):
         if role(entry.group) == "calibration":
             yield entry, [Transform("none", unchanged)]

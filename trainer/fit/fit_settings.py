@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.data.datasets import FIT_FORBIDDEN_SPLITS
+from trainer.data.entry import FIT_FORBIDDEN_SPLITS
 from trainer.fit.loss import Anchors, Terms
 from trainer.images import Preprocess
 from trainer.views.views import Scale

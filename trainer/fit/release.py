@@ -20,11 +20,11 @@ from trainer.cores import usable_cores
 from trainer.fit.batches import Pictures
 from trainer.fit.probe import chosen_places, fixed_views
 from trainer.fit.state import SUMMARY_FILE, EpochSummary, write_table
-from trainer.heads.calibration_set import LIMIT as CALIBRATION_LIMIT
-from trainer.heads.calibration_set import CalibrationSet
+from trainer.heads.calibration_set import CALIBRATION_IMAGES, CalibrationSet
 from trainer.heads.heads import Heads, LinearHead, fit_heads
 from trainer.images import Preprocess
-from trainer.model.embedder import CheckpointConfig, Embedder, save_checkpoint
+from trainer.model.checkpoint import CheckpointConfig, save_checkpoint
+from trainer.model.embedder import Embedder
 from trainer.model.seen_images import SeenImages
 from trainer.views.augmentations import Pixels
 from trainer.views.views import Views
@@ -79,7 +79,7 @@ def embed_pictures(
 
 def calibration_set(embedder: Embedder, pictures: Pictures, views: Views, seed: int) -> CalibrationSet:
     """Embeddings of the plain views of calibration images, 10,000 at most, with what each image is."""
-    x, places = embed_pictures(embedder, pictures, views, seed, limit=CALIBRATION_LIMIT)
+    x, places = embed_pictures(embedder, pictures, views, seed, limit=CALIBRATION_IMAGES)
     entries = [pictures.entries[place] for place in places]
     return CalibrationSet(
         embeddings=x,
@@ -200,7 +200,7 @@ def _validation(
     """Balanced accuracy and AUROC of each head on the plain views of validation images; empty without both labels."""
     from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-    x, places = embed_pictures(embedder, pictures, views, seed, limit=CALIBRATION_LIMIT)
+    x, places = embed_pictures(embedder, pictures, views, seed, limit=CALIBRATION_IMAGES)
     labels = pictures.labels[places]
     if len(set(labels.tolist())) < 2:
         return {}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.data.datasets import read_dataset, role
+from trainer.data.datasets import read_dataset
+from trainer.data.entry import role
 from trainer.fit.batches import Pictures
 from trainer.fit.fit_settings import FitError, FitSettings
 from trainer.fit.stream import shard_paths
-from trainer.heads.calibration_set import LIMIT as CALIBRATION_LIMIT
+from trainer.heads.calibration_set import CALIBRATION_IMAGES
 
 Roles = dict[str, Pictures]
 
@@ -26,7 +27,7 @@ def read_roles(settings: FitSettings) -> Roles:
     streamed = bool(shard_paths(settings.data))
     for entry in read_dataset(settings.data, split=settings.split):
         part = role(entry.group)
-        limit = settings.head_images if part == "training" else CALIBRATION_LIMIT
+        limit = settings.head_images if part == "training" else CALIBRATION_IMAGES
         if not streamed or len(roles[part]) < limit:
             roles[part].entries.append(entry)
         elif part == "training":

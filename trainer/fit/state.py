@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from trainer.files import write_atomically
 from trainer.fit.fit_settings import FitError
-from trainer.model.embedder import write_atomically
 
 STATE_FILE = "last.pt"
 SUMMARY_FILE = "summary.csv"

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from trainer.data.datasets import role
-from trainer.data.entry import default_split, plain
+from trainer.data.entry import default_split, plain, role
 from trainer.fit.batches import Sample
 from trainer.fit.fit_settings import FitError
 from trainer.images import UnreadableImage, decode_image

@@ -29,7 +29,8 @@ from trainer.fit.scalars import Scalars
 from trainer.fit.state import EpochSummary, RunState, state_folder
 from trainer.fit.stream import ShardRecords, shard_paths
 from trainer.heads.heads import LinearHead
-from trainer.model.embedder import CheckpointConfig, CheckpointError, build_backbone, pick_device, read_config
+from trainer.model.checkpoint import CheckpointConfig, CheckpointError, build_backbone, read_config
+from trainer.model.embedder import pick_device
 from trainer.views.augmentations import Augmenter
 from trainer.views.views import Views
 

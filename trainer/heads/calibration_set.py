@@ -11,10 +11,11 @@ from shlex import quote
 
 import numpy as np
 
-from trainer.model.embedder import CheckpointError, write_atomically
+from trainer.files import write_atomically
+from trainer.model.checkpoint import CheckpointError
 
 CALIBRATION_FILE = "calibration.safetensors"
-LIMIT = 10_000
+CALIBRATION_IMAGES = 10_000
 """The most images a set holds."""
 TEXTS = ("generators", "sources", "sha256", "groups")
 """Columns of text."""

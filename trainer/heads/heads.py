@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from trainer.files import write_atomically
 from trainer.heads.calibration import MINIMUM
 from trainer.heads.calibration_set import CalibrationSet, refit_command
 from trainer.heads.logistic import LogisticMap, fit_logistic, sigmoid
-from trainer.model.embedder import CONFIG_FILE, CheckpointError, write_atomically, write_config
+from trainer.model.checkpoint import CONFIG_FILE, CheckpointError, write_config
 
 HEADS_FILE = "heads.safetensors"
 C = 0.316

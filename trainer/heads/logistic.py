@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-LIMIT = 30.0
+LOGIT_LIMIT = 30.0
 """Calibrated logits stay within +-30: further out float64 probabilities cannot be told from 1."""
 RIDGE = 1.0
 """Penalty on the common weight of standardised inputs, as scikit-learn's 1 / C; keeps separable data finite."""
@@ -56,7 +56,7 @@ class LogisticMap:
             scores: Raw scores, shape (n, heads).
         """
         logits = scores @ np.asarray(self.weights) + self.intercept  # (n, h) -> (n,)
-        clipped: np.ndarray = np.clip(logits, -LIMIT, LIMIT).astype(np.float32)
+        clipped: np.ndarray = np.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT).astype(np.float32)
         return clipped
 
     def to_json(self) -> dict[str, Any]:

@@ -17,18 +17,18 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trainer.files import write_atomically
 from trainer.hub.vit_names import HubError, architecture_args, from_transformers, to_transformers
 from trainer.images import Preprocess
-from trainer.model.embedder import (
+from trainer.model.checkpoint import (
     CheckpointConfig,
     CheckpointError,
-    Embedder,
     load_backbone,
     read_config,
     read_weights,
     save_checkpoint,
-    write_atomically,
 )
+from trainer.model.embedder import Embedder
 from trainer.model.seen_images import SEEN_FILE
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")

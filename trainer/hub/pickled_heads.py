@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trainer.heads.heads import Heads, LinearHead, NearestHead, OneClassHead, unit_length
-from trainer.model.embedder import CheckpointError
+from trainer.model.checkpoint import CheckpointError
 
 
 def read_pickled_heads(paths: Sequence[Path]) -> Heads:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from trainer.model.embedder import load_backbone, read_config, write_config
+from trainer.model.checkpoint import load_backbone, read_config, write_config
 
 INPUT, OUTPUT = "pixels", "embedding"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.model.embedder import CheckpointError
+from trainer.model.checkpoint import CheckpointError
 
 TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3, "patch_size": 16, "img_size": 224, "mlp_ratio": 4.0}
 """What timm's `vit_tiny_patch16_224` is without arguments."""

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from trainer.data.entry import Entry
+from trainer.files import write_atomically
 from trainer.images import UnreadableImage
-from trainer.model.embedder import CheckpointError, write_atomically
+from trainer.model.checkpoint import CheckpointError
 
 SEEN_FILE = "seen.safetensors"
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from trainer.model.checkpoint import CheckpointConfig
+
 if TYPE_CHECKING:
     import openvino
     from openvino import Node
 
-    from trainer.model.embedder import CheckpointConfig
 
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """Dimension, depth and attention heads by timm's name."""
@@ -29,7 +30,7 @@ class NotPlain(ValueError):
 
 
 def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> openvino.Model:
-    """The function of `trainer.model.embedder.build_backbone`: pixels (n, 3, s, s) float32 -> CLS token (n, d) float32.
+    """The function of `build_backbone`: pixels (n, 3, s, s) float32 -> CLS token (n, d) float32.
 
     Args:
         config: Its `preprocess.image_size` is the s of the graph.

@@ -41,7 +41,8 @@ from indexer import follower
 from indexer.__main__ import app as indexer
 from indexer.ingest.reembed import reembed
 from indexer.store import ApiKey, Store
-from trainer.model.embedder import Embedder, read_id
+from trainer.model.checkpoint import read_id
+from trainer.model.embedder import Embedder
 
 BASE = "http://127.0.0.1:8000"
 Files = list[tuple[str, tuple[str, bytes, str]]]

@@ -17,7 +17,8 @@ from indexer.ingest.ingest import fingerprint, ingest
 from indexer.ingest.prefetch import ahead
 from indexer.settings import Settings
 from indexer.store import Additions, Store
-from trainer.data.datasets import Entry, read_dataset
+from trainer.data.datasets import read_dataset
+from trainer.data.entry import Entry
 from trainer.images import decode_image
 
 
@@ -82,7 +83,7 @@ def test_a_folder_becomes_rows(store: Store, folder: Path) -> None:
     assert Image.open(io.BytesIO(thumbnail)).format == "JPEG"
     (page,) = store.changes(embedder.id, 0, 1)
     assert isinstance(page, Additions)
-    np.testing.assert_array_equal(page.vectors[page.ids == row.id], embedder.embed([image]))
+    np.testing.assert_array_equal(page.vectors[page.ids == row.id], embedder.embed_pixels(embedder.preprocess([image])))
 
 
 def test_a_second_run_opens_no_file(store: Store, folder: Path) -> None:

@@ -21,7 +21,7 @@ from trainer.heads.calibration import Calibration
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads, LinearHead, unit_length
 from trainer.heads.vote import vote
-from trainer.model.embedder import CheckpointConfig, checkpoint_id, read_config, read_weights, write_config
+from trainer.model.checkpoint import CheckpointConfig, checkpoint_id, read_config, read_weights, write_config
 
 K = 3
 KNOWN = {"gen-0", "gen-1", "gen-2"}

@@ -17,16 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from trainer.data.datasets import (
-    D3_GENERATORS,
-    FIT_FORBIDDEN_SPLITS,
-    DatasetError,
-    Entry,
-    read_dataset,
-    read_uri,
-    role,
-)
-from trainer.data.entry import default_split
+from trainer.data.datasets import read_dataset, read_uri
+from trainer.data.entry import FIT_FORBIDDEN_SPLITS, DatasetError, Entry, default_split, role
+from trainer.data.shards import D3_GENERATORS
 from trainer.images import ImageTooLarge, UnreadableImage, decode_image
 
 

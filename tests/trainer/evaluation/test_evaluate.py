@@ -18,8 +18,8 @@ from sklearn.neighbors import NearestNeighbors
 from typer.testing import CliRunner
 
 from trainer.__main__ import app
-from trainer.data.datasets import read_dataset, role
-from trainer.data.entry import default_split
+from trainer.data.datasets import read_dataset
+from trainer.data.entry import default_split, role
 from trainer.evaluation.embedded_set import EmbeddedSet, embed_entries
 from trainer.evaluation.enrolment_curve import enrolment_curve, knn_logits, nearest_similarities
 from trainer.evaluation.file_facts import file_fact_scores
@@ -32,7 +32,8 @@ from trainer.evaluation.transforms import Transform, basic, curves
 from trainer.fit.fit_heads import refit
 from trainer.heads.heads import Heads, HeadsError, NearestHead, unit_length
 from trainer.images import FileFacts, Preprocess
-from trainer.model.embedder import CheckpointConfig, Embedder, build_backbone, save_checkpoint
+from trainer.model.checkpoint import CheckpointConfig, build_backbone, save_checkpoint
+from trainer.model.embedder import Embedder
 from trainer.model.seen_images import LeftOut, SeenImages
 
 SIZE, DIM = 32, 24

@@ -16,8 +16,8 @@ from PIL import Image
 from tiny import tiny_settings
 from torch.utils.data import DataLoader
 
-from trainer.data.datasets import read_dataset, role
-from trainer.data.entry import default_split
+from trainer.data.datasets import read_dataset
+from trainer.data.entry import default_split, role
 from trainer.fit.batches import Sample, collate
 from trainer.fit.fit_settings import FitError
 from trainer.fit.run import Run
@@ -25,7 +25,7 @@ from trainer.fit.state import state_folder
 from trainer.fit.stream import ShardRecords, is_image_member, shard_paths
 from trainer.fit.train import fit
 from trainer.images import Preprocess
-from trainer.model.embedder import read_weights
+from trainer.model.checkpoint import read_weights
 from trainer.model.seen_images import SeenImages
 from trainer.views.augmentations import Augmenter
 from trainer.views.views import Views

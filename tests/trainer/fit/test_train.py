@@ -15,8 +15,8 @@ import timm
 import torch
 from tiny import tiny_settings
 
-from trainer.data.datasets import read_dataset, role
-from trainer.data.entry import default_split
+from trainer.data.datasets import read_dataset
+from trainer.data.entry import default_split, role
 from trainer.fit.batches import EpochSampler, Pairs, Pictures
 from trainer.fit.fit_settings import FitError, FitSettings, learning_rate
 from trainer.fit.probe import Probe
@@ -25,7 +25,8 @@ from trainer.fit.run import Processes, Run
 from trainer.fit.state import RunState, state_folder
 from trainer.fit.train import epoch_steps, finishing_seconds, fit, make_objective
 from trainer.heads.heads import Heads
-from trainer.model.embedder import Embedder, read_config, read_weights
+from trainer.model.checkpoint import read_config, read_weights
+from trainer.model.embedder import Embedder
 from trainer.model.seen_images import SeenImages
 from trainer.views.views import Views
 

@@ -10,12 +10,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import OneClassSVM
 
-from trainer.data.datasets import read_dataset, role
+from trainer.data.datasets import read_dataset
+from trainer.data.entry import role
 from trainer.evaluation.transforms import Transform, unchanged
 from trainer.fit import fit_heads as refit
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads, HeadsError, NearestHead, OneClassHead, fit_heads, unit_length
-from trainer.model.embedder import CheckpointError
+from trainer.model.checkpoint import CheckpointError
 
 DIM = 16
 
@@ -245,7 +246,7 @@ def test_heads_are_fitted_on_images_from_all_over_the_data_set(many: Path) -> No
 
 
 def test_calibration_images_come_from_all_over_the_data_set(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refit, "LIMIT", 20)
+    monkeypatch.setattr(refit, "CALIBRATION_IMAGES", 20)
     entries = [entry for entry, _ in refit._work(many, "train", [Transform("plain", unchanged)], 0)]
     assert {role(entry.group) for entry in entries} == {"calibration"}
     assert sum(entry.label for entry in entries) == 10

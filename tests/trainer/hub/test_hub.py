@@ -23,7 +23,8 @@ from trainer.hub.hub_layout import export_hub, import_checkpoint
 from trainer.hub.runtimes import export_onnx, export_openvino
 from trainer.hub.vit_names import HubError, architecture_args
 from trainer.images import Preprocess
-from trainer.model.embedder import CheckpointConfig, Embedder, build_backbone, read_weights, save_checkpoint
+from trainer.model.checkpoint import CheckpointConfig, build_backbone, read_weights, save_checkpoint
+from trainer.model.embedder import Embedder
 
 SIZE, DIM = 32, 48
 

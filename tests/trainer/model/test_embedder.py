@@ -18,20 +18,19 @@ import torch
 from conftest import small_image
 from PIL import Image
 
+from trainer.files import write_atomically
 from trainer.images import Preprocess
-from trainer.model.embedder import (
+from trainer.model.checkpoint import (
     CheckpointConfig,
     CheckpointError,
-    Embedder,
     build_backbone,
     checkpoint_id,
     load_backbone,
-    pick_device,
     read_config,
     read_weights,
     save_checkpoint,
-    write_atomically,
 )
+from trainer.model.embedder import Embedder, pick_device
 from trainer.model.vit_openvino import NotPlain, build_graph, resized
 
 
@@ -52,7 +51,7 @@ def pictures(count: int) -> list[Image.Image]:
 
 def test_embeddings_are_the_backbones_cls_token(embedder: Embedder) -> None:
     images = pictures(3)
-    x = embedder.embed(images)
+    x = embedder.embed_pixels(embedder.preprocess(images))
     assert x.shape == (3, 48)
     assert x.dtype == np.float32
     pixels = torch.from_numpy(embedder.preprocess(images))
@@ -63,16 +62,15 @@ def test_embeddings_are_the_backbones_cls_token(embedder: Embedder) -> None:
 
 
 def test_batches_and_threads_do_not_change_embeddings(embedder: Embedder) -> None:
-    images = pictures(7)
-    whole = embedder.embed(images)
-    np.testing.assert_allclose(embedder.embed(images, batch_size=2), whole, rtol=1e-4, atol=1e-5)
+    pixels = embedder.preprocess(pictures(7))
+    whole = embedder.embed_pixels(pixels)
+    np.testing.assert_allclose(embedder.embed_pixels(pixels, batch_size=2), whole, rtol=1e-4, atol=1e-5)
     with ThreadPoolExecutor(4) as pool:
-        for x in pool.map(embedder.embed, [images] * 8):
+        for x in pool.map(embedder.embed_pixels, [pixels] * 8):
             np.testing.assert_allclose(x, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_no_images_give_no_embeddings(embedder: Embedder) -> None:
-    assert embedder.embed([]).shape == (0, 48)
     assert embedder.embed_pixels(np.empty((0, 3, 32, 32), np.float32)).shape == (0, 48)
 
 
@@ -259,7 +257,8 @@ def test_nearest_images_are_the_same_by_every_engine(tiny_checkpoint: Path) -> N
     images = [small_image(number, fake=bool(number % 2)) for number in range(80)]
     orders = []
     for engine in ("torch", "openvino"):
-        x = Embedder.load(tiny_checkpoint, device="cpu", engine=engine).embed(images)
+        embedder = Embedder.load(tiny_checkpoint, device="cpu", engine=engine)
+        x = embedder.embed_pixels(embedder.preprocess(images))
         unit = x / np.linalg.norm(x, axis=1, keepdims=True)
         orders.append(np.argsort(-(unit[:40] @ unit[40:].T), axis=1)[:, :10])
     shared = [len(set(a) & set(b)) for a, b in zip(*orders, strict=True)]
@@ -332,12 +331,12 @@ def test_weights_of_another_model_are_no_plain_vit(tiny_checkpoint: Path) -> Non
 DROPPED = """
 import gc, signal, sys, threading
 from pathlib import Path
-from PIL import Image
+import numpy as np
 from trainer.model.embedder import Embedder
 seen = []
 signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
 held = [Embedder.load(Path(sys.argv[1]), device="cpu", engine="openvino")]
-held[0].embed([Image.new("RGB", (40, 40))])
+held[0].embed_pixels(np.zeros((1, 3, 32, 32), np.float32))
 thread = threading.Thread(target=lambda: (held.clear(), gc.collect()))
 thread.start()
 thread.join()
