@@ -21,8 +21,8 @@ from api.judge.detector import Detector
 from api.judge.uploads import Question, Upload
 from api.logs import log_as_json
 from api.patience import DATABASE_AWAY
-from api.schemas.problems import ApiError
-from api.schemas.verdicts import Explanation, FailedFile, Problem
+from api.schemas.problems import ApiError, FailedFile, Problem
+from api.schemas.verdicts import Explanation
 from api.service_settings import ServiceSettings
 from api.verdict_text import show
 from indexer.database.connection import DatabaseBehind, DatabaseUnreachable, connect

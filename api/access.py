@@ -15,8 +15,9 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from api.patience import DATABASE_AWAY, Patience
+from api.schemas import Scope
 from api.schemas.problems import ApiError
-from api.schemas.verdicts import Neighbour, Scope
+from api.schemas.verdicts import Neighbour
 from indexer.store import ApiKey, Store
 
 SCOPES: tuple[Scope, ...] = ("detect", "enrol", "admin")

@@ -9,9 +9,9 @@ from hashlib import sha256
 
 from api.judge.detector import Detector
 from api.judge.uploads import Upload, decode
-from api.schemas.problems import ApiError
+from api.schemas import LABELS, Label
+from api.schemas.problems import ApiError, FieldError
 from api.schemas.resources import Added
-from api.schemas.verdicts import LABELS, FieldError, Label
 from indexer.ingest.ingest import FORGOTTEN, ingest
 from indexer.measure.enrolment_effect import consequences
 from indexer.store import check_generator_name

@@ -12,6 +12,7 @@ from api.access import Caller
 from api.judge.detector import Detector
 from api.judge.judgement import calibration_facts, shortage, thresholds_of
 from api.patience import DATABASE_AWAY
+from api.schemas import LABELS
 from api.schemas.resources import (
     CalibrationState,
     Enrolment,
@@ -25,7 +26,6 @@ from api.schemas.resources import (
     SourceCount,
     Status,
 )
-from api.schemas.verdicts import LABELS
 from indexer import store
 from trainer.heads.calibration import Calibration
 from trainer.heads.logistic import sigmoid

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-from api.schemas.verdicts import FailedFile, Verdict
+from api.schemas.problems import ApiError
+from api.schemas.verdicts import Verdict
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 TENTHS = tuple(i / 20 for i in range(1, 21))
@@ -51,7 +52,7 @@ class Metrics:
         )
         self.degraded = Gauge("lineup_degraded", "1 while the index cannot follow the database.", registry=every)
 
-    def judged(self, results: Iterable[Verdict | FailedFile], final: bool) -> None:
+    def judged(self, results: Iterable[Verdict | ApiError], final: bool) -> None:
         """Count what a request gave.
 
         Args:
@@ -60,8 +61,8 @@ class Metrics:
                 again.
         """
         for result in results:
-            if isinstance(result, FailedFile):
-                self.rejected.labels(result.error.type.removeprefix("urn:lineup:")).inc()
+            if isinstance(result, ApiError):
+                self.rejected.labels(result.kind).inc()
                 continue
             for stage, milliseconds in result.timings_ms.items():
                 self.stage_seconds.labels(stage).observe(milliseconds / 1000)

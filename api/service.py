@@ -22,9 +22,10 @@ from api.judge.detector import Case, Detector
 from api.judge.uploads import Question, Upload
 from api.monitoring import Metrics
 from api.patience import DATABASE_AWAY
+from api.schemas import Label
 from api.schemas.problems import ApiError
 from api.schemas.resources import Added, Status
-from api.schemas.verdicts import FailedFile, Hits, Label, Verdict
+from api.schemas.verdicts import Hits, Verdict
 from api.service_settings import ServiceSettings
 from indexer.database.connection import DatabaseBehind
 from indexer.store import CheckpointSwitched
@@ -229,7 +230,7 @@ class Service:
         """See `Keys.authenticate`."""
         return await self._ask(self._keys.authenticate, secret)
 
-    async def detect(self, uploads: Sequence[Upload], question: Question, caller: Caller) -> list[Verdict | FailedFile]:
+    async def detect(self, uploads: Sequence[Upload], question: Question, caller: Caller) -> list[Verdict | ApiError]:
         """Judge the images of one request, side by side; answers are in the order of the uploads."""
         serving = self.serving
 
@@ -258,7 +259,7 @@ class Service:
         source: str | None,
         limit: int,
         offset: int,
-    ) -> list[Hits | FailedFile]:
+    ) -> list[Hits | ApiError]:
         """The references nearest to each image of one request."""
         serving = self.serving
 
@@ -301,16 +302,16 @@ class Service:
     @staticmethod
     async def _each(
         uploads: Sequence[Upload], work: Callable[[Upload], Awaitable[T]], at_once: int = AT_ONCE
-    ) -> list[T | FailedFile]:
+    ) -> list[T | ApiError]:
         """What `work` gives for each upload, or the problem that it raised."""
         turns = asyncio.Semaphore(at_once)
 
-        async def one(upload: Upload) -> T | FailedFile:
+        async def one(upload: Upload) -> T | ApiError:
             async with turns:
                 try:
                     return await work(upload)
                 except ApiError as error:
-                    return FailedFile(file=upload.file, error=error.problem())
+                    return error
 
         return await asyncio.gather(*map(one, uploads))
 

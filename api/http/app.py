@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, TypeVar, cast
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, FastAPI, File, Form, Query, Request, Response, UploadFile
@@ -32,11 +32,10 @@ from api.judge.detector import Detector
 from api.judge.uploads import Question, Upload, file_name
 from api.monitoring import CONTENT_TYPE, Metrics
 from api.patience import DATABASE_AWAY
-from api.schemas import resources
+from api.schemas import LABELS, Label, Scope, Text, resources
 from api.schemas import verdicts as schemas
-from api.schemas.problems import ApiError, Kind, documented, from_status
+from api.schemas.problems import ApiError, FailedFile, FieldError, Kind, documented, from_status
 from api.schemas.resources import Removed
-from api.schemas.verdicts import FailedFile, FieldError, Label, Scope, Text
 from api.service import Service
 from api.service_settings import ServiceSettings
 from indexer import store
@@ -91,13 +90,14 @@ async def read_uploads(files: list[UploadFile], settings: ServiceSettings) -> li
     return [Upload(file_name(file.filename), await file.read(limit), file.size) for file in files]
 
 
-def answer(results: list[Any]) -> list[Any]:
-    """The results of a request; the failure of its only file is the failure of the request."""
-    if len(results) == 1 and isinstance(results[0], FailedFile):
-        problem = results[0].error
-        kind = cast(Kind, problem.type.removeprefix("urn:lineup:"))
-        raise ApiError(kind, problem.detail, retry_after=1 if kind == "not-ready" else None)
-    return results
+def by_file(uploads: Sequence[Upload], results: Sequence[T | ApiError]) -> list[T | FailedFile]:
+    """The results of a request's files; the failure of its only file is the failure of the request."""
+    if len(results) == 1 and isinstance(results[0], ApiError):
+        raise results[0]
+    return [
+        FailedFile(file=upload.file, error=result.problem()) if isinstance(result, ApiError) else result
+        for upload, result in zip(uploads, results, strict=True)
+    ]
 
 
 def found(value: T | None, what: str) -> T:
@@ -133,7 +133,7 @@ async def detect(
     asked = cast("frozenset[schemas.Explanation]", frozenset(explain.split(",")) - {""})
     uploads = await read_uploads(image, service.settings)
     results = await service.detect(uploads, Question(k, max_false_alarm, asked, record), caller)
-    return schemas.Detections(results=answer(results))
+    return schemas.Detections(results=by_file(uploads, results))
 
 
 @router.post("/search", tags=["detection"], responses=documented("unreadable", "not-an-image"))
@@ -152,7 +152,7 @@ async def search(
     hits = await service.search(
         uploads, caller, label=label, generator=generator, source=source, limit=limit, offset=offset
     )
-    return schemas.Searches(results=answer(hits))
+    return schemas.Searches(results=by_file(uploads, hits))
 
 
 @router.post("/references", tags=["references"], responses=documented("unreadable", "not-an-image", "conflict"))
@@ -181,7 +181,7 @@ async def list_references(
     limit: Limit = 100,
 ) -> resources.ReferencePage:
     """Reference images in the order they were added."""
-    number = None if label is None else schemas.LABELS.index(label)
+    number = None if label is None else LABELS.index(label)
     read = partial(detector.store.list, label=number, generator=generator, source=source, after=after, limit=limit)
     page = [catalogue.reference_image(row, caller) for row in await service.run(read)]
     return resources.ReferencePage(references=page, next=page[-1].id if len(page) == limit else None)

@@ -19,8 +19,9 @@ from api.judge.evidence import Evidence, gather
 from api.judge.neighbours import Neighbourhood
 from api.judge.uploads import Prepared, Question, Upload, prepare
 from api.patience import DATABASE_AWAY, Patience
-from api.schemas.problems import ApiError
-from api.schemas.verdicts import LABELS, FailedFile, IndexFacts, Known, ModelFacts, Provenance, Region, Verdict
+from api.schemas import LABELS
+from api.schemas.problems import ApiError, FailedFile
+from api.schemas.verdicts import IndexFacts, Known, ModelFacts, Provenance, Region, Verdict
 from api.service_settings import ServiceSettings
 from indexer.database.connection import connect
 from indexer.follower import Follower

@@ -9,15 +9,14 @@ import numpy as np
 
 from api.judge.calibrator import Fitted
 from api.judge.evidence import Evidence
+from api.schemas import LABELS, Label
 from api.schemas.verdicts import (
-    LABELS,
     CalibrationFacts,
     Combination,
     Decision,
     GeneratorShare,
     HeadAnswers,
     KnnHead,
-    Label,
     LinearHead,
     Nearest,
     Nn1Head,

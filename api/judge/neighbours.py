@@ -10,7 +10,8 @@ import numpy as np
 from api.judge.evidence import Evidence
 from api.judge.judgement import clip
 from api.patience import DATABASE_AWAY, Patience
-from api.schemas.verdicts import LABELS, Label, Neighbour
+from api.schemas import LABELS, Label
+from api.schemas.verdicts import Neighbour
 from indexer.follower import Follower
 from indexer.follower import Neighbour as Nearby
 from indexer.store import Reference, Store

@@ -1,12 +1,12 @@
 """The errors that the API answers with: one kind per line of the table, as RFC 9457 problems."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from api.schemas.verdicts import Conflict, FieldError, Problem
+from pydantic import Field
+
+from api.schemas import Model, absent
 
 Kind = Literal[
     "unreadable",
@@ -24,7 +24,7 @@ Kind = Literal[
     "internal",
 ]
 
-TABLE: dict[Kind, tuple[int, str]] = {
+PROBLEMS: dict[Kind, tuple[int, str]] = {
     "unreadable": (400, "The image cannot be read"),
     "bad-request": (400, "The request cannot be read"),
     "unauthorized": (401, "An API key or the token is needed"),
@@ -42,12 +42,46 @@ TABLE: dict[Kind, tuple[int, str]] = {
 """Status and title of each kind."""
 
 
+class FieldError(Model):
+    field: str
+    message: str
+
+
+class Conflict(Model):
+    """The same bytes are known with another label or generator."""
+
+    file: str
+    sha256: str
+    has: str
+    wants: str
+
+
+class Problem(Model):
+    """RFC 9457 problem details."""
+
+    type: str
+    """`urn:lineup:` and the kind of problem."""
+    title: str
+    status: int
+    detail: str
+    request_id: Annotated[str | None, Field(exclude_if=absent)] = None
+    errors: Annotated[list[FieldError] | None, Field(exclude_if=absent)] = None
+    conflicts: Annotated[list[Conflict] | None, Field(exclude_if=absent)] = None
+
+
+class FailedFile(Model):
+    """A file of a batch that could not be judged; the others are."""
+
+    file: str
+    error: Problem
+
+
 @dataclass(eq=False)
 class ApiError(Exception):
     """A problem on its way to the caller.
 
     Args:
-        kind: A key of `TABLE`.
+        kind: A key of `PROBLEMS`.
         detail: What came, what was expected, and what to change.
         retry_after: Seconds after which trying again makes sense.
     """
@@ -64,7 +98,7 @@ class ApiError(Exception):
     @property
     def status(self) -> int:
         """The HTTP status."""
-        return TABLE[self.kind][0]
+        return PROBLEMS[self.kind][0]
 
     @property
     def headers(self) -> dict[str, str]:
@@ -74,7 +108,7 @@ class ApiError(Exception):
 
     def problem(self, request_id: str | None = None) -> Problem:
         """The JSON body."""
-        status, title = TABLE[self.kind]
+        status, title = PROBLEMS[self.kind]
         return Problem(
             type=f"urn:lineup:{self.kind}",
             title=title,
@@ -90,7 +124,7 @@ def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's account of the problems that a call may answer with, beside those that any call may."""
     responses: dict[int | str, dict[str, Any]] = {}
     for kind in (*kinds, "unauthorized", "forbidden", "too-large", "bad-field", "too-many-requests", "not-ready"):
-        status, title = TABLE[kind]
+        status, title = PROBLEMS[kind]
         example = ApiError(kind, title).problem("4f6c0a2e").model_dump()
         schema = {"$ref": "#/components/schemas/Problem"}
         responses[status] = {
@@ -102,5 +136,5 @@ def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
 
 def from_status(status: int, detail: str) -> ApiError:
     """A problem for a status that the web framework chose."""
-    kinds: dict[int, Kind] = {number: kind for kind, (number, _) in TABLE.items() if kind != "unreadable"}
+    kinds: dict[int, Kind] = {number: kind for kind, (number, _) in PROBLEMS.items() if kind != "unreadable"}
     return ApiError(kinds.get(status, "internal" if status >= 500 else "bad-request"), detail)

@@ -7,17 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from api.schemas.verdicts import (
-    CalibrationFacts,
-    Conflict,
-    GeneratorName,
-    Label,
-    Model,
-    ModelFacts,
-    Text,
-    Thresholds,
-    Verdict,
-)
+from api.schemas import GeneratorName, Label, Model, Text
+from api.schemas.problems import Conflict
+from api.schemas.verdicts import CalibrationFacts, ModelFacts, Thresholds, Verdict
 
 
 class Rejected(Model):

@@ -1,37 +1,17 @@
-"""What the API says of images: verdicts, searches and problems, one pydantic model per JSON object.
+"""What the API says of images: verdicts and searches.
 
 Scores rise with "fake". Similarities are cosines, -1..1. Lists are best first.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-from trainer.data.entry import GENERATOR
+from api.schemas import Label, Model, Similarity, Unit, absent
+from api.schemas.problems import FailedFile
 
-Label = Literal["real", "fake"]
-LABELS: tuple[Label, Label] = ("real", "fake")
-"""By the number that stands for each in index and tables."""
 Decision = Literal["fake", "real", "uncertain"]
-Scope = Literal["detect", "enrol", "admin"]
 Explanation = Literal["regions", "stability"]
-Unit = Annotated[float, Field(ge=0, le=1)]
-Similarity = Annotated[float, Field(ge=-1.001, le=1.001)]
-Text = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00]*$")]
-GeneratorName = Annotated[str, Field(pattern=f"^{GENERATOR}$", examples=["SD-XL"])]
-
-
-def absent(value: object) -> bool:
-    """Whether a field that appears only when asked for was not asked for."""
-    return value is None
-
-
-class Model(BaseModel):
-    """Docstrings under fields become descriptions in OpenAPI."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True, extra="forbid")
 
 
 class Thresholds(Model):
@@ -142,7 +122,7 @@ class Neighbour(Model):
     """Path of a small JPEG, null while the database is away."""
     uri: str | None = None
     """Where it lies; null for what came over HTTP, and a path of the server for callers without the scope admin."""
-    attributes: dict[str, Any] = {}
+    attributes: dict[str, Any] = Field(default={})
 
 
 class Region(Model):
@@ -170,15 +150,15 @@ class ContentCredentials(Model):
     state: Literal["trusted", "intact", "invalid", "remote", "unreadable"]
     """`intact`: the signature fits the bytes, but its signer is on no trust list.
     `remote`: the file only links to a manifest; the link is not followed."""
-    issues: list[str] = []
+    issues: list[str] = Field(default=[])
     """C2PA status codes of what failed or could not be trusted."""
     generator: str | None = None
     """The software that claims to have made the manifest."""
     signer: str | None = None
     signed_at: str | None = None
     title: str | None = None
-    actions: list[str] = []
-    source_types: list[str] = []
+    actions: list[str] = Field(default=[])
+    source_types: list[str] = Field(default=[])
     """IPTC digital source types of the actions, last path segment."""
     says_generated: bool = False
     """Whether a source type says that a trained algorithm made the image."""
@@ -303,12 +283,12 @@ class Verdict(Model):
     combination: Combination | None = None
     """How the heads make the score; null where there is none."""
     heads: HeadAnswers
-    generators: list[GeneratorShare] = []
+    generators: list[GeneratorShare] = Field(default=[])
     unknown_generator: bool = False
     """A fake that is unlike the fakes of every enrolled generator."""
     novelty: Unit | None = None
     """Conformal p-value of the nearest similarity: small means unlike everything known. Null below 50 images."""
-    neighbours: list[Neighbour] = []
+    neighbours: list[Neighbour] = Field(default=[])
     regions: Annotated[list[Region] | None, Field(exclude_if=absent)] = None
     stability: Annotated[Stability | None, Field(exclude_if=absent)] = None
     provenance: Provenance = Provenance()
@@ -320,32 +300,7 @@ class Verdict(Model):
     """The database is away: judged from memory, neither recorded nor compared with known hashes."""
     recorded: bool = False
     """`/v1/detections/{id}` gives it again."""
-    timings_ms: dict[str, float] = {}
-
-
-class FieldError(Model):
-    field: str
-    message: str
-
-
-class Problem(Model):
-    """RFC 9457 problem details."""
-
-    type: str
-    """`urn:lineup:` and the kind of problem."""
-    title: str
-    status: int
-    detail: str
-    request_id: Annotated[str | None, Field(exclude_if=absent)] = None
-    errors: Annotated[list[FieldError] | None, Field(exclude_if=absent)] = None
-    conflicts: Annotated[list[Conflict] | None, Field(exclude_if=absent)] = None
-
-
-class FailedFile(Model):
-    """A file of a batch that could not be judged; the others are."""
-
-    file: str
-    error: Problem
+    timings_ms: dict[str, float] = Field(default={})
 
 
 class Detections(Model):
@@ -363,15 +318,3 @@ class Hits(Model):
 
 class Searches(Model):
     results: list[Hits | FailedFile]
-
-
-class Conflict(Model):
-    """The same bytes are known with another label or generator."""
-
-    file: str
-    sha256: str
-    has: str
-    wants: str
-
-
-Problem.model_rebuild()

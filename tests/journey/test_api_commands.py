@@ -24,7 +24,8 @@ from typer.testing import CliRunner, Result
 from api.__main__ import app
 from api.http import server
 from api.judge.detector import Detector
-from api.schemas.verdicts import FailedFile, Verdict
+from api.schemas.problems import FailedFile
+from api.schemas.verdicts import Verdict
 from api.service_settings import ServiceSettings
 from indexer.store import Store
 

@@ -16,8 +16,8 @@ from api import verdict_log as records
 from api.judge.detector import RECORD_VERSION, Case, Detector
 from api.judge.regions import VARIANTS
 from api.judge.uploads import Question, Upload, file_name
-from api.schemas.problems import ApiError
-from api.schemas.verdicts import FailedFile, Provenance, Verdict
+from api.schemas.problems import ApiError, FailedFile
+from api.schemas.verdicts import Provenance, Verdict
 from api.service_settings import ServiceSettings
 from indexer import follower
 from indexer.follower import Neighbour
