@@ -49,6 +49,11 @@ def judged(detector: Detector, upload: Upload, question: Question = Question()) 
     return result
 
 
+def embedded(detector: Detector, images: Sequence[Image.Image]) -> np.ndarray:
+    """Unit embeddings of the plain views, shape (n, d)."""
+    return unit_length(detector.embedder.embed_pixels(detector.embedder.preprocess(images)))
+
+
 def with_settings(detector: Detector, **changes: object) -> Detector:
     """The same checkpoint, index and store under other settings."""
     other = copy.copy(detector)
@@ -135,10 +140,10 @@ def test_neighbours_are_the_nearest_of_each_label(detector: Detector, image_fold
     upload = query(5)
     verdict = judged(detector, upload)
     with Image.open(io.BytesIO(upload.data)) as image:
-        embedding = unit_length(detector.embedder.embed([image]))[0]  # (d,)
+        embedding = embedded(detector, [image])[0]  # (d,)
     for label, folder in (("real", "real"), ("fake", "fake")):
         files = sorted(path for path in (image_folder / folder).rglob("*") if path.is_file())
-        known = unit_length(detector.embedder.embed([Image.open(path).convert("RGB") for path in files]))  # (n, d)
+        known = embedded(detector, [Image.open(path).convert("RGB") for path in files])  # (n, d)
         best = np.sort(known @ embedding)[::-1][:5]
         shown = [n.similarity for n in verdict.neighbours if n.label == label]
         np.testing.assert_allclose(shown, best, atol=2e-3)
