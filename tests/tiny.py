@@ -4,7 +4,7 @@ from pathlib import Path
 
 from trainer.fit.fit_settings import FitSettings
 
-TINY = (("depth", 2), ("embed_dim", 48), ("img_size", 32), ("num_heads", 3), ("patch_size", 8))
+TINY = '{"depth": 2, "embed_dim": 48, "img_size": 32, "num_heads": 3, "patch_size": 8}'
 
 
 def tiny_settings(data: Path, output: Path) -> FitSettings:

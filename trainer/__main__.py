@@ -1,22 +1,22 @@
 """Learn the embedding and its heads, measure them, and bring them in and out."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from trainer.fit.fit_settings import SPLIT_HELP, FitSettings
 from trainer.progress import Bar
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -24,7 +24,6 @@ console = Console(stderr=True)
 TRAINING = "cv2 huggingface_hub joblib matplotlib scipy sklearn tensorboard timm torch torchvision webdataset"
 EXTRAS = dict.fromkeys(TRAINING.split(), "train") | dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export")
 """The extra that brings a library which serving does without."""
-SPLITS = "Comma list; of 70 % of the groups where the data set names no splits. test and unseen are refused."
 FIRST_BATCH = 32
 """Images after which the time for all of them is estimated."""
 
@@ -73,68 +72,56 @@ def simulate(
         print(json.dumps(report))
 
 
+def options_of(settings: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that gives a command an option for each field of a dataclass that names one, before its own."""
+    annotations = get_type_hints(settings, include_extras=True)
+    options = [
+        Parameter(
+            field.name,
+            Parameter.KEYWORD_ONLY,
+            default=Parameter.empty if field.default is MISSING else field.default,
+            annotation=annotations[field.name],
+        )
+        for field in fields(settings)
+        if get_origin(annotations[field.name]) is Annotated
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [one for one in signature(command).parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
+        command.__signature__ = Signature([*options, *own])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
 @app.command()
+@options_of(FitSettings)
 def fit(
-    data: Annotated[Path, typer.Option(help="Data set of any layout, or D3 shards.")],
-    output: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
-    split: Annotated[str, typer.Option(help=SPLITS)] = "train",
-    name: Annotated[str, typer.Option(help="Name of the checkpoint.")] = "code",
-    image_size: Annotated[int, typer.Option(help="Side in pixels of what the backbone reads.")] = 224,
-    local_size: Annotated[int | None, typer.Option(help="Side of local crops; default 96 at 224.")] = None,
-    architecture: Annotated[str, typer.Option(help="A timm vision transformer.")] = "vit_tiny_patch16_224",
-    architecture_args: Annotated[str, typer.Option(help='JSON passed to timm, e.g. {"depth": 2}.')] = "{}",
-    pretrained: Annotated[bool, typer.Option(help="Start from timm's weights (ablation).")] = False,
-    preprocess: Annotated[str, typer.Option(help="resize_crop, or center_crop at native resolution.")] = "resize_crop",
-    scale: Annotated[str, typer.Option(help="Crops: resized (the paper) or native windows.")] = "resized",
-    tokens: Annotated[int | None, typer.Option(help="Patches per view fed in training, at most; default all.")] = None,
-    augmentations: Annotated[int, typer.Option(help="At most so many per view.")] = 2,
-    recompress: Annotated[float, typer.Option(help="Chance that an image is recompressed before its views.")] = 0.0,
-    batch_size: Annotated[int, typer.Option(help="Records per step and process.")] = 32,
-    epoch_steps: Annotated[int | None, typer.Option(help="Updates per epoch; default 1,700 or fewer.")] = None,
-    epochs: Annotated[int, typer.Option(help="At most.")] = 150,
-    warmup_epochs: Annotated[float, typer.Option(help="Of linear warm-up.")] = 5,
-    learning_rate: Annotated[float, typer.Option(help="At 1,024 records per step.")] = 2e-3,
-    weight_decay: Annotated[float, typer.Option()] = 2e-5,
-    temperature: Annotated[float, typer.Option()] = 0.1,
-    terms: Annotated[str, typer.Option(help="both, global or multi-scale (ablation).")] = "both",
-    anchors: Annotated[str, typer.Option(help="both or real (ablation).")] = "both",
-    loss: Annotated[str, typer.Option(help="infonce or bce (ablation).")] = "infonce",
-    gather: Annotated[bool, typer.Option(help="Negatives of all processes.")] = True,
-    clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 = any.")] = 1.0,
-    ema: Annotated[float, typer.Option(help="Decay of the weights' average; 0 = none.")] = 0.0,
-    patience: Annotated[int, typer.Option(help="Epochs without improvement before stopping; 0 = never.")] = 6,
-    max_minutes: Annotated[float | None, typer.Option(help="Wall time, heads included, resumed or not.")] = None,
-    seed: Annotated[int, typer.Option()] = 42,
-    precision: Annotated[str, typer.Option(help="bf16 or float32.")] = "bf16",
-    workers: Annotated[int | None, typer.Option(help="Processes that make views.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    head_images: Annotated[int, typer.Option(help="Views the heads are fitted on, at most.")] = 50_000,
-    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard's event files.")] = None,
+    *,
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint of other settings.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    **options: Any,
 ) -> None:
     """Train the embedding and its heads. Interrupted, the same command resumes; finished, it changes nothing."""
-    arguments = {key: value for key, value in locals().items() if key not in ("overwrite", "as_json")}
     try:
         with expected_failures():
-            from trainer.fit.fit_settings import FitSettings
             from trainer.fit.train import fit as train
 
-            arguments["architecture_args"] = tuple(sorted(json.loads(architecture_args).items()))
-            settings = FitSettings(**arguments)
+            settings = FitSettings(**options)
             metrics = train(settings, overwrite=overwrite, show=training_bar, say=console.log)
     except KeyboardInterrupt:
         tell("interrupted: the same command resumes at the last finished epoch")
         raise typer.Exit(1) from None
     if "checkpoint" not in metrics:
         return  # one of several processes, of which the first reports
+    folder = settings.output
     if as_json:
-        print(json.dumps({"output": str(output)} | metrics))
+        print(json.dumps({"output": str(folder)} | metrics))
         return
     if metrics.get("unreadable"):
-        console.print(f"left out {metrics['unreadable']} unreadable images, named in {output / 'unreadable.csv'}")
+        console.print(f"left out {metrics['unreadable']} unreadable images, named in {folder / 'unreadable.csv'}")
     scores = ", ".join(f"{head} {values['auroc']:.3f}" for head, values in metrics["validation"].items())
-    tell(f"{'reused' if metrics['reused'] else 'wrote'} {output}; validation AUROC: {scores or 'no images'}")
+    tell(f"{'reused' if metrics['reused'] else 'wrote'} {folder}; validation AUROC: {scores or 'no images'}")
 
 
 Checkpoint = Annotated[
@@ -146,7 +133,7 @@ Checkpoint = Annotated[
 def heads(
     data: Annotated[Path, typer.Option(help="Data set of any layout.")],
     checkpoint: Checkpoint,
-    split: Annotated[str, typer.Option(help=SPLITS)] = "train",
+    split: Annotated[str, typer.Option(help=SPLIT_HELP)] = "train",
     images: Annotated[int, typer.Option(min=4, help="Embeddings to fit on, at most.")] = 50_000,
     views: Annotated[int, typer.Option(min=1, help="Embeddings per image, at most, the plain one included.")] = 8,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps the embeddings for the next call.")] = None,

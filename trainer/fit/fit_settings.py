@@ -1,19 +1,21 @@
-"""The settings of a training run, and the learning rate that follows from them."""
+"""The settings of a training run, which are the options of `lineup train fit`, and the learning rate they give."""
 
-from __future__ import annotations
-
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from typer import Option
 
 from trainer.data.entry import FIT_FORBIDDEN_SPLITS
-from trainer.fit.loss import Anchors, Terms
 from trainer.images import Preprocess
-from trainer.views.views import Scale
 
 REFERENCE_BATCH = 1024
 """Records per step for which the learning rate is stated."""
+SPLIT_HELP = "Comma list; of 70 % of the groups where the data set names no splits. test and unseen are refused."
+Terms = Literal["both", "global", "multi-scale"]
+Anchors = Literal["both", "real"]
 
 
 class FitError(ValueError):
@@ -22,74 +24,64 @@ class FitError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitSettings:
-    """Everything that decides the weights. Defaults are the paper's where it names a value."""
+    """Everything that decides the weights. Defaults are the paper's where it names a value.
 
-    data: Path
-    """A data set of any layout that `datasets.read_dataset` reads, or D3 shards."""
-    output: Path
-    """The checkpoint folder to write."""
-    split: str = "train"
-    """Comma list of splits to use, of 70 % of the groups where the data set names none; test and unseen are refused."""
-    name: str = "code"
-    image_size: int = 224
-    """Side in pixels of what the backbone is fed."""
-    local_size: int | None = None
-    """Side in pixels of local crops; the paper's text says 96 at 224, its code 224. Default: 96, scaled alike."""
-    architecture: str = "vit_tiny_patch16_224"
-    architecture_args: tuple[tuple[str, Any], ...] = ()
-    """Passed to timm, for tiny models; pairs of name and value."""
-    pretrained: bool = False
-    """Start from timm's weights (an ablation; needs the network once)."""
-    preprocess: Literal["center_crop", "resize_crop"] = "resize_crop"
+    A field with an `Option` is an option of the command.
+    """
+
+    data: Annotated[Path, Option(help="Data set of any layout, or D3 shards.")]
+    output: Annotated[Path, Option(help="Checkpoint folder to write.")]
+    split: Annotated[str, Option(help=SPLIT_HELP)] = "train"
+    name: Annotated[str, Option(help="Name of the checkpoint.")] = "code"
+    image_size: Annotated[int, Option(help="Side in pixels of what the backbone reads.")] = 224
+    local_size: Annotated[int | None, Option(help="Side of local crops; default 96 at 224.")] = None
+    """The paper's text says 96 at 224, its code 224. By default 96, scaled with `image_size`."""
+    architecture: Annotated[str, Option(help="A timm vision transformer.")] = "vit_tiny_patch16_224"
+    architecture_args: Annotated[str, Option(help='JSON passed to timm, e.g. {"depth": 2}.')] = "{}"
+    pretrained: Annotated[bool, Option(help="Start from timm's weights (ablation).")] = False
+    preprocess: Annotated[
+        Literal["center_crop", "resize_crop"], Option(help="resize_crop, or center_crop at native resolution.")
+    ] = "resize_crop"
     """How images are brought to size in validation, heads, index and API."""
-    scale: Scale = "resized"
-    """Crops as in the paper, or windows at the image's own resolution."""
-    tokens: int | None = None
-    """Patches of a view that training feeds at most, drawn at random; all of them outside of training. Fewer make a
-    step cheaper, and large images affordable."""
-    augmentations: int = 2
-    """At most so many per view, 0 to 19."""
-    recompress: float = 0.0
-    """Chance that an image's views are made of a JPEG copy of it, real or fake alike."""
-    batch_size: int = 32
-    """Records per step and process; the paper's is 1,024 over all GPUs."""
-    epoch_steps: int | None = None
-    """Updates per epoch; default 1,700, or fewer for data that is small (see `train.epoch_steps`)."""
-    epochs: int = 150
-    """At most."""
-    warmup_epochs: float = 5
-    learning_rate: float = 2e-3
-    """At 1,024 records per step over all processes; scaled by the square root of the ratio."""
-    weight_decay: float = 2e-5
-    temperature: float = 0.1
-    terms: Terms = "both"
-    anchors: Anchors = "both"
-    loss: Literal["infonce", "bce"] = "infonce"
-    gather: bool = True
-    """Take negatives from all processes."""
-    clip: float = 1.0
-    """Largest norm of the gradient; 0 = no clipping."""
-    ema: float = 0.0
-    """Decay per update of an average of the weights, which then is what is kept; 0 = none."""
-    patience: int = 6
-    """Epochs without a better linear head on validation images before training stops; 0 = never. The best epoch's
-    weights are kept. Without effect under `max_minutes`, whose schedule ends in time, and where there are no validation
-    images of both labels: the last weights are kept."""
-    max_minutes: float | None = None
-    """Wall time from start to the finished checkpoint, heads included. A resumed run has what the finished epochs left
-    of it."""
-    seed: int = 42
-    precision: Literal["bf16", "float32"] = "bf16"
-    workers: int | None = None
-    """Processes that make views; default: half of the cores on a CPU, all but one beside a GPU."""
-    device: str = "auto"
+    scale: Annotated[Literal["resized", "native"], Option(help="Crops: resized (the paper) or native windows.")] = (
+        "resized"
+    )
+    tokens: Annotated[int | None, Option(help="Patches per view fed in training, at most; default all.")] = None
+    """They are drawn at random; outside of training all are fed. Fewer make a step cheaper, and large images
+    affordable."""
+    augmentations: Annotated[int, Option(help="At most so many per view.")] = 2
+    recompress: Annotated[float, Option(help="Chance that an image is recompressed before its views.")] = 0.0
+    batch_size: Annotated[int, Option(help="Records per step and process.")] = 32
+    """The paper's is 1,024 over all GPUs."""
+    epoch_steps: Annotated[int | None, Option(help="Updates per epoch; default 1,700 or fewer.")] = None
+    epochs: Annotated[int, Option(help="At most.")] = 150
+    warmup_epochs: Annotated[float, Option(help="Of linear warm-up.")] = 5
+    learning_rate: Annotated[float, Option(help="At 1,024 records per step.")] = 2e-3
+    """It is scaled by the square root of the ratio to the records per step over all processes."""
+    weight_decay: Annotated[float, Option()] = 2e-5
+    temperature: Annotated[float, Option()] = 0.1
+    terms: Annotated[Terms, Option(help="both, global or multi-scale (ablation).")] = "both"
+    anchors: Annotated[Anchors, Option(help="both or real (ablation).")] = "both"
+    loss: Annotated[Literal["infonce", "bce"], Option(help="infonce or bce (ablation).")] = "infonce"
+    gather: Annotated[bool, Option(help="Negatives of all processes.")] = True
+    clip: Annotated[float, Option(help="Largest norm of the gradient; 0 = any.")] = 1.0
+    ema: Annotated[float, Option(help="Decay of the weights' average; 0 = none.")] = 0.0
+    """The average is updated with the weights, and is then what is kept."""
+    patience: Annotated[int, Option(help="Epochs without improvement before stopping; 0 = never.")] = 6
+    """Improvement is that of a linear head on validation images, and the best epoch's weights are kept. Without effect
+    under `max_minutes`, whose schedule ends in time, and where there are no validation images of both labels: the last
+    weights are kept."""
+    max_minutes: Annotated[float | None, Option(help="Wall time, heads included, resumed or not.")] = None
+    """A resumed run has what the finished epochs left of it."""
+    seed: Annotated[int, Option()] = 42
+    precision: Annotated[Literal["bf16", "float32"], Option(help="bf16 or float32.")] = "bf16"
+    workers: Annotated[int | None, Option(help="Processes that make views.")] = None
+    """By default half of the cores on a CPU, all but one beside a GPU."""
+    device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto"
+    head_images: Annotated[int, Option(help="Views the heads are fitted on, at most.")] = 50_000
+    tensorboard: Annotated[Path | None, Option(help="Folder for TensorBoard's event files.")] = None
     cache_bytes: int = 4 << 30
     """Decoded images are kept in memory up to this size."""
-    head_images: int = 50_000
-    """Augmented views that the heads are fitted on, at most."""
-
-    tensorboard: Path | None = None
-    """Folder for TensorBoard's event files; none are written without it."""
 
     def __post_init__(self) -> None:
         splits = {part.strip() for part in self.split.split(",")}
@@ -114,10 +106,16 @@ class FitSettings:
                 raise FitError(f"{option} is {value}: set it above 0")
 
     @property
+    def timm_args(self) -> dict[str, Any]:
+        """What `architecture_args` says."""
+        args: dict[str, Any] = json.loads(self.architecture_args)
+        return args
+
+    @property
     def patch(self) -> int:
         """Side of a patch in pixels."""
         digits = self.architecture.partition("patch")[2].partition("_")[0]
-        return int(dict(self.architecture_args).get("patch_size", digits or 1))
+        return int(self.timm_args.get("patch_size", digits or 1))
 
     @property
     def local(self) -> int:
@@ -132,10 +130,10 @@ class FitSettings:
 
     def record(self) -> dict[str, Any]:
         """What the checkpoint says of its training: every setting that can change the weights, as JSON types."""
-        ignored = {"output", "workers", "device", "cache_bytes", "architecture_args", "name", "tensorboard"}
-        values = {key: value for key, value in asdict(self).items() if key not in ignored}
+        irrelevant = {"output", "workers", "device", "cache_bytes", "architecture_args", "name", "tensorboard"}
+        values = {key: value for key, value in asdict(self).items() if key not in irrelevant}
         values |= {"data": str(self.data), "local_size": self.local}
-        return values | ({"architecture_args": dict(self.architecture_args)} if self.architecture_args else {})
+        return values | ({"architecture_args": self.timm_args} if self.timm_args else {})
 
 
 def learning_rate(settings: FitSettings, progress: float, processes: int = 1) -> float:

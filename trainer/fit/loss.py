@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-Terms = Literal["both", "global", "multi-scale"]
-Anchors = Literal["both", "real"]
+from trainer.fit.fit_settings import Anchors, Terms
+
 TEMPERATURE = 0.1
 
 

@@ -165,7 +165,7 @@ def make_objective(settings: FitSettings, device: str) -> tuple[Objective, Check
     """Backbone and loss with weights drawn from the seed (or timm's), and the configuration of the checkpoint."""
     import timm
 
-    args = dict(settings.architecture_args)
+    args = settings.timm_args
     with torch.device("meta"):
         bare = timm.create_model(settings.architecture, pretrained=False, num_classes=0, **args)
     config = CheckpointConfig(

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.fit.fit_settings import FitSettings
-from trainer.fit.loss import Anchors, Terms, code_loss, derangement, everyones, info_nce
+from trainer.fit.fit_settings import Anchors, FitSettings, Terms
+from trainer.fit.loss import code_loss, derangement, everyones, info_nce
 from trainer.fit.objective import Objective, PatchSubset, Slices
 from trainer.fit.run import Processes
 

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from tiny import tiny_settings
+from tiny import TINY, tiny_settings
+from typer.testing import CliRunner
 
+from trainer.__main__ import app
 from trainer.data.datasets import read_dataset
 from trainer.data.entry import default_split, role
 from trainer.fit.batches import EpochSampler, Pairs, Pictures
@@ -86,6 +88,25 @@ def test_default_local_size_is_96_at_224_in_whole_patches(tiny: FitSettings) -> 
 def test_settings_that_cannot_work_are_refused(tiny: FitSettings, change: dict[str, Any], message: str) -> None:
     with pytest.raises(FitError, match=message):
         replace(tiny, **change)
+
+
+def test_every_setting_that_is_an_option_is_in_the_help() -> None:
+    shown = CliRunner().invoke(app, ["fit", "--help"], env={"COLUMNS": "200"}).stdout
+    names = {field.name for field in fields(FitSettings)} - {"cache_bytes"}
+    assert {"--overwrite", "--json", *(f"--{name.replace('_', '-')}" for name in names)} <= set(shown.split())
+    assert "--cache-bytes" not in shown
+
+
+def test_the_command_trains_by_its_options(tiny: FitSettings) -> None:
+    command = ["fit", "--data", str(tiny.data), "--output", str(tiny.output), "--architecture-args", TINY, "--json"]
+    options = {"image-size": 32, "batch-size": 4, "epoch-steps": 3, "epochs": 1, "workers": 0, "head-images": 200}
+    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    done = CliRunner().invoke(app, [*command, "--loss", "bce", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["training"]["updates"] == 3
+    recorded = read_config(tiny.output).training
+    assert (recorded["loss"], recorded["seed"], recorded["architecture_args"]) == ("bce", 42, json.loads(TINY))
+    assert CliRunner().invoke(app, [*command, "--loss", "none"]).exit_code == 2
 
 
 def test_only_training_images_feed_the_loss(tiny: FitSettings) -> None:
@@ -178,7 +199,7 @@ def test_a_second_run_changes_nothing_and_other_settings_are_refused(whole: Whol
     with pytest.raises(FitError, match=r"other settings \(seed 42 -> 1\)"):
         fit(replace(settings, seed=1))
     with pytest.raises(FitError, match=r"other settings \(architecture_args .*'depth': 2.* -> .*'depth': 1"):
-        fit(replace(settings, architecture_args=(("depth", 1), *settings.architecture_args[1:])))
+        fit(replace(settings, architecture_args=TINY.replace('"depth": 2', '"depth": 1')))
     assert {path.name: path.stat().st_mtime_ns for path in settings.output.iterdir()} == before
 
 
