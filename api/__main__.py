@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from api.access import SCOPES, Keys, hash_secret, in_force, is_loopback, new_secret
+from api.breaker import DATABASE_AWAY
 from api.judge.detector import Detector
 from api.judge.uploads import Question, Upload
 from api.logs import log_as_json
-from api.patience import DATABASE_AWAY
 from api.schemas.problems import ApiError, FailedFile, Problem
 from api.schemas.verdicts import Explanation
 from api.service_settings import ServiceSettings
-from api.verdict_text import show
+from api.verdict_printer import show
 from indexer.database.connection import DatabaseBehind, DatabaseUnreachable, connect
 from indexer.settings import SettingsError
 from indexer.store import ApiKey, KeyExists, Store
@@ -107,7 +107,7 @@ def serve(
         detector = load(host=host, port=port, checkpoint=checkpoint, device=device)
         settings = detector.settings
         try:
-            keyed = Keys(detector.store, detector.patience).exist()
+            keyed = Keys(detector.store, detector.breaker).exist()
             if not keyed and not is_loopback(settings.host):
                 advice = "make one with `lineup keys create NAME --scope admin`, or listen on 127.0.0.1"
                 raise SettingsError(f"LINEUP_HOST is {settings.host}, which needs an API key: {advice}")

@@ -14,7 +14,7 @@ from hashlib import sha256
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from api.patience import DATABASE_AWAY, Patience
+from api.breaker import DATABASE_AWAY, Breaker
 from api.schemas import Scope
 from api.schemas.problems import ApiError
 from api.schemas.verdicts import Neighbour
@@ -76,7 +76,7 @@ class Keys:
     """Looks keys up, remembering each answer for two seconds, and for longer while the database is away."""
 
     store: Store
-    patience: Patience
+    breaker: Breaker
     _seen: OrderedDict[bytes, tuple[float, ApiKey | None]] = field(default_factory=OrderedDict)
     _any: tuple[float, bool] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -96,7 +96,7 @@ class Keys:
             return remembered
         known = self._any
         try:
-            self._any = (time.monotonic(), bool(self.patience.ask(self.store.list_keys)))
+            self._any = (time.monotonic(), bool(self.breaker.ask(self.store.list_keys)))
         except DATABASE_AWAY as error:
             if known is None:
                 raise ApiError("not-ready", "the database does not answer", retry_after=2) from error
@@ -121,7 +121,7 @@ class Keys:
         if seen is not None and now - seen[0] < FRESH:
             return seen[1]
         try:
-            key = self.patience.ask(self.store.find_key, digest)
+            key = self.breaker.ask(self.store.find_key, digest)
         except DATABASE_AWAY as error:
             if seen is not None and now - seen[0] < STALE:
                 return seen[1]

@@ -97,22 +97,22 @@ class Batcher(Generic[Item, Result]):
         self._thread.join()
 
     def _run(self) -> None:
-        patience, left_over = 0.0, None
+        max_wait, left_over = 0.0, None
         while True:
             first = left_over or self._jobs.get()
             if first is None:
                 return
-            batch, left_over, last = self._gather(first, patience)
-            patience = self._max_wait if len(batch) > 1 else 0.0
+            batch, left_over, last = self._gather(first, max_wait)
+            max_wait = self._max_wait if len(batch) > 1 else 0.0
             self._answer(batch)
             if last:
                 return
 
     def _gather(
-        self, first: Job[Item, Result], patience: float
+        self, first: Job[Item, Result], max_wait: float
     ) -> tuple[list[Job[Item, Result]], Job[Item, Result] | None, bool]:
         """The jobs of one batch, a job that did not fit any more, and whether the end of the queue was seen."""
-        batch, weight, deadline = [first], first.weight, time.monotonic() + patience
+        batch, weight, deadline = [first], first.weight, time.monotonic() + max_wait
         while weight < self._max_batch:
             try:
                 wait = deadline - time.monotonic()

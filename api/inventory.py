@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from api.access import Caller
+from api.breaker import DATABASE_AWAY
 from api.judge.detector import Detector
 from api.judge.judgement import calibration_facts, shortage, thresholds_of
-from api.patience import DATABASE_AWAY
 from api.schemas import LABELS
 from api.schemas.resources import (
     CalibrationState,
@@ -97,7 +97,7 @@ def status(detector: Detector) -> Status:
     sources: list[SourceCount] = []
     if not degraded:
         try:
-            ask = detector.counting.ask
+            ask = detector.status_breaker.ask
             counts = ask(detector.store.counts)
             real, fake = counts["real"], counts["fake"]
             revision = ask(detector.store.revision, detector.embedder.id)

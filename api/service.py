@@ -16,12 +16,12 @@ from prometheus_client import Gauge
 
 from api.access import Caller, Keys, hide_paths
 from api.batcher import Batcher, BatcherFull, Item, Result
+from api.breaker import DATABASE_AWAY
 from api.enrolment import Batch, enrol
 from api.inventory import status
 from api.judge.detector import Case, Detector
 from api.judge.uploads import Question, Upload
 from api.monitoring import Metrics
-from api.patience import DATABASE_AWAY
 from api.schemas import Label
 from api.schemas.problems import ApiError
 from api.schemas.resources import Added, Status
@@ -145,7 +145,7 @@ class Service:
         if self._detector is None:
             self._detector = Detector(self.settings).load()
         detector = self._detector
-        self._keys = Keys(detector.store, detector.patience)
+        self._keys = Keys(detector.store, detector.breaker)
         self._keys.exist()
         detector.calibrate()  # or the first verdicts would be uncertain, and nobody would know why
         self._serving = Serving(detector, self.metrics)

@@ -25,13 +25,13 @@ from starlette.types import Scope as ASGIScope
 from api import inventory as catalogue
 from api import verdict_log as records
 from api.access import Caller, RateLimit
+from api.breaker import DATABASE_AWAY
 from api.enrolment import Batch
 from api.http import docs
 from api.http.middleware import Around, Guard
 from api.judge.detector import Detector
 from api.judge.uploads import Question, Upload, file_name
 from api.monitoring import CONTENT_TYPE, Metrics
-from api.patience import DATABASE_AWAY
 from api.schemas import LABELS, Label, Scope, Text, resources
 from api.schemas import verdicts as schemas
 from api.schemas.problems import ApiError, FailedFile, FieldError, Kind, documented, from_status

@@ -13,12 +13,12 @@ from uuid import UUID, uuid4
 
 import numpy as np
 
+from api.breaker import DATABASE_AWAY, Breaker
 from api.judge import judgement
 from api.judge.calibrator import Calibrator, Fitted
 from api.judge.evidence import Evidence, gather
 from api.judge.neighbours import Neighbourhood
 from api.judge.uploads import Prepared, Question, Upload, prepare
-from api.patience import DATABASE_AWAY, Patience
 from api.schemas import LABELS
 from api.schemas.problems import ApiError, FailedFile
 from api.schemas.verdicts import IndexFacts, Known, ModelFacts, Provenance, Region, Verdict
@@ -80,9 +80,9 @@ class Detector:
     heads: Heads | None = field(init=False, default=None)
     store: Store = field(init=False)
     follower: Follower = field(init=False)
-    patience: Patience = field(init=False, default_factory=Patience)
+    breaker: Breaker = field(init=False, default_factory=Breaker)
     """For what verdicts need."""
-    counting: Patience = field(init=False, default_factory=partial(Patience, seconds=5.0, threads=2))
+    status_breaker: Breaker = field(init=False, default_factory=partial(Breaker, seconds=5.0, threads=2))
     """For what grows with the store: its time-outs leave verdicts alone."""
     neighbourhood: Neighbourhood = field(init=False)
     calibrator: Calibrator = field(init=False)
@@ -124,7 +124,12 @@ class Detector:
             sqlalchemy.exc.DBAPIError: The database cannot be reached.
         """
         other = Detector(self.settings.model_copy(update={"checkpoint": None}))
-        other.named, other.store, other.patience, other.counting = False, self.store, self.patience, self.counting
+        other.named, other.store, other.breaker, other.status_breaker = (
+            False,
+            self.store,
+            self.breaker,
+            self.status_breaker,
+        )
         other._open(with_active_folder(other.settings, self.store)).calibrate()
         return other
 
@@ -147,7 +152,7 @@ class Detector:
             raise CheckpointError(str(error)) from error
         self.follower = Follower(self.settings, self.store, checkpoint.id, checkpoint.dim)
         self.follower.load()
-        self.neighbourhood = Neighbourhood(self.store, self.follower, self.patience)
+        self.neighbourhood = Neighbourhood(self.store, self.follower, self.breaker)
         self.calibrator = Calibrator(self.follower, self.heads, images, self.settings.k)
         return self
 
@@ -168,8 +173,8 @@ class Detector:
     def close(self) -> None:
         """Stop the background work and let go of the database."""
         self.stop()
-        self.patience.close()
-        self.counting.close()
+        self.breaker.close()
+        self.status_breaker.close()
         self.store.engine.dispose()
 
     def prepare(self, upload: Upload, question: Question = Question()) -> Prepared:
@@ -302,7 +307,7 @@ class Detector:
             verdict.recorded = True
         if kept:
             try:
-                self.patience.ask(self.store.record_detections, [_record(verdict, case) for verdict, case in kept])
+                self.breaker.ask(self.store.record_detections, [_record(verdict, case) for verdict, case in kept])
             except DATABASE_AWAY:
                 for verdict, _ in kept:
                     verdict.degraded, verdict.recorded = True, False

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from api.breaker import DATABASE_AWAY, Breaker
 from api.judge.evidence import Evidence
 from api.judge.judgement import clip
-from api.patience import DATABASE_AWAY, Patience
 from api.schemas import LABELS, Label
 from api.schemas.verdicts import Neighbour
 from indexer.follower import Follower
@@ -23,7 +23,7 @@ class Neighbourhood:
 
     store: Store
     follower: Follower
-    patience: Patience
+    breaker: Breaker
 
     def rows(self, evidence: Iterable[Evidence], hashes: Sequence[str] = ()) -> dict[int, Reference] | None:
         """What Postgres says of the neighbours that `voters` shows, by id, and of the references with these bytes.
@@ -79,7 +79,7 @@ class Neighbourhood:
         if not hashes and not ids:
             return {}
         try:
-            return self.patience.ask(self.store.get_many, ids, hashes)
+            return self.breaker.ask(self.store.get_many, ids, hashes)
         except DATABASE_AWAY:
             return None
 

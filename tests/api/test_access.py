@@ -8,7 +8,7 @@ from sqlalchemy.exc import OperationalError
 
 from api import access
 from api.access import Caller, Keys, RateLimit, check_loopback, hash_secret, new_secret
-from api.patience import Patience
+from api.breaker import Breaker
 from api.schemas.problems import ApiError
 from indexer.store import ApiKey, Store
 
@@ -102,7 +102,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_key_is_honoured_remembered_and_revoked_within_two_seconds(clock: list[float]) -> None:
     secret = new_secret()
     rows = Rows((secret, key()))
-    keys = Keys(rows, Patience(pause=0))
+    keys = Keys(rows, Breaker(pause=0))
     assert keys.authenticate(secret) == Caller(7, "me", frozenset({"detect"}))
     rows.rows[hash_secret(secret)] = key(revoked=datetime.now(UTC))
     clock[0] += 1.9
@@ -115,7 +115,7 @@ def test_a_key_is_honoured_remembered_and_revoked_within_two_seconds(clock: list
 
 def test_unknown_and_expired_keys_are_refused(clock: list[float]) -> None:
     secret = new_secret()
-    keys = Keys(Rows((secret, key(expires=datetime.now(UTC) - timedelta(seconds=1)))), Patience())
+    keys = Keys(Rows((secret, key(expires=datetime.now(UTC) - timedelta(seconds=1)))), Breaker())
     for wrong in (secret, secret + "x", ""):
         with pytest.raises(ApiError) as caught:
             keys.authenticate(wrong)
@@ -126,7 +126,7 @@ def test_unknown_and_expired_keys_are_refused(clock: list[float]) -> None:
 def test_while_the_database_is_away_known_keys_live_on_for_a_while(clock: list[float]) -> None:
     secret, unseen = new_secret(), new_secret()
     rows = Rows((secret, key()), (unseen, key()))
-    keys = Keys(rows, Patience(pause=0))
+    keys = Keys(rows, Breaker(pause=0))
     keys.authenticate(secret)
     assert keys.exist()
     rows.away = True
@@ -145,13 +145,13 @@ def test_the_door_stays_shut_when_the_database_was_never_asked(clock: list[float
     rows = Rows()
     rows.away = True
     with pytest.raises(ApiError) as caught:
-        Keys(rows, Patience(pause=0)).exist()
+        Keys(rows, Breaker(pause=0)).exist()
     assert caught.value.status == 503
 
 
 def test_bad_keys_do_not_fill_memory(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(access, "MOST_REMEMBERED", 10)
-    keys = Keys(Rows(), Patience())
+    keys = Keys(Rows(), Breaker())
     for number in range(50):
         with pytest.raises(ApiError):
             keys.authenticate(str(number))

@@ -10,7 +10,7 @@ import pytest
 from browsing import AXE, PATIENCE, Watch, chromium, huge, other_file, picture, served
 from playwright.sync_api import Browser, Locator, Page, Route, ViewportSize, expect
 
-from api import verdict_text as terminal
+from api import verdict_printer as terminal
 from api.access import hash_secret, new_secret
 from api.schemas.verdicts import EXAMPLE_VERDICT, Verdict
 from api.service_settings import ServiceSettings

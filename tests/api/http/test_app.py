@@ -889,7 +889,7 @@ def test_a_database_that_fails_while_starting_is_asked_again(
 ) -> None:
     detector = Detector(populated).load()
     monkeypatch.setattr(service, "RETRY", 0.01)
-    monkeypatch.setattr(detector.patience, "pause", 0.0)
+    monkeypatch.setattr(detector.breaker, "pause", 0.0)
     failures = [OperationalError("select", {}, Exception("connection refused"))]
     list_keys = detector.store.list_keys
 
@@ -1050,7 +1050,7 @@ def test_a_dead_database_degrades_detection_and_nothing_else(
     def away(*args: object, **options: object) -> None:
         raise OperationalError("select", {}, Exception("connection refused"))
 
-    monkeypatch.setattr(detector_of(client).patience, "pause", 0.0)
+    monkeypatch.setattr(detector_of(client).breaker, "pause", 0.0)
     for name in ("get_many", "record_detections", "counts", "list", "list_keys"):
         monkeypatch.setattr(store_of(client), name, away)
     verdict = client.post("/v1/detect", files=files(png())).json()["results"][0]
@@ -1067,7 +1067,7 @@ def test_a_dead_database_degrades_detection_and_nothing_else(
 
 def test_a_database_that_hangs_is_as_good_as_away(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = threading.Event()
-    monkeypatch.setattr(detector_of(client).patience, "seconds", 0.1)
+    monkeypatch.setattr(detector_of(client).breaker, "seconds", 0.1)
     monkeypatch.setattr(store_of(client), "get_many", lambda ids, hashes: opened.wait(60))
     first, second = (client.post("/v1/detect", files=files(png())).json()["results"][0] for _ in range(2))
     opened.set()
@@ -1079,7 +1079,7 @@ def test_a_database_that_hangs_is_as_good_as_away(client: TestClient, monkeypatc
 
 def test_a_slow_status_concerns_only_who_asked(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = threading.Event()
-    monkeypatch.setattr(detector_of(client).counting, "seconds", 0.1)
+    monkeypatch.setattr(detector_of(client).status_breaker, "seconds", 0.1)
     monkeypatch.setattr(store_of(client), "counts", lambda: opened.wait(60))
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(client.get, "/v1/status") for _ in range(4)]

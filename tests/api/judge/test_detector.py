@@ -388,7 +388,7 @@ def test_while_the_database_is_away_memory_answers(detector: Detector, monkeypat
     def away(*args: object) -> None:
         raise OperationalError("select", {}, Exception("connection refused"))
 
-    monkeypatch.setattr(detector.patience, "pause", 0.0)
+    monkeypatch.setattr(detector.breaker, "pause", 0.0)
     for name in ("get_many", "record_detections"):
         monkeypatch.setattr(detector.store, name, away)
     verdict = judged(detector, query(50))

@@ -14,7 +14,7 @@ from api.judge.judgement import clip, decide, none_if_nan, stability
 from api.logs import JsonFormatter
 from api.schemas.verdicts import EXAMPLE_VERDICT, Decision, Thresholds, Verdict
 from api.verdict_log import changes
-from api.verdict_text import heads_table, in_words, notes, precision
+from api.verdict_printer import heads_table, in_words, notes, precision
 
 
 @pytest.mark.parametrize(

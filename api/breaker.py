@@ -1,6 +1,4 @@
-"""Ask the database, but wait for it only so long: a server that hangs is as good as away."""
-
-from __future__ import annotations
+"""A circuit breaker around the database: wait for it only so long, for a server that hangs is as good as away."""
 
 import logging
 import threading
@@ -25,18 +23,13 @@ class DatabaseSlow(RuntimeError):
 
 
 DATABASE_AWAY = (
-    DatabaseSlow,
-    DatabaseUnreachable,
-    OperationalError,
-    InterfaceError,
-    PoolTimeout,
-    psycopg.OperationalError,
-    psycopg.InterfaceError,
+    *(DatabaseSlow, DatabaseUnreachable, OperationalError, InterfaceError, PoolTimeout),
+    *(psycopg.OperationalError, psycopg.InterfaceError),
 )
 """What asking the store raises while Postgres does not answer."""
 
 
-class Patience:
+class Breaker:
     """Runs calls to the store in threads of its own and gives up on them after a while.
 
     After a failure the database is not asked again for `pause` seconds, so that requests do not each wait in vain, and
@@ -63,14 +56,14 @@ class Patience:
         if time.monotonic() < self._resume:
             raise DatabaseSlow("the database failed a moment ago")
         if not self._free.acquire(timeout=self.seconds):
-            raise self._give_up()
+            raise self._slow()
         future = self._pool.submit(work, *args, **kwargs)
         future.add_done_callback(lambda _: self._free.release())
         try:
             return future.result(self.seconds)
         except TimeoutError:
             future.cancel()
-            raise self._give_up() from None
+            raise self._slow() from None
         except DATABASE_AWAY:
             self._resume = time.monotonic() + self.pause
             raise
@@ -79,7 +72,7 @@ class Patience:
         """Wait for no one: calls that hang end with the process or with the database's answer."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _give_up(self) -> DatabaseSlow:
+    def _slow(self) -> DatabaseSlow:
         log.warning("the database is slow", extra={"waited": self.seconds, "asked_again_in": self.pause})
         self._resume = time.monotonic() + self.pause
         return DatabaseSlow(f"the database did not answer within {self.seconds:g} seconds")
