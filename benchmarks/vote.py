@@ -22,7 +22,7 @@ from trainer.data.datasets import read_dataset
 from trainer.data.entry import role
 from trainer.evaluation.embedded_set import EmbeddedSet, embed_entries
 from trainer.evaluation.metrics import auroc
-from trainer.evaluation.transforms import basic
+from trainer.evaluation.transforms import table_transforms
 from trainer.heads.heads import unit_length
 from trainer.heads.logistic import balanced_weights, fit_logistic
 from trainer.heads.vote import CAP, TEMPERATURE, depths, vote
@@ -49,7 +49,7 @@ def main(
 ) -> None:
     """Print three Markdown tables."""
     embedder = Embedder.load(checkpoint)
-    transforms = {transform.name: transform for transform in basic(embedder.preprocess.image_size)}
+    transforms = {transform.name: transform for transform in table_transforms(embedder.preprocess.image_size)}
     entries = list(read_dataset(data, split=split))
 
     def embedded(transform: str, seed: int) -> EmbeddedSet:

@@ -13,8 +13,8 @@ from indexer.measure.near_duplicates import relatives
 from indexer.settings import Settings
 from trainer.evaluation.embedded_set import EmbeddedSet, Rejected, embed_entries
 from trainer.evaluation.metrics import RESAMPLES
-from trainer.evaluation.splits import entries_of, measure_splits, rows_of
-from trainer.evaluation.transforms import basic
+from trainer.evaluation.splits import measure_splits, split_entries, split_mask
+from trainer.evaluation.transforms import table_transforms
 from trainer.heads.calibration import Calibration
 from trainer.heads.heads import Heads
 from trainer.heads.vote import vote
@@ -83,9 +83,9 @@ def evaluate(
     splits = [part.strip() for part in split.split(",") if part.strip()]
     heads = Heads.load(settings.checkpoint_folder)
     calibration = recalibrate(settings, follower)
-    tables = basic(embedder.preprocess.image_size)
+    tables = table_transforms(embedder.preprocess.image_size)
     left_out, leave_out = LeftOut.by(SeenImages.load(settings.checkpoint_folder))
-    work = entries_of(data, splits, tables, [], leave_out)
+    work = split_entries(data, splits, tables, [], leave_out)
     sets, rejected = embed_entries(embedder, work, seed=seed, on_image=on_image)
     if not sets:
         reason = f" ({len(rejected)} unreadable, the first: {rejected[0].file})" if rejected else ""
@@ -101,7 +101,7 @@ def evaluate(
         rows += measure_splits(images, scores, splits, name, resamples, seed)
         if "combined" in scores:
             for part in splits:
-                chosen = np.flatnonzero(rows_of(images, part, splits[0]))
+                chosen = np.flatnonzero(split_mask(images, part, splits[0]))
                 found = verdict_shares(images.take(chosen), scores["combined"][chosen], t_fake, t_real)
                 verdicts += [{"split": part, "transform": name} | row for row in found]
     thresholds = {"fake": t_fake, "real": t_real}

@@ -1,14 +1,13 @@
 """Embeddings of a data set with what its images are: the input of head fitting, calibration and evaluation."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Self
 
 import numpy as np
 from PIL import Image
@@ -24,8 +23,10 @@ BATCH = 32
 """Images per forward pass; twice as many are prepared ahead."""
 THREADS = 4
 """That decode and transform."""
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+LISTS = ("generators", "sources", "groups", "splits", "facts")
+"""Columns of an `EmbeddedSet` that are lists."""
+Prepared = tuple[Entry, FileFacts | str, dict[str, np.ndarray]]
+"""An entry, its facts or why it could not be read, and its pixels (3, s, s) by transform."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,36 +48,32 @@ class EmbeddedSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, rows: np.ndarray) -> EmbeddedSet:
+    def take(self, rows: np.ndarray) -> Self:
         """Some rows, by mask or number, shape (n,) or (m,)."""
         numbers = np.flatnonzero(rows) if rows.dtype == bool else rows
-        return EmbeddedSet(
-            embeddings=self.embeddings[numbers],
-            labels=self.labels[numbers],
-            generators=[self.generators[i] for i in numbers],
-            sources=[self.sources[i] for i in numbers],
-            groups=[self.groups[i] for i in numbers],
-            splits=[self.splits[i] for i in numbers],
-            facts=[self.facts[i] for i in numbers],
-        )
+        columns = {name: [getattr(self, name)[i] for i in numbers] for name in LISTS}
+        return replace(self, embeddings=self.embeddings[numbers], labels=self.labels[numbers], **columns)
 
     @classmethod
-    def joined(cls, parts: Sequence[EmbeddedSet]) -> EmbeddedSet:
+    def joined(cls, parts: Sequence[Self]) -> Self:
         """Several sets in one, in order."""
+        columns = {name: [value for part in parts for value in getattr(part, name)] for name in LISTS}
         return cls(
             embeddings=np.concatenate([part.embeddings for part in parts]),
             labels=np.concatenate([part.labels for part in parts]),
-            generators=[name for part in parts for name in part.generators],
-            sources=[name for part in parts for name in part.sources],
-            groups=[name for part in parts for name in part.groups],
-            splits=[name for part in parts for name in part.splits],
-            facts=[facts for part in parts for facts in part.facts],
+            **columns,
         )
 
     def calibration_set(self) -> CalibrationSet:
         """The same images as a checkpoint stores them."""
-        hashes = [facts.sha256 for facts in self.facts]
-        return CalibrationSet(self.embeddings, self.labels, self.generators, self.sources, hashes, self.groups)
+        return CalibrationSet(
+            embeddings=self.embeddings,
+            labels=self.labels,
+            generators=self.generators,
+            sources=self.sources,
+            sha256=[facts.sha256 for facts in self.facts],
+            groups=self.groups,
+        )
 
     def save(self, path: Path, origin: str) -> None:
         """Write to a safetensors file, atomically.
@@ -87,13 +84,12 @@ class EmbeddedSet:
         """
         from safetensors.numpy import save
 
-        texts = {key: getattr(self, key) for key in ("generators", "sources", "groups", "splits")}
-        texts["facts"] = [asdict(facts) for facts in self.facts]
+        texts = {name: getattr(self, name) for name in LISTS} | {"facts": [asdict(facts) for facts in self.facts]}
         arrays: dict[str, np.ndarray] = {"embeddings": self.embeddings, "labels": self.labels}
         write_atomically(path, save(arrays, {"origin": origin, "texts": json.dumps(texts)}))
 
     @classmethod
-    def load(cls, path: Path, origin: str) -> EmbeddedSet | None:
+    def load(cls, path: Path, origin: str) -> Self | None:
         """Read `save` back; None when there is no such file, it is broken, or its origin is another."""
         from safetensors import SafetensorError, safe_open
 
@@ -135,26 +131,35 @@ def embed_entries(
     Returns:
         One set for each transform by name (rows in the order of the entries), and what could not be read.
     """
-    sets: dict[str, _Growing] = defaultdict(lambda: _Growing(embedder))
+    rows: dict[str, list[tuple[Entry, FileFacts]]] = defaultdict(list)
+    waiting: dict[str, list[np.ndarray]] = defaultdict(list)
+    embeddings: dict[str, list[np.ndarray]] = defaultdict(list)
     rejected = []
 
-    def prepare(item: tuple[Entry, Sequence[Transform]]) -> tuple[FileFacts | str, dict[str, np.ndarray]]:
-        entry, transforms = item
+    def prepare(entry: Entry, transforms: Sequence[Transform]) -> Prepared:
         try:
             image, facts = decode_image(entry.read())
         except (UnreadableImage, OSError) as error:
-            return str(error), {}
-        return facts, {t.name: _pixels(embedder.preprocess, t, t(image, seed, facts.sha256)) for t in transforms}
+            return entry, str(error), {}
+        return entry, facts, {t.name: _pixels(embedder.preprocess, t, t(image, seed, facts.sha256)) for t in transforms}
+
+    def embed(name: str) -> None:
+        embeddings[name].append(embedder.embed_pixels(np.stack(waiting.pop(name)), BATCH))  # (n, d)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for (entry, _), (facts, pixels) in _in_order(pool, prepare, work):
+        for entry, facts, pixels in _results(pool.submit(prepare, *item) for item in work):
             on_image()
             if isinstance(facts, str):
                 rejected.append(Rejected(entry.uri, facts))
-            else:
-                for name, values in pixels.items():
-                    sets[name].add(entry, facts, values)
-    return {name: growing.finish() for name, growing in sets.items()}, rejected
+                continue
+            for name, values in pixels.items():
+                rows[name].append((entry, facts))
+                waiting[name].append(values)
+                if len(waiting[name]) == BATCH:
+                    embed(name)
+    for name in list(waiting):
+        embed(name)
+    return {name: _embedded_set(rows[name], np.concatenate(embeddings[name])) for name in rows}, rejected
 
 
 def _pixels(preprocess: Preprocess, transform: Transform, image: Image.Image) -> np.ndarray:
@@ -165,48 +170,21 @@ def _pixels(preprocess: Preprocess, transform: Transform, image: Image.Image) ->
     return pixels
 
 
-class _Growing:
-    """An `EmbeddedSet` in the making: embeds a batch whenever there is one."""
-
-    def __init__(self, embedder: Embedder) -> None:
-        self.embedder = embedder
-        self.rows: list[tuple[Entry, FileFacts]] = []
-        self.waiting: list[np.ndarray] = []
-        self.embeddings: list[np.ndarray] = []
-
-    def add(self, entry: Entry, facts: FileFacts, pixels: np.ndarray) -> None:
-        self.rows.append((entry, facts))
-        self.waiting.append(pixels)
-        if len(self.waiting) == BATCH:
-            self.embed()
-
-    def embed(self) -> None:
-        if self.waiting:
-            self.embeddings.append(self.embedder.embed_pixels(np.stack(self.waiting), BATCH))
-            self.waiting.clear()
-
-    def finish(self) -> EmbeddedSet:
-        self.embed()
-        return EmbeddedSet(
-            embeddings=np.concatenate(self.embeddings),
-            labels=np.array([entry.label for entry, _ in self.rows], np.uint8),
-            generators=[entry.generator or "" for entry, _ in self.rows],
-            sources=[entry.source for entry, _ in self.rows],
-            groups=[entry.group for entry, _ in self.rows],
-            splits=[entry.split or "" for entry, _ in self.rows],
-            facts=[facts for _, facts in self.rows],
-        )
+def _results(futures: Iterator[Future[Prepared]]) -> Iterator[Prepared]:
+    """Results in the order of the futures, of which at most two batches are in work."""
+    ahead = deque(islice(futures, 2 * BATCH))
+    while ahead:
+        yield ahead.popleft().result()
+        ahead.extend(islice(futures, 1))
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[tuple[Item, Result]]:
-    """(item, result) in the order of the items, computed at most two batches ahead."""
-    ahead: deque[tuple[Item, Future[Result]]] = deque()
-    for item in items:
-        ahead.append((item, pool.submit(function, item)))
-        if len(ahead) >= 2 * BATCH:
-            first, future = ahead.popleft()
-            yield first, future.result()
-    for first, future in ahead:
-        yield first, future.result()
+def _embedded_set(rows: Sequence[tuple[Entry, FileFacts]], embeddings: np.ndarray) -> EmbeddedSet:
+    return EmbeddedSet(
+        embeddings=embeddings,
+        labels=np.array([entry.label for entry, _ in rows], np.uint8),
+        generators=[entry.generator or "" for entry, _ in rows],
+        sources=[entry.source for entry, _ in rows],
+        groups=[entry.group for entry, _ in rows],
+        splits=[entry.split or "" for entry, _ in rows],
+        facts=[facts for _, facts in rows],
+    )

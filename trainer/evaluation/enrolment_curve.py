@@ -4,15 +4,13 @@ The references are the embeddings that the checkpoint's heads were fitted on; no
 generator by SHA-256 are enrolled, at most half of them and at most 30; the rest is tested, whatever the step.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
 
 from trainer.evaluation.embedded_set import EmbeddedSet
 from trainer.evaluation.metrics import RESAMPLES, measure
-from trainer.heads.heads import NearestHead, unit_length
+from trainer.heads.heads import NearestHead, nearest_similarities, unit_length
 from trainer.heads.vote import depths, vote
 
 STEPS = (0, 5, 10, 20, 30)
@@ -21,33 +19,28 @@ K = 10
 """Neighbours in the k-NN vote; of each label as many as `depths` says."""
 
 
-def knn_logits(nearest: NearestHead, embeddings: np.ndarray, k: int = K) -> np.ndarray:
+def knn_logits(nearest: NearestHead, embeddings: np.ndarray) -> np.ndarray:
     """The k-NN vote among what the heads were fitted on, shape (n,), above 0 for fake; NaN where a label is missing.
 
     Args:
         nearest: The references.
         embeddings: Raw, shape (n, d).
-        k: Neighbours.
     """
     counts = [int((nearest.labels == label).sum()) for label in (0, 1)]
     real, fake = (
         nearest_similarities(unit_length(embeddings), nearest.embeddings[nearest.labels == label], depth)
-        for label, depth in zip((0, 1), depths(k, *counts), strict=True)
+        for label, depth in zip((0, 1), depths(K, *counts), strict=True)
     )  # (n, kr), (n, kf)
-    return vote(real, fake, np.zeros(fake.shape, np.int64), k).logit
+    return vote(real, fake, np.zeros(fake.shape, np.int64), K).logit
 
 
-def enrolment_curve(
-    nearest: NearestHead, images: EmbeddedSet, *, k: int = K, resamples: int = RESAMPLES, seed: int = 0
-) -> list[dict[str, Any]]:
+def enrolment_curve(nearest: NearestHead, images: EmbeddedSet, *, resamples: int = RESAMPLES) -> list[dict[str, Any]]:
     """Recall and false alarms of nn1 and knn by generator and number of enrolled images.
 
     Args:
         nearest: The references before enrolment.
         images: The unseen split: real images and those of every unseen generator, plain.
-        k: Neighbours in the vote.
         resamples: Of the bootstrap.
-        seed: Of the bootstrap.
 
     Returns:
         Rows {"generator", "enrolled", "tested", "head", "recall", "recall_low", "recall_high", "false_alarms",
@@ -56,53 +49,31 @@ def enrolment_curve(
     rows = []
     references = [nearest.embeddings[nearest.labels == label] for label in (0, 1)]
     reals, fakes = map(len, references)
-    deepest = np.max([depths(k, reals, fakes + step) for step in STEPS], axis=0)
+    deepest = np.max([depths(K, reals, fakes + step) for step in STEPS], axis=0)
     queries = unit_length(images.embeddings)
     real, fake = map(nearest_similarities, (queries, queries), references, deepest.tolist())  # (n, kr), (n, kf)
     names = np.array(images.generators)
     hashes = np.array([facts.sha256 for facts in images.facts])
     for generator in sorted(set(names[images.labels == 1].tolist())):
-        own = np.flatnonzero(names == generator)
-        own = own[np.argsort(hashes[own])]
-        most = min(STEPS[-1], len(own) // 2)
-        groups = {images.groups[i] for i in own[:most]}
-        tested = [i for i in [*np.flatnonzero(images.labels == 0), *own[most:]] if images.groups[i] not in groups]
+        fakes_by_hash = np.flatnonzero(names == generator)
+        fakes_by_hash = fakes_by_hash[np.argsort(hashes[fakes_by_hash])]
+        most = min(STEPS[-1], len(fakes_by_hash) // 2)
+        groups = {images.groups[i] for i in fakes_by_hash[:most]}
+        others = [*np.flatnonzero(images.labels == 0), *fakes_by_hash[most:]]
+        tested = [i for i in others if images.groups[i] not in groups]
         part = images.take(np.array(tested, np.int64))
         if not part.labels.any():
             continue
         for step in [step for step in STEPS if step <= most]:
-            enrolled = queries[own[:step]] @ queries[tested].T  # (step, tested)
-            kr, kf = depths(k, reals, fakes + step)
+            enrolled = queries[fakes_by_hash[:step]] @ queries[tested].T  # (step, tested)
+            kr, kf = depths(K, reals, fakes + step)
             joined = -np.sort(-np.concatenate([fake[tested], enrolled.T], axis=1), axis=1)[:, :kf]  # NaN last
-            votes = vote(real[tested, :kr], joined, np.zeros(joined.shape, np.int64), k)
+            votes = vote(real[tested, :kr], joined, np.zeros(joined.shape, np.int64), K)
             for head, scores in (("nn1", votes.nearest_fake - votes.nearest_real), ("knn", votes.logit)):
-                measured = measure(
-                    scores, part.labels, part.generators, part.groups, 0.0, resamples=resamples, seed=seed
-                )
-                by_name = {row["generator"]: row for row in measured}
+                measures = measure(scores, part.labels, part.generators, part.groups, 0.0, resamples=resamples)
+                by_name = {row["generator"]: row for row in measures}
                 rows.append(_row(generator, step, head, by_name["real"], by_name[generator]))
     return rows
-
-
-def nearest_similarities(queries: np.ndarray, references: np.ndarray, k: int) -> np.ndarray:
-    """The k highest cosine similarities, descending, shape (n, k); NaN where there are fewer references.
-
-    Args:
-        queries: Unit length, shape (n, d).
-        references: Unit length, shape (m, d), of any precision.
-        k: How many.
-    """
-    references = references.astype(np.float32)
-    best = np.full((len(queries), k), np.nan, np.float32)
-    found = min(k, len(references))
-    if not found:
-        return best
-    size = max(1, 4_000_000 // max(1, len(references)))
-    for start in range(0, len(queries), size):
-        similarity = queries[start : start + size] @ references.T  # (size, m)
-        top = np.partition(similarity, len(references) - found, axis=1)[:, len(references) - found :]
-        best[start : start + size, :found] = np.sort(top, axis=1)[:, ::-1]
-    return best
 
 
 def _row(generator: str, enrolled: int, head: str, real: dict[str, Any], fake: dict[str, Any]) -> dict[str, Any]:

@@ -1,25 +1,28 @@
 """Measuring a checkpoint and its own heads on images that trained neither (CoDE, section 5)."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from trainer.evaluation.embedded_set import EmbeddedSet, Rejected, embed_entries
 from trainer.evaluation.enrolment_curve import knn_logits
-from trainer.evaluation.metrics import RESAMPLES
-from trainer.evaluation.splits import entries_of, measure_splits
-from trainer.evaluation.transforms import basic, curves
+from trainer.evaluation.file_facts import file_fact_scores
+from trainer.evaluation.metrics import RESAMPLES, expected_calibration_error, interval, measure, resampled_weights
+from trainer.evaluation.splits import THRESHOLDS, measure_splits, split_entries, split_mask
+from trainer.evaluation.transforms import curve_transforms, table_transforms
 from trainer.heads.calibration import Calibration, fit_calibration
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads
+from trainer.heads.logistic import balanced_weights, sigmoid
 from trainer.model.checkpoint import CheckpointError
 from trainer.model.embedder import Embedder
 from trainer.model.seen_images import LeftOut, SeenImages
+
+PROMISED_RATE = 0.05
+"""Promised false alarms and misses whose keeping is reported."""
 
 
 class EvaluationError(ValueError):
@@ -35,7 +38,7 @@ class Scorer:
     """Of linear and svm together, from the checkpoint's calibration set; None without one."""
 
     @classmethod
-    def load(cls, folder: Path) -> Scorer:
+    def load(cls, folder: Path) -> Self:
         """Heads and calibration set of a checkpoint folder.
 
         Raises:
@@ -43,11 +46,11 @@ class Scorer:
         """
         heads = Heads.load(folder)
         try:
-            held = CalibrationSet.load(folder)
+            images = CalibrationSet.load(folder)
         except CheckpointError:
             return cls(heads, None)
-        missing = np.full(len(held), np.nan)
-        calibration = fit_calibration(heads.logits(held.embeddings), missing, missing, held.labels, held.groups)
+        missing = np.full(len(images), np.nan)
+        calibration = fit_calibration(heads.logits(images.embeddings), missing, missing, images.labels, images.groups)
         return cls(heads, calibration if calibration.maps else None)
 
     def __call__(self, embeddings: np.ndarray) -> dict[str, np.ndarray]:
@@ -74,19 +77,27 @@ class Evaluation:
     rows: list[dict[str, Any]]
     """See `metrics.measure`."""
     curves: list[dict[str, Any]]
-    """Rows likewise, with `curve` and `strength`."""
+    """The same of the robustness curves, with `curve` and `strength`."""
     sets: dict[str, EmbeddedSet]
     """By transform: none, transformed, equalised; every split together."""
     scores: dict[str, dict[str, np.ndarray]]
     """By transform and head, in the order of the set."""
     scorer: Scorer
     left_out: LeftOut
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: list[Rejected]
 
     @property
     def splits(self) -> list[str]:
         """Splits that were measured, in the order asked for."""
         return list(dict.fromkeys(row["split"] for row in self.rows))
+
+    def mask(self, split: str, transform: str = "none") -> np.ndarray:
+        """Which images of a transform's set a split is measured on, shape (n,), bool."""
+        return split_mask(self.sets[transform], split, self.splits[0])
+
+    def part(self, split: str) -> EmbeddedSet:
+        """The images that a split is measured on, plain."""
+        return self.sets["none"].take(self.mask(split))
 
     @property
     def simulated(self) -> bool:
@@ -127,32 +138,99 @@ def evaluate(
     """
     splits = [part.strip() for part in split.split(",") if part.strip()]
     embedder, scorer = Embedder.load(checkpoint, device=device), Scorer.load(checkpoint)
-    tables = basic(embedder.preprocess.image_size)
-    strengths = {t.name: (name, x) for name, points in curves().items() for x, t in points} if with_curves else {}
-    extra = [t for points in curves().values() for _, t in points] if with_curves else []
+    tables = table_transforms(embedder.preprocess.image_size)
+    points = curve_transforms() if with_curves else []
+    strengths = {transform.name: {"curve": curve, "strength": strength} for curve, strength, transform in points}
     left_out, leave_out = LeftOut.by(SeenImages.load(checkpoint))
-    work = entries_of(data, splits, tables, extra, leave_out)
+    work = split_entries(data, splits, tables, [transform for *_, transform in points], leave_out)
     sets, rejected = embed_entries(embedder, work, seed=seed, on_image=on_image)
+    aside = f" ({left_out})" if left_out.images else ""
     if "none" not in sets:
-        reason = (
-            f" ({len(rejected)} unreadable, the first: {rejected[0].file}: {rejected[0].reason})" if rejected else ""
-        )
-        reason += f" ({left_out})" if left_out.images else ""
-        raise EvaluationError(f"{data} holds no readable image of split {split}{reason}: change --data or --split")
+        if rejected:
+            aside = f" ({len(rejected)} unreadable, the first: {rejected[0].file}: {rejected[0].reason}){aside}"
+        raise EvaluationError(f"{data} holds no readable image of split {split}{aside}: change --data or --split")
     if len(np.unique(sets["none"].labels)) < 2:
-        reason = f" ({left_out})" if left_out.images else ""
         raise EvaluationError(
-            f"{data} holds one label only in split {split}{reason}: both real and fake images are needed"
+            f"{data} holds one label only in split {split}{aside}: both real and fake images are needed"
         )
     scores = {name: scorer(images.embeddings) for name, images in sets.items()}
     rows, curve_rows = [], []
     for name, images in sets.items():
-        measured = measure_splits(images, scores[name], splits, name, resamples if name not in strengths else 0, seed)
         if name in strengths:
-            curve, strength = strengths[name]
-            curve_rows += [{"curve": curve, "strength": strength} | row for row in measured]
+            measures = measure_splits(images, scores[name], splits, name, resamples=0, seed=seed)
+            curve_rows += [strengths[name] | row for row in measures]
         else:
-            rows += measured
-    kept = {table.name: sets[table.name] for table in tables if table.name in sets}
-    kept_scores = {name: scores[name] for name in kept}
-    return Evaluation(embedder.id, embedder.name, rows, curve_rows, kept, kept_scores, scorer, left_out, rejected)
+            rows += measure_splits(images, scores[name], splits, name, resamples, seed)
+    names = [name for name in sets if name not in strengths]
+    return Evaluation(
+        checkpoint=embedder.id,
+        name=embedder.name,
+        rows=rows,
+        curves=curve_rows,
+        sets={name: sets[name] for name in names},
+        scores={name: scores[name] for name in names},
+        scorer=scorer,
+        left_out=left_out,
+        rejected=rejected,
+    )
+
+
+def head_probabilities(scorer: Scorer, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Calibrated probabilities by head, each of shape (n,), of those that have a map; `scores` as of the scorer."""
+    maps = scorer.heads.maps
+    probabilities: dict[str, np.ndarray] = {
+        head: sigmoid(maps[head](scores[head][:, None])) for head in ("linear", "svm") if head in maps
+    }
+    if "combined" in scores:
+        probabilities["combined"] = scores["combined"]
+    return probabilities
+
+
+def calibration_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Calibration error of every head with a map, and of `combined` what its thresholds do on the split."""
+    rows = []
+    for split in evaluation.splits:
+        part, mask = evaluation.part(split), evaluation.mask(split)
+        if len(np.unique(part.labels)) < 2:
+            continue
+        weights = resampled_weights(part.labels, part.groups, RESAMPLES, np.random.default_rng(0))
+        balance = balanced_weights(part.labels)
+        scores = {head: values[mask] for head, values in evaluation.scores["none"].items()}
+        for head, values in head_probabilities(evaluation.scorer, scores).items():
+            low, high = interval(expected_calibration_error(values, part.labels, weights * balance))
+            error = float(expected_calibration_error(values, part.labels, balance))
+            row = {"split": split, "head": head, "ece_low": low, "ece_high": high, "ece": error}
+            row |= {"false_alarms": None, "misses": None, "uncertain": None}
+            t_fake = t_real = None
+            if head == "combined" and evaluation.scorer.calibration:
+                t_fake, t_real = evaluation.scorer.calibration.thresholds(PROMISED_RATE, PROMISED_RATE)
+            if t_fake is not None and t_real is not None:
+                fake, real = values >= t_fake, (values < t_real) & (values < t_fake)
+                row["false_alarms"] = float(fake[part.labels == 0].mean())
+                row["misses"] = float(real[part.labels == 1].mean())
+                row["uncertain"] = float((~fake & ~real).mean())
+            rows.append(row)
+    return rows
+
+
+def file_fact_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """How far facts of the file alone tell the label, a row for each split."""
+    rows = []
+    for split in evaluation.splits:
+        part = evaluation.part(split)
+        scores = file_fact_scores(part.facts, part.labels, part.groups)
+        rows += measure(scores, part.labels, part.generators, part.groups, 0.5, split=split, head="file facts")[:1]
+    return rows
+
+
+def source_accuracies(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Share of right decisions on the real images of each source, by head, and their number as `images`."""
+    images = evaluation.sets["none"]
+    sources, real = np.array(images.sources), images.labels == 0
+    accuracies = {}
+    for source in np.unique(sources[real]).tolist():
+        mask = real & (sources == source)
+        accuracies[source] = {"images": float(mask.sum())} | {
+            head: float((values[mask] <= THRESHOLDS[head]).mean()) for head, values in evaluation.scores["none"].items()
+        }
+    return accuracies

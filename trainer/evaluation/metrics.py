@@ -4,8 +4,6 @@ Numpy only, and shared by the trainer's and the indexer's `evaluate`. Every meas
 is one more call with the resampled counts as weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +14,7 @@ RESAMPLES = 1000
 """Bootstrap resamples."""
 LEVEL = 0.95
 """Of the bootstrap intervals."""
-BLOCK = 4_000_000
+WEIGHTS_BLOCK = 4_000_000
 """Entries of one block of bootstrap weights, which bounds memory."""
 
 
@@ -56,9 +54,9 @@ def auroc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = N
 def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Precision averaged over the recall it is reached at, 0..1; NaN without a fake. Arguments as `auroc`."""
     real, fake = _by_score(scores, labels, weights)
-    fakes = np.cumsum(fake[..., ::-1], -1)  # found at each threshold, descending
-    found = fakes + np.cumsum(real[..., ::-1], -1)
-    precision = np.divide(fakes, found, out=np.zeros_like(found), where=found > 0)
+    fakes = np.cumsum(fake[..., ::-1], -1)  # above each threshold, descending
+    alarms = fakes + np.cumsum(real[..., ::-1], -1)
+    precision = np.divide(fakes, alarms, out=np.zeros_like(alarms), where=alarms > 0)
     total = fake.sum(-1)
     area = (fake[..., ::-1] * precision).sum(-1)
     mean: np.ndarray = np.divide(area, total, out=np.full(total.shape, np.nan), where=total > 0)
@@ -79,8 +77,8 @@ def recall_at(
     real, fake = _by_score(scores, labels, weights)
     reals, fakes = real.sum(-1, keepdims=True), fake.sum(-1, keepdims=True)
     alarms = np.cumsum(real[..., ::-1], -1) / np.maximum(reals, 1e-300)
-    found = np.cumsum(fake[..., ::-1], -1) / np.maximum(fakes, 1e-300)
-    best = np.where(alarms <= false_alarms + 1e-12, found, 0.0).max(-1)
+    recalls = np.cumsum(fake[..., ::-1], -1) / np.maximum(fakes, 1e-300)
+    best = np.where(alarms <= false_alarms + 1e-12, recalls, 0.0).max(-1)
     recall: np.ndarray = np.where((reals[..., 0] > 0) & (fakes[..., 0] > 0), best, np.nan)
     return recall
 
@@ -112,12 +110,12 @@ def resampled_weights(
     return weights
 
 
-def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """The middle `level` of bootstrap values (percentiles); NaN where there are none."""
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The middle `LEVEL` of bootstrap values (percentiles); NaN where there are none."""
     values = values[~np.isnan(values)]
     if not len(values):
         return float("nan"), float("nan")
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -155,7 +153,7 @@ def measure(
     seed: int = 0,
     **fields: str,
 ) -> list[dict[str, Any]]:
-    """Rows of design section 9: one for all images, one for the reals, one for each generator.
+    """Rows of the evaluation: one for all images, one for the reals, one for each generator.
 
     A generator's accuracy is its recall; its AUROC, AP and recall at 1 % and 5 % false alarms are against all reals.
     `balanced` is the mean of the accuracies on reals and on the row's fakes. Each measure has `_low` and `_high`, a
@@ -177,13 +175,13 @@ def measure(
     rows = []
     for name in ["all", "real", *sorted(set(names[labels == 1].tolist()))]:
         # A generator's row needs the reals too, for what ranks it against them.
-        chosen = np.full(len(labels), name == "all") | (labels == 0) | (names == name)
-        of = _Images(scores[chosen], labels[chosen], threshold, None if name == "all" else int(name != "real"))
-        if not of.counted.any():
+        mask = np.full(len(labels), name == "all") | (labels == 0) | (names == name)
+        images = _Images(scores[mask], labels[mask], threshold, None if name == "all" else int(name != "real"))
+        if not images.counted.any():
             continue
-        row: dict[str, Any] = {**fields, "generator": name, "images": int(of.counted.sum())}
-        point = of.values(np.ones((1, len(of.labels))))
-        draws = _bootstrap(of, list(groups[chosen]), resamples, seed)
+        row: dict[str, Any] = {**fields, "generator": name, "images": int(images.counted.sum())}
+        point = images.values(np.ones((1, len(images.labels))))
+        draws = _bootstrap(images, list(groups[mask]), resamples, seed)
         for key in ("accuracy", "balanced", "auroc", "ap", "recall_at_1", "recall_at_5"):
             row[key] = _plain(point[key][0]) if key in point else None
             low, high = interval(draws[key]) if key in draws else (np.nan, np.nan)
@@ -223,7 +221,7 @@ class _Images:
 def _bootstrap(images: _Images, groups: Sequence[str], resamples: int, seed: int) -> dict[str, np.ndarray]:
     """Every measure of every resample, shape (r,), in blocks that bound memory."""
     rng = np.random.default_rng(seed)
-    size = max(1, BLOCK // max(1, len(groups)))
+    size = max(1, WEIGHTS_BLOCK // max(1, len(groups)))
     sizes = [min(size, resamples - start) for start in range(0, resamples, size)]
     blocks = [images.values(resampled_weights(images.labels, groups, count, rng)) for count in sizes]
     return {key: np.concatenate([block[key] for block in blocks]) for key in (blocks[0] if blocks else ())}

@@ -10,6 +10,7 @@ import numpy as np
 from trainer.evaluation.embedded_set import EmbeddedSet
 from trainer.evaluation.metrics import auroc, roc_curve
 from trainer.heads.heads import unit_length
+from trainer.heads.logistic import balanced_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 COLOURS = {"combined": "#b5b5b5", "linear": "#0072B2", "nn1": "#D55E00", "svm": "#009E73", "knn": "#CC79A7"}
 """Of the heads (Okabe and Ito's palette, told apart by colour-blind readers)."""
-NAMES = {"linear": "linear", "nn1": "1-NN", "svm": "one-class SVM", "combined": "linear + SVM", "knn": "k-NN vote"}
+LEGEND = {"linear": "linear", "nn1": "1-NN", "svm": "one-class SVM", "combined": "linear + SVM", "knn": "k-NN vote"}
+"""Names of the heads in a picture."""
 WIDTHS = {"combined": 3.2}
 """In points, 1.4 for the others: the combination often lies under one of its heads, and is drawn first."""
 CAPTIONS = {
@@ -37,43 +39,59 @@ TSNE_IMAGES = 1500
 """Points of a map, at most."""
 CONFUSION_IMAGES = 5000
 """Images whose nearest other image is looked for, at most."""
+RELIABILITY_BINS = 8
+Panels = Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]]
+"""By title: labels (n,), and scores or probabilities by head, each (n,)."""
 
 
-def figure(columns: int = 1, rows: int = 1, width: float = 4.2, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+def new_figure(columns: int = 1, rows: int = 1, width: float = 4.2, height: float = 3.4) -> tuple[Figure, list[Axes]]:
     """A figure with its axes in one list; drawn without a display."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(columns * width, rows * height), layout="constrained")
-    axes = made.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
-    return made, list(axes.flat)
+    return figure, list(axes.flat)
 
 
-def in_order(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Heads in the order in which they are drawn."""
-    return {head: scores[head] for head in COLOURS if head in scores}
-
-
-def roc(panels: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]]) -> Figure:
-    """ROC curves of every head.
-
-    Args:
-        panels: By title: labels (n,) and scores by head, each (n,).
+def panel_figure(panels: Panels) -> tuple[Figure, list[tuple[Axes, np.ndarray, dict[str, np.ndarray]]]]:
+    """A figure with a square for each panel, its diagonal drawn; of each its axes, labels and values by head, in the
+    order in which heads are drawn.
     """
-    made, axes = figure(min(2, len(panels)), -(-len(panels) // 2))
-    for ax, (title, (labels, scores)) in zip(axes, panels.items(), strict=False):
+    figure, axes = new_figure(min(2, len(panels)), -(-len(panels) // 2))
+    squares = []
+    for ax, (title, (labels, values)) in zip(axes, panels.items(), strict=False):
         ax.plot([0, 1], [0, 1], color="0.8", lw=1)
-        for head, values in in_order(scores).items():
-            ax.plot(
-                *roc_curve(values, labels),
-                color=COLOURS[head],
-                lw=WIDTHS.get(head, 1.4),
-                label=f"{NAMES[head]} {float(auroc(values, labels)):.3f}",
-            )
-        ax.set(title=title, xlabel="false alarms", ylabel="recall", xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
+        ax.set(title=title, xlim=(0, 1), aspect="equal")
+        squares.append((ax, labels, {head: values[head] for head in COLOURS if head in values}))
+    return figure, squares
+
+
+def roc(panels: Panels) -> Figure:
+    """ROC curves of every head; `panels` hold scores."""
+    figure, squares = panel_figure(panels)
+    for ax, labels, scores in squares:
+        for head, values in scores.items():
+            label = f"{LEGEND[head]} {float(auroc(values, labels)):.3f}"
+            ax.plot(*roc_curve(values, labels), color=COLOURS[head], lw=WIDTHS.get(head, 1.4), label=label)
+        ax.set(xlabel="false alarms", ylabel="recall", ylim=(0, 1.01))
         ax.legend(frameon=False, fontsize=8, loc="lower right", title="AUROC", title_fontsize=8)
-    return made
+    return figure
+
+
+def reliability(panels: Panels) -> Figure:
+    """Share of fakes over probability at prior 0.5, equally filled bins; `panels` hold probabilities."""
+    figure, squares = panel_figure(panels)
+    for ax, labels, probabilities in squares:
+        weights = balanced_weights(labels)
+        for head, values in probabilities.items():
+            bins = [rows for rows in np.array_split(np.argsort(values, kind="stable"), RELIABILITY_BINS) if len(rows)]
+            x, y = ([np.average(of[rows], weights=weights[rows]) for rows in bins] for of in (values, labels))
+            ax.plot(x, y, color=COLOURS[head], marker="o", ms=4, lw=WIDTHS.get(head, 1.4), label=LEGEND[head])
+        ax.set(xlabel="probability of fake", ylabel="share of fakes", ylim=(0, 1))
+        ax.legend(frameon=False, fontsize=8)
+    return figure
 
 
 def robustness(rows: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]]) -> Figure:
@@ -83,54 +101,45 @@ def robustness(rows: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, A
         rows: Rows with `curve` and `strength`.
         plain: The rows of the tables, for the level without decay.
     """
-    curves = list(dict.fromkeys(row["curve"] for row in rows))
-    splits = list(dict.fromkeys(row["split"] for row in rows))
+    levels = {
+        (row["split"], row["head"]): row["auroc"]
+        for row in plain
+        if (row["transform"], row["generator"]) == ("none", "all")
+    }
+    lines: dict[str, dict[tuple[str, str], dict[float, float]]] = {}
+    for row in rows:
+        if row["generator"] == "all":
+            points = lines.setdefault(row["curve"], {}).setdefault((row["split"], row["head"]), {})
+            points[row["strength"]] = np.nan if row["auroc"] is None else row["auroc"]
+    styles = dict(zip(dict.fromkeys(row["split"] for row in rows), ("-", "--", ":", "-."), strict=False))
     heads = [head for head in COLOURS if any(row["head"] == head for row in rows)]
-    made, axes = figure(min(3, len(curves)), -(-len(curves) // 3), height=3.0)
-    for ax in axes[len(curves) :]:
+    figure, axes = new_figure(min(3, len(lines)), -(-len(lines) // 3), height=3.0)
+    for ax in axes[len(lines) :]:
         ax.set_visible(False)
-    for ax, curve in zip(axes, curves, strict=False):
-        strengths = sorted({row["strength"] for row in rows if row["curve"] == curve})
-        named = curve == "social network"
+    for ax, (curve, points_by_line) in zip(axes, lines.items(), strict=False):
         for head in heads:
-            for split, style in zip(splits, ("-", "--", ":", "-."), strict=False):
-                points = {
-                    row["strength"]: row["auroc"]
-                    for row in rows
-                    if (row["curve"], row["head"], row["split"], row["generator"]) == (curve, head, split, "all")
-                }
-                base = [
-                    row["auroc"]
-                    for row in plain
-                    if (row["transform"], row["head"], row["split"], row["generator"]) == ("none", head, split, "all")
-                ]
-                x = range(1, len(strengths) + 1) if named else strengths
-                y = [np.nan if (value := points.get(s)) is None else value for s in strengths]
-                ax.plot(
-                    x,
-                    y,
-                    style,
-                    color=COLOURS[head],
-                    marker="o",
-                    ms=3,
-                    lw=WIDTHS.get(head, 1.4),
-                    label=f"{NAMES[head]}, {split}",
-                )
-                if base and base[0] is not None:
-                    ax.axhline(base[0], color=COLOURS[head], ls=style, lw=0.5, alpha=0.5)
+            for split, style in styles.items():
+                points = dict(sorted(points_by_line[split, head].items()))
+                look: dict[str, Any] = {"color": COLOURS[head], "ls": style}
+                label = f"{LEGEND[head]}, {split}"
+                ax.plot([*points], [*points.values()], marker="o", ms=3, lw=WIDTHS.get(head, 1.4), label=label, **look)
+                if (level := levels.get((split, head))) is not None:
+                    ax.axhline(level, lw=0.5, alpha=0.5, **look)
         ax.axhline(0.5, color="0.8", lw=1)
         ax.set(title=curve, ylabel="AUROC", ylim=(0.35, 1.01))
-        if named:
-            ax.set_xticks(
-                range(1, len(strengths) + 1), ["2048 px\nq 85", "1080 px\nq 75", "640 px\nq 65", "640 px\ntwice"]
-            )
+        if curve == "social network":
+            ax.set_xticks([1, 2, 3, 4], ["2048 px\nq 85", "1080 px\nq 75", "640 px\nq 65", "640 px\ntwice"])
         elif curve in ("jpeg quality", "crop side"):
             ax.invert_xaxis()  # towards the right it gets worse
-    handles, labels = axes[0].get_legend_handles_labels()
-    made.legend(
-        handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=min(len(heads), len(labels))
-    )
-    return made
+    legend_below(figure, axes[0], columns=len(heads))
+    return figure
+
+
+def legend_below(figure: Figure, ax: Axes, columns: int) -> None:
+    """Draw the legend of one of the figure's axes below them all, in at most so many columns."""
+    handles, labels = ax.get_legend_handles_labels()
+    ncols = min(columns, len(labels))
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=ncols)
 
 
 def embedding_map(images: EmbeddedSet, unseen: frozenset[str], seed: int = 0) -> Figure:
@@ -151,23 +160,22 @@ def embedding_map(images: EmbeddedSet, unseen: frozenset[str], seed: int = 0) ->
     model = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed)
     with threadpool_limits(1):  # its OpenMP threads wait by spinning: on a busy machine minutes for a second's work
         points = model.fit_transform(unit_length(images.embeddings))  # (n, 2)
-    made, (ax,) = figure(width=7.5, height=5.5)
+    figure, (ax,) = new_figure(width=7.5, height=5.5)
     names = np.array(images.generators)
     real = images.labels == 0
-    ax.scatter(points[real, 0], points[real, 1], s=9, color="0.65", label="real", lw=0)
+    x, y = points[real].T
+    ax.scatter(x, y, s=9, color="0.65", label="real", lw=0)
     colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
     for number, name in enumerate(sorted(set(names[images.labels == 1].tolist()))):
         colour, marker = colours[number % 10], MARKERS[number % len(MARKERS)]
         face = "none" if name in unseen else colour
         label = f"{name} (unseen)" if name in unseen else name
-        own = names == name
-        ax.scatter(
-            points[own, 0], points[own, 1], s=18, marker=marker, facecolors=face, edgecolors=colour, lw=0.9, label=label
-        )
+        x, y = points[names == name].T
+        ax.scatter(x, y, s=18, marker=marker, facecolors=face, edgecolors=colour, lw=0.9, label=label)
     ax.set(xticks=[], yticks=[], title="t-SNE of the embeddings (cosine)")
     ax.spines[:].set_visible(False)
-    made.legend(frameon=False, fontsize=8, loc="outside right upper")
-    return made
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    return figure
 
 
 def generator_confusion(images: EmbeddedSet, seed: int = 0) -> Figure:
@@ -187,36 +195,31 @@ def generator_confusion(images: EmbeddedSet, seed: int = 0) -> Figure:
         similarity = np.where(groups == groups[i], -2.0, queries @ query)  # (n,)
         if similarity.max() > -2:
             counts[order.index(names[i]), order.index(names[similarity.argmax()])] += 1
-    every = np.array([(names == name).sum() for name in order])
-    counts = np.vstack([counts, every])  # what an image drawn at random would be
+    counts = np.vstack([counts, [(names == name).sum() for name in order]])  # what an image drawn at random would be
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    made, (ax,) = figure(width=2 + 0.62 * len(order), height=2.1 + 0.5 * len(order))
+    figure, (ax,) = new_figure(width=2 + 0.62 * len(order), height=2.1 + 0.5 * len(order))
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (y, x), share in np.ndenumerate(shares):
-        ax.text(
-            x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color="white" if share > 0.6 else "0.2"
-        )
+        colour = "white" if share > 0.6 else "0.2"
+        ax.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
     ax.set_xticks(range(len(order)), order, rotation=40, ha="right", fontsize=8)
     rows = [*order, "all images"]
     ax.set_yticks(range(len(rows)), [f"{name} ({int(n)})" for name, n in zip(rows, counts.sum(1), strict=True)])
     ax.tick_params("y", labelsize=8)
     ax.axhline(len(order) - 0.5, color="white", lw=4)
-    ax.set(
-        xlabel="generator of the nearest other image",
-        ylabel="own generator (images)",
-        title="Nearest neighbour, % of a row",
-    )
+    ax.set_title("Nearest neighbour, % of a row")
+    ax.set(xlabel="generator of the nearest other image", ylabel="own generator (images)")
     ax.spines[:].set_visible(False)
-    return made
+    return figure
 
 
 def enrolment(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Recall of each unseen generator and false alarms over the images enrolled of it."""
-    heads = list(dict.fromkeys(row["head"] for row in rows))
-    made, axes = figure(len(heads), width=4.6)
-    generators = sorted({row["generator"] for row in rows})
     from matplotlib import colormaps
 
+    heads = list(dict.fromkeys(row["head"] for row in rows))
+    figure, axes = new_figure(len(heads), width=4.6)
+    generators = sorted({row["generator"] for row in rows})
     for ax, head in zip(axes, heads, strict=True):
         for number, name in enumerate(generators):
             points = [row for row in rows if (row["head"], row["generator"]) == (head, name)]
@@ -227,31 +230,7 @@ def enrolment(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 low, high = ([row[f"recall{end}"] for row in points] for end in ("_low", "_high"))
                 ax.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
             ax.plot(x, [row["false_alarms"] for row in points], color=colour, ls=":", label=f"false alarms, {name}")
-        ax.set(title=f"{NAMES[head]}", xlabel="images enrolled", ylabel="share", ylim=(0, 1.01))
+        ax.set(title=f"{LEGEND[head]}", xlabel="images enrolled", ylabel="share", ylim=(0, 1.01))
         ax.set_xticks(sorted({row["enrolled"] for row in rows}))
-    handles, labels = axes[0].get_legend_handles_labels()
-    made.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=min(4, len(labels)))
-    return made
-
-
-def reliability(panels: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]], bins: int = 8) -> Figure:
-    """Share of fakes over probability at prior 0.5, equally filled bins.
-
-    Args:
-        panels: By title: labels (n,) and probabilities by head, each (n,).
-        bins: Points of a curve.
-    """
-    made, axes = figure(min(2, len(panels)), -(-len(panels) // 2))
-    for ax, (title, (labels, probabilities)) in zip(axes, panels.items(), strict=False):
-        ax.plot([0, 1], [0, 1], color="0.8", lw=1)
-        weights = np.where(labels == 1, 0.5 / max(1, labels.sum()), 0.5 / max(1, (labels == 0).sum()))
-        for head, values in in_order(probabilities).items():
-            parts = [part for part in np.array_split(np.argsort(values, kind="stable"), bins) if len(part)]
-            x = [np.average(values[part], weights=weights[part]) for part in parts]
-            y = [np.average(labels[part], weights=weights[part]) for part in parts]
-            ax.plot(x, y, color=COLOURS[head], marker="o", ms=4, lw=WIDTHS.get(head, 1.4), label=NAMES[head])
-        ax.set(
-            title=title, xlabel="probability of fake", ylabel="share of fakes", xlim=(0, 1), ylim=(0, 1), aspect="equal"
-        )
-        ax.legend(frameon=False, fontsize=8)
-    return made
+    legend_below(figure, axes[0], columns=4)
+    return figure

@@ -15,26 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.evaluation import plots
-from trainer.evaluation.head_evaluation import Evaluation, EvaluationError
-from trainer.evaluation.report_rows import (
-    RATE,
+from trainer.evaluation.enrolment_curve import enrolment_curve
+from trainer.evaluation.head_evaluation import (
+    Evaluation,
     calibration_rows,
-    enrolment_rows,
     file_fact_rows,
-    probabilities_of,
+    head_probabilities,
     source_accuracies,
 )
-from trainer.evaluation.report_tables import (
-    HEADS,
-    Rows,
-    Table,
-    percent,
-    ranking_tables,
-    seen_table,
-    unseen_tables,
-    with_interval,
-)
-from trainer.evaluation.splits import UNSEEN, rows_of
+from trainer.evaluation.report_tables import Rows, Table, percent, report_tables
+from trainer.evaluation.splits import UNSEEN
 from trainer.files import write_atomically
 
 if TYPE_CHECKING:
@@ -64,6 +54,8 @@ def write_report(
     Raises:
         EvaluationError: A file of `beside` is no report.
     """
+    nearest = evaluation.scorer.heads.nearest
+    enrolled = nearest and UNSEEN in evaluation.splits and enrolment_curve(nearest, evaluation.part(UNSEEN))
     document: dict[str, Any] = {
         "checkpoint": evaluation.checkpoint,
         "name": evaluation.name,
@@ -72,7 +64,7 @@ def write_report(
         "rows": evaluation.rows,
         "left_out": asdict(evaluation.left_out),
         "curves": evaluation.curves,
-        "enrolment": enrolment_rows(evaluation),
+        "enrolment": enrolled or [],
         "calibration": calibration_rows(evaluation),
         "file_facts": file_fact_rows(evaluation),
         "sources": source_accuracies(evaluation),
@@ -87,7 +79,7 @@ def write_report(
         *([f"{str(evaluation.left_out).capitalize()}."] if str(evaluation.left_out) else []),
         *([SIMULATED] if evaluation.simulated else []),
     ]
-    pictures = {name: _png(made) for name, made in figures.items()}
+    pictures = {name: _png(figure) for name, figure in figures.items()}
     for name, picture in pictures.items():
         write_atomically(folder / "plots" / f"{name}.png", picture)
     for name in ("rows", "curves", "enrolment"):
@@ -99,147 +91,60 @@ def write_report(
 
 
 def print_summary(evaluation: Evaluation, console: Console) -> None:
-    """AUROC and accuracy of every head and generator in the terminal.
-
-    Args:
-        evaluation: Measured.
-        console: Where to.
-    """
-    from rich.table import Table as Screen
+    """Print accuracy and AUROC of every head and generator to a terminal."""
+    from rich import table
 
     rows = Rows(evaluation.rows)
     if evaluation.simulated:
         console.print(SIMULATED, style="bold")
     for split in rows.splits():
         for transform in ("none", "transformed", "equalised"):
-            screen = Screen(title=f"{split}, {transform}: accuracy % / AUROC %")
+            screen = table.Table(title=f"{split}, {transform}: accuracy % / AUROC %")
             for column in ("", *rows.heads()):
                 screen.add_column(column, justify="right" if column else "left", no_wrap=not column)
             for name in ("all", "real", *rows.generators(split)):
-                found = [rows.get(split, transform, head, name) for head in rows.heads()]
-                cells = ["–" if r is None else f"{percent(r['accuracy'])} / {percent(r['auroc'])}" for r in found]
+                of_heads = [rows.get(split, transform, head, name) for head in rows.heads()]
+                cells = ["–" if r is None else f"{percent(r['accuracy'])} / {percent(r['auroc'])}" for r in of_heads]
                 screen.add_row(name, *cells)
             console.print(screen)
     if str(evaluation.left_out):
         console.print(str(evaluation.left_out), soft_wrap=True, highlight=False)
 
 
-def report_tables(document: Mapping[str, Any], beside: Sequence[Path], published: bool) -> list[Table]:
-    """Every table of a report, the poster's first."""
-    own = Rows(document["rows"])
-    models = {document["name"]: own}
-    for path in beside:
-        try:
-            other = json.loads(path.read_text())
-            name = other["name"] if other["name"] not in models else f"{other['name']} {other['checkpoint'][:8]}"
-            models[name] = Rows(other["rows"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(f"{path} is no report.json of an evaluation ({error}): change --beside") from error
-    tables = [seen_table(models, split, published) for split in own.splits() if split != UNSEEN]
-    tables += unseen_tables(models, published) if UNSEEN in own.splits() else []
-    tables += ranking_tables(own)
-    tables += [
-        Table(
-            "Without looking: file facts alone",
-            ["AUROC, % (95 % interval)", "all", "balanced accuracy"],
-            [[row["split"], with_interval(row, "auroc"), percent(row["balanced"])] for row in document["file_facts"]],
-            "A random forest on format, size and compression of the evaluated files, cross-validated by group. Where "
-            "it does well, the labels differ in more than what generators leave.",
-        ),
-        Table(
-            "Real images by source",
-            ["accuracy, %", *(HEADS[head] for head in own.heads()), "images"],
-            [
-                [source, *(percent(values.get(head)) for head in own.heads()), str(int(values["images"]))]
-                for source, values in document["sources"].items()
-            ],
-            "Raw decisions, plain.",
-        ),
-    ]
-    calibration = document["calibration"]
-    if calibration:
-        tables.append(
-            Table(
-                "Calibration of the checkpoint",
-                ["split", "head", "calibration error, %", "promised", "false alarms, %", "misses, %", "uncertain, %"],
-                [
-                    [
-                        row["split"],
-                        HEADS[row["head"]],
-                        with_interval(row, "ece"),
-                        "–" if row["false_alarms"] is None else percent(RATE, 0),
-                        *(percent(row[key]) for key in ("false_alarms", "misses", "uncertain")),
-                    ]
-                    for row in calibration
-                ],
-                "Expected calibration error at prior 0.5 over ten bins; false alarms and misses at the thresholds that "
-                "promise them for images like the calibration images. Unseen generators are not like those.",
-            )
-        )
-    if document["enrolment"]:
-        tables.append(
-            Table(
-                "Enrolment of unseen generators",
-                [
-                    "generator",
-                    "head",
-                    "enrolled",
-                    "tested",
-                    "recall, %",
-                    "false alarms, %",
-                    "AUROC, %",
-                    "recall at 5 %",
-                ],
-                [
-                    [
-                        row["generator"],
-                        plots.NAMES[row["head"]],
-                        str(row["enrolled"]),
-                        str(row["tested"]),
-                        with_interval(row, "recall"),
-                        percent(row["false_alarms"]),
-                        with_interval(row, "auroc"),
-                        percent(row["recall_at_5"]),
-                    ]
-                    for row in document["enrolment"]
-                ],
-                "References: what the heads were fitted on, and the generator's first images by SHA-256. No training.",
-            )
-        )
-    return [table for table in tables if table.rows]
-
-
-def report_figures(evaluation: Evaluation, enrolled: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
-    """Every picture of a report by file name."""
+def report_figures(evaluation: Evaluation, enrolment: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+    """Every picture of a report by file name; `enrolment` as `enrolment_curve` gives it."""
     images, splits = evaluation.sets["none"], evaluation.splits
     panels = {}
     for split in splits:
-        for transform in ("none", "equalised"):
-            chosen = rows_of(evaluation.sets[transform], split, splits[0])
-            labels = evaluation.sets[transform].labels[chosen]
+        for transform, title in (("none", "plain"), ("equalised", "equalised")):
+            mask = evaluation.mask(split, transform)
+            labels = evaluation.sets[transform].labels[mask]
             if len(np.unique(labels)) == 2:
-                scores = {head: values[chosen] for head, values in evaluation.scores[transform].items()}
-                panels[f"{split}, {'plain' if transform == 'none' else transform}"] = (labels, scores)
-    unseen = frozenset(images.take(rows_of(images, UNSEEN, splits[0])).generators if UNSEEN in splits else ())
-    figures = {"roc": plots.roc(panels), "map": plots.embedding_map(images, unseen)}
-    figures["generators"] = plots.generator_confusion(images)
+                scores = {head: values[mask] for head, values in evaluation.scores[transform].items()}
+                panels[f"{split}, {title}"] = (labels, scores)
+    unseen = frozenset(evaluation.part(UNSEEN).generators if UNSEEN in splits else ())
+    figures = {
+        "roc": plots.roc(panels),
+        "map": plots.embedding_map(images, unseen),
+        "generators": plots.generator_confusion(images),
+    }
     if evaluation.curves:
         figures["robustness"] = plots.robustness(evaluation.curves, evaluation.rows)
-    if enrolled:
-        figures["enrolment"] = plots.enrolment(enrolled)
+    if enrolment:
+        figures["enrolment"] = plots.enrolment(enrolment)
     probabilities = {
-        title: (labels, found)
+        title: (labels, by_head)
         for title, (labels, scores) in panels.items()
-        if (found := probabilities_of(evaluation, scores))
+        if (by_head := head_probabilities(evaluation.scorer, scores))
     }
     if probabilities:
         figures["reliability"] = plots.reliability(probabilities)
     return figures
 
 
-def _png(made: Figure) -> bytes:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    made.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 

@@ -3,8 +3,6 @@
 Shared by the trainer's and the indexer's `evaluate`.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -46,11 +44,11 @@ def measure_splits(
     """
     rows = []
     for split in splits:
-        chosen = np.flatnonzero(rows_of(images, split, splits[0]))
-        part = images.take(chosen)
+        mask = split_mask(images, split, splits[0])
+        part = images.take(mask)
         for head, values in scores.items():
             rows += measure(
-                values[chosen],
+                values[mask],
                 part.labels,
                 part.generators,
                 part.groups,
@@ -64,7 +62,7 @@ def measure_splits(
     return rows
 
 
-def rows_of(images: EmbeddedSet, split: str, default: str) -> np.ndarray:
+def split_mask(images: EmbeddedSet, split: str, default: str) -> np.ndarray:
     """Which images a split is measured on, shape (n,), bool; the unseen split, where there is one, borrows its reals.
 
     Args:
@@ -73,13 +71,13 @@ def rows_of(images: EmbeddedSet, split: str, default: str) -> np.ndarray:
         default: The split of images that name none.
     """
     names = np.array([name or default for name in images.splits])
-    rows: np.ndarray = names == split
-    if split == UNSEEN and rows.any() and not (rows & (images.labels == 0)).any():
-        rows |= (images.labels == 0) & (names != UNSEEN)
-    return rows
+    mask: np.ndarray = names == split
+    if split == UNSEEN and mask.any() and images.labels[mask].all():
+        mask |= (images.labels == 0) & (names != UNSEEN)
+    return mask
 
 
-def entries_of(
+def split_entries(
     data: Path,
     splits: Sequence[str],
     tables: Sequence[Transform],
@@ -98,15 +96,16 @@ def entries_of(
         leave_out: Asked about each image of these splits.
     """
     borrowed = [] if UNSEEN not in splits or "test" in splits else ["test"]
-    seen: Counter[tuple[str | None, str | None]] = Counter()
+    counts: Counter[tuple[str | None, str | None]] = Counter()
     for entry in read_dataset(data, split=",".join([*splits, *borrowed])):
-        if entry.split in borrowed and entry.label == 1:
+        if (entry.split in borrowed and entry.label == 1) or leave_out(entry):
             continue
-        if leave_out(entry):
-            continue
-        if entry.attributes.get("variant") == "augm":
+        variant = entry.attributes.get("variant")
+        if variant == "augm":
             yield entry, [Transform("transformed", unchanged)]
             continue
-        seen[entry.split, entry.generator] += 1
-        own = [table for table in tables if entry.attributes.get("variant") is None or table.name != "transformed"]
-        yield entry, [*own, *extra] if seen[entry.split, entry.generator] <= CURVE_IMAGES else own
+        counts[entry.split, entry.generator] += 1
+        transforms = [table for table in tables if variant is None or table.name != "transformed"]
+        if counts[entry.split, entry.generator] <= CURVE_IMAGES:
+            transforms += extra
+        yield entry, transforms

@@ -99,15 +99,13 @@ def shared(image: Image.Image, rng: np.random.Generator, *, longest: int, qualit
     return image
 
 
-def basic(image_size: int) -> tuple[Transform, ...]:
+def table_transforms(image_size: int) -> tuple[Transform, ...]:
     """The transforms of the main tables.
 
     Args:
         image_size: Of the checkpoint; the augmentations that cut to a side in pixels scale with it.
     """
-    from trainer.views.augmentations import (
-        Augmenter,  # here, before threads share the work: a failing import is one error
-    )
+    from trainer.views.augmentations import Augmenter  # before threads share the work: a failing import is one error
 
     return (
         Transform("none", unchanged),
@@ -116,19 +114,18 @@ def basic(image_size: int) -> tuple[Transform, ...]:
     )
 
 
-def curves() -> dict[str, list[tuple[float, Transform]]]:
-    """The robustness curves: by name, (strength, transform) in the order of the axis."""
-    return {
-        "jpeg quality": [(q, Transform(f"jpeg-{q}", partial(jpeg, quality=q))) for q in (95, 85, 75, 65, 50, 40, 30)],
-        "resize factor": [
-            (f, Transform(f"resize-{f:g}", partial(resized, factor=f))) for f in (0.25, 0.5, 0.75, 1.25, 1.5, 2.0)
-        ],
-        "blur radius": [(r, Transform(f"blur-{r:g}", partial(blurred, radius=r))) for r in (0.5, 1.0, 1.5, 2.0, 3.0)],
-        "crop side": [(s, Transform(f"crop-{s:g}", partial(cropped, side=s))) for s in (0.9, 0.75, 0.5)],
-        "social network": [
-            (1, Transform("shared-2048-85", partial(shared, longest=2048, quality=85))),
-            (2, Transform("shared-1080-75", partial(shared, longest=1080, quality=75))),
-            (3, Transform("shared-640-65", partial(shared, longest=640, quality=65))),
-            (4, Transform("shared-640-65-twice", partial(shared, longest=640, quality=65, times=2))),
-        ],
-    }
+def curve_transforms() -> list[tuple[str, float, Transform]]:
+    """The robustness curves: (curve, strength, transform), each curve in the order of its axis."""
+    return [
+        *(("jpeg quality", q, Transform(f"jpeg-{q}", partial(jpeg, quality=q))) for q in (95, 85, 75, 65, 50, 40, 30)),
+        *(
+            ("resize factor", f, Transform(f"resize-{f:g}", partial(resized, factor=f)))
+            for f in (0.25, 0.5, 0.75, 1.25, 1.5, 2.0)
+        ),
+        *(("blur radius", r, Transform(f"blur-{r:g}", partial(blurred, radius=r))) for r in (0.5, 1.0, 1.5, 2.0, 3.0)),
+        *(("crop side", s, Transform(f"crop-{s:g}", partial(cropped, side=s))) for s in (0.9, 0.75, 0.5)),
+        ("social network", 1, Transform("shared-2048-85", partial(shared, longest=2048, quality=85))),
+        ("social network", 2, Transform("shared-1080-75", partial(shared, longest=1080, quality=75))),
+        ("social network", 3, Transform("shared-640-65", partial(shared, longest=640, quality=65))),
+        ("social network", 4, Transform("shared-640-65-twice", partial(shared, longest=640, quality=65, times=2))),
+    ]

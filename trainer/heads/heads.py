@@ -18,7 +18,7 @@ import numpy as np
 from trainer.files import write_atomically
 from trainer.heads.calibration import MINIMUM
 from trainer.heads.calibration_set import CalibrationSet, refit_command
-from trainer.heads.logistic import LogisticMap, fit_logistic, sigmoid
+from trainer.heads.logistic import LogisticMap, fit_logistic
 from trainer.model.checkpoint import CONFIG_FILE, CheckpointError, write_config
 
 HEADS_FILE = "heads.safetensors"
@@ -28,7 +28,7 @@ NU = 0.1
 """Share of real training images that the one-class SVM may leave outside (the paper's)."""
 DEGREE = 3
 """Of the one-class SVM's polynomial kernel (the paper's)."""
-BLOCK = 4_000_000
+KERNEL_BLOCK = 4_000_000
 """Entries of one block of kernel or similarity values, which bounds memory."""
 
 
@@ -53,10 +53,6 @@ class LinearHead:
         logits: np.ndarray = x.astype(np.float64) @ self.weight + self.bias  # (n, d) -> (n,)
         return logits
 
-    def probability(self, x: np.ndarray) -> np.ndarray:
-        """Probability of fake as fitted (not calibrated), shape (n,), 0..1."""
-        return sigmoid(self.logit(x))
-
 
 @dataclass(frozen=True, slots=True)
 class OneClassHead:
@@ -79,7 +75,7 @@ class OneClassHead:
         """
         support = self.support.astype(np.float64).T  # (d, m)
         scores = np.empty(len(x))
-        rows = max(1, BLOCK // max(1, len(self.support)))
+        rows = max(1, KERNEL_BLOCK // max(1, len(self.support)))
         for start in range(0, len(x), rows):
             block = x[start : start + rows].astype(np.float64)
             kernel = (self.gamma * (block @ support) + self.coef0) ** self.degree  # (rows, m)
@@ -96,45 +92,23 @@ class NearestHead:
     labels: np.ndarray
     """0 real, 1 fake, shape (m,), uint8."""
 
-    def nearest(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Row of the nearest training embedding (n,), and its cosine similarity (n,) float32.
+    def margin(self, x: np.ndarray) -> np.ndarray:
+        """Similarity of the nearest fake minus that of the nearest real, shape (n,), -2..2, above 0 for fake.
+
+        Its sign is the nearest one's label; unlike the label it ranks images, which AUROC needs.
 
         Args:
             x: Raw embeddings, shape (n, d).
         """
-        queries = unit_length(x)  # (n, d)
-        known = self.embeddings.astype(np.float32).T  # (d, m)
-        rows = np.empty(len(x), np.int64)
-        similarity = np.empty(len(x), np.float32)
-        size = max(1, BLOCK // max(1, len(self.labels)))
-        for start in range(0, len(x), size):
-            block = queries[start : start + size] @ known  # (size, m)
-            best = block.argmax(1)
-            rows[start : start + size] = best
-            similarity[start : start + size] = np.take_along_axis(block, best[:, None], 1)[:, 0]
-        return rows, similarity
-
-    def label(self, x: np.ndarray) -> np.ndarray:
-        """Label of the nearest, shape (n,)."""
-        labels: np.ndarray = self.labels[self.nearest(x)[0]]
-        return labels
-
-    def margin(self, x: np.ndarray) -> np.ndarray:
-        """Similarity of the nearest fake minus that of the nearest real, shape (n,), -2..2, above 0 for fake.
-
-        Its sign is `label`; unlike the label it ranks images, which AUROC needs.
-        """
-        fake, real = (
-            NearestHead(self.embeddings[self.labels == label], self.labels[self.labels == label]).nearest(x)[1]
-            for label in (1, 0)
-        )
-        margin: np.ndarray = fake - real
+        queries = unit_length(x)
+        real, fake = (nearest_similarities(queries, self.embeddings[self.labels == label], 1) for label in (0, 1))
+        margin: np.ndarray = (fake - real)[:, 0]  # (n, 1) -> (n,)
         return margin
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """All heads of a checkpoint. `svm` is None for heads imported without it, `nearest` likewise."""
+    """All heads of a checkpoint. `svm` and `nearest` are None for heads imported without them."""
 
     linear: LinearHead
     svm: OneClassHead | None
@@ -236,6 +210,27 @@ def unit_length(x: np.ndarray) -> np.ndarray:
     length: np.ndarray = np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     unit: np.ndarray = x / length
     return unit
+
+
+def nearest_similarities(queries: np.ndarray, references: np.ndarray, k: int) -> np.ndarray:
+    """The k highest cosine similarities, descending, shape (n, k); NaN where there are fewer references.
+
+    Args:
+        queries: Unit length, shape (n, d).
+        references: Unit length, shape (m, d), of any precision.
+        k: How many.
+    """
+    references = references.astype(np.float32)
+    best = np.full((len(queries), k), np.nan, np.float32)
+    depth = min(k, len(references))
+    if not depth:
+        return best
+    size = max(1, KERNEL_BLOCK // len(references))
+    for start in range(0, len(queries), size):
+        similarity = queries[start : start + size] @ references.T  # (size, m)
+        top = np.partition(similarity, len(references) - depth, axis=1)[:, len(references) - depth :]
+        best[start : start + size, :depth] = np.sort(top, axis=1)[:, ::-1]
+    return best
 
 
 def fit_heads(

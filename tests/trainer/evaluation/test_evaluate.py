@@ -21,16 +21,16 @@ from trainer.__main__ import app
 from trainer.data.datasets import read_dataset
 from trainer.data.entry import default_split, role
 from trainer.evaluation.embedded_set import EmbeddedSet, embed_entries
-from trainer.evaluation.enrolment_curve import enrolment_curve, knn_logits, nearest_similarities
+from trainer.evaluation.enrolment_curve import enrolment_curve, knn_logits
 from trainer.evaluation.file_facts import file_fact_scores
 from trainer.evaluation.head_evaluation import Evaluation, EvaluationError, evaluate
 from trainer.evaluation.metrics import auroc
-from trainer.evaluation.report import report_tables, write_report
-from trainer.evaluation.report_tables import NOT_DIFFUSION, Rows, seen_table, unseen_tables
-from trainer.evaluation.splits import entries_of
-from trainer.evaluation.transforms import Transform, basic, curves
+from trainer.evaluation.report import write_report
+from trainer.evaluation.report_tables import NOT_DIFFUSION, Rows, report_tables, seen_table, unseen_tables
+from trainer.evaluation.splits import split_entries
+from trainer.evaluation.transforms import Transform, curve_transforms, table_transforms
 from trainer.fit.fit_heads import refit
-from trainer.heads.heads import Heads, HeadsError, NearestHead, unit_length
+from trainer.heads.heads import Heads, HeadsError, NearestHead, nearest_similarities, unit_length
 from trainer.images import FileFacts, Preprocess
 from trainer.model.checkpoint import CheckpointConfig, build_backbone, save_checkpoint
 from trainer.model.embedder import Embedder
@@ -154,10 +154,10 @@ def test_the_transformed_images_of_d3s_archive_stand_for_ours(tmp_path: Path) ->
         for kind in ("real", "gen_0"):
             (tmp_path / variant / kind).mkdir(parents=True)
             small_image(np.random.default_rng(0), "").save(tmp_path / variant / kind / "0.png")
-    tables, extra = basic(SIZE), [points[0][1] for points in curves().values()]
+    tables, extra = table_transforms(SIZE), [transform for _, _, transform in curve_transforms()]
     work = {
         (entry.attributes["variant"], entry.label): [t.name for t in transforms]
-        for entry, transforms in entries_of(tmp_path, ["test"], tables, extra, lambda _: False)
+        for entry, transforms in split_entries(tmp_path, ["test"], tables, extra, lambda _: False)
     }
     plain = ["none", "equalised", *(transform.name for transform in extra)]
     assert work == {
@@ -259,7 +259,7 @@ def test_the_same_seed_measures_the_same_and_another_transforms_otherwise(
 
 def test_curves_cover_every_strength(evaluation: Evaluation) -> None:
     found = {(row["curve"], row["strength"]) for row in evaluation.curves}
-    assert found == {(name, strength) for name, points in curves().items() for strength, _ in points}
+    assert found == {(curve, strength) for curve, strength, _ in curve_transforms()}
     assert {strength for name, strength in found if name == "jpeg quality"} == {95, 85, 75, 65, 50, 40, 30}
 
 
@@ -285,11 +285,11 @@ def test_a_finished_transform_is_only_normalised(data: Path) -> None:
 
 def test_transforms_are_seeded_by_content_not_by_order() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 320, 3), dtype=np.uint8))
-    for transform in [*basic(SIZE), *(t for points in curves().values() for _, t in points)]:
+    for transform in [*table_transforms(SIZE), *(transform for _, _, transform in curve_transforms())]:
         first, again = (transform(image, 0, "ab" * 32) for _ in range(2))
         assert first.mode == "RGB"
         assert first.tobytes() == again.tobytes()
-    equalised = basic(SIZE)[2]
+    equalised = table_transforms(SIZE)[2]
     assert equalised(image, 0, "ab" * 32).tobytes() != equalised(image, 0, "cd" * 32).tobytes()
     assert min(equalised(Image.new("RGB", (256, 256)), 0, "ef" * 32).size) >= 0.88 * (256 - 7) - 1
 

@@ -15,7 +15,16 @@ from trainer.data.entry import role
 from trainer.evaluation.transforms import Transform, unchanged
 from trainer.fit import fit_heads as refit
 from trainer.heads.calibration_set import CalibrationSet
-from trainer.heads.heads import Heads, HeadsError, NearestHead, OneClassHead, fit_heads, unit_length
+from trainer.heads.heads import (
+    Heads,
+    HeadsError,
+    NearestHead,
+    OneClassHead,
+    fit_heads,
+    nearest_similarities,
+    unit_length,
+)
+from trainer.heads.logistic import sigmoid
 from trainer.model.checkpoint import CheckpointError
 
 DIM = 16
@@ -58,7 +67,7 @@ def test_linear_head_equals_scikit_learn(heads: Heads) -> None:
     oracle = LogisticRegression(C=0.316, class_weight="balanced", solver="newton-cg", tol=1e-10, max_iter=10_000)
     oracle.fit(x.astype(np.float64), labels)
     np.testing.assert_allclose(heads.linear.logit(queries), oracle.decision_function(queries), rtol=1e-5)
-    np.testing.assert_allclose(heads.linear.probability(queries), oracle.predict_proba(queries)[:, 1], rtol=1e-5)
+    np.testing.assert_allclose(sigmoid(heads.linear.logit(queries)), oracle.predict_proba(queries)[:, 1], rtol=1e-5)
 
 
 def test_one_class_head_equals_minus_scikit_learns_decision(heads: Heads) -> None:
@@ -78,7 +87,7 @@ def test_one_class_head_scores_in_blocks_alike(heads: Heads, monkeypatch: pytest
     queries = embeddings(50, 2)[0]
     assert heads.svm is not None
     whole = heads.svm.score(queries)
-    monkeypatch.setattr("trainer.heads.heads.BLOCK", 1)
+    monkeypatch.setattr("trainer.heads.heads.KERNEL_BLOCK", 1)
     np.testing.assert_allclose(heads.svm.score(queries), whole, rtol=1e-12)
 
 
@@ -87,11 +96,8 @@ def test_nearest_head_equals_scikit_learn(heads: Heads) -> None:
     queries = embeddings(50, 2)[0]
     oracle = KNeighborsClassifier(1, metric="cosine").fit(x, labels)
     assert heads.nearest is not None
-    distance, row = (values[:, 0] for values in oracle.kneighbors(queries))
-    found, similarity = heads.nearest.nearest(queries)
-    np.testing.assert_array_equal(found, row)
-    np.testing.assert_allclose(similarity, 1 - distance, atol=1e-3)
-    np.testing.assert_array_equal(heads.nearest.label(queries), oracle.predict(queries))
+    similarity = nearest_similarities(unit_length(queries), heads.nearest.embeddings, 1)
+    np.testing.assert_allclose(similarity, 1 - oracle.kneighbors(queries)[0], atol=1e-3)
     np.testing.assert_array_equal(heads.nearest.margin(queries) > 0, oracle.predict(queries) == 1)
 
 
