@@ -88,7 +88,7 @@ def measure(settings: Settings, store: Store, rounds: int) -> dict[str, Any]:
     row["start from the snapshot, s"] = seconds(follower.load)
     row |= searches(follower.index, rounds, "flat")
     row |= changes(follower, store, rounds)
-    if lists := outgrown(follower.index, rounds):
+    if lists := grown(follower.index, rounds):
         row |= lists
         follower.save()
         follower = following(settings, store)
@@ -113,13 +113,13 @@ def measure_alone(n: int, rounds: int) -> dict[str, Any]:
     row[f"the index: adding {BATCH}, ms"] = 1e3 * median(adding)
     row[f"the index: removing the last {BATCH}, ms"] = 1e3 * median(removing)
     row["the index: removing the first, ms"] = 1e3 * seconds(lambda: index.remove(np.array([0, 1])))
-    return row | outgrown(index, rounds)
+    return row | grown(index, rounds)
 
 
-def outgrown(index: VectorIndex, rounds: int) -> dict[str, float]:
+def grown(index: VectorIndex, rounds: int) -> dict[str, float]:
     """Seconds of moving to lists, and what they are like; nothing where no label is large enough."""
     moved: list[bool] = []
-    took = seconds(lambda: moved.append(index.outgrow()))
+    took = seconds(lambda: moved.append(index.grow()))
     if not moved[0]:
         return {}
     return {"making lists, s": took, "recall@20 of lists": index.recall} | searches(index, rounds, "lists")

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks.search import DIM, QUERIES, K, built, embeddings, recall, turns
 from indexer.database.embedded import EmbeddedServer
-from indexer.index import growing as outgrowing
+from indexer.index import growing
 
 NEAREST = "select id from {table} order by embedding <=> %s::vector limit %s"
 EF = 400
@@ -73,8 +73,8 @@ def compare(n: int, graphs: bool, milvus: str | None, home: Path, url: str, roun
     index, _ = built(n)
     loading = {"Lineup": time.perf_counter() - start}
     lists, _ = built(n)
-    outgrowing.OUTGROWN = 1  # sooner than by default, to be compared with graphs
-    lists.outgrow()
+    growing.LARGE = 1  # sooner than by default, to be compared with graphs
+    lists.grow()
     loading["Lineup, lists"] = time.perf_counter() - start - loading["Lineup"]
     with ExitStack() as stack:
         answers: dict[str, Answer] = {

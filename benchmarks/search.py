@@ -21,7 +21,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from indexer.index import growing as outgrowing
+from indexer.index import growing
 from indexer.index.inverted import Inverted
 from indexer.index.vector_index import VectorIndex
 
@@ -118,8 +118,8 @@ def compare(n: int, rounds: int, alone: bool, console: Console) -> None:
     base = list(answers)[0 if alone else 1]
     exact = list(answers.values())[0 if alone else 2](queries)
     lists, _ = built(n)
-    if lists.outgrow():
-        engines = [shelf.engine for shelf in lists._shelves if isinstance(shelf.engine, Inverted)]
+    if lists.grow():
+        engines = [one.engine for one in lists._labels if isinstance(one.engine, Inverted)]
         answers["Lineup, lists"] = lambda q: lists.search(q, K).ids
         answers["faiss lists, the bare calls"] = lambda q: bare_lists(engines, q)
     one = turns({name: partial(answer, queries[:1]) for name, answer in answers.items()}, rounds)
@@ -152,9 +152,9 @@ def lists(n: int, rounds: int, console: Console) -> list[str]:
     queries, fresh = embeddings(8, 2), embeddings(256, 3)
     flat, _ = built(n, real=0)
     inverted, _ = built(n, real=0)
-    outgrowing.OUTGROWN = 1
+    growing.LARGE = 1
     start = time.perf_counter()
-    moved = inverted.outgrow()
+    moved = inverted.grow()
     took = time.perf_counter() - start
     seconds = turns(
         {
@@ -164,7 +164,7 @@ def lists(n: int, rounds: int, console: Console) -> list[str]:
         rounds,
     )
     console.print(filters(inverted, queries[:1], n, rounds), f"{n:,}, {inverted.kind}")
-    engine = inverted._shelves[1].engine
+    engine = inverted._labels[1].engine
     looked = f"{engine.nprobe} of {len(engine.centroids)}" if isinstance(engine, Inverted) else "all"
     return [
         f"{n:,}",
@@ -187,9 +187,9 @@ def filters(index: VectorIndex, query: np.ndarray, n: int, rounds: int) -> Table
         "generator, 45 %": lambda: index.search(query, K, generator=1),
         "generator, 5 %": lambda: index.search(query, K, generator=2),
         "generator, 0.05 %": lambda: index.search(query, K, generator=3),
-        "1,000 ids left out": lambda: index.search(query, K, exclude_ids=some),
-        "10 ids left out": lambda: index.search(query, K, exclude_ids=some[:10]),
         "both labels, 20 each": lambda: index.search_both(query, (K, K)),
+        "both labels, without 1,000 ids": lambda: index.search_both(query, (K, K), exclude_ids=some),
+        "both labels, without 10 for this query": lambda: index.search_both(query, (K, K), exclude_each=[some[:10]]),
     }
     seconds = turns(searches, rounds)
     table = Table("filter", "ms", "times the plain search")

@@ -12,7 +12,9 @@ import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 
 from indexer.database.embedded import EmbeddedFailure, EmbeddedServer
-from indexer.index.vector_index import BadSnapshot, IndexChanged, Neighbours, VectorIndex
+from indexer.index.label_index import Neighbours
+from indexer.index.snapshot import BadSnapshot
+from indexer.index.vector_index import IndexChanged, VectorIndex
 from indexer.settings import Settings
 from indexer.store import CHANNEL, Additions, Checkpoint, Store
 from indexer.store.history import landmark, stands
@@ -167,7 +169,6 @@ class Follower:
         label: int | None = None,
         generator: str | None = None,
         source: str | None = None,
-        exclude_ids: np.ndarray | None = None,
     ) -> list[list[Neighbour]]:
         """The k nearest of each of q raw vectors (q, dim), see `VectorIndex.search`; filters by name.
 
@@ -179,7 +180,6 @@ class Follower:
             label=label,
             generator=_number(self.generator_names, generator, str.casefold),
             source=_number(self.source_names, source, str),
-            exclude_ids=exclude_ids,
         )
         return self.neighbours(found)
 
@@ -302,19 +302,19 @@ class Follower:
                 log.warning("%s", error)
 
     def _keep_snapshot(self) -> None:
-        revision, changed, stale, outgrows = self.revision, time.monotonic(), time.monotonic(), True
+        revision, changed, stale, may_grow = self.revision, time.monotonic(), time.monotonic(), True
         while not self._end.wait(POLL):
             now = time.monotonic()
             if self.revision != revision:
                 revision, changed = self.revision, now
             quiet = now - changed >= QUIET
             try:
-                if quiet and outgrows and self.index.outgrow(self._end.is_set):
+                if quiet and may_grow and self.index.grow(self._end.is_set):
                     log.info("searching %s from now on, recall %.4f", self.index.kind, self.index.recall)
                     self._saved = None
             except Exception:  # for want of memory, say; searches go on as they were, and so must the snapshots
                 log.exception("the index could not be given inverted lists, nor is it tried again")
-                outgrows = False
+                may_grow = False
             if self._saved == (self._store_id, self.revision):
                 stale = now
             elif quiet or now - stale >= LATEST:

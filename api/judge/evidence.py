@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from indexer.follower import Follower
-from indexer.index.vector_index import Neighbours
+from indexer.index.label_index import Neighbours
 from trainer.heads.calibration import Calibration
 from trainer.heads.heads import Heads
 from trainer.heads.vote import Votes, vote

@@ -17,6 +17,8 @@ from trainer.cores import usable_cores
 log = logging.getLogger(__name__)
 
 FP16 = faiss.ScalarQuantizer.QT_fp16
+BLOCK = 65_536
+"""Rows that are copied at a time, under one hold of a lock."""
 MAX_THREADS: int = min(faiss.omp_get_max_threads(), usable_cores())
 QUERIES_PER_THREAD = 4
 """FAISS splits queries, not rows, among OpenMP threads; waking them costs a single query more than it brings."""
@@ -103,8 +105,8 @@ class Flat:
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         use_threads_for(len(queries))
         parameters = None if allowed is None else faiss.SearchParameters(sel=selector(allowed))
-        found: tuple[np.ndarray, np.ndarray] = self._faiss.search(queries, k, params=parameters)
-        return found
+        similarities, rows = self._faiss.search(queries, k, params=parameters)
+        return similarities, rows
 
     def blocks(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for first in range(0, len(self), size):

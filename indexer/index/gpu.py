@@ -47,9 +47,9 @@ class Gpu:
         self._rows = rows
 
     def keep(self, rows: np.ndarray) -> None:
-        kept = self._allowed(rows)
-        self._rows = len(kept)
-        self._buffer[: self._rows] = kept
+        vectors = self._allowed(rows)
+        self._rows = len(vectors)
+        self._buffer[: self._rows] = vectors
 
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         if k > MAX_K:
@@ -59,11 +59,10 @@ class Gpu:
         with self._one:
             vectors = self._buffer[: self._rows] if allowed is None else self._allowed(allowed)
             self._torch.cuda.synchronize()  # FAISS works on a stream of its own
-            found = min(k, len(vectors))
-            if found and len(queries):
-                near, at = self._nearest(queries.astype(np.float16), vectors, found)
-                similarities[:, :found] = near
-                rows[:, :found] = at if allowed is None else np.flatnonzero(allowed)[at]
+            n = min(k, len(vectors))
+            if n and len(queries):
+                similarities[:, :n], nearest = self._nearest(queries.astype(np.float16), vectors, n)
+                rows[:, :n] = nearest if allowed is None else np.flatnonzero(allowed)[nearest]
         return similarities, rows
 
     def blocks(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,32 +1,30 @@
-"""When a label has outgrown flat search: moving it to inverted lists, while searches and additions go on."""
+"""Moving a label that has grown large from flat search to inverted lists, while searches and additions go on."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from indexer.index.flat import Flat
+from indexer.index.flat import BLOCK, Flat
 from indexer.index.inverted import QUERIES, TRAINING, Inverted, lists_for
-from indexer.index.label_index import Shelf
+from indexer.index.label_index import LabelIndex
 from indexer.index.lock import ReadWriteLock
 
-OUTGROWN = 200_000
+LARGE = 200_000
 """References of one label from which flat search, 3 ms here, is felt beside embedding an image, 6 ms. Lists take 0.1 ms
 at recall 0.995; they are faster from 20,000 on, but up to here being exact costs next to nothing."""
-GROWN = 1.5
+GROWTH = 1.5
 """A label that has grown by this factor since lists were last tried or tuned is looked at again."""
-BLOCK = 65_536
-"""Rows that are copied under the lock at a time."""
 
 
-def outgrow(shelf: Shelf, lock: ReadWriteLock, ended: Callable[[], bool] = lambda: False) -> bool:
+def grow(label_index: LabelIndex, lock: ReadWriteLock, ended: Callable[[], bool]) -> bool:
     """Give a label inverted lists once it is large, and tune them again as it grows; True where anything changed.
 
     Takes minutes for millions. A removal meanwhile ends it, to be tried again later.
 
     Args:
-        shelf: The label.
-        lock: Of its index.
+        label_index: The label.
+        lock: The lock of its index.
         ended: Asked at each step; once it says so, nothing is changed.
     """
 
@@ -34,12 +32,12 @@ def outgrow(shelf: Shelf, lock: ReadWriteLock, ended: Callable[[], bool] = lambd
         if ended():
             raise _Abandoned
 
-    engine = shelf.engine
+    engine = label_index.engine
     try:
-        if isinstance(engine, Inverted) and len(engine) > GROWN * engine.tuned_at:
+        if isinstance(engine, Inverted) and len(engine) > GROWTH * engine.tuned_at:
             return _tune(engine, lock, step)
-        if isinstance(engine, Flat) and len(engine) >= max(OUTGROWN, GROWN * shelf.kept_flat):
-            return _invert(shelf, engine, lock, step)
+        if isinstance(engine, Flat) and len(engine) >= max(LARGE, GROWTH * label_index.stayed_flat):
+            return _invert(label_index, engine, lock, step)
     except _Abandoned:
         pass
     return False
@@ -60,14 +58,14 @@ def _tune(lists: Inverted, lock: ReadWriteLock, step: Callable[[], None]) -> boo
     return True
 
 
-def _invert(shelf: Shelf, flat: Flat, lock: ReadWriteLock, step: Callable[[], None]) -> bool:
+def _invert(label_index: LabelIndex, flat: Flat, lock: ReadWriteLock, step: Callable[[], None]) -> bool:
     with lock.read():
-        n, removals = len(flat), shelf.removals
+        n, removals = len(flat), label_index.removals
 
     def take(rows: np.ndarray | slice) -> np.ndarray:
         step()
         with lock.read():
-            if shelf.removals != removals:
+            if label_index.removals != removals:
                 raise _Abandoned
             return flat.vectors()[rows].copy()
 
@@ -82,11 +80,11 @@ def _invert(shelf: Shelf, flat: Flat, lock: ReadWriteLock, step: Callable[[], No
     lists.fill(np.concatenate(numbers), take)
     lists.tune(sample[:QUERIES], hold)
     with lock.write():
-        if shelf.removals != removals:
+        if label_index.removals != removals:
             return False
         if 2 * lists.nprobe > len(lists.centroids):
-            shelf.kept_flat = n  # they would win nothing
+            label_index.stayed_flat = n  # they would win nothing
             return False
         lists.add(flat.vectors()[n:])  # what has come since
-        shelf.engine = lists
+        label_index.engine = lists
     return True

@@ -5,7 +5,7 @@ section V); the codes are the same halves, so that similarities are the same too
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import faiss
@@ -22,7 +22,7 @@ QUERIES = 256
 TRAINING = 40
 """Vectors per list that the clustering learns from."""
 ROUNDS = 8
-"""Of the clustering."""
+"""Rounds of the clustering."""
 
 
 class Inverted:
@@ -44,20 +44,19 @@ class Inverted:
         self._faiss.is_trained = True
 
     @classmethod
-    def trained(cls, n: int, sample: np.ndarray, step: Callable[[], None] = lambda: None, seed: int = 0) -> Self:
+    def trained(cls, n: int, sample: np.ndarray, step: Callable[[], None]) -> Self:
         """Empty lists for about n vectors.
 
         Args:
             n: How many vectors there will be.
             sample: Some of them, unit length, shape (m, d), float32; `TRAINING` for each list are enough.
             step: Called before each round of the clustering; what it raises ends that.
-            seed: Of the clustering.
         """
         use_threads_for(len(sample) // 1_000)
         centroids: Any = None  # the first are drawn
         for _ in range(ROUNDS):  # one at a time, which gives the same centroids
             step()
-            clusters = faiss.Kmeans(sample.shape[1], lists_for(n), niter=1, spherical=True, seed=seed)
+            clusters = faiss.Kmeans(sample.shape[1], lists_for(n), niter=1, spherical=True, seed=0)
             clusters.train(sample, init_centroids=centroids)
             centroids = clusters.centroids
         return cls(centroids)
@@ -84,7 +83,8 @@ class Inverted:
         """
         order, sizes = np.argsort(numbers, kind="stable"), np.bincount(numbers, minlength=len(self.centroids))
         for number, rows in enumerate(np.split(order, np.cumsum(sizes)[:-1])):
-            self._put(number, rows, take(rows))
+            if len(rows):
+                self._put(number, rows, take(rows))
         self._faiss.ntotal = len(numbers)
 
     def keep(self, rows: np.ndarray) -> None:
@@ -96,16 +96,16 @@ class Inverted:
 
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         use_threads_for(len(queries))
-        there = len(self) if allowed is None else int(allowed.sum())
+        most = len(self) if allowed is None else int(allowed.sum())
         # As many allowed vectors as an open search would see; all lists where that is not enough for k.
-        nprobe = min(len(self.centroids), -(-self.nprobe * len(self) // max(1, there)))
+        nprobe = min(len(self.centroids), -(-self.nprobe * len(self) // max(1, most)))
         similarities, rows = self._search(queries, k, allowed, nprobe)
-        short = (rows >= 0).sum(1) < min(k, there)
+        short = (rows >= 0).sum(1) < min(k, most)
         if short.any():
             similarities[short], rows[short] = self._search(queries[short], k, allowed, len(self.centroids))
         return similarities, rows
 
-    def tune(self, queries: np.ndarray, hold: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+    def tune(self, queries: np.ndarray, hold: Callable[[], AbstractContextManager[None]]) -> None:
         """Look into as few lists as give `TARGET` recall; measured against all lists, which is exact.
 
         Args:
@@ -127,8 +127,8 @@ class Inverted:
         exact = self._search(queries, k, None, len(self.centroids))[1]  # (q, k)
         hits = np.full(len(steps), exact.size - len(exact), float)
         for step, nprobe in enumerate(steps[:-1].tolist()):
-            found = self._search(queries, k, None, nprobe)[1]
-            hits[step] = sum(len(np.intersect1d(a[1:], b)) for a, b in zip(exact, found, strict=True))
+            nearest = self._search(queries, k, None, nprobe)[1]
+            hits[step] = sum(len(np.intersect1d(a[1:], b)) for a, b in zip(exact, nearest, strict=True))
             if hits[step] == hits[-1]:
                 hits[step:] = hits[-1]
                 break
@@ -143,27 +143,27 @@ class Inverted:
 
     def state(self) -> tuple[dict[str, Any], list[np.ndarray]]:
         """What `restored` needs beside the vectors in the order of `blocks`: plain values and arrays."""
-        values = {"lists": len(self.centroids), "nprobe": self.nprobe, "recall": self.recall, "tuned_at": self.tuned_at}
+        values = {"nprobe": self.nprobe, "recall": self.recall, "tuned_at": self.tuned_at}
         sizes = np.array([self._faiss.invlists.list_size(number) for number in range(len(self.centroids))])
         rows = np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in self.blocks(0))])
         return values, [self.centroids, sizes, rows]
 
     @classmethod
-    def restored(cls, values: dict[str, Any], n: int, dim: int, fill: Callable[[np.ndarray], np.ndarray]) -> Self:
-        """An engine as it was, from `state` and then its vectors, read by `fill`."""
-        engine = cls(fill(np.empty((values["lists"], dim), np.float32)))
-        sizes, rows = fill(np.empty(values["lists"], np.int64)), fill(np.empty(n, np.int64))
+    def restored(cls, values: dict[str, Any], arrays: Iterator[np.ndarray]) -> Self:
+        """An engine as it was, from the values and arrays of `state` and then the vectors of each list in use."""
+        engine = cls(next(arrays))
+        sizes, rows = next(arrays), next(arrays)
         for number, part in enumerate(np.split(rows, np.cumsum(sizes)[:-1])):
-            engine._put(number, part, fill(np.empty((len(part), dim), np.float16)))
-        engine._faiss.ntotal = n
+            if len(part):
+                engine._put(number, part, next(arrays))
+        engine._faiss.ntotal = len(rows)
         engine.nprobe, engine.recall, engine.tuned_at = (values[key] for key in ("nprobe", "recall", "tuned_at"))
         return engine
 
     def _put(self, number: int, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Append rows and their vectors, float16, to a list."""
-        if len(rows):
-            rows, vectors = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(vectors).view(np.uint8)
-            self._faiss.invlists.add_entries(number, len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(vectors))
+        rows, vectors = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(vectors).view(np.uint8)
+        self._faiss.invlists.add_entries(number, len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(vectors))
 
     def _ids(self, number: int) -> np.ndarray:
         """Rows in a list: FAISS's own memory, shape (m,), int64."""
@@ -176,10 +176,10 @@ class Inverted:
     def _search(
         self, queries: np.ndarray, k: int, allowed: np.ndarray | None, nprobe: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        chosen = {} if allowed is None else {"sel": selector(allowed)}
-        parameters = faiss.SearchParametersIVF(nprobe=nprobe, **chosen)
-        found: tuple[np.ndarray, np.ndarray] = self._faiss.search(queries, k, params=parameters)
-        return found
+        filters = {} if allowed is None else {"sel": selector(allowed)}
+        parameters = faiss.SearchParametersIVF(nprobe=nprobe, **filters)
+        similarities, rows = self._faiss.search(queries, k, params=parameters)
+        return similarities, rows
 
 
 def lists_for(n: int) -> int:

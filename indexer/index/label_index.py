@@ -1,19 +1,61 @@
-"""The references of one label: an engine's rows, and what the index knows of each."""
+"""The references of one label: an engine's rows, what the index knows of each, and what a search of them gives."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
-from indexer.index.flat import Engine
-from indexer.index.index_neighbours import Neighbours
+from indexer.index.flat import BLOCK, Engine, Flat
+from indexer.index.inverted import Inverted
+from indexer.index.snapshot import BadSnapshot
 
-FEW = 100
-"""So few ids that nobody may find are dropped likewise: a selector of all the others takes twice as long."""
 FETCH = 1_000
 """A query that excludes more references of its own than this is searched alone; fewer are fetched and dropped."""
 
 
-class Shelf:
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The nearest references of q queries, nearest first; short answers are padded at the end.
+
+    Attributes:
+        ids: Shape (q, k), int64, -1 where there is none.
+        similarities: Cosine, -1..1, shape (q, k), float32, NaN where there is none.
+        labels: 0 real, 1 fake, shape (q, k), int8, -1 where there is none.
+        generators: Generator ids, shape (q, k), int32, -1 for real images, unnamed generators and padding.
+        sources: Source numbers, shape (q, k), int32, -1 where there is none.
+    """
+
+    ids: np.ndarray
+    similarities: np.ndarray
+    labels: np.ndarray
+    generators: np.ndarray
+    sources: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Neighbours]", axis: int = 0) -> "Neighbours":
+        """At least one part: their queries one after the other, or for axis 1 the neighbours of the same queries."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts], axis) for field in fields(cls)))
+
+    def first(self, k: int) -> "Neighbours":
+        """The k nearest of the first query."""
+        return self._each(lambda column: column[:1, :k])  # (1, k)
+
+    def nearest(self, k: int) -> "Neighbours":
+        """The k nearest of neighbours in any order."""
+        order = np.argsort(-self.similarities, axis=1, kind="stable")[:, :k]  # (q, k), NaN sorts last
+        return self._each(lambda column: np.take_along_axis(column, order, 1))
+
+    def _each(self, change: Callable[[np.ndarray], np.ndarray]) -> "Neighbours":
+        return Neighbours(*(change(getattr(self, field.name)) for field in fields(self)))
+
+
+class LabelIndex:
     """Columns beside an engine, one entry per row: 16 bytes each while ids come in ascending order, else 24.
 
     The arrays are replaced, never written to, so that one taken under the lock stays good after it.
@@ -25,7 +67,7 @@ class Shelf:
         generators: Shape (n,), int32, -1 for none.
         sources: Shape (n,), int32.
         removals: How often rows have moved up.
-        kept_flat: Size at which inverted lists were tried and won nothing; 0 for never.
+        stayed_flat: Size at which inverted lists were tried and won nothing; 0 for never.
     """
 
     def __init__(self, label: int, engine: Engine) -> None:
@@ -35,7 +77,7 @@ class Shelf:
         self.generators = np.empty(0, np.int32)
         self.sources = np.empty(0, np.int32)
         self.removals = 0
-        self.kept_flat = 0
+        self.stayed_flat = 0
         self._order: np.ndarray | None = None  # rows by ascending id; None while the ids themselves ascend
 
     def __len__(self) -> int:
@@ -49,13 +91,16 @@ class Shelf:
             np.concatenate([self.sources, sources.astype(np.int32)]),
         )
 
-    def remove(self, rows: np.ndarray) -> None:
-        """Drop these rows, shape (m,), here and in the engine."""
-        keep = np.ones(len(self), bool)
-        keep[rows] = False
-        self.engine.keep(keep)
-        self.removals += 1
-        self._set(self.ids[keep], self.generators[keep], self.sources[keep])
+    def remove(self, ids: np.ndarray) -> int:
+        """Drop these references, here and in the engine; returns how many of them there were."""
+        rows = np.unique(self.rows(ids))
+        rows = rows[rows >= 0]
+        if len(rows):
+            others = self._without(rows)
+            self.engine.keep(others)
+            self.removals += 1
+            self._set(self.ids[others], self.generators[others], self.sources[others])
+        return len(rows)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Row of each id, shape (n,), int64, -1 where it is not here."""
@@ -65,68 +110,78 @@ class Shelf:
         rows = at if self._order is None else self._order[at]
         return np.where(self.ids[rows] == ids, rows, -1)
 
-    def allowed(self, generator: int | None, source: int | None, exclude_ids: np.ndarray | None) -> np.ndarray | None:
-        """Rows that pass the filters, shape (n,), bool; None when all do."""
+    def search(self, queries: np.ndarray, k: int, generator: int | None, source: int | None) -> Neighbours:
+        """The k nearest of unit vectors (q, d) among those that the filters let pass; None lets all pass."""
         allowed: np.ndarray | None = None
-        if generator is not None:
-            allowed = self.generators == generator
-        if source is not None:
-            allowed = self.sources == source if allowed is None else allowed & (self.sources == source)
-        if exclude_ids is not None:
-            rows = self.rows(np.asarray(exclude_ids))
-            if (rows >= 0).any():
-                allowed = np.ones(len(self), bool) if allowed is None else allowed
-                allowed[rows[rows >= 0]] = False
-        return allowed
-
-    def nearest(
-        self,
-        queries: np.ndarray,
-        k: int,
-        *,
-        generator: int | None = None,
-        source: int | None = None,
-        exclude_ids: np.ndarray | None = None,
-        exclude_each: Sequence[np.ndarray] | None = None,
-    ) -> Neighbours:
-        """The k nearest of unit vectors (q, d); see `VectorIndex.search_both`."""
-        if exclude_each is None and exclude_ids is not None and len(exclude_ids) <= FEW:
-            exclude_each, exclude_ids = [np.asarray(exclude_ids)] * len(queries), None
-        allowed = self.allowed(generator, source, exclude_ids)
-        if exclude_each is not None:
-            return self._nearest_without(queries, k, allowed, exclude_each)
+        for column, value in ((self.generators, generator), (self.sources, source)):
+            if value is not None:
+                allowed = column == value if allowed is None else allowed & (column == value)
         return self._neighbours(*self._search(queries, k, allowed))
 
-    def _nearest_without(
-        self, queries: np.ndarray, k: int, allowed: np.ndarray | None, exclude_each: Sequence[np.ndarray]
+    def search_without(
+        self, queries: np.ndarray, k: int, exclude_ids: np.ndarray | None, exclude_each: Sequence[np.ndarray] | None
     ) -> Neighbours:
-        """Query i does not find the ids `exclude_each[i]`."""
-        counts = [len(ids) for ids in exclude_each]
+        """The k nearest of unit vectors (q, d) but for the given ids, see `VectorIndex.search_both`."""
+        allowed: np.ndarray | None = None
+        if exclude_ids is not None:
+            rows = self.rows(exclude_ids)
+            allowed = self._without(rows[rows >= 0]) if (rows >= 0).any() else None
+        if exclude_each is None:
+            return self._neighbours(*self._search(queries, k, allowed))
         rows = self.rows(np.concatenate([np.empty(0, np.int64), *exclude_each]))
-        excluded = [part[part >= 0] for part in np.split(rows, np.cumsum(counts)[:-1])]
+        excluded = [part[part >= 0] for part in np.split(rows, np.cumsum([len(ids) for ids in exclude_each])[:-1])]
         similarities = np.full((len(queries), k), np.nan, np.float32)
-        found = np.full((len(queries), k), -1, np.int64)
+        nearest = np.full((len(queries), k), -1, np.int64)
         few = [i for i, part in enumerate(excluded) if len(part) <= FETCH]
         if few:
             parts = [excluded[i] for i in few]
-            similarities[few], found[few] = self._fetch_and_drop(queries[few], k, allowed, parts)
+            similarities[few], nearest[few] = self._fetch_and_drop(queries[few], k, allowed, parts)
         for i, part in enumerate(excluded):
             if len(part) > FETCH:
-                others = np.ones(len(self), bool) if allowed is None else allowed.copy()
-                others[part] = False
-                similarities[i], found[i] = self._search(queries[i : i + 1], k, others)
-        return self._neighbours(similarities, found)
+                others = self._without(part, allowed)
+                similarities[i], nearest[i] = self._search(queries[i : i + 1], k, others)
+        return self._neighbours(similarities, nearest)
+
+    def state(self) -> tuple[dict[str, Any], list[np.ndarray]]:
+        """What `restore` needs beside the vectors in the order of the engine's blocks: plain values and arrays."""
+        lists, arrays = self.engine.state() if isinstance(self.engine, Inverted) else (None, [])
+        return {"count": len(self), "lists": lists}, [self.ids, self.generators, self.sources, *arrays]
+
+    def restore(self, values: dict[str, Any], arrays: Iterator[np.ndarray]) -> None:
+        """Fill an empty label from `state` and then the blocks of vectors.
+
+        Raises:
+            BadSnapshot: It was written for a CPU, and this is a GPU.
+        """
+        self.add(next(arrays), next(arrays), next(arrays))
+        if values["lists"] is not None:
+            if self.engine.device != "cpu":
+                raise BadSnapshot("it was written for a CPU")
+            self.engine = Inverted.restored(values["lists"], arrays)
+        elif isinstance(self.engine, Flat):
+            vectors = self.engine.extend(values["count"])  # at once, so that it takes no more memory than it needs
+            for first in range(0, len(vectors), BLOCK):
+                vectors[first : first + BLOCK] = next(arrays)
+        else:
+            while len(self.engine) < values["count"]:
+                self.engine.add(next(arrays))
+
+    def _without(self, rows: np.ndarray, allowed: np.ndarray | None = None) -> np.ndarray:
+        """Which rows are left of those that are allowed (all by default) without these, shape (n,), bool."""
+        others = np.ones(len(self), bool) if allowed is None else allowed.copy()
+        others[rows] = False
+        return others
 
     def _fetch_and_drop(
         self, queries: np.ndarray, k: int, allowed: np.ndarray | None, excluded: Sequence[np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest rows of each query but its own `excluded` ones: as many more are fetched, then dropped."""
-        similarities, found = self._search(queries, k + max(map(len, excluded)), allowed)
+        similarities, rows = self._search(queries, k + max(map(len, excluded)), allowed)
         # A pair (query, row) as one number: what one query excludes another may find.
-        pairs = np.concatenate([i * len(self) + rows for i, rows in enumerate(excluded)])
-        dropped = (found < 0) | np.isin(found + np.arange(len(found))[:, None] * len(self), pairs)
+        pairs = np.concatenate([i * len(self) + part for i, part in enumerate(excluded)])
+        dropped = (rows < 0) | np.isin(rows + np.arange(len(rows))[:, None] * len(self), pairs)
         order = np.argsort(dropped, axis=1, kind="stable")[:, :k]  # (q, k)
-        rows = np.where(np.take_along_axis(dropped, order, 1), -1, np.take_along_axis(found, order, 1))
+        rows = np.take_along_axis(np.where(dropped, -1, rows), order, 1)
         return np.take_along_axis(similarities, order, 1), rows
 
     def _search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -138,14 +193,14 @@ class Shelf:
     def _neighbours(self, similarities: np.ndarray, rows: np.ndarray) -> Neighbours:
         """What is known of rows; similarities are brought into -1..1, since halves round beyond."""
         np.clip(similarities, -1, 1, out=similarities)
+        labels = np.full(rows.shape, self.label, np.int8)
         none = rows < 0
         if not none.any():
-            labels = np.full(rows.shape, self.label, np.int8)
             return Neighbours(self.ids[rows], similarities, labels, self.generators[rows], self.sources[rows])
         columns = (self.ids, self.generators, self.sources) if len(self) else (np.array([-1]),) * 3
         ids, generators, sources = (np.where(none, column.dtype.type(-1), column[rows]) for column in columns)
-        labels = np.where(none, np.int8(-1), np.int8(self.label))
-        return Neighbours(ids, np.where(none, np.float32(np.nan), similarities), labels, generators, sources)
+        similarities, labels = np.where(none, np.float32(np.nan), similarities), np.where(none, np.int8(-1), labels)
+        return Neighbours(ids, similarities, labels, generators, sources)
 
     def _set(self, ids: np.ndarray, generators: np.ndarray, sources: np.ndarray) -> None:
         self.ids, self.generators, self.sources = ids, generators, sources

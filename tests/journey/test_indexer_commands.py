@@ -172,8 +172,9 @@ def test_facts_of_a_generator(run: Run, images: Path, store: Store) -> None:
 def test_check_notices(run: Run, images: Path, settings: Settings, store: Store) -> None:
     run("add", images)
     (snapshot,) = settings.home.glob("index/*/*/snapshot")
-    good = snapshot.read_bytes()
-    snapshot.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    damaged = bytearray(snapshot.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    snapshot.write_bytes(damaged)
     broken = run("check")
     assert broken.exit_code == 1
     assert "run lineup index rebuild" in broken.stdout

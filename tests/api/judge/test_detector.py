@@ -21,7 +21,7 @@ from api.schemas.verdicts import Provenance, Verdict
 from api.service_settings import ServiceSettings
 from indexer import follower
 from indexer.follower import Neighbour
-from indexer.index.index_neighbours import Neighbours
+from indexer.index.label_index import Neighbours
 from indexer.store import Detection, Reference
 from trainer.heads.heads import unit_length
 
