@@ -20,7 +20,6 @@ from api.access import SCOPES, Keys, hash_secret, in_force, is_loopback, new_sec
 from api.breaker import DATABASE_AWAY
 from api.judge.detector import Detector
 from api.judge.uploads import Question, Upload
-from api.logs import log_as_json
 from api.schemas.problems import ApiError, FailedFile, Problem
 from api.schemas.verdicts import Explanation
 from api.service_settings import ServiceSettings
@@ -101,7 +100,7 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
 ) -> None:
     """Serve the HTTP interface and the page."""
-    from api.http.server import run
+    from api.http.server import log_as_json, run
 
     def loaded() -> tuple[Detector, str | None]:
         detector = load(host=host, port=port, checkpoint=checkpoint, device=device)

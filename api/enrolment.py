@@ -1,8 +1,6 @@
-"""Reference images that come over HTTP, on the way that every reference image takes: `indexer.ingest.ingest`."""
+"""Reference images that come and go over HTTP; they come on the way of all: `indexer.ingest.ingest`."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -11,9 +9,10 @@ from api.judge.detector import Detector
 from api.judge.uploads import Upload, decode
 from api.schemas import LABELS, Label
 from api.schemas.problems import ApiError, FieldError
-from api.schemas.resources import Added
+from api.schemas.resources import Added, Removed
 from indexer.ingest.ingest import FORGOTTEN, ingest
 from indexer.measure.enrolment_effect import consequences
+from indexer.store import Removed as RemovedRows
 from indexer.store import check_generator_name
 from trainer.data.entry import Entry
 
@@ -92,6 +91,13 @@ def enrol(detector: Detector, uploads: Sequence[Upload], batch: Batch) -> Added:
         added = added.model_copy(update=changed)
         detector.store.finish_enrolment(report["enrolment"], added.model_dump(mode="json"))
     return added
+
+
+def remove(detector: Detector, removal: Callable[[], RemovedRows]) -> Removed:
+    """Carry out a removal and bring this process's index up to date."""
+    rows = removal()
+    revision = detector.follower.catch_up()
+    return Removed(references=rows.references, revision=rows.revisions.get(detector.embedder.id, revision))
 
 
 def _bad_generator(message: str) -> ApiError:

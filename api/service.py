@@ -18,7 +18,6 @@ from api.access import Caller, Keys, hide_paths
 from api.batcher import Batcher, BatcherFull, Item, Result
 from api.breaker import DATABASE_AWAY
 from api.enrolment import Batch, enrol
-from api.inventory import status
 from api.judge.detector import Case, Detector
 from api.judge.uploads import Question, Upload
 from api.monitoring import Metrics
@@ -27,6 +26,7 @@ from api.schemas.problems import ApiError
 from api.schemas.resources import Added, Status
 from api.schemas.verdicts import Hits, Verdict
 from api.service_settings import ServiceSettings
+from api.service_status import status
 from indexer.database.connection import DatabaseBehind
 from indexer.store import CheckpointSwitched
 from trainer.cores import usable_cores
@@ -282,7 +282,7 @@ class Service:
             return await self._each(uploads, one)
 
     async def status(self) -> Status:
-        """See `catalogue.status`. In threads of its own: who asks for it may wait, nobody else."""
+        """See `service_status.status`. In threads of its own: who asks for it may wait, nobody else."""
         return await asyncio.get_running_loop().run_in_executor(self._counters, status, self.detector)
 
     async def enrol(self, uploads: Sequence[Upload], batch: Batch) -> Added:

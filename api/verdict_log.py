@@ -3,8 +3,6 @@
 They are read as they were written, never checked against today's `Verdict`: fields come and go, records stay.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,7 +18,8 @@ from api.judge.uploads import Prepared, Question
 from api.schemas.problems import ApiError
 from api.schemas.resources import Asked, Change, Detection, DetectionPage, DetectionSummary, Feedback, Replay
 from api.schemas.verdicts import ImageFacts, Provenance, Region, Verdict
-from indexer import store
+from indexer.store import Detection as DetectionRow
+from indexer.store import ListedDetection
 
 COMPARED = (
     "verdict",
@@ -47,7 +46,7 @@ COMPARED = (
 """What a replay reports, as paths into the verdict's JSON."""
 
 
-def find(detector: Detector, caller: Caller, detection_id: UUID) -> store.Detection:
+def find(detector: Detector, caller: Caller, detection_id: UUID) -> DetectionRow:
     """A record, for who made it or holds the scope admin.
 
     Raises:
@@ -59,7 +58,7 @@ def find(detector: Detector, caller: Caller, detection_id: UUID) -> store.Detect
     return row
 
 
-def shown(row: store.Detection, caller: Caller) -> Detection:
+def detection(row: DetectionRow, caller: Caller) -> Detection:
     """A record with its whole verdict, as this caller may see it."""
     assert row.at is not None  # the database sets it
     result = dict(row.result)
@@ -72,13 +71,13 @@ def shown(row: store.Detection, caller: Caller) -> Detection:
     )
 
 
-def page(rows: Sequence[store.ListedDetection], limit: int) -> DetectionPage:
+def page(rows: Sequence[ListedDetection], limit: int) -> DetectionPage:
     """A page of records, newest first."""
     summaries = [DetectionSummary(**asdict(row) | {"id": str(row.id)}) for row in rows]
     return DetectionPage(detections=summaries, next=summaries[-1].id if len(rows) == limit else None)
 
 
-def drawn(row: store.Detection) -> bytes:
+def regions_png(row: DetectionRow) -> bytes:
     """The regions of a record as a transparent PNG.
 
     Raises:
@@ -90,7 +89,7 @@ def drawn(row: store.Detection) -> bytes:
     return overlay(row.width, row.height, [Region.model_validate(region, extra="ignore") for region in regions])
 
 
-def replay(detector: Detector, row: store.Detection, caller: Caller) -> Replay:
+def replay(detector: Detector, row: DetectionRow, caller: Caller) -> Replay:
     """Vote and heads again on the embedding that was kept, against the index and the calibration of now.
 
     The question is the one that was asked then. Regions and stability would need the image, which was not kept; where
@@ -102,7 +101,7 @@ def replay(detector: Detector, row: store.Detection, caller: Caller) -> Replay:
     if row.checkpoint_id != detector.embedder.id:
         detail = f"detection {row.id} was embedded by checkpoint {row.checkpoint_id}; serving {detector.embedder.id}"
         raise ApiError("conflict", detail)
-    record = shown(row, caller)
+    record = detection(row, caller)
     before, asked = record.result, record.question
     image = ImageFacts(
         sha256=row.sha256,
@@ -137,10 +136,10 @@ def changes(before: Mapping[str, Any], after: Verdict) -> list[Change]:
     return [Change(field=path, before=was, after=now) for path, was, now in pairs if not _same(was, now)]
 
 
-def dispute(detector: Detector, row: store.Detection, feedback: Feedback, caller: Caller) -> Detection:
+def dispute(detector: Detector, row: DetectionRow, feedback: Feedback, caller: Caller) -> Detection:
     """Keep what a person says of a verdict; a second time replaces the first."""
     detector.store.set_feedback(row.id, feedback.model_dump(mode="json") | {"by": caller.name})
-    return shown(find(detector, caller, row.id), caller)
+    return detection(find(detector, caller, row.id), caller)
 
 
 def _same(was: Any, now: Any) -> bool:

@@ -1,18 +1,34 @@
 """The interface as a page of plain HTML, made from OpenAPI: no script, nothing fetched from elsewhere."""
 
-from __future__ import annotations
-
 import json
 from html import escape
 from typing import Any
 
-STYLE = "/docs/style.css"
-CSS = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import HTMLResponse
+
+STYLE_PATH = "/docs/style.css"
+STYLE_SHEET = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 code, pre { font: 14px/1.4 ui-monospace, monospace } pre { overflow: auto; background: #8882; padding: .7rem }
 table { border-collapse: collapse } td, th { text-align: left; vertical-align: top; padding: .15rem 1rem .15rem 0 }
 section { border-top: 1px solid #8886; margin-top: 1.5rem } h2 span { color: #1f77b4; margin-right: .6rem }
 @media (prefers-color-scheme: dark) { body { background: #16181c; color: #ddd } a { color: #8bf } }
 """
+
+
+router = APIRouter(include_in_schema=False)
+
+
+@router.get("/docs")
+async def show_docs(request: Request) -> HTMLResponse:
+    """The interface, for people."""
+    return HTMLResponse(page(request.app.openapi()))
+
+
+@router.get(STYLE_PATH)
+async def show_style() -> Response:
+    """How that looks."""
+    return Response(STYLE_SHEET, media_type="text/css")
 
 
 def page(spec: dict[str, Any]) -> str:
@@ -26,7 +42,7 @@ def page(spec: dict[str, Any]) -> str:
     title = escape(spec["info"]["title"])
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="{STYLE}">'
+        f'<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="{STYLE_PATH}">'
         f"<h1>{title} {escape(spec['info']['version'])}</h1><p>{escape(spec['info'].get('summary', ''))}</p>"
         f'<p>The same for machines: <a href="/openapi.json">openapi.json</a>.</p>{"".join(calls)}</html>'
     )
@@ -71,5 +87,4 @@ def _answer(answer: dict[str, Any]) -> str:
 
 def _resolve(schema: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     reference = schema.get("$ref", "")
-    found: dict[str, Any] = spec["components"]["schemas"][reference.rsplit("/", 1)[-1]] if reference else schema
-    return found
+    return dict(spec["components"]["schemas"][reference.rsplit("/", 1)[-1]]) if reference else schema

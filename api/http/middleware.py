@@ -1,26 +1,21 @@
 """What happens around every request: an id, a time limit, access, headers, a log line and its numbers. Plain ASGI."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 from uuid import uuid4
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.access import Caller, RateLimit, bearer, check_loopback, check_token
 from api.monitoring import Metrics
 from api.schemas.problems import ApiError
 from api.service import Service
 from api.service_settings import ServiceSettings
-
-ASGIScope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
 
 log = logging.getLogger("lineup.request")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -32,7 +27,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-HEADERS = {
+SECURITY_HEADERS = {
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -41,27 +36,24 @@ HEADERS = {
 }
 
 
-def headers_of(scope: ASGIScope) -> dict[str, str]:
-    """Request headers by lower-case name; of a repeated one the last."""
-    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-
-
 def too_large(size: str, most: int) -> ApiError:
     """The problem of a body that is larger than this many bytes; `size` says what it is."""
     rule = f"LINEUP_MAX_REQUEST_BYTES; without files {MOST_JSON:,} at most"
     return ApiError("too-large", f"the request {size} bytes; {most:,} are allowed ({rule})")
 
 
-async def send_problem(send: Send, error: ApiError, request_id: str) -> None:
-    """Answer with problem details."""
-    body = error.problem(request_id).model_dump_json().encode()
-    headers = {"content-type": "application/problem+json", "content-length": str(len(body)), **error.headers}
-    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+def problem_response(error: ApiError, request_id: str) -> JSONResponse:
+    """Problem details as a response."""
+    body = error.problem(request_id).model_dump(mode="json")
+    return JSONResponse(body, error.status, error.headers, "application/problem+json")
 
 
-class Around:
+def http_exception(error: ApiError) -> HTTPException:
+    """A problem as it has to be raised where a body is read: the framework hides everything else."""
+    return HTTPException(error.status, error.detail, error.headers)
+
+
+class Envelope:
     """The outermost layer: request id, limits of time and bytes, security headers, log line, metrics, and a last resort
     for bugs.
 
@@ -70,24 +62,21 @@ class Around:
         metrics: Where requests are counted.
         settings: How long a request may take, its upload included, and how many bytes it and all of them may have,
             declared or not.
-        as_raised: Makes of a problem what is raised where a body is read.
     """
 
-    def __init__(
-        self, app: ASGIApp, metrics: Metrics, settings: ServiceSettings, as_raised: Callable[[ApiError], Exception]
-    ) -> None:
-        self.app, self.metrics, self.settings, self.as_raised = app, metrics, settings, as_raised
-        self.held = 0  # bytes of the bodies of all requests in work
+    def __init__(self, app: ASGIApp, metrics: Metrics, settings: ServiceSettings) -> None:
+        self.app, self.metrics, self.settings = app, metrics, settings
+        self.inflight_bytes = 0  # of the bodies of all requests in work
 
-    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         start, status, size, reserved = time.perf_counter(), 0, 0, 0
-        headers = headers_of(scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
+        headers = Headers(scope=scope)
+        sent_id = headers.get("x-request-id", "")
+        request_id = sent_id if REQUEST_ID.fullmatch(sent_id) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         is_form = headers.get("content-type", "").startswith("multipart/")
         limit, seconds = self.settings.max_request_bytes, self.settings.request_seconds
@@ -99,20 +88,20 @@ class Around:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                present = {name.lower() for name, _ in message.get("headers", [])}
-                own = HEADERS | {"x-request-id": request_id}
-                message["headers"] = [
-                    *message.get("headers", []),
-                    *((k.encode(), v.encode()) for k, v in own.items() if k.encode() not in present),
-                ]
+                answer_headers = MutableHeaders(scope=message)
+                for name, value in (SECURITY_HEADERS | {"x-request-id": request_id}).items():
+                    answer_headers.setdefault(name, value)
             await send(message)
 
-        async def counted() -> Message:
+        async def send_problem(error: ApiError) -> None:
+            await problem_response(error, request_id)(scope, receive, send_with_headers)
+
+        async def receive_counted() -> Message:
             nonlocal size, reserved
             message = await receive()
             size += len(message.get("body", b""))
             if size > most:
-                raise self.as_raised(too_large(f"sent {size:,}", most))
+                raise http_exception(too_large(f"sent {size:,}", most))
             if (needed := max(size, declared) - reserved) > 0:
                 self.reserve(needed)
                 reserved += needed
@@ -122,40 +111,39 @@ class Around:
             if declared > most:
                 raise too_large(f"declares {declared:,}", most)
             async with asyncio.timeout(seconds):
-                await self.app(scope, counted, send_with_headers)
+                await self.app(scope, receive_counted, send_with_headers)
         except TimeoutError:
             if not status:
                 detail = f"the request took longer than LINEUP_REQUEST_SECONDS allows ({seconds:g})"
-                await send_problem(send_with_headers, ApiError("not-ready", detail, retry_after=5), request_id)
+                await send_problem(ApiError("not-ready", detail, retry_after=5))
         except ApiError as error:
             if status:
                 raise
-            await send_problem(send_with_headers, error, request_id)
+            await send_problem(error)
         except Exception:
             log.exception("unexpected", extra={"request_id": request_id})
             if status:
                 raise
-            problem = ApiError("internal", "a bug; the log holds more under this request id")
-            await send_problem(send_with_headers, problem, request_id)
+            await send_problem(ApiError("internal", "a bug; the log holds more under this request id"))
         finally:
-            self.held -= reserved
-            taken = time.perf_counter() - start
+            self.inflight_bytes -= reserved
+            duration = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "none")
             self.metrics.requests.labels(scope["method"], route, str(status)).inc()
-            self.metrics.request_seconds.labels(route).observe(taken)
+            self.metrics.request_seconds.labels(route).observe(duration)
             caller: Caller | None = scope["state"].get("caller")
             fields = {"request_id": request_id, "method": scope["method"], "route": route, "status": status}
-            fields |= {"ms": round(1000 * taken, 1), "caller": caller.name if caller else None}
+            fields |= {"ms": round(1000 * duration, 1), "caller": caller.name if caller else None}
             log.info("request", extra=fields)
 
     def reserve(self, size: int) -> None:
-        """Count so many bytes more as held, until their request ends. Raises not-ready, as the framework wants it."""
-        most = self.settings.max_inflight_bytes
-        if self.held + size > most:
+        """Count so many bytes more until their request ends; raises not-ready where that exceeds the setting."""
+        inflight, most = self.inflight_bytes, self.settings.max_inflight_bytes
+        if inflight + size > most:
             room = f"{most:,} are allowed (LINEUP_MAX_INFLIGHT_BYTES)"
-            detail = f"requests in work hold {self.held:,} bytes, {size:,} more came, and {room}; try again shortly"
-            raise self.as_raised(ApiError("not-ready", detail, retry_after=1))
-        self.held += size
+            detail = f"requests in work hold {inflight:,} bytes, {size:,} more came, and {room}; try again shortly"
+            raise http_exception(ApiError("not-ready", detail, retry_after=1))
+        self.inflight_bytes += size
 
 
 class Guard:
@@ -170,23 +158,23 @@ class Guard:
     def __init__(self, app: ASGIApp, service: Service, limit: RateLimit) -> None:
         self.app, self.service, self.limit = app, service, limit
 
-    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] == "http" and scope["path"].startswith(GUARDED):
             try:
                 scope["state"]["caller"] = await self.admit(scope)
             except ApiError as error:
-                await send_problem(send, error, scope["state"]["request_id"])
+                await problem_response(error, scope["state"]["request_id"])(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
-    async def admit(self, scope: ASGIScope) -> Caller:
+    async def admit(self, scope: Scope) -> Caller:
         """Who this is.
 
         Raises:
             ApiError: unauthorized, forbidden, too-many-requests or not-ready.
         """
-        headers = headers_of(scope)
+        headers = Headers(scope=scope)
         if not await self.service.keys_exist():
             check_loopback(scope["client"][0] if scope.get("client") else None, headers)
             if not self.service.settings.open:

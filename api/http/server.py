@@ -1,13 +1,15 @@
 """What listens: uvicorn, which finishes what has begun before it stops, and hangs up on heads that never end."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
+import json
 import logging
 import math
+import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from socket import socket
+from typing import Any
 
 import uvicorn
 from threadpoolctl import threadpool_limits
@@ -19,6 +21,8 @@ from api.judge.detector import Detector
 log = logging.getLogger(__name__)
 HEAD_SECONDS = 10.0
 """Time for the request line and the headers."""
+RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
+"""What `logging` itself keeps of a record."""
 
 
 class Protocol(H11Protocol):
@@ -32,7 +36,7 @@ class Protocol(H11Protocol):
         self.late = self.loop.call_later(HEAD_SECONDS, transport.close)
 
     def data_received(self, data: bytes) -> None:
-        """A part of a head, or of a body, whose time `Around` limits."""
+        """A part of a head, or of a body, whose time `Envelope` limits."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
@@ -71,6 +75,34 @@ class Server(uvicorn.Server):
             address = f"http://{shown}:{port}"
             log.info("serving", extra={"address": address})
             print(f"The page: {address}/{f'?token={self.token}' if self.token else ''}", flush=True)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per record: time, level, logger, message, and what `extra` held, which is never of an image."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {key: value for key, value in vars(record).items() if key not in RECORD_FIELDS}
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def log_as_json(level: int = logging.INFO) -> None:
+    """Send every logger's lines to stderr as JSON; called by `lineup serve` only."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def server(detector: Detector, token: str | None = None) -> Server:

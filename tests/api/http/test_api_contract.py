@@ -13,9 +13,9 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.http.app import create_app
-from api.http.middleware import ASGIApp, ASGIScope, Receive, Send
 from api.judge.detector import Detector
 from api.service_settings import ServiceSettings
 
@@ -25,7 +25,7 @@ CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance,
 def from_here(app: ASGIApp) -> ASGIApp:
     """The same application, already started, called from this machine; the generator's own client has no address."""
 
-    async def call(scope: ASGIScope, receive: Receive, send: Send) -> None:
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             for _ in range(2):
                 await send({"type": f"{(await receive())['type']}.complete"})

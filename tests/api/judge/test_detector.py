@@ -12,7 +12,7 @@ from conftest import small_image
 from PIL import Image, PngImagePlugin
 from sqlalchemy.exc import OperationalError
 
-from api import verdict_log as records
+from api import verdict_log
 from api.judge.detector import RECORD_VERSION, Case, Detector
 from api.judge.regions import VARIANTS
 from api.judge.uploads import Question, Upload, file_name
@@ -267,7 +267,7 @@ def test_cases_judged_together_are_judged_as_each_alone(detector: Detector) -> N
         assert verdict.known.id not in [near.id for near in verdict.neighbours]
     for one, other in zip(together, alone, strict=True):
         assert [n.id for n in one.neighbours] == [n.id for n in other.neighbours]
-        assert records.changes(one.model_dump(mode="json"), other) == []
+        assert verdict_log.changes(one.model_dump(mode="json"), other) == []
         assert (one.regions is None) == (other.regions is None)
         for region, again in zip(one.regions or [], other.regions or [], strict=True):
             assert (region.box, region.generator) == (again.box, again.generator)

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from api.http.server import JsonFormatter
 from api.judge.judgement import clip, decide, none_if_nan, stability
-from api.logs import JsonFormatter
 from api.schemas.verdicts import EXAMPLE_VERDICT, Decision, Thresholds, Verdict
 from api.verdict_log import changes
 from api.verdict_printer import heads_table, in_words, notes, precision

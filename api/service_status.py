@@ -1,91 +1,26 @@
-"""Rows of the store as the API shows them, and the state of the whole."""
+"""The state of the service: what is loaded, followed and calibrated."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import numpy as np
 
-from api.access import Caller
 from api.breaker import DATABASE_AWAY
 from api.judge.detector import Detector
 from api.judge.judgement import calibration_facts, shortage, thresholds_of
-from api.schemas import LABELS
 from api.schemas.resources import (
     CalibrationState,
-    Enrolment,
-    Generator,
     GeneratorCount,
     Histogram,
     IndexState,
-    ReferenceImage,
     References,
-    Removed,
     SourceCount,
     Status,
 )
-from indexer import store
 from trainer.heads.calibration import Calibration
 from trainer.heads.logistic import sigmoid
 
 BINS = 20
 """Of the histogram of calibration scores."""
-
-
-def reference_image(row: store.Reference, caller: Caller) -> ReferenceImage:
-    """One reference image, as this caller may see it."""
-    return ReferenceImage(
-        id=row.id,
-        sha256=row.sha256,
-        label=LABELS[row.label],
-        generator=row.generator,
-        source=row.source,
-        group=row.group,
-        uri=caller.visible(row.uri or None),
-        file_bytes=row.file_bytes,
-        width=row.width,
-        height=row.height,
-        format=row.format,
-        jpeg_quality=row.jpeg_quality,
-        thumbnail=f"/v1/references/{row.id}/thumbnail",
-        attributes=dict(row.attributes),
-        enrolment=row.enrolment_id,
-        added_at=row.added_at,
-    )
-
-
-def generator(row: store.Generator) -> Generator:
-    """One generator with its number of references."""
-    return Generator(
-        name=row.name,
-        family=row.family,
-        vendor=row.vendor,
-        version=row.version,
-        released_on=row.released_on,
-        notes=row.notes,
-        references=row.references,
-    )
-
-
-def change_generator(detector: Detector, name: str, facts: Mapping[str, Any]) -> Generator:
-    """Change what is known of a generator, in this process's neighbours too."""
-    changed = detector.store.update_generator(name, facts)
-    detector.follower.catch_up()
-    return generator(changed)
-
-
-def enrolment(row: store.Enrolment) -> Enrolment:
-    """One enrolment with its report."""
-    return Enrolment(
-        id=row.id,
-        at=row.at,
-        generator=row.generator,
-        source=row.source,
-        references=row.references,
-        report=row.report,
-    )
 
 
 def status(detector: Detector) -> Status:
@@ -164,10 +99,3 @@ def package_version() -> str:
         return version("lineup")
     except PackageNotFoundError:
         return "source"
-
-
-def remove(detector: Detector, removal: Callable[[], store.Removed]) -> Removed:
-    """Carry out a removal and bring this process's index up to date."""
-    removed = removal()
-    revision = detector.follower.catch_up()
-    return Removed(references=removed.references, revision=removed.revisions.get(detector.embedder.id, revision))

@@ -1,0 +1,86 @@
+"""Calls about reference images."""
+
+from dataclasses import asdict
+from functools import partial
+from typing import Annotated
+
+from fastapi import File, Form, Query, Response, UploadFile
+
+from api.access import Caller
+from api.enrolment import Batch, remove
+from api.http.dependencies import Enrolling, Id, Limit, Loaded, Reading, Served, existing, read_uploads, v1_router
+from api.schemas import LABELS, Label, Text
+from api.schemas.problems import ApiError, documented
+from api.schemas.resources import Added, ReferenceImage, ReferencePage, Removed
+from indexer.store import Reference
+
+router = v1_router("references")
+
+
+class Jpeg(Response):
+    media_type = "image/jpeg"
+
+
+def reference_image(row: Reference, caller: Caller) -> ReferenceImage:
+    """One reference image, as this caller may see it."""
+    fields = asdict(row) | {
+        "label": LABELS[row.label],
+        "uri": caller.visible(row.uri or None),
+        "thumbnail": f"/v1/references/{row.id}/thumbnail",
+        "enrolment": row.enrolment_id,
+    }
+    return ReferenceImage.model_validate(fields, extra="ignore")
+
+
+@router.post("/references", responses=documented("unreadable", "not-an-image", "conflict"))
+async def add_references(
+    service: Served,
+    caller: Enrolling,
+    images: Annotated[list[UploadFile], File(description="Reference images, all of one label and generator.")],
+    label: Annotated[Label, Form()],
+    generator: Annotated[Text | None, Form(description="What made them, for fakes only.")] = None,
+    source: Annotated[Text, Form(description="Where they came from.")] = "upload",
+) -> Added:
+    """Add images to the reference set. The same bytes twice change nothing."""
+    batch = Batch(label, generator, source)
+    return await service.enrol(await read_uploads(images, service.settings), batch)
+
+
+@router.get("/references", responses=documented())
+async def list_references(
+    service: Served,
+    detector: Loaded,
+    caller: Reading,
+    label: Label | None = None,
+    generator: Text | None = None,
+    source: Text | None = None,
+    after: Annotated[int, Query(ge=0, le=2**63 - 1, description="`next` of the page before.")] = 0,
+    limit: Limit = 100,
+) -> ReferencePage:
+    """Reference images in the order they were added."""
+    number = None if label is None else LABELS.index(label)
+    read = partial(detector.store.list, label=number, generator=generator, source=source, after=after, limit=limit)
+    page = [reference_image(row, caller) for row in await service.run(read)]
+    return ReferencePage(references=page, next=page[-1].id if len(page) == limit else None)
+
+
+@router.get("/references/{id}", responses=documented("not-found"))
+async def get_reference(service: Served, detector: Loaded, caller: Reading, id: Id) -> ReferenceImage:
+    """One reference image."""
+    return reference_image(existing(await service.run(detector.store.get, id), f"reference {id}"), caller)
+
+
+@router.get("/references/{id}/thumbnail", responses=documented("not-found"), response_class=Jpeg)
+async def get_thumbnail(service: Served, detector: Loaded, caller: Reading, id: Id) -> Response:
+    """A reference image, its longest side at most 256 pixels."""
+    data = existing(await service.run(detector.store.thumbnail, id), f"reference {id}")
+    return Jpeg(data, headers={"cache-control": "private, max-age=86400"})
+
+
+@router.delete("/references/{id}", responses=documented("not-found"))
+async def delete_reference(service: Served, detector: Loaded, caller: Enrolling, id: Id) -> Removed:
+    """Remove one reference image; it votes no more."""
+    removed = await service.run(remove, detector, partial(detector.store.remove, ids=[id]))
+    if not removed.references:
+        raise ApiError("not-found", f"there is no reference {id}")
+    return removed
