@@ -26,7 +26,8 @@ from api.service_settings import ServiceSettings
 from api.verdict_printer import show
 from indexer.database.connection import DatabaseBehind, DatabaseUnreachable, connect
 from indexer.settings import SettingsError
-from indexer.store import ApiKey, KeyExists, Store
+from indexer.store import Store
+from indexer.store.keys import ApiKey, KeyExists
 from trainer.data.datasets import read_dataset
 from trainer.data.entry import DatasetError, read_file
 from trainer.data.folders import is_image_name
@@ -106,7 +107,7 @@ def serve(
         detector = load(host=host, port=port, checkpoint=checkpoint, device=device)
         settings = detector.settings
         try:
-            keyed = Keys(detector.store, detector.breaker).exist()
+            keyed = Keys(detector.store.keys, detector.breaker).exist()
             if not keyed and not is_loopback(settings.host):
                 advice = "make one with `lineup keys create NAME --scope admin`, or listen on 127.0.0.1"
                 raise SettingsError(f"LINEUP_HOST is {settings.host}, which needs an API key: {advice}")
@@ -188,7 +189,7 @@ def create(
     store, secret = open_store(), new_secret()
     expires_at = None if days is None else datetime.now(UTC) + timedelta(days=days)
     try:
-        made = store.create_key(name, hash_secret(secret), scopes, expires_at=expires_at)
+        made = store.keys.create(name, hash_secret(secret), scopes, expires_at=expires_at)
     except KeyExists as error:
         if unless_exists:
             print(f"there is a key {name} already; it cannot be shown again", file=sys.stderr)
@@ -207,7 +208,7 @@ def create(
 def list_keys(as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False) -> None:
     """Show all keys, without their secrets."""
     store = open_store()
-    rows = [key_json(key) for key in store.list_keys()]
+    rows = [key_json(key) for key in store.keys.list()]
     store.engine.dispose()
     if as_json:
         print(json.dumps({"keys": rows}))
@@ -222,8 +223,8 @@ def list_keys(as_json: Annotated[bool, typer.Option("--json", help="One JSON doc
 def revoke(name: Annotated[str, typer.Argument(help="The key to end; within seconds, everywhere.")]) -> None:
     """End a key."""
     store = open_store()
-    revoked, now = store.revoke_key(name), datetime.now(UTC)
-    left = any(in_force(key, now) for key in store.list_keys())
+    revoked, now = store.keys.revoke(name), datetime.now(UTC)
+    left = any(in_force(key, now) for key in store.keys.list())
     store.engine.dispose()
     if not revoked:
         raise fail(LookupError(f"no key in force is called {name!r}; see `lineup keys list`"))

@@ -18,7 +18,7 @@ from api.breaker import DATABASE_AWAY, Breaker
 from api.schemas import Scope
 from api.schemas.problems import ApiError
 from api.schemas.verdicts import Neighbour
-from indexer.store import ApiKey, Store
+from indexer.store.keys import ApiKey, ApiKeys
 
 SCOPES: tuple[Scope, ...] = ("detect", "enrol", "admin")
 PREFIX = "lineup_"
@@ -75,7 +75,7 @@ def in_force(key: ApiKey, now: datetime) -> bool:
 class Keys:
     """Looks keys up, remembering each answer for two seconds, and for longer while the database is away."""
 
-    store: Store
+    keys: ApiKeys
     breaker: Breaker
     _seen: OrderedDict[bytes, tuple[float, ApiKey | None]] = field(default_factory=OrderedDict)
     _any: tuple[float, bool] | None = None
@@ -96,7 +96,7 @@ class Keys:
             return remembered
         known = self._any
         try:
-            self._any = (time.monotonic(), bool(self.breaker.ask(self.store.list_keys)))
+            self._any = (time.monotonic(), bool(self.breaker.ask(self.keys.list)))
         except DATABASE_AWAY as error:
             if known is None:
                 raise ApiError("not-ready", "the database does not answer", retry_after=2) from error
@@ -121,7 +121,7 @@ class Keys:
         if seen is not None and now - seen[0] < FRESH:
             return seen[1]
         try:
-            key = self.breaker.ask(self.store.find_key, digest)
+            key = self.breaker.ask(self.keys.find, digest)
         except DATABASE_AWAY as error:
             if seen is not None and now - seen[0] < STALE:
                 return seen[1]

@@ -12,8 +12,8 @@ from api.schemas.problems import ApiError, FieldError
 from api.schemas.resources import Added, Removed
 from indexer.ingest.ingest import FORGOTTEN, ingest
 from indexer.measure.enrolment_effect import consequences
-from indexer.store import Removed as RemovedRows
-from indexer.store import check_generator_name
+from indexer.store.generators import check_generator_name
+from indexer.store.removing import Removed as RemovedRows
 from trainer.data.entry import Entry
 
 
@@ -89,7 +89,7 @@ def enrol(detector: Detector, uploads: Sequence[Upload], batch: Batch) -> Added:
     if added.enrolment is not None:
         changed = consequences(settings, detector.follower, added.enrolment)
         added = added.model_copy(update=changed)
-        detector.store.finish_enrolment(report["enrolment"], added.model_dump(mode="json"))
+        detector.store.enrolments.finish(report["enrolment"], added.model_dump(mode="json"))
     return added
 
 

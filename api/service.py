@@ -28,7 +28,7 @@ from api.schemas.verdicts import Hits, Verdict
 from api.service_settings import ServiceSettings
 from api.service_status import status
 from indexer.database.connection import DatabaseBehind
-from indexer.store import CheckpointSwitched
+from indexer.store.checkpoints import CheckpointSwitched
 from trainer.cores import usable_cores
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ class Service:
         if self._detector is None:
             self._detector = Detector(self.settings).load()
         detector = self._detector
-        self._keys = Keys(detector.store, detector.breaker)
+        self._keys = Keys(detector.store.keys, detector.breaker)
         self._keys.exist()
         detector.calibrate()  # or the first verdicts would be uncertain, and nobody would know why
         self._serving = Serving(detector, self.metrics)
@@ -196,7 +196,7 @@ class Service:
             if self._ready:
                 before = datetime.now(UTC) - timedelta(days=days)
                 try:
-                    deleted = await self.run(self.detector.store.delete_detections, before)
+                    deleted = await self.run(self.detector.store.detections.delete, before)
                     log.info("records deleted", extra={"records": deleted, "days": days})
                 except DATABASE_AWAY:
                     log.warning("records could not be deleted; trying again")

@@ -33,14 +33,16 @@ def status(detector: Detector) -> Status:
     if not degraded:
         try:
             ask = detector.status_breaker.ask
-            counts = ask(detector.store.counts)
+            counts = ask(detector.store.references.counts)
             real, fake = counts["real"], counts["fake"]
-            revision = ask(detector.store.revision, detector.embedder.id)
+            revision = ask(detector.store.checkpoints.revision, detector.embedder.id)
             generators = [
-                GeneratorCount(name=row.name, references=row.references) for row in ask(detector.store.generators)
+                GeneratorCount(name=row.name, references=row.references) for row in ask(detector.store.generators.list)
             ]
             sources = [
-                SourceCount(name=name, references=count) for name, count in ask(detector.store.sources).items() if name
+                SourceCount(name=name, references=count)
+                for name, count in ask(detector.store.references.sources).items()
+                if name
             ]
         except DATABASE_AWAY:
             degraded = True

@@ -18,8 +18,8 @@ from api.judge.uploads import Prepared, Question
 from api.schemas.problems import ApiError
 from api.schemas.resources import Asked, Change, Detection, DetectionPage, DetectionSummary, Feedback, Replay
 from api.schemas.verdicts import ImageFacts, Provenance, Region, Verdict
-from indexer.store import Detection as DetectionRow
-from indexer.store import ListedDetection
+from indexer.store.detections import Detection as DetectionRow
+from indexer.store.detections import ListedDetection
 
 COMPARED = (
     "verdict",
@@ -52,7 +52,7 @@ def find(detector: Detector, caller: Caller, detection_id: UUID) -> DetectionRow
     Raises:
         ApiError: not-found, also for a record that is someone else's.
     """
-    row = detector.store.get_detection(detection_id)
+    row = detector.store.detections.get(detection_id)
     if row is None or not (caller.may("admin") or row.api_key_id == caller.key_id):
         raise ApiError("not-found", f"there is no detection {detection_id}")
     return row
@@ -138,7 +138,7 @@ def changes(before: Mapping[str, Any], after: Verdict) -> list[Change]:
 
 def dispute(detector: Detector, row: DetectionRow, feedback: Feedback, caller: Caller) -> Detection:
     """Keep what a person says of a verdict; a second time replaces the first."""
-    detector.store.set_feedback(row.id, feedback.model_dump(mode="json") | {"by": caller.name})
+    detector.store.detections.set_feedback(row.id, feedback.model_dump(mode="json") | {"by": caller.name})
     return detection(find(detector, caller, row.id), caller)
 
 

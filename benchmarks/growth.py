@@ -30,7 +30,8 @@ from indexer.database.embedded import EmbeddedServer
 from indexer.follower import Follower
 from indexer.index.vector_index import VectorIndex
 from indexer.settings import Settings
-from indexer.store import NewReference, Store
+from indexer.store import Store
+from indexer.store.columns import NewReference
 
 CHECKPOINT = "c" * 32
 PER_REVISION = 1_000
@@ -56,7 +57,7 @@ def fill(store: Store, n: int) -> None:
         with store.engine.begin() as connection:
             place = {"generator": generator, "first": first, "last": first + m - 1}
             ids = np.sort(np.array(connection.execute(text(ROWS), place).scalars().all()))
-            revision = store.revision(CHECKPOINT)
+            revision = store.checkpoints.revision(CHECKPOINT)
             driver = cast("psycopg.Connection[Any]", connection.connection.driver_connection)
             with driver.cursor().copy(
                 "copy embedding (image_id, checkpoint_id, vector, revision) from stdin (format binary)"
@@ -191,12 +192,12 @@ def write(store: Store) -> None:
         rows = [] if command == "remove" else references(*map(int, numbers))
         start = time.monotonic()
         if rows:
-            ids += [image_id for image_id in store.add(rows, CHECKPOINT).ids if image_id is not None]
+            ids += [image_id for image_id in store.references.add(rows, CHECKPOINT).ids if image_id is not None]
         elif ids:
-            store.remove(ids=ids)
+            store.references.remove(ids=ids)
             ids = []
         done = time.monotonic()
-        print(store.revision(CHECKPOINT), done - start, done, flush=True)
+        print(store.checkpoints.revision(CHECKPOINT), done - start, done, flush=True)
 
 
 def references(n: int, seed: int) -> list[NewReference]:
@@ -256,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if options.writer:
             return write(store)
-        store.register_checkpoint(CHECKPOINT, "simulated", DIM, {})
+        store.checkpoints.register(CHECKPOINT, "simulated", DIM, {})
         for size in map(int, options.sizes.split(",")):
             fill(store, size)
             if not options.fill_only:

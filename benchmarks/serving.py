@@ -32,7 +32,7 @@ from api.judge.detector import Detector
 from api.judge.uploads import Upload
 from api.service_settings import ServiceSettings
 from indexer.database.embedded import EmbeddedServer
-from indexer.store import NewReference
+from indexer.store.columns import NewReference
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import fit_heads
 from trainer.images import thumbnail
@@ -101,7 +101,7 @@ def fill(settings: ServiceSettings, n: int) -> None:
         for i in range(n)
     ]
     for start in range(0, n, 1000):
-        detector.store.add(rows[start : start + 1000], detector.embedder.id)
+        detector.store.references.add(rows[start : start + 1000], detector.embedder.id)
     detector.follower.catch_up()
     detector.calibrate()
     detector.follower.save()

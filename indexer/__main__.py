@@ -27,7 +27,8 @@ from indexer.commands import (
 )
 from indexer.database.connection import migrate, schema_revision, stop
 from indexer.settings import Settings
-from indexer.store import GeneratorExists, with_active_folder
+from indexer.store.checkpoints import with_active_folder
+from indexer.store.generators import GeneratorExists
 from indexer.terminal import (
     image_progress,
     tell_added,
@@ -89,12 +90,12 @@ def add(
         entries = read_dataset(path, **choice)
         with opened(settings) as store:
             named = settings.checkpoint is not None
-            settings = with_active_folder(settings, store)
+            settings = with_active_folder(settings, store.checkpoints)
             embedder = Embedder.load(settings.checkpoint_folder, device=settings.device, engine=settings.engine)
             if facts_given and not dry_run:
                 with suppress(GeneratorExists):
-                    store.create_generator(str(generator))
-                store.update_generator(str(generator), facts_given)
+                    store.generators.create(str(generator))
+                store.generators.update(str(generator), facts_given)
             with image_progress(console, lambda: read_dataset(path, **choice)) as advance:
                 report = ingest(
                     entries,
@@ -111,8 +112,8 @@ def add(
                 follower = renew_snapshot(settings, store, embedder.id)
                 if report["enrolment"] is not None:
                     report |= consequences(settings, follower, report["enrolment"])
-                    store.finish_enrolment(report["enrolment"], report)
-            active = store.active_checkpoint()
+                    store.enrolments.finish(report["enrolment"], report)
+            active = store.checkpoints.active()
         if (report["rejected"] or report["conflicts"]) and not dry_run:
             report["report"] = str(write_report(settings.home, "add", report))
     if as_json:
@@ -148,9 +149,9 @@ def remove(
         settings = Settings.read()
         with opened(settings) as store:
             if generator is not None:
-                removed = store.delete_generator(generator, forget=forget)
+                removed = store.generators.delete(generator, forget=forget)
             else:
-                removed = store.remove(**chosen, forget=forget)
+                removed = store.references.remove(**chosen, forget=forget)
             followers = [renew_snapshot(settings, store, checkpoint_id) for checkpoint_id in removed.revisions]
     report = {"removed": removed.references, "revisions": removed.revisions, "forgotten": forget}
     report["indexes"] = [
@@ -188,7 +189,7 @@ def check(checkpoint: CheckpointFolder = None, device: Device = None, as_json: A
 
         settings = Settings.read(checkpoint=checkpoint, device=device)
         with opened(settings) as store:
-            which = store.checkpoints() if checkpoint is None else [checkpoint_of(checkpoint, store)]
+            which = store.checkpoints.list() if checkpoint is None else [checkpoint_of(checkpoint, store)]
             results = [compare(settings, store, one) for one in which]
         agree = not any(result.problems for result in results)
     if as_json:
@@ -222,14 +223,14 @@ def rebuild(
                 from trainer.model.embedder import Embedder
 
                 embedder = Embedder.load(checkpoint, device=settings.device, engine=settings.engine)
-                todo = sum(store.counts().values()) - len(store.embedded_ids(embedder.id))
+                todo = sum(store.references.counts().values()) - len(store.changes.embedded_ids(embedder.id))
                 with image_progress(console, total=todo) as advance:
                     report = reembed(embedder, store, max_pixels=settings.max_pixels, partial=partial, on_image=advance)
                 if report["unreadable"]:
                     report["report"] = str(write_report(settings.home, "rebuild", report))
             report["indexes"] = [
                 {"checkpoint": one.id, "size": len(renew_snapshot(settings, store, one.id, anew=True).index)}
-                for one in store.checkpoints()
+                for one in store.checkpoints.list()
             ]
     if as_json:
         print(json.dumps(report))
@@ -268,7 +269,7 @@ def evaluate(
 
         settings = Settings.read(checkpoint=checkpoint, device=device)
         with opened(settings) as store, image_progress(console) as advance:
-            settings = with_active_folder(settings, store)
+            settings = with_active_folder(settings, store.checkpoints)
             embedder = Embedder.load(settings.checkpoint_folder, device=settings.device, engine=settings.engine)
             follower = renew_snapshot(settings, store, embedder.id)
             asked = question(settings, follower, embedder, data, split, seed) if output else {}
@@ -321,7 +322,7 @@ def export_command(
 
         with (
             opened(Settings.read()) as store,
-            image_progress(console, total=sum(store.counts().values())) as advance,
+            image_progress(console, total=sum(store.references.counts().values())) as advance,
         ):
             report = export_references(store, file, advance)
     print(json.dumps(report) if as_json else f"wrote {report['references']:,} references to {file}")

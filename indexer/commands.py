@@ -20,16 +20,10 @@ from indexer.follower import Follower
 from indexer.ingest.exchange import BadExport
 from indexer.measure.calibrate import recalibrate
 from indexer.settings import Settings, SettingsError
-from indexer.store import (
-    BadGeneratorName,
-    BadVector,
-    Checkpoint,
-    CheckpointSwitched,
-    GeneratorExists,
-    Store,
-    UnknownCheckpoint,
-    UnknownGenerator,
-)
+from indexer.store import Store
+from indexer.store.checkpoints import Checkpoint, CheckpointSwitched, UnknownCheckpoint
+from indexer.store.generators import BadGeneratorName, GeneratorExists, UnknownGenerator
+from indexer.store.writing import BadVector
 from trainer.data.entry import DatasetError
 from trainer.model.checkpoint import CheckpointError, read_id
 
@@ -113,7 +107,7 @@ def checkpoint_of(folder: Path, store: Store) -> Checkpoint:
         CheckpointError: The folder holds none.
         UnknownCheckpoint: Nothing was added with it.
     """
-    return store.get_checkpoint(read_id(folder))
+    return store.checkpoints.require(read_id(folder))
 
 
 def serving_checkpoint(settings: Settings, store: Store) -> Checkpoint | None:
@@ -121,7 +115,7 @@ def serving_checkpoint(settings: Settings, store: Store) -> Checkpoint | None:
     if settings.checkpoint is not None:
         with suppress(CheckpointError, UnknownCheckpoint):
             return checkpoint_of(settings.checkpoint, store)
-    return store.active_checkpoint()
+    return store.checkpoints.active()
 
 
 def renew_snapshot(settings: Settings, store: Store, checkpoint_id: str, *, anew: bool = False) -> Follower:
@@ -133,7 +127,7 @@ def renew_snapshot(settings: Settings, store: Store, checkpoint_id: str, *, anew
         checkpoint_id: Whose index.
         anew: Do not trust the snapshot that is there.
     """
-    follower = Follower(settings, store, checkpoint_id, store.get_checkpoint(checkpoint_id).dim)
+    follower = Follower(settings, store, checkpoint_id, store.checkpoints.require(checkpoint_id).dim)
     if anew:
         follower.forget_snapshot()
     follower.load()

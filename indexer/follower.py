@@ -12,12 +12,14 @@ import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 
 from indexer.database.embedded import EmbeddedFailure, EmbeddedServer
+from indexer.database.transactions import CHANNEL
 from indexer.index.label_index import Neighbours
 from indexer.index.snapshot import BadSnapshot
 from indexer.index.vector_index import IndexChanged, VectorIndex
 from indexer.settings import Settings
-from indexer.store import CHANNEL, Additions, Checkpoint, Store
-from indexer.store.history import landmark, stands
+from indexer.store import Store
+from indexer.store.changes import Additions
+from indexer.store.checkpoints import Checkpoint
 from trainer.heads.vote import depths
 
 log = logging.getLogger(__name__)
@@ -99,7 +101,7 @@ class Follower:
             UnknownCheckpoint: The store has never heard of the checkpoint.
         """
         with self._following:
-            self._store_id = self.store.store_id()
+            self._store_id = self.store.id()
             try:
                 index, header = VectorIndex.load(self.snapshot, self.settings.device)
                 self._check(header, index)
@@ -125,7 +127,7 @@ class Follower:
 
     def forget_snapshot(self) -> None:
         """Delete the snapshot, so that the next `load` reads everything from Postgres."""
-        self._store_id = self.store.store_id()
+        self._store_id = self.store.id()
         self.snapshot.unlink(missing_ok=True)
 
     def save(self) -> None:
@@ -221,23 +223,23 @@ class Follower:
         """Refuse a snapshot of something else, or of a history that the database has not had."""
         if (header["store"], header["checkpoint"], index.dim) != (self._store_id, self.checkpoint_id, self.dim):
             raise BadSnapshot(f"{self.snapshot} is of another store or checkpoint")
-        if not stands(self.store, self.checkpoint_id, header["landmark"]):
+        if not self.store.changes.stands(self.checkpoint_id, header["landmark"]):
             raise BadSnapshot(f"{self.snapshot} is of another history: the database was restored from a backup")
 
     def _catch_up(self) -> int:
         asked = time.monotonic()
-        store_id = self.store.store_id()
-        target = self.store.revision(self.checkpoint_id)  # first: what commits later is for the next time
-        names, active = self.store.generator_names(), self.store.active_checkpoint()
+        store_id = self.store.id()
+        target = self.store.checkpoints.revision(self.checkpoint_id)  # first: what commits later is for the next time
+        names, active = self.store.generators.names(), self.store.checkpoints.active()
         if store_id != self._store_id or target < self.revision or (self.degraded and not self._stands()):
             log.warning("the database is another one, or was restored from a backup: loading all of it")
             index = VectorIndex(self.dim, self.settings.device)
             self._apply(index, 0, target)
             self.index, self._store_id = index, store_id
-            self._landmark = landmark(self.store, self.checkpoint_id, target)
+            self._landmark = self.store.changes.landmark(self.checkpoint_id, target)
         elif target > self.revision:
             self._apply(self.index, self.revision, target)
-            self._landmark = landmark(self.store, self.checkpoint_id, target)
+            self._landmark = self.store.changes.landmark(self.checkpoint_id, target)
         if self.degraded:
             log.warning("the database is back")
         self.revision, self.generator_names, self.active = target, names, active
@@ -245,12 +247,12 @@ class Follower:
         return target
 
     def _stands(self) -> bool:
-        return stands(self.store, self.checkpoint_id, self._landmark)
+        return self.store.changes.stands(self.checkpoint_id, self._landmark)
 
     def _apply(self, index: VectorIndex, seen: int, target: int) -> None:
         """Bring an index from one revision to another. Repeating it after a failure half-way does no harm."""
         numbers = {name: number for number, name in self.source_names.items()}
-        for change in self.store.changes(self.checkpoint_id, seen, target):
+        for change in self.store.changes.between(self.checkpoint_id, seen, target):
             if not isinstance(change, Additions):
                 index.remove(change.ids)
                 continue

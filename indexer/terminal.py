@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from indexer.measure.check import Agreement
-from indexer.store.generators import FACTS
+from indexer.store.generators import GENERATOR_FACTS
 from trainer.data.entry import DatasetError
 from trainer.progress import Bar
 
@@ -156,7 +156,7 @@ def tell_status(status: Mapping[str, Any]) -> None:
         console.print("to embed them, with its folder: lineup index rebuild --checkpoint FOLDER", soft_wrap=True)
     for kind in ("generator", "source"):
         if rows := status[f"{kind}s"]:
-            facts_of = [name for name in FACTS[1:] if any(row.get(name) for row in rows)]
+            facts_of = [name for name in GENERATOR_FACTS[1:] if any(row.get(name) for row in rows)]
             table = Table(kind, "references", *facts_of, title=f"{kind}s", title_justify="left", box=SIMPLE)
             for row in rows:
                 table.add_row(row["name"], f"{row['references']:,}", *(str(row[name] or "") for name in facts_of))

@@ -68,7 +68,7 @@ def follow() -> None:
     follower.POLL, follower.QUIET = 0.02, 0.0
     settings = Settings()
     store = Store(connect(settings))
-    while not (checkpoints := store.checkpoints()):
+    while not (checkpoints := store.checkpoints.list()):
         time.sleep(0.02)
     one = follower.Follower(settings, store, checkpoints[0].id, checkpoints[0].dim)
     one.load()

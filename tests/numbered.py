@@ -9,7 +9,8 @@ import numpy as np
 from indexer.database.connection import connect
 from indexer.follower import Follower
 from indexer.settings import Settings
-from indexer.store import NewReference, Store
+from indexer.store import Store
+from indexer.store.columns import NewReference
 
 DIM = 6
 CHECKPOINT = "c" * 32
@@ -54,13 +55,13 @@ def add(store: Store, *numbers: int, generator: str | None = None, source: str =
 
 def add_all(store: Store, batch: Sequence[NewReference]) -> list[int]:
     """Add a batch; its ids."""
-    return [number for number in store.add(batch, CHECKPOINT).ids if number is not None]
+    return [number for number in store.references.add(batch, CHECKPOINT).ids if number is not None]
 
 
 def opened(settings: Settings) -> Store:
     """The store, which knows the tests' checkpoint."""
     store = Store(connect(settings))
-    store.register_checkpoint(CHECKPOINT, "tiny", DIM, {})
+    store.checkpoints.register(CHECKPOINT, "tiny", DIM, {})
     return store
 
 

@@ -34,7 +34,7 @@ from api.schemas.problems import ApiError, FieldError, Kind, documented, from_st
 from api.service import Service
 from api.service_settings import ServiceSettings
 from api.service_status import package_version
-from indexer.store import BadGeneratorName, GeneratorExists, UnknownGenerator
+from indexer.store.generators import BadGeneratorName, GeneratorExists, UnknownGenerator
 
 log = logging.getLogger(__name__)
 PAGE_FOLDER = Path(__file__).parents[1] / "page"

@@ -22,7 +22,7 @@ async def list_enrolments(
     limit: Limit = 50,
 ) -> Enrolments:
     """What was added when, newest first."""
-    rows = await service.run(detector.store.enrolments, before=after, limit=limit)
+    rows = await service.run(detector.store.enrolments.list, before=after, limit=limit)
     page = [Enrolment.model_validate(row, from_attributes=True) for row in rows]
     return Enrolments(enrolments=page, next=page[-1].id if len(page) == limit else None)
 
@@ -30,12 +30,12 @@ async def list_enrolments(
 @router.get("/enrolments/{id}", responses=documented("not-found"))
 async def get_enrolment(service: Served, detector: Loaded, caller: Reading, id: Id) -> Enrolment:
     """One enrolment and its report."""
-    row = existing(await service.run(detector.store.get_enrolment, id), f"enrolment {id}")
+    row = existing(await service.run(detector.store.enrolments.get, id), f"enrolment {id}")
     return Enrolment.model_validate(row, from_attributes=True)
 
 
 @router.delete("/enrolments/{id}", responses=documented("not-found"))
 async def undo_enrolment(service: Served, detector: Loaded, caller: Enrolling, id: Id) -> Removed:
     """Undo an enrolment: remove the references that it added."""
-    existing(await service.run(detector.store.get_enrolment, id), f"enrolment {id}")
-    return await service.run(remove, detector, partial(detector.store.remove, enrolment=id))
+    existing(await service.run(detector.store.enrolments.get, id), f"enrolment {id}")
+    return await service.run(remove, detector, partial(detector.store.references.remove, enrolment=id))

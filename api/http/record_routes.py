@@ -26,7 +26,7 @@ async def list_detections(
     limit: Limit = 50,
 ) -> DetectionPage:
     """All verdicts that were recorded, newest first."""
-    return verdict_log.page(await service.run(detector.store.list_detections, before=after, limit=limit), limit)
+    return verdict_log.page(await service.run(detector.store.detections.list, before=after, limit=limit), limit)
 
 
 @router.get("/detections/{id}", responses=documented("not-found"))

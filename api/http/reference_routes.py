@@ -12,7 +12,7 @@ from api.http.dependencies import Enrolling, Id, Limit, Loaded, Reading, Served,
 from api.schemas import LABELS, Label, Text
 from api.schemas.problems import ApiError, documented
 from api.schemas.resources import Added, ReferenceImage, ReferencePage, Removed
-from indexer.store import Reference
+from indexer.store.columns import Reference
 
 router = v1_router("references")
 
@@ -59,7 +59,9 @@ async def list_references(
 ) -> ReferencePage:
     """Reference images in the order they were added."""
     number = None if label is None else LABELS.index(label)
-    read = partial(detector.store.list, label=number, generator=generator, source=source, after=after, limit=limit)
+    read = partial(
+        detector.store.references.list, label=number, generator=generator, source=source, after=after, limit=limit
+    )
     page = [reference_image(row, caller) for row in await service.run(read)]
     return ReferencePage(references=page, next=page[-1].id if len(page) == limit else None)
 
@@ -67,20 +69,20 @@ async def list_references(
 @router.get("/references/{id}", responses=documented("not-found"))
 async def get_reference(service: Served, detector: Loaded, caller: Reading, id: Id) -> ReferenceImage:
     """One reference image."""
-    return reference_image(existing(await service.run(detector.store.get, id), f"reference {id}"), caller)
+    return reference_image(existing(await service.run(detector.store.references.get, id), f"reference {id}"), caller)
 
 
 @router.get("/references/{id}/thumbnail", responses=documented("not-found"), response_class=Jpeg)
 async def get_thumbnail(service: Served, detector: Loaded, caller: Reading, id: Id) -> Response:
     """A reference image, its longest side at most 256 pixels."""
-    data = existing(await service.run(detector.store.thumbnail, id), f"reference {id}")
+    data = existing(await service.run(detector.store.references.thumbnail, id), f"reference {id}")
     return Jpeg(data, headers={"cache-control": "private, max-age=86400"})
 
 
 @router.delete("/references/{id}", responses=documented("not-found"))
 async def delete_reference(service: Served, detector: Loaded, caller: Enrolling, id: Id) -> Removed:
     """Remove one reference image; it votes no more."""
-    removed = await service.run(remove, detector, partial(detector.store.remove, ids=[id]))
+    removed = await service.run(remove, detector, partial(detector.store.references.remove, ids=[id]))
     if not removed.references:
         raise ApiError("not-found", f"there is no reference {id}")
     return removed

@@ -26,9 +26,10 @@ from api.service_settings import ServiceSettings
 from indexer.database.connection import connect
 from indexer.follower import Follower
 from indexer.ingest.ingest import register
-from indexer.store import Checkpoint, Store, with_active_folder
-from indexer.store import Detection as Record
-from indexer.store.references import Reference
+from indexer.store import Store
+from indexer.store.checkpoints import Checkpoint, with_active_folder
+from indexer.store.columns import Reference
+from indexer.store.detections import Detection as Record
 from trainer.cores import usable_cores
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import HEADS_FILE, Heads
@@ -104,7 +105,7 @@ class Detector:
         try:
             settings = self.settings
             try:
-                settings = with_active_folder(settings, self.store)
+                settings = with_active_folder(settings, self.store.checkpoints)
             except CheckpointError as error:
                 if not (settings.checkpoint_folder / CONFIG_FILE).exists():
                     raise
@@ -130,7 +131,7 @@ class Detector:
             self.breaker,
             self.status_breaker,
         )
-        other._open(with_active_folder(other.settings, self.store)).calibrate()
+        other._open(with_active_folder(other.settings, self.store.checkpoints)).calibrate()
         return other
 
     def _open(self, settings: ServiceSettings) -> Detector:
@@ -307,7 +308,7 @@ class Detector:
             verdict.recorded = True
         if kept:
             try:
-                self.breaker.ask(self.store.record_detections, [_record(verdict, case) for verdict, case in kept])
+                self.breaker.ask(self.store.detections.add, [_record(verdict, case) for verdict, case in kept])
             except DATABASE_AWAY:
                 for verdict, _ in kept:
                     verdict.degraded, verdict.recorded = True, False

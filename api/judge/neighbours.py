@@ -14,7 +14,8 @@ from api.schemas import LABELS, Label
 from api.schemas.verdicts import Neighbour
 from indexer.follower import Follower
 from indexer.follower import Neighbour as Nearby
-from indexer.store import Reference, Store
+from indexer.store import Store
+from indexer.store.columns import Reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class Neighbourhood:
         if not hashes and not ids:
             return {}
         try:
-            return self.breaker.ask(self.store.get_many, ids, hashes)
+            return self.breaker.ask(self.store.references.get_many, ids, hashes)
         except DATABASE_AWAY:
             return None
 

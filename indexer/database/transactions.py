@@ -1,15 +1,17 @@
-"""What every part of the store builds on: short transactions that are tried again when Postgres says so."""
+"""What every part of the store builds on: single reads, and short transactions that are repeated where others clash."""
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import psycopg
-from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy import Connection, Engine, Executable, RowMapping, func, select
 from sqlalchemy.exc import DBAPIError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 Result = TypeVar("Result")
 
+TRANSACTION_IMAGES = 1000
+"""Images that one transaction adds or removes at most: it holds a lock that others wait for."""
 # Notifications say "<checkpoint id> <revision>"; whoever follows an index listens here.
 CHANNEL = "lineup"
 
@@ -29,6 +31,20 @@ class Rows:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+
+    def read(self, query: Executable, values: Mapping[str, object] | None = None) -> Sequence[RowMapping]:
+        """All rows of one statement, outside any transaction: its beginning and end would be two more round trips."""
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            return connection.execute(query, values).mappings().all()
+
+    def read_one(self, query: Executable, values: Mapping[str, object] | None = None) -> RowMapping | None:
+        """The first row of one statement; None where it has none."""
+        return next(iter(self.read(query, values)), None)
+
+    def read_value(self, query: Executable) -> Any:
+        """The first column of the first row; None where there is none."""
+        row = self.read_one(query)
+        return None if row is None else next(iter(row.values()))
 
     def transaction(self, work: Callable[[Connection], Result]) -> Result:
         """Run `work` in one transaction and commit; again, from the start, after a deadlock or a serialisation failure.

@@ -18,8 +18,9 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 from sqlalchemy import text
 
-from indexer.store import GeneratorExists, NewReference, Store
-from indexer.store.generators import FACTS
+from indexer.store import Store
+from indexer.store.columns import NewReference
+from indexer.store.generators import GENERATOR_FACTS, GeneratorExists
 
 FORMAT = "lineup references 1"
 PAGE = 250
@@ -58,7 +59,7 @@ def export_references(store: Store, path: Path, on_image: Callable[[], None] = l
     about["checkpoints"] = [
         {"id": one.id, "name": one.name, "dim": one.dim}
         | {"config": {name: value for name, value in one.config.items() if name != "folder"}}  # of this machine
-        for one in store.checkpoints()
+        for one in store.checkpoints.list()
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.part")
@@ -72,7 +73,9 @@ def export_references(store: Store, path: Path, on_image: Callable[[], None] = l
                 about["references"] += len(rows)
                 for _ in rows:
                     on_image()
-            about["generators"] = [{name: getattr(one, name) for name in FACTS} for one in store.generators()]
+            about["generators"] = [
+                {name: getattr(one, name) for name in GENERATOR_FACTS} for one in store.generators.list()
+            ]
             archive.writestr("about.json", json.dumps(about, default=str))
         aside.replace(path)
     finally:
@@ -94,20 +97,20 @@ def import_references(store: Store, path: Path, on_image: Callable[[], None] = l
     about = _verified(path)
     with ZipFile(path) as archive:
         for one in about["checkpoints"]:
-            store.register_checkpoint(one["id"], one["name"], one["dim"], one["config"])
+            store.checkpoints.register(one["id"], one["name"], one["dim"], one["config"])
         for one in about["generators"]:
             with suppress(GeneratorExists):
                 released_on = one["released_on"] and date.fromisoformat(one["released_on"])
-                store.create_generator(**one | {"released_on": released_on})
+                store.generators.create(**one | {"released_on": released_on})
         checkpoints = [one["id"] for one in about["checkpoints"]]
         report: dict[str, Any] = {"references": 0, "added": 0, "embeddings": 0, "conflicts": [], "blocked": []}
-        report |= {"checkpoints": checkpoints, "enrolment": store.open_enrolment(None, f"import {path.name}")}
+        report |= {"checkpoints": checkpoints, "enrolment": store.enrolments.open(None, f"import {path.name}")}
         for number in range(about["pages"]):
             rows = json.loads(archive.read(f"{number}.json"))
             _import_page(store, rows, archive.read(f"{number}.bin"), report)
             for _ in rows:
                 on_image()
-    store.finish_enrolment(report["enrolment"], report)
+    store.enrolments.finish(report["enrolment"], report)
     return report
 
 
@@ -153,7 +156,7 @@ def _import_page(store: Store, rows: list[dict[str, Any]], data: bytes, report: 
             for row in rows
             if checkpoint_id in row["vectors"]
         ]
-        added = store.add(batch, checkpoint_id, report["enrolment"])
+        added = store.references.add(batch, checkpoint_id, report["enrolment"])
         report["added"] += added.added
         report["embeddings"] += added.added + added.embedded
         conflicts |= {one.sha256: {"sha256": one.sha256, "has": one.has, "wants": one.wants} for one in added.conflicts}

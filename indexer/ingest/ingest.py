@@ -15,7 +15,9 @@ import numpy as np
 from PIL import Image
 
 from indexer.ingest.prefetch import ahead
-from indexer.store import LABELS, Known, NewReference, Store, kind
+from indexer.store import Store
+from indexer.store.columns import LABEL_NAMES, NewReference, kind
+from indexer.store.references import Known
 from trainer.cores import usable_cores
 from trainer.data.entry import Entry
 from trainer.images import FileFacts, Preprocess, UnreadableImage, decode_image, thumbnail
@@ -91,7 +93,7 @@ class Report:
     def count_new(self, entry: Entry) -> None:
         """Note a new row."""
         self.added += 1
-        name = entry.generator or LABELS[entry.label]
+        name = entry.generator or LABEL_NAMES[entry.label]
         self.generators[name] = self.generators.get(name, 0) + 1
         if entry.source:
             self.sources[entry.source] = self.sources.get(entry.source, 0) + 1
@@ -161,13 +163,13 @@ def ingest(
             writer = _Writer(store, embedder.id, report, generator, source, while_active, on_image)
             with closing(ahead(_embedded(prepared, embedder, batch_size), 4)) as embedded:
                 writer.write(embedded)
-            report.revision = store.revision(embedder.id)
+            report.revision = store.checkpoints.revision(embedder.id)
     report.images = reader.images
     report.known += reader.known
     report.rejected.sort(key=itemgetter("file"))
     report.seconds = round(time.monotonic() - start, 3)
     if report.enrolment is not None:
-        store.finish_enrolment(report.enrolment, asdict(report))
+        store.enrolments.finish(report.enrolment, asdict(report))
     return asdict(report)
 
 
@@ -199,14 +201,17 @@ class _Reader:
             yield from (one for one in self._pool.map(self._decode, fresh) if one is not None)
 
     def _without_known_files(self, chunk: Sequence[Entry]) -> Iterator[Entry]:
-        known = self._store.known_files([entry.uri for entry in chunk if entry.uri], self._embedder.id)
+        known = self._store.references.known_files([entry.uri for entry in chunk if entry.uri], self._embedder.id)
         for entry in chunk:
             if not self._is_settled(entry, known.get((entry.uri, entry.size, entry.mtime))):
                 yield entry
 
     def _without_known_hashes(self, read: Sequence[tuple[Entry, bytes, str]]) -> Iterator[tuple[Entry, bytes]]:
         hashes = [sha256 for _, _, sha256 in read]
-        known, blocked = self._store.known_hashes(hashes, self._embedder.id), self._store.blocked_hashes(hashes)
+        known, blocked = (
+            self._store.references.known_hashes(hashes, self._embedder.id),
+            self._store.references.blocked_hashes(hashes),
+        )
         for entry, data, sha256 in read:
             if sha256 in blocked:
                 self._reject(entry, UnreadableImage(FORGOTTEN))
@@ -283,12 +288,14 @@ class _Writer:
             return
         report = self._report
         if report.enrolment is None:
-            report.enrolment = self._store.open_enrolment(self._generator, self._source)
+            report.enrolment = self._store.enrolments.open(self._generator, self._source)
         for start in range(0, len(batch), WRITE_IMAGES):
             part = batch[start : start + WRITE_IMAGES]
             rows = [new_reference(prepared, vector) for prepared, vector in part]
             entries = [prepared.entry for prepared, _ in part]
-            added = self._store.add(rows, self._checkpoint_id, report.enrolment, while_active=self._while_active)
+            added = self._store.references.add(
+                rows, self._checkpoint_id, report.enrolment, while_active=self._while_active
+            )
             report.known += added.known
             report.embedded += added.embedded
             for position in added.new:
@@ -307,7 +314,7 @@ def register(embedder: Embeds, store: Store) -> None:
     Raises:
         ValueError: It is known with another dimension.
     """
-    store.register_checkpoint(embedder.id, embedder.name, embedder.dim, embedder.config.to_json(), embedder.folder)
+    store.checkpoints.register(embedder.id, embedder.name, embedder.dim, embedder.config.to_json(), embedder.folder)
 
 
 def new_reference(prepared: Prepared, vector: np.ndarray) -> NewReference:
@@ -363,7 +370,7 @@ def _count(
         for one in prepared:
             if one.facts.sha256 in seen:
                 report.known += 1
-            elif store.find(one.facts.sha256):
+            elif store.references.find(one.facts.sha256):
                 report.embedded += 1
             else:
                 report.count_new(one.entry)

@@ -70,11 +70,12 @@ def reembed(
         ):
             while batch := list(islice(decoded, batch_size)):
                 vectors = embedder.embed_pixels(np.stack([pixels for _, pixels in batch]), batch_size)  # (n, d)
-                embedded += store.embed([image_id for image_id, _ in batch], vectors, embedder.id)
+                embedded += store.references.embed([image_id for image_id, _ in batch], vectors, embedder.id)
                 for _ in batch:
                     on_image()
-        complete = (partial or not unreadable) and store.activate(embedder.id, list(unreadable), embedder.folder)
-    active = store.active_checkpoint()
+        if partial or not unreadable:
+            complete = store.checkpoints.activate(embedder.id, list(unreadable), embedder.folder)
+    active = store.checkpoints.active()
     return {
         "checkpoint": embedder.id,
         "embedded": embedded,
@@ -114,7 +115,7 @@ def _decoded(
 
 def _read(store: Store, image: Missing) -> bytes:
     """The bytes that were kept, or the file's."""
-    kept = store.file(image.id)
+    kept = store.references.file(image.id)
     if kept is not None:
         return kept
     if image.uri is None:

@@ -111,7 +111,7 @@ def near_duplicates_across(store: Store) -> dict[str, Any]:
     pairs = near_duplicates(fingerprints[~is_fake], fingerprints[is_fake])
     nearest = pairs[np.argsort(pairs[:, 2], kind="stable")[:LISTED]].tolist()
     shown = [(int(real_ids[real]), int(fake_ids[fake]), bits) for real, fake, bits in nearest]
-    rows = store.get_many({number for real, fake, _ in shown for number in (real, fake)})
+    rows = store.references.get_many({number for real, fake, _ in shown for number in (real, fake)})
     listed = [
         {
             name: {"id": number, "uri": rows[number].uri, "generator": rows[number].generator}

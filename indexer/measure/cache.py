@@ -42,7 +42,7 @@ def question(
         "engine": embedder.engine,
         "heads": Heads.load(settings.checkpoint_folder).id,
         "seen": SeenImages.load(settings.checkpoint_folder).digest,
-        "store": str(follower.store.store_id()),
+        "store": str(follower.store.id()),
         "revision": follower.revision,
         "k": settings.k,
         "max_false_alarm": settings.max_false_alarm,

@@ -59,7 +59,7 @@ def calibrate(follower: Follower, heads: Heads, images: CalibrationSet, k: int) 
         enrolled=np.arange(len(images)) >= own,
     )
     params = calibration.to_json() | {"k": k, "method": METHOD}
-    follower.store.save_calibration(follower.checkpoint_id, heads.id, revision, params)
+    follower.store.calibrations.save(follower.checkpoint_id, heads.id, revision, params)
     return calibration
 
 
@@ -116,7 +116,7 @@ def recalibrate(settings: Settings, follower: Follower) -> Calibration | None:
     None where that is not on this machine, or its heads or calibration images are missing or broken: references have
     been changed all the same, and whoever serves the checkpoint says what is wrong with it.
     """
-    folder = follower.store.get_checkpoint(follower.checkpoint_id).find(settings.checkpoint_folder)
+    folder = follower.store.checkpoints.require(follower.checkpoint_id).find(settings.checkpoint_folder)
     if folder is None or not all((folder / name).exists() for name in (HEADS_FILE, CALIBRATION_FILE)):
         return None
     try:
@@ -130,7 +130,7 @@ def recalibrate(settings: Settings, follower: Follower) -> Calibration | None:
 
 def kept(follower: Follower, heads: Heads, revision: int, k: int) -> Calibration | None:
     """What was fitted at that revision for the same k and by the same method."""
-    saved = follower.store.load_calibration(follower.checkpoint_id, heads.id, revision)
+    saved = follower.store.calibrations.load(follower.checkpoint_id, heads.id, revision)
     if saved is None or (saved.params.get("k"), saved.params.get("method")) != (k, METHOD):
         return None
     return Calibration.from_json(saved.params)

@@ -6,7 +6,9 @@ import numpy as np
 
 from indexer.follower import Follower
 from indexer.settings import Settings
-from indexer.store import Additions, Checkpoint, Store
+from indexer.store import Store
+from indexer.store.changes import Additions
+from indexer.store.checkpoints import Checkpoint
 
 ATTEMPTS = 5
 # Half precision keeps eleven bits of each component of a unit vector.
@@ -50,7 +52,7 @@ def compare(settings: Settings, store: Store, checkpoint: Checkpoint) -> Agreeme
     for _ in range(ATTEMPTS):  # someone may be writing
         result.revision = follower.catch_up()
         result.problems = _differences(result, follower, store)
-        if not result.problems or store.revision(checkpoint.id) == result.revision:
+        if not result.problems or store.checkpoints.revision(checkpoint.id) == result.revision:
             break
     if broken:
         result.problems.append("the snapshot is damaged or of another history: run lineup index rebuild")
@@ -63,7 +65,7 @@ def _differences(result: Agreement, follower: Follower, store: Store) -> list[st
     ids, vectors = ids[order], vectors[order]
     seen, wrong = 0, 0
     missing: list[int] = []
-    for page in store.changes(follower.checkpoint_id, 0, result.revision):
+    for page in store.changes.between(follower.checkpoint_id, 0, result.revision):
         if not isinstance(page, Additions):
             continue
         seen += len(page.ids)

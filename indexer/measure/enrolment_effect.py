@@ -11,7 +11,7 @@ from indexer.follower import Follower
 from indexer.measure.audit import fact_warnings
 from indexer.measure.near_duplicates import relatives
 from indexer.settings import Settings
-from indexer.store.references import LABELS
+from indexer.store.columns import LABEL_NAMES
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.vote import vote
 from trainer.model.checkpoint import CheckpointError
@@ -63,7 +63,7 @@ def effect(follower: Follower, enrolment: int, calibration: CalibrationSet | Non
     ids = np.array([row.id for row in all_new], np.int64)
     held = np.array([_is_held_back(row.group) for row in all_new], bool)
     labels = np.array([row.label for row in rows])
-    names = np.array([row.generator or LABELS[row.label] for row in rows])
+    names = np.array([row.generator or LABEL_NAMES[row.label] for row in rows])
     queries = np.stack([np.frombuffer(row.vector, "<f4") for row in rows])  # (n, d)
     related = relatives(follower.store, [row.sha256 for row in rows], [row.group for row in rows])
     out = np.array([_is_held_back(row.group) for row in rows])

@@ -6,8 +6,10 @@ from sqlalchemy import make_url
 
 from indexer.follower import Follower
 from indexer.settings import Settings
-from indexer.store import Checkpoint, Enrolment, Store
-from indexer.store.generators import FACTS
+from indexer.store import Store
+from indexer.store.checkpoints import Checkpoint
+from indexer.store.enrolments import Enrolment
+from indexer.store.generators import GENERATOR_FACTS
 
 ENROLMENTS = 5
 
@@ -23,7 +25,7 @@ def store_status(settings: Settings, store: Store, checkpoint: Checkpoint | None
         store: The rows.
         checkpoint: Whose index; None in a store without any.
     """
-    references = store.counts()
+    references = store.references.counts()
     status: dict[str, Any] = {
         "checkpoint": None,
         "name": None,
@@ -32,30 +34,31 @@ def store_status(settings: Settings, store: Store, checkpoint: Checkpoint | None
         "not_embedded": 0,
         "references": references,
         "generators": [
-            {"name": one.name, "references": one.references} | {name: getattr(one, name) for name in FACTS[1:]}
-            for one in store.generators()
+            {"name": one.name, "references": one.references}
+            | {name: getattr(one, name) for name in GENERATOR_FACTS[1:]}
+            for one in store.generators.list()
         ],
-        "sources": [{"name": name, "references": count} for name, count in store.sources().items()],
+        "sources": [{"name": name, "references": count} for name, count in store.references.sources().items()],
         "index": {"kind": None, "device": None, "size": 0, "revision": 0},
         "calibration": None,
-        "store": store.store_id(),
+        "store": store.id(),
         "database": _database(settings),
         "checkpoints": [
-            {"id": one.id, "name": one.name, "dim": one.dim, "active": one.active} for one in store.checkpoints()
+            {"id": one.id, "name": one.name, "dim": one.dim, "active": one.active} for one in store.checkpoints.list()
         ],
-        "enrolments": [_enrolment(one) for one in store.enrolments(limit=ENROLMENTS)],
+        "enrolments": [_enrolment(one) for one in store.enrolments.list(limit=ENROLMENTS)],
     }
     if checkpoint is None:
         return status
     follower = Follower(settings, store, checkpoint.id, checkpoint.dim)
     follower.load()
     index = follower.index
-    saved = store.load_calibration(checkpoint.id)
+    saved = store.calibrations.load(checkpoint.id)
     return status | {
         "checkpoint": checkpoint.id,
         "name": checkpoint.name,
         "active": checkpoint.active,
-        "revision": store.revision(checkpoint.id),
+        "revision": store.checkpoints.revision(checkpoint.id),
         "not_embedded": max(0, sum(references.values()) - len(index)),
         "index": {
             "kind": index.kind,

@@ -1,58 +1,34 @@
 """The store: everything that is kept in Postgres, behind one object. Each noun has its own module."""
 
-from indexer.database.transactions import CHANNEL
-from indexer.store.changes import Additions, Changes, Removals
-from indexer.store.checkpoints import (
-    Checkpoint,
-    CheckpointSwitched,
-    SavedCalibration,
-    UnknownCheckpoint,
-    with_active_folder,
-)
-from indexer.store.detections import ApiKey, Detection, KeyExists, ListedDetection, Records
-from indexer.store.generators import (
-    BadGeneratorName,
-    Enrolment,
-    Generator,
-    GeneratorExists,
-    UnknownGenerator,
-    check_generator_name,
-)
-from indexer.store.references import LABELS, Known, Reference, References, kind
-from indexer.store.removing import Removed, Removing
-from indexer.store.writing import Added, Adding, BadVector, Conflict, NewReference
+from sqlalchemy import Engine, select
 
-__all__ = [
-    "CHANNEL",
-    "LABELS",
-    "Added",
-    "Additions",
-    "ApiKey",
-    "BadGeneratorName",
-    "BadVector",
-    "Checkpoint",
-    "CheckpointSwitched",
-    "Conflict",
-    "Detection",
-    "Enrolment",
-    "Generator",
-    "GeneratorExists",
-    "KeyExists",
-    "Known",
-    "ListedDetection",
-    "NewReference",
-    "Reference",
-    "Removals",
-    "Removed",
-    "SavedCalibration",
-    "Store",
-    "UnknownCheckpoint",
-    "UnknownGenerator",
-    "check_generator_name",
-    "kind",
-    "with_active_folder",
-]
+from indexer.database.tables import StoreRow
+from indexer.database.transactions import Rows
+from indexer.store.changes import Changes
+from indexer.store.checkpoints import Calibrations, Checkpoints
+from indexer.store.detections import Detections
+from indexer.store.enrolments import Enrolments
+from indexer.store.generators import Generators
+from indexer.store.keys import ApiKeys
+from indexer.store.references import References
+
+__all__ = ["Store"]
 
 
-class Store(Adding, Removing, References, Changes, Records):
+class Store(Rows):
     """Reference images, embeddings, revisions, calibrations and verdicts. Safe to share between threads."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.checkpoints = Checkpoints(engine)
+        self.calibrations = Calibrations(engine)
+        self.generators = Generators(engine)
+        self.enrolments = Enrolments(engine)
+        self.references = References(engine, self.checkpoints, self.generators)
+        self.changes = Changes(engine)
+        self.detections = Detections(engine)
+        self.keys = ApiKeys(engine)
+
+    def id(self) -> str:
+        """The identity of this store, made once by the first migration."""
+        return str(self.read_value(select(StoreRow.id)))

@@ -1,4 +1,4 @@
-"""What followers of an index read: additions, then removals, between two revisions."""
+"""What followers of an index read: additions, then removals, between two revisions, and whether those still stand."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any, LiteralString, cast
 
 import numpy as np
 import psycopg
+from sqlalchemy import text
 
 from indexer.database.transactions import Rows
 
@@ -37,7 +38,7 @@ class Removals:
 
 
 # All aggregates see the rows in one order, so position i means the same image in each.
-PAGE = """
+ADDITIONS = """
 select count(*), max(revision),
        string_agg(int8send(image_id), ''), string_agg(int8send(revision), ''), string_agg(vector, ''),
        string_agg(int2send(label), ''), string_agg(int8send(coalesce(generator_id, -1)), ''), array_agg(source)
@@ -49,32 +50,50 @@ from (
     order by e.revision, e.image_id limit %(page)s
 ) page
 """
-GONE = """
+REMOVALS = """
 select string_agg(int8send(image_id), '') from removal
 where checkpoint_id = %(checkpoint)s and revision > %(seen)s and revision <= %(target)s
 """
-PRESENT = (
+EMBEDDED = (
     "select string_agg(int8send(image_id), '' order by image_id) from embedding where checkpoint_id = %(checkpoint)s"
 )
 
+LANDMARK_ROWS = 8
+"""Rows of each kind that a landmark remembers; one would do, were it never removed."""
+ADDED = text("""
+select e.image_id, extract(epoch from r.added_at)::float8 as at
+from embedding e join reference_image r on r.id = e.image_id
+where e.checkpoint_id = :checkpoint and e.revision = :revision order by e.image_id limit :rows
+""")
+REMOVED = text("""
+select image_id from removal where checkpoint_id = :checkpoint and revision = :revision order by image_id limit :rows
+""")
+REMOVED_SINCE = text("""
+select image_id from removal where checkpoint_id = :checkpoint and image_id = any(:ids) and revision > :revision
+""")
+
 
 class Changes(Rows):
-    """The reading side of the revision rules."""
+    """The reading side of the revision rules.
 
-    def changes(
+    A backup that is restored and then written to reaches revision numbers that were there before, with other rows
+    behind them: the number alone would let an old index pass for complete. A landmark is what its follower remembers.
+    """
+
+    def between(
         self, checkpoint_id: str, seen: int, target: int, *, page: int = 20_000
     ) -> Iterator[Additions | Removals]:
         """Everything with seen < revision <= target: pages of additions first, then one of removals.
 
-        Take `target` from `revision(checkpoint_id)` before calling; then this is complete whatever others write
-        meanwhile, and applying all of it makes `target` the new `seen`. `changes(checkpoint_id, 0, target)` is a
-        full load (its removals are of ids that never come, and may be skipped).
+        Take `target` from `checkpoints.revision` before calling; then this is complete whatever others write meanwhile,
+        and applying all of it makes `target` the new `seen`. `between(checkpoint_id, 0, target)` is a full load (its
+        removals are of ids that never come, and may be skipped).
         """
         place: dict[str, object] = {"checkpoint": checkpoint_id, "target": target, "page": page}
         place |= {"revision": seen, "image": 2**63 - 1}  # after everything that was seen
         count = page
         while count == page:
-            count, revision, ids, revisions, vectors, labels, generators, sources = self._row(PAGE, place)
+            count, revision, ids, revisions, vectors, labels, generators, sources = self._row(ADDITIONS, place)
             if count:
                 numbers = _integers(ids)
                 latest = _integers(revisions) == revision
@@ -86,14 +105,28 @@ class Changes(Rows):
                     generators=_integers(generators),
                     sources=sources,
                 )
-        (gone,) = self._row(GONE, {"checkpoint": checkpoint_id, "seen": seen, "target": target})
+        (gone,) = self._row(REMOVALS, {"checkpoint": checkpoint_id, "seen": seen, "target": target})
         if gone:
             yield Removals(_integers(gone))
 
     def embedded_ids(self, checkpoint_id: str) -> np.ndarray:
         """Ids that have an embedding now, shape (n,), int64, ascending."""
-        (ids,) = self._row(PRESENT, {"checkpoint": checkpoint_id})
+        (ids,) = self._row(EMBEDDED, {"checkpoint": checkpoint_id})
         return _integers(ids or b"")
+
+    def landmark(self, checkpoint_id: str, revision: int) -> dict[str, Any]:
+        """Some of what this revision, at or below the present one, added (id and time) and removed (id), as JSON."""
+        place = {"checkpoint": checkpoint_id, "revision": revision, "rows": LANDMARK_ROWS}
+        added = [[row["image_id"], row["at"]] for row in self.read(ADDED, place)]
+        return {"revision": revision, "added": added, "removed": [row["image_id"] for row in self.read(REMOVED, place)]}
+
+    def stands(self, checkpoint_id: str, landmark: dict[str, Any]) -> bool:
+        """Whether the database still has a landmark's rows, or has removed them since in the ordinary way."""
+        now = self.landmark(checkpoint_id, landmark["revision"])
+        missing = [image_id for image_id, at in landmark["added"] if [image_id, at] not in now["added"]]
+        place = {"checkpoint": checkpoint_id, "revision": landmark["revision"], "ids": missing}
+        removed = {row["image_id"] for row in self.read(REMOVED_SINCE, place)}
+        return removed.issuperset(missing) and landmark["removed"] == now["removed"]
 
     def _row(self, query: LiteralString, values: Mapping[str, object]) -> Any:
         """One row, fetched in binary: a text reply would be twice as long."""

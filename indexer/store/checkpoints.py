@@ -15,7 +15,7 @@ from indexer.database.transactions import Rows, notify
 from indexer.settings import Settings
 from trainer.model.checkpoint import CheckpointError, read_id
 
-S = TypeVar("S", bound=Settings)
+SomeSettings = TypeVar("SomeSettings", bound=Settings)
 
 COMPLETE = """select not exists (select from reference_image r where r.id <> all(:without) and not exists (
     select from embedding e where e.image_id = r.id and e.checkpoint_id = :checkpoint))"""
@@ -67,12 +67,7 @@ class SavedCalibration:
 class Checkpoints(Rows):
     """Several checkpoints side by side, one of them active; their vectors never mix."""
 
-    def store_id(self) -> str:
-        """The identity of this store, made once by the first migration."""
-        with self.engine.connect() as connection:
-            return str(connection.scalar(select(StoreRow.id)))
-
-    def register_checkpoint(
+    def register(
         self, checkpoint_id: str, name: str, dim: int, config: Mapping[str, Any], folder: Path | None = None
     ) -> Checkpoint:
         """Make a checkpoint known; the first one becomes active. Known ones stay as they are.
@@ -100,12 +95,12 @@ class Checkpoints(Rows):
                 connection.execute(unless, {"id": checkpoint_id, "folder": str(folder.absolute())})
 
         try:
-            known = self.get_checkpoint(checkpoint_id)
+            known = self.require(checkpoint_id)
         except UnknownCheckpoint:
             known = None
         if known is None or (folder is not None and "folder" not in known.config):
             self.transaction(work)
-            known = self.get_checkpoint(checkpoint_id)
+            known = self.require(checkpoint_id)
         if known.dim != dim:
             raise ValueError(f"checkpoint {checkpoint_id} is stored with {known.dim} dimensions, this one has {dim}")
         return known
@@ -138,31 +133,25 @@ class Checkpoints(Rows):
             notify(connection, f"{checkpoint_id} active")
             return True
 
-        self.get_checkpoint(checkpoint_id)
+        self.require(checkpoint_id)
         return self.transaction(work)
 
-    def active_checkpoint(self) -> Checkpoint | None:
+    def active(self) -> Checkpoint | None:
         """The active checkpoint, or None in a new store."""
-        return next((checkpoint for checkpoint in self.checkpoints() if checkpoint.active), None)
+        return next((checkpoint for checkpoint in self.list() if checkpoint.active), None)
 
-    def get_checkpoint(self, checkpoint_id: str) -> Checkpoint:
+    def require(self, checkpoint_id: str) -> Checkpoint:
         """One checkpoint by id.
 
         Raises:
             UnknownCheckpoint: It was never registered.
         """
-        for checkpoint in self.checkpoints():
+        for checkpoint in self.list():
             if checkpoint.id == checkpoint_id:
                 return checkpoint
         raise UnknownCheckpoint(
             f"the store has no embeddings of checkpoint {checkpoint_id}: run `lineup index add` with it"
         )
-
-    def checkpoints(self) -> list[Checkpoint]:
-        """All checkpoints, oldest first."""
-        query = select(CheckpointRow.__table__).order_by(CheckpointRow.created_at, CheckpointRow.id)
-        with self.engine.connect() as connection:
-            return [Checkpoint(**row) for row in connection.execute(query).mappings()]
 
     def revision(self, checkpoint_id: str) -> int:
         """The latest committed revision of a checkpoint's index; 0 before the first reference.
@@ -171,13 +160,22 @@ class Checkpoints(Rows):
             UnknownCheckpoint: It was never registered.
         """
         query = select(RevisionRow.revision).where(RevisionRow.checkpoint_id == checkpoint_id)
-        with self.engine.connect() as connection:
-            revision = connection.scalar(query)
+        revision = self.read_value(query)
         if revision is None:
             raise UnknownCheckpoint(f"the store has no embeddings of checkpoint {checkpoint_id}")
-        return revision
+        return int(revision)
 
-    def save_calibration(self, checkpoint_id: str, heads_id: str, revision: int, params: Mapping[str, Any]) -> None:
+    # Last in its class: below it, `list` would mean this method.
+    def list(self) -> Sequence[Checkpoint]:
+        """All checkpoints, oldest first."""
+        query = select(CheckpointRow.__table__).order_by(CheckpointRow.created_at, CheckpointRow.id)
+        return [Checkpoint(**row) for row in self.read(query)]
+
+
+class Calibrations(Rows):
+    """What the scores of one revision of a checkpoint's index mean."""
+
+    def save(self, checkpoint_id: str, heads_id: str, revision: int, params: Mapping[str, Any]) -> None:
         """Keep the calibration of one revision; a second one for it replaces the first, old revisions' are dropped."""
         row = {"checkpoint_id": checkpoint_id, "heads_id": heads_id, "revision": revision, "params": dict(params)}
         query = insert(CalibrationRow).values(row)
@@ -194,7 +192,7 @@ class Checkpoints(Rows):
 
         self.transaction(work)
 
-    def load_calibration(
+    def load(
         self, checkpoint_id: str, heads_id: str | None = None, revision: int | None = None
     ) -> SavedCalibration | None:
         """The calibration of these heads (of any) at that revision, or at the latest; None where there is none."""
@@ -208,18 +206,17 @@ class Checkpoints(Rows):
             query = query.where(CalibrationRow.heads_id == heads_id)
         if revision is not None:
             query = query.where(CalibrationRow.revision == revision)
-        with self.engine.connect() as connection:
-            row = connection.execute(query).mappings().first()
+        row = self.read_one(query)
         return None if row is None else SavedCalibration(**row)
 
 
-def with_active_folder(settings: S, store: Checkpoints) -> S:
+def with_active_folder(settings: SomeSettings, checkpoints: Checkpoints) -> SomeSettings:
     """The settings with the checkpoint folder to use: the active one's, unless they name one or nothing is active yet.
 
     Raises:
         CheckpointError: The active checkpoint is not on this machine.
     """
-    active = store.active_checkpoint()
+    active = checkpoints.active()
     if settings.checkpoint is not None or active is None:
         return settings
     folder = active.find(settings.checkpoint_folder)

@@ -1,67 +1,32 @@
-"""Reading reference images."""
+"""Reference images: read, added, embedded and removed."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import ARRAY, BigInteger, ColumnElement, LargeBinary, Row, Select, Text, any_, func, literal, select
+import numpy as np
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    ColumnElement,
+    Engine,
+    LargeBinary,
+    RowMapping,
+    Select,
+    Text,
+    any_,
+    func,
+    literal,
+    select,
+)
 
 from indexer.database.tables import BlockedHashRow, EmbeddingRow, GeneratorRow, ReferenceFileRow, ReferenceRow
-from indexer.database.transactions import Rows
-
-LABELS = ("real", "fake")
-
-
-def kind(label: int, generator: str | None) -> str:
-    """A label in words, with the generator where there is one."""
-    return LABELS[label] if generator is None else f"{LABELS[label]} ({generator})"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageFacts:
-    """What is kept of an image beside its pixels.
-
-    Attributes:
-        sha256: Of the file's bytes, hexadecimal.
-        label: 0 real, 1 fake.
-        generator: Name, None for real images (and for fakes of which it is not known).
-        source: The data set or feed it came from.
-        group: Images that must not be split apart share it.
-        uri: Where the bytes can be read again; None for uploads.
-        file_bytes: Size of the file.
-        mtime: Modification time of the file in seconds, for skipping it next time.
-        width: Of the upright image, pixels.
-        height: Of the upright image, pixels.
-        format: As Pillow names it.
-        jpeg_quality: Estimate 1..100, None for other formats.
-        fingerprint: 64-bit difference hash of the pixels as a signed integer; near duplicates differ in few bits.
-        attributes: Anything else that is known.
-    """
-
-    sha256: str
-    label: int
-    generator: str | None
-    source: str
-    group: str
-    uri: str | None
-    file_bytes: int
-    mtime: float | None
-    width: int
-    height: int
-    format: str
-    jpeg_quality: int | None
-    fingerprint: int | None = None
-    attributes: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reference(ImageFacts):
-    """A known image, without its thumbnail."""
-
-    id: int
-    enrolment_id: int | None
-    added_at: datetime
+from indexer.database.transactions import TRANSACTION_IMAGES, Rows
+from indexer.store import writing
+from indexer.store.checkpoints import Checkpoints
+from indexer.store.columns import LABEL_NAMES, NewReference, Reference
+from indexer.store.generators import Generators
+from indexer.store.removing import Removed, remove_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +40,18 @@ class Known:
     embedded: bool
 
 
+REFERENCES = select(
+    *(column for column in ReferenceRow.__table__.columns if column.name not in {"thumbnail", "generator_id"}),
+    GeneratorRow.name.label("generator"),
+).outerjoin(GeneratorRow, GeneratorRow.id == ReferenceRow.generator_id)
+
+
 class References(Rows):
-    """Look-ups by id, hash and filter."""
+    """The only way to reference images and their embeddings."""
+
+    def __init__(self, engine: Engine, checkpoints: Checkpoints, generators: Generators) -> None:
+        super().__init__(engine)
+        self._checkpoints, self._generators = checkpoints, generators
 
     def get(self, image_id: int) -> Reference | None:
         """One reference."""
@@ -84,60 +59,130 @@ class References(Rows):
 
     def get_many(self, image_ids: Iterable[int], hashes: Sequence[str] = ()) -> dict[int, Reference]:
         """References by id, and those of exactly these bytes (hexadecimal); what is not known is left out."""
-        ids = literal([int(image_id) for image_id in image_ids], ARRAY(BigInteger))
-        wanted: ColumnElement[bool] = ReferenceRow.id == any_(ids)
+        criterion = _has_id(image_ids)
         if hashes:
-            wanted |= ReferenceRow.sha256 == any_(_binary(hashes))
-        return {reference.id: reference for reference in self._select(_references().where(wanted))}
+            criterion |= ReferenceRow.sha256 == any_(_binary(hashes))
+        return {reference.id: reference for reference in self._references(REFERENCES.where(criterion))}
 
     def find(self, sha256: str) -> Reference | None:
         """The reference with exactly these bytes (hexadecimal hash)."""
-        query = _references().where(ReferenceRow.sha256 == bytes.fromhex(sha256))
-        return next(iter(self._select(query)), None)
+        return next(iter(self._references(REFERENCES.where(ReferenceRow.sha256 == bytes.fromhex(sha256)))), None)
 
     def thumbnail(self, image_id: int) -> bytes | None:
         """JPEG bytes, longest side at most 256."""
-        with self.engine.connect() as connection:
-            return connection.scalar(select(ReferenceRow.thumbnail).where(ReferenceRow.id == image_id))
+        data: bytes | None = self.read_value(select(ReferenceRow.thumbnail).where(ReferenceRow.id == image_id))
+        return data
 
     def file(self, image_id: int) -> bytes | None:
         """The bytes of an image that came over HTTP, where they were kept."""
-        with self.engine.connect() as connection:
-            return connection.scalar(select(ReferenceFileRow.bytes).where(ReferenceFileRow.image_id == image_id))
+        query = select(ReferenceFileRow.bytes).where(ReferenceFileRow.image_id == image_id)
+        data: bytes | None = self.read_value(query)
+        return data
 
     def counts(self) -> dict[str, int]:
         """How many references there are: {"real": n, "fake": n}."""
         query = select(ReferenceRow.label, func.count().label("images")).group_by(ReferenceRow.label)
-        with self.engine.connect() as connection:
-            found = {row.label: row.images for row in connection.execute(query)}
-        return {name: found.get(label, 0) for label, name in enumerate(LABELS)}
+        images = {row["label"]: row["images"] for row in self.read(query)}
+        return {name: images.get(label, 0) for label, name in enumerate(LABEL_NAMES)}
 
     def sources(self) -> dict[str, int]:
         """How many references each source has."""
         counted = select(ReferenceRow.source, func.count().label("images"))
         query = counted.group_by(ReferenceRow.source).order_by(ReferenceRow.source)
-        with self.engine.connect() as connection:
-            return {row.source: row.images for row in connection.execute(query)}
+        return {row["source"]: row["images"] for row in self.read(query)}
 
     def known_files(self, uris: Sequence[str], checkpoint_id: str) -> dict[tuple[str, int | None, float | None], Known]:
         """Rows of these uris, by (uri, size in bytes, mtime)."""
         query = _known(checkpoint_id).where(ReferenceRow.uri == any_(literal(list(uris), ARRAY(Text))))
-        with self.engine.connect() as connection:
-            rows = connection.execute(query).all()
-        return {(row.uri, row.file_bytes, row.mtime): _as_known(row) for row in rows}
+        return {(row["uri"], row["file_bytes"], row["mtime"]): _as_known(row) for row in self.read(query)}
 
     def known_hashes(self, hashes: Sequence[str], checkpoint_id: str) -> dict[str, Known]:
         """Rows of these hashes (hexadecimal)."""
         query = _known(checkpoint_id).where(ReferenceRow.sha256 == any_(_binary(hashes)))
-        with self.engine.connect() as connection:
-            rows = connection.execute(query).all()
-        return {row.sha256.hex(): _as_known(row) for row in rows}
+        return {row["sha256"].hex(): _as_known(row) for row in self.read(query)}
 
     def blocked_hashes(self, hashes: Sequence[str]) -> set[str]:
         """Those of these hashes (hexadecimal) that were removed for good."""
         query = select(BlockedHashRow.sha256).where(BlockedHashRow.sha256 == any_(_binary(hashes)))
-        with self.engine.connect() as connection:
-            return {sha256.hex() for sha256 in connection.scalars(query)}
+        return {row["sha256"].hex() for row in self.read(query)}
+
+    def add(
+        self,
+        batch: Sequence[NewReference],
+        checkpoint_id: str,
+        enrolment: int | None = None,
+        *,
+        while_active: bool = False,
+    ) -> writing.Added:
+        """Store images with their embeddings; the same bytes twice change nothing.
+
+        Args:
+            batch: At most 1,000 images.
+            checkpoint_id: What embedded them.
+            enrolment: What they are part of.
+            while_active: Only if this is the active checkpoint; otherwise what searches ask would lack them.
+
+        Raises:
+            CheckpointSwitched: It is not, though `while_active`.
+            BadVector: A vector is not finite, zero, or not of the checkpoint's dimension.
+            BadGeneratorName: A new generator's name breaks the rule.
+            UnknownCheckpoint: The checkpoint was never registered.
+            ValueError: More than 1,000 images.
+        """
+        if len(batch) > TRANSACTION_IMAGES:
+            raise ValueError(f"{len(batch)} images in one transaction; {TRANSACTION_IMAGES} are allowed")
+        dim = self._checkpoints.require(checkpoint_id).dim
+        vectors = [writing.stored_vector(reference.vector, dim) for reference in batch]
+        return self.transaction(
+            lambda connection: writing.add(connection, batch, vectors, checkpoint_id, enrolment, while_active)
+        )
+
+    def embed(self, ids: Sequence[int], vectors: np.ndarray, checkpoint_id: str) -> int:
+        """Store embeddings, shape (n, d), float32, of references that exist; returns how many were new.
+
+        Raises:
+            BadVector: A vector is not finite, zero, or not of the checkpoint's dimension.
+            UnknownCheckpoint: The checkpoint was never registered.
+        """
+        dim = self._checkpoints.require(checkpoint_id).dim
+        stored = [writing.stored_vector(vector, dim) for vector in vectors]
+        numbers = [int(image_id) for image_id in ids]
+        return self.transaction(lambda connection: writing.embed(connection, numbers, stored, checkpoint_id))
+
+    def remove(
+        self,
+        *,
+        ids: Iterable[int] | None = None,
+        generator: str | None = None,
+        source: str | None = None,
+        enrolment: int | None = None,
+        forget: bool = False,
+    ) -> Removed:
+        """Remove references by exactly one criterion, 1,000 per transaction.
+
+        Args:
+            ids: These rows; unknown ones are passed over.
+            generator: All of this generator.
+            source: All from this source.
+            enrolment: All that this enrolment added.
+            forget: Also block their hashes from being added again.
+
+        Raises:
+            UnknownGenerator: No generator has this name.
+            ValueError: No criterion, or more than one.
+        """
+        criteria: list[ColumnElement[bool]] = []
+        if ids is not None:
+            criteria.append(_has_id(ids))
+        if generator is not None:
+            criteria.append(ReferenceRow.generator_id == self._generators.require(generator).id)
+        if source is not None:
+            criteria.append(ReferenceRow.source == source)
+        if enrolment is not None:
+            criteria.append(ReferenceRow.enrolment_id == enrolment)
+        if len(criteria) != 1:
+            raise ValueError("give one of ids, generator, source and enrolment")
+        return remove_all(self, criteria[0], forget)
 
     # Last in its class: below it, `list` would mean this method.
     def list(
@@ -150,7 +195,7 @@ class References(Rows):
         limit: int = 100,
     ) -> Sequence[Reference]:
         """References with ids above `after`, in order of id; filters narrow them down."""
-        query = _references().where(ReferenceRow.id > after).order_by(ReferenceRow.id).limit(limit)
+        query = REFERENCES.where(ReferenceRow.id > after).order_by(ReferenceRow.id).limit(limit)
         if label is not None:
             query = query.where(ReferenceRow.label == label)
         if generator is not None:
@@ -158,25 +203,18 @@ class References(Rows):
             query = query.where(ReferenceRow.generator_id == named.scalar_subquery())
         if source is not None:
             query = query.where(ReferenceRow.source == source)
-        return self._select(query)
+        return self._references(query)
 
-    def _select(self, query: Select[Any]) -> Sequence[Reference]:
-        # One statement needs no transaction, whose beginning and end are two more ways to the server and back.
-        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            rows = connection.execute(query).mappings().all()
-        return [Reference(**{**row, "sha256": row["sha256"].hex()}) for row in rows]
+    def _references(self, query: Select[Any]) -> Sequence[Reference]:
+        return [Reference(**{**row, "sha256": row["sha256"].hex()}) for row in self.read(query)]
 
 
 def _binary(hashes: Sequence[str]) -> ColumnElement[Any]:
     return literal([bytes.fromhex(sha256) for sha256 in hashes], ARRAY(LargeBinary))
 
 
-def _references() -> Select[Any]:
-    left_out = {"thumbnail", "generator_id"}
-    columns = [column for column in ReferenceRow.__table__.columns if column.name not in left_out]
-    return select(*columns, GeneratorRow.name.label("generator")).outerjoin(
-        GeneratorRow, GeneratorRow.id == ReferenceRow.generator_id
-    )
+def _has_id(image_ids: Iterable[int]) -> ColumnElement[bool]:
+    return ReferenceRow.id == any_(literal([int(image_id) for image_id in image_ids], ARRAY(BigInteger)))
 
 
 def _known(checkpoint_id: str) -> Select[Any]:
@@ -198,5 +236,6 @@ def _known(checkpoint_id: str) -> Select[Any]:
     return cast("Select[Any]", query)
 
 
-def _as_known(row: Row[Any]) -> Known:
-    return Known(row.id, row.sha256.hex(), row.label, row.generator, row.embedded)
+def _as_known(row: RowMapping) -> Known:
+    values = {name: row[name] for name in Known.__slots__}
+    return Known(**values | {"sha256": row["sha256"].hex()})

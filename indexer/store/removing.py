@@ -1,18 +1,14 @@
 """Removing references, so that no follower of any checkpoint keeps them."""
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sqlalchemy import ARRAY, BigInteger, ColumnElement, Connection, any_, delete, literal, select, text
+from sqlalchemy import ColumnElement, Connection, select, text
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.exc import IntegrityError
 
-from indexer.database.tables import BlockedHashRow, GeneratorRow, ReferenceRow
-from indexer.database.transactions import notify
-from indexer.store.generators import Generators
+from indexer.database.tables import BlockedHashRow, ReferenceRow
+from indexer.database.transactions import TRANSACTION_IMAGES, Rows, notify
 
-BATCH = 1000
 STAMP = """update index_revision set revision = revision + 1
 where checkpoint_id in (select checkpoint_id from embedding where image_id = any(:ids))
 returning checkpoint_id, revision"""
@@ -41,68 +37,23 @@ class Removed:
         )
 
 
-class Removing(Generators):
-    """The only code that deletes references and records removals."""
-
-    def remove(
-        self,
-        *,
-        ids: Iterable[int] | None = None,
-        generator: str | None = None,
-        source: str | None = None,
-        enrolment: int | None = None,
-        forget: bool = False,
-    ) -> Removed:
-        """Remove references by exactly one criterion, 1,000 per transaction.
-
-        Args:
-            ids: These rows; unknown ones are passed over.
-            generator: All of this generator.
-            source: All from this source.
-            enrolment: All that this enrolment added.
-            forget: Also block their hashes from being added again.
-
-        Raises:
-            UnknownGenerator: No generator has this name.
-            ValueError: No criterion, or more than one.
-        """
-        criteria: list[ColumnElement[bool]] = []
-        if ids is not None:
-            criteria.append(ReferenceRow.id == any_(literal([int(image_id) for image_id in ids], ARRAY(BigInteger))))
-        if generator is not None:
-            criteria.append(ReferenceRow.generator_id == self.known_generator(generator).id)
-        if source is not None:
-            criteria.append(ReferenceRow.source == source)
-        if enrolment is not None:
-            criteria.append(ReferenceRow.enrolment_id == enrolment)
-        if len(criteria) != 1:
-            raise ValueError("give one of ids, generator, source and enrolment")
-        removed = Removed()
-        while (more := self.transaction(lambda connection: _remove(connection, criteria[0], forget))).references:
-            removed += more
-        return removed
-
-    def delete_generator(self, name: str, *, forget: bool = False) -> Removed:
-        """Remove a generator's references, then the generator itself.
-
-        Raises:
-            UnknownGenerator: No generator has this name.
-        """
-        query = delete(GeneratorRow).where(GeneratorRow.id == self.known_generator(name).id)
-        removed = Removed()
-        while True:
-            removed += self.remove(generator=name, forget=forget)
-            try:
-                self.transaction(lambda connection: connection.execute(query))
-            except IntegrityError:  # someone added one meanwhile
-                continue
-            return removed
+def remove_all(rows: Rows, criterion: ColumnElement[bool], forget: bool) -> Removed:
+    """Remove the references that meet a criterion, 1,000 per transaction; `forget` blocks their hashes for good."""
+    removed = Removed()
+    while (batch := rows.transaction(lambda connection: _remove(connection, criterion, forget))).references:
+        removed += batch
+    return removed
 
 
 def _remove(connection: Connection, criterion: ColumnElement[bool], forget: bool) -> Removed:
     # Locks every checkpoint's row, and against new ones too: an embedding that appeared now would stay in an index.
     connection.execute(text("lock table index_revision in exclusive mode"))
-    query = select(ReferenceRow.id, ReferenceRow.sha256).where(criterion).order_by(ReferenceRow.id).limit(BATCH)
+    query = (
+        select(ReferenceRow.id, ReferenceRow.sha256)
+        .where(criterion)
+        .order_by(ReferenceRow.id)
+        .limit(TRANSACTION_IMAGES)
+    )
     rows = connection.execute(query).all()
     if not rows:
         return Removed()

@@ -11,32 +11,10 @@ from sqlalchemy import Connection, text
 
 from indexer.database.transactions import PassingConflict, notify
 from indexer.index.vectors import BadVectors, unit_vectors
-from indexer.store.checkpoints import Checkpoints, CheckpointSwitched
+from indexer.store.checkpoints import CheckpointSwitched
+from indexer.store.columns import INCOMING, NewReference, kind
 from indexer.store.generators import generator_ids
-from indexer.store.references import ImageFacts, kind
 
-BATCH = 1000
-# The columns of the temporary table that a batch is copied to, and their types.
-INCOMING = {
-    "position": "int4",
-    "sha256": "bytea",
-    "label": "int2",
-    "generator_id": "int8",
-    "source": "text",
-    "group": "text",
-    "uri": "text",
-    "file_bytes": "int8",
-    "mtime": "float8",
-    "width": "int4",
-    "height": "int4",
-    "format": "text",
-    "jpeg_quality": "int2",
-    "fingerprint": "int8",
-    "thumbnail": "bytea",
-    "attributes": "jsonb",
-    "vector": "bytea",
-    "bytes": "bytea",
-}
 ROW_COLUMNS = ", ".join(f'"{name}"' for name in INCOMING if name not in {"position", "vector", "bytes"})
 CREATE = f"""create temporary table incoming ({", ".join(f'"{name}" {kind}' for name, kind in INCOMING.items())})
 on commit drop"""
@@ -45,7 +23,7 @@ BLOCK = "delete from incoming i using blocked_hash b where b.sha256 = i.sha256 r
 INSERT = f"""insert into reference_image ({ROW_COLUMNS}, enrolment_id)
 select distinct on (sha256) {ROW_COLUMNS}, cast(:enrolment as bigint) from incoming order by sha256, position
 on conflict (sha256) do nothing returning id"""
-KEEP = """insert into reference_file (image_id, bytes)
+KEEP_FILES = """insert into reference_file (image_id, bytes)
 select distinct on (r.id) r.id, i.bytes from incoming i join reference_image r using (sha256)
 where i.bytes is not null order by r.id, i.position on conflict do nothing"""
 MATCH = """select i.position, r.id, r.sha256, r.label, r.generator_id, g.name as generator,
@@ -66,21 +44,6 @@ order by r.id on conflict do nothing"""
 
 class BadVector(ValueError):
     """An embedding that may not be stored: wrong length, not finite, or zero."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewReference(ImageFacts):
-    """An image with its embedding, ready to be stored; a generator that is new is created.
-
-    Attributes:
-        thumbnail: JPEG.
-        vector: Raw embedding, shape (d,), float32.
-        data: The file itself, to be kept (uploads).
-    """
-
-    thumbnail: bytes
-    vector: np.ndarray
-    data: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,56 +82,7 @@ class Added:
     revision: int
 
 
-class Adding(Checkpoints):
-    """The only code that writes references and embeddings."""
-
-    def add(
-        self,
-        batch: Sequence[NewReference],
-        checkpoint_id: str,
-        enrolment: int | None = None,
-        *,
-        while_active: bool = False,
-    ) -> Added:
-        """Store images with their embeddings; the same bytes twice change nothing.
-
-        Args:
-            batch: At most 1,000 images.
-            checkpoint_id: What embedded them.
-            enrolment: What they are part of.
-            while_active: Only if this is the active checkpoint; otherwise what searches ask would lack them.
-
-        Raises:
-            CheckpointSwitched: It is not, though `while_active`.
-            BadVector: A vector is not finite, zero, or not of the checkpoint's dimension.
-            BadGeneratorName: A new generator's name breaks the rule.
-            UnknownCheckpoint: The checkpoint was never registered.
-            ValueError: More than 1,000 images.
-        """
-        if len(batch) > BATCH:
-            raise ValueError(f"{len(batch)} images in one transaction; {BATCH} are allowed")
-        dim = self.get_checkpoint(checkpoint_id).dim
-        vectors = [_stored(reference.vector, dim) for reference in batch]
-        return self.transaction(
-            lambda connection: _add(connection, batch, vectors, checkpoint_id, enrolment, while_active)
-        )
-
-    def embed(self, ids: Sequence[int], vectors: np.ndarray, checkpoint_id: str) -> int:
-        """Store embeddings, shape (n, d), float32, of references that exist; returns how many were new.
-
-        Raises:
-            BadVector: A vector is not finite, zero, or not of the checkpoint's dimension.
-            UnknownCheckpoint: The checkpoint was never registered.
-        """
-        dim = self.get_checkpoint(checkpoint_id).dim
-        rows: dict[str, list[Any]] = {
-            "ids": [int(image_id) for image_id in ids],
-            "vectors": [_stored(vector, dim) for vector in vectors],
-        }
-        return self.transaction(lambda connection: _embed(connection, rows, checkpoint_id))
-
-
-def _add(
+def add(
     connection: Connection,
     batch: Sequence[NewReference],
     vectors: Sequence[bytes],
@@ -176,12 +90,13 @@ def _add(
     enrolment: int | None,
     while_active: bool,
 ) -> Added:
+    """Store a batch, with one vector as `stored_vector` gives it for each image, in this transaction."""
     generators = generator_ids(connection, {item.generator for item in batch if item.generator is not None})
     _copy(connection, batch, vectors, generators)
     blocked = {row.position: row.sha256.hex() for row in connection.execute(text(BLOCK))}
     # Rows that nobody sees yet need no lock, and their thumbnails take most of the time.
     inserted = {row.id for row in connection.execute(text(INSERT), {"enrolment": enrolment})}
-    connection.execute(text(KEEP))
+    connection.execute(text(KEEP_FILES))
     revision = _lock(connection, checkpoint_id)  # which the switch to another checkpoint waits for, and makes wait
     if while_active and not connection.scalar(text(ACTIVE), {"checkpoint": checkpoint_id}):
         raise CheckpointSwitched(f"the active checkpoint is no longer {checkpoint_id}: run the command again")
@@ -214,9 +129,10 @@ def _add(
     )
 
 
-def _embed(connection: Connection, rows: dict[str, list[Any]], checkpoint_id: str) -> int:
+def embed(connection: Connection, ids: Sequence[int], vectors: Sequence[bytes], checkpoint_id: str) -> int:
+    """Store embeddings of references that exist, in this transaction; returns how many were new."""
     revision = _lock(connection, checkpoint_id) + 1
-    values = {**rows, "checkpoint": checkpoint_id, "revision": revision}
+    values = {"ids": list(ids), "vectors": list(vectors), "checkpoint": checkpoint_id, "revision": revision}
     count = connection.execute(text(EMBED_KNOWN), values).rowcount
     if count:
         _stamp(connection, checkpoint_id, revision)
@@ -268,7 +184,7 @@ def _copy(
     connection.execute(text("analyze incoming (sha256)"))
 
 
-def _stored(vector: np.ndarray, dim: int) -> bytes:
+def stored_vector(vector: np.ndarray, dim: int) -> bytes:
     """The vector's bytes; what the index would refuse is not stored, or it could never follow."""
     array = np.asarray(vector, "<f4")
     try:

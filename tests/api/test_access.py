@@ -1,5 +1,6 @@
 """Loopback rules, keys and their cache, and the rate limit, without a server."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -10,7 +11,7 @@ from api import access
 from api.access import Caller, Keys, RateLimit, check_loopback, hash_secret, new_secret
 from api.breaker import Breaker
 from api.schemas.problems import ApiError
-from indexer.store import ApiKey, Store
+from indexer.store.keys import ApiKey, ApiKeys
 
 OWN = {"host": "127.0.0.1:8000"}
 
@@ -63,7 +64,7 @@ def test_scopes() -> None:
     assert [Caller(1, "a", frozenset({"admin"})).may(scope) for scope in access.SCOPES] == [True, True, True]
 
 
-class Rows(Store):
+class Rows(ApiKeys):
     """Keys in memory; `away` makes every look-up fail as a dead database does."""
 
     def __init__(self, *keys: tuple[str, ApiKey]) -> None:
@@ -73,13 +74,13 @@ class Rows(Store):
 
     engine: Engine
 
-    def find_key(self, hash: bytes) -> ApiKey | None:
+    def find(self, hash: bytes) -> ApiKey | None:
         self._ask()
         return self.rows.get(hash)
 
-    def list_keys(self) -> list[ApiKey]:
+    def list(self) -> Sequence[ApiKey]:
         self._ask()
-        return list(self.rows.values())
+        return tuple(self.rows.values())
 
     def _ask(self) -> None:
         self.asked += 1

@@ -25,7 +25,8 @@ from indexer.index import growing
 from indexer.index.inverted import Inverted
 from indexer.index.vector_index import VectorIndex
 from indexer.settings import Settings
-from indexer.store import Additions, Store
+from indexer.store import Store
+from indexer.store.changes import Additions
 
 
 def until(condition: Callable[[], bool], seconds: float = 20) -> None:
@@ -39,7 +40,7 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> None:
 def assert_equal(follower: Follower, store: Store) -> None:
     """The index holds exactly the rows: ids, vectors, labels, generators and sources."""
     rows: dict[int, tuple[Any, ...]] = {}
-    for change in store.changes(CHECKPOINT, 0, store.revision(CHECKPOINT)):
+    for change in store.changes.between(CHECKPOINT, 0, store.checkpoints.revision(CHECKPOINT)):
         if isinstance(change, Additions):
             columns = (change.ids.tolist(), change.vectors, change.labels.tolist(), change.generators.tolist())
             for number, raw, label, generator, source in zip(*columns, change.sources, strict=True):
@@ -83,9 +84,9 @@ def test_additions_and_removals_are_applied(store: Store, settings: Settings) ->
     add(store, 4, generator="gen-a", source="elsewhere")
     assert follower.load() == 2
     assert_equal(follower, store)
-    store.remove(ids=first[:2])
+    store.references.remove(ids=first[:2])
     add(store, 5, generator="gen-b")
-    assert follower.catch_up() == store.revision(CHECKPOINT) == 4
+    assert follower.catch_up() == store.checkpoints.revision(CHECKPOINT) == 4
     assert len(follower.index) == 3
     assert_equal(follower, store)
 
@@ -118,7 +119,7 @@ def test_a_renamed_generator_has_its_new_name(store: Store, settings: Settings) 
     add(store, 1, generator="gen-a")
     follower = following(store, settings)
     follower.load()
-    store.update_generator("gen-a", {"name": "gen-z"})
+    store.generators.update("gen-a", {"name": "gen-z"})
     follower.catch_up()
     assert follower.search(vector(1)[None], 1)[0][0].generator == "gen-z"
 
@@ -133,7 +134,7 @@ def test_no_revision_is_missed_among_concurrent_writers(started: Follower, store
         for _ in range(15):
             if own and rng.random() < 0.4:
                 gone = rng.sample(own, rng.randint(1, len(own)))
-                store.remove(ids=gone)
+                store.references.remove(ids=gone)
                 own = [number for number in own if number not in gone]
             else:
                 with lock:
@@ -142,7 +143,7 @@ def test_no_revision_is_missed_among_concurrent_writers(started: Follower, store
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, range(4)))
-    revision = store.revision(CHECKPOINT)
+    revision = store.checkpoints.revision(CHECKPOINT)
     assert revision >= 60
     until(lambda: started.revision == revision)
     assert_equal(started, store)
@@ -181,7 +182,7 @@ def test_a_notification_is_enough(store: Store, settings: Settings, monkeypatch:
     (first,) = add(store, 1)
     until(lambda: follower.revision == 1)
     follower._end.set()
-    store.remove(ids=[first])
+    store.references.remove(ids=[first])
     thread.join(20)
     assert not thread.is_alive()
 
@@ -302,14 +303,14 @@ def test_a_failure_half_way_is_repaired_by_the_next_try(
     first = add(store, 1, 2)
     follower.catch_up()
     add(store, 3, 4, 5)
-    store.remove(ids=first[:1])
-    changes = store.changes
+    store.references.remove(ids=first[:1])
+    changes = store.changes.between
 
     def breaks_off(*place: Any) -> Iterator[Any]:
         yield next(changes(*place, page=2))
         raise OperationalError("select", None, Exception("connection lost"))
 
-    monkeypatch.setattr(store, "changes", breaks_off)
+    monkeypatch.setattr(store.changes, "between", breaks_off)
     with pytest.raises(OperationalError):
         follower.catch_up()
     assert (follower.degraded, follower.revision) == (True, 1)
@@ -347,7 +348,7 @@ def test_a_restored_backup_is_noticed(store: Store, settings: Settings, later: i
     store.engine.dispose()
     backup = Backup(settings)
     add(store, 3, 4)
-    store.remove(ids=first[:1])
+    store.references.remove(ids=first[:1])
     follower = following(store, settings)
     assert follower.load() == 3
     follower.save()
@@ -368,7 +369,7 @@ def test_rows_removed_since_are_no_other_history(store: Store, settings: Setting
     follower = following(store, settings)
     follower.load()
     follower.save()
-    store.remove(ids=ids)
+    store.references.remove(ids=ids)
     seen = _where_reading_begins(store)
     again = following(store, settings)
     assert again.load() == 2
@@ -379,13 +380,13 @@ def test_rows_removed_since_are_no_other_history(store: Store, settings: Setting
 def _where_reading_begins(store: Store) -> list[int]:
     """Notes from which revision the store is read from now on."""
     seen: list[int] = []
-    changes = store.changes
+    changes = store.changes.between
 
     def noting(checkpoint_id: str, revision: int, target: int) -> Iterator[Any]:
         seen.append(revision)
         return changes(checkpoint_id, revision, target)
 
-    store.changes = noting  # type: ignore[assignment, method-assign]
+    store.changes.between = noting  # type: ignore[assignment, method-assign]
     return seen
 
 
@@ -460,7 +461,7 @@ def test_the_snapshot_is_written_after_changes_and_at_the_end(
     monkeypatch.setattr(module, "QUIET", 3600)
     add(store, 2, 3)
     until(lambda: follower.revision == 2)
-    store.remove(ids=[first])
+    store.references.remove(ids=[first])
     until(lambda: follower.revision == 3)
     follower.stop()
     assert _snapshot_size(follower.snapshot) == 2

@@ -27,7 +27,7 @@ from api.judge.detector import Detector
 from api.schemas.problems import FailedFile
 from api.schemas.verdicts import Verdict
 from api.service_settings import ServiceSettings
-from indexer.store import Store
+from indexer.store.keys import ApiKeys
 
 Call = Callable[..., Result]
 
@@ -135,10 +135,10 @@ def test_what_goes_wrong_is_one_line(
 def test_serving_to_others_ends_in_one_line_when_no_key_can_be_looked_up(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def away(store: Store) -> None:
+    def away(keys: ApiKeys) -> None:
         raise OperationalError("select", {}, Exception("connection refused"))
 
-    monkeypatch.setattr(Store, "list_keys", away)
+    monkeypatch.setattr(ApiKeys, "list", away)
     done = call("serve", "--host", "0.0.0.0")
     assert (done.exit_code, done.stderr) == (1, "error: the database does not answer\n")
 

@@ -18,6 +18,7 @@ from indexer.database.connection import connect
 from indexer.ingest.ingest import ingest
 from indexer.settings import Settings
 from indexer.store import Store
+from indexer.store.checkpoints import Checkpoints
 from trainer import progress
 from trainer.data.datasets import read_dataset
 from trainer.heads.calibration_set import CALIBRATION_FILE
@@ -134,7 +135,7 @@ def test_people_get_lines(run: Run, images: Path) -> None:
 
 def test_a_dry_run_says_what_would_be(run: Run, images: Path, settings: Settings, store: Store) -> None:
     assert run("add", images, "--dry-run").stdout.startswith("would add 16 of 17 images")
-    assert store.counts() == {"real": 0, "fake": 0}
+    assert store.references.counts() == {"real": 0, "fake": 0}
     assert not settings.home.exists()  # not even a report of the file that is no image
     run("add", images)
     other = document(run("add", images, "--dry-run", "--json", "--checkpoint", images.parent / "newer"))
@@ -157,14 +158,14 @@ def test_facts_of_a_generator(run: Run, images: Path, store: Store) -> None:
     facts = ["--vendor", "ACME", "--version", "2", "--released-on", "2025-01-31", "--family", "diffusion"]
     report = document(run("add", folder, "--label", "fake", "--generator", "Gen A", *facts, "--json"))
     assert report["added"] == 4
-    generator = store.get_generator("gen a")
+    generator = store.generators.get("gen a")
     assert generator is not None
     assert (generator.vendor, generator.version, generator.family) == ("ACME", "2", "diffusion")
     (row,) = document(run("status", "--json"))["generators"]
     assert (row["vendor"], row["released_on"]) == ("ACME", "2025-01-31")
     assert all(part in run("status").stdout for part in ("ACME", "2025-01-31", "diffusion"))
     assert str(generator.released_on) == "2025-01-31"
-    enrolment = store.get_enrolment(report["enrolment"])
+    enrolment = store.enrolments.get(report["enrolment"])
     assert enrolment is not None
     assert enrolment.generator == "Gen A"
 
@@ -205,17 +206,17 @@ def test_rebuild_with_another_checkpoint(run: Run, images: Path, settings: Setti
     assert json.loads(Path(report["report"]).read_text())["unreadable"] == report["unreadable"]
     reasons = sorted(item["reason"] for item in report["unreadable"])
     assert reasons == ["no such file", "the file has changed since it was added"]
-    active = store.active_checkpoint()
+    active = store.checkpoints.active()
     assert active is not None
     assert active.id == old.id
     whole = document(run("rebuild", "--checkpoint", settings.home / "newer", "--partial", "--json"))
     assert (whole["embedded"], whole["active"], len(whole["unreadable"])) == (0, True, 2)
     again = document(run("rebuild", "--checkpoint", settings.home / "newer", "--json"))
     assert (again["active"], len(again["unreadable"])) == (True, 2)  # it was before, and stays
-    active = store.active_checkpoint()
+    active = store.checkpoints.active()
     assert active is not None
     assert active.id == new.id
-    assert len(store.embedded_ids(new.id)) == 14
+    assert len(store.changes.embedded_ids(new.id)) == 14
     status = run("status").stdout
     assert f"newer {new.id}, the active one" in status
     assert "2 references, which its searches do not find" in status
@@ -227,15 +228,15 @@ def test_what_comes_in_during_the_switch_is_embedded_too(
     run: Run, images: Path, settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("add", images / "real", "--label", "real")
-    switch = Store.activate
+    switch = Checkpoints.activate
     rest = [["add", images / "fake" / name, "--label", "fake", "--generator", name] for name in ("gen-a", "gen-b")]
 
-    def late(store: Store, checkpoint_id: str, without: Sequence[int], folder: Path) -> bool:
+    def late(checkpoints: Checkpoints, checkpoint_id: str, without: Sequence[int], folder: Path) -> bool:
         if rest:
             run(*rest.pop())
-        return switch(store, checkpoint_id, without, folder)
+        return switch(checkpoints, checkpoint_id, without, folder)
 
-    monkeypatch.setattr(Store, "activate", late)
+    monkeypatch.setattr(Checkpoints, "activate", late)
     report = document(run("rebuild", "--checkpoint", settings.home / "newer", "--json"))
     assert (report["embedded"], report["active"]) == (16, True)
     rest.append(["add", images / "real/000.jpg", "--label", "fake"])  # a conflict: nothing new
@@ -258,7 +259,7 @@ def test_a_broken_calibration_loses_no_enrolment(run: Run, images: Path, setting
     (folder / CALIBRATION_FILE).write_bytes(b"half a fi")
     report = document(run("add", images, "--json"))
     assert report["effect"]["false_alarms"] is None
-    enrolment = store.get_enrolment(report["enrolment"])
+    enrolment = store.enrolments.get(report["enrolment"])
     assert enrolment is not None
     assert enrolment.report is not None
     assert enrolment.report["effect"] == report["effect"]

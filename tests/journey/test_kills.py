@@ -64,9 +64,9 @@ def assert_all_is_there(home: Path) -> None:
     settings = Settings(home=home / "home", database_url=None)
     engine = connect(settings)
     store = Store(engine)
-    rows = [(row.label, row.generator) for row in store.list(limit=10_000)]
+    rows = [(row.label, row.generator) for row in store.references.list(limit=10_000)]
     assert {kind: rows.count(kind) for kind in set(rows)} == {(0, None): 60, (1, "gen-a"): 30, (1, "gen-b"): 30}
-    (checkpoint,) = store.checkpoints()
+    (checkpoint,) = store.checkpoints.list()
     agreement = compare(settings, store, checkpoint)
     engine.dispose()
     assert (agreement.problems, agreement.rows, agreement.index) == ([], 120, 120)

@@ -639,7 +639,7 @@ def test_status_shows_what_answers_and_how_well_calibrated(opens: Opens) -> None
 def locked(populated: ServiceSettings) -> Iterator[tuple[str, str]]:
     """The address of a service that asks for a key, and one for detecting."""
     store, secret = Store(connect(populated)), new_secret()
-    store.create_key("reader", hash_secret(secret), ["detect"])
+    store.keys.create("reader", hash_secret(secret), ["detect"])
     try:
         with served(populated) as url:
             yield url, secret

@@ -40,7 +40,8 @@ from api.service_settings import ServiceSettings
 from indexer import follower
 from indexer.__main__ import app as indexer
 from indexer.ingest.reembed import reembed
-from indexer.store import ApiKey, Store
+from indexer.store import Store
+from indexer.store.keys import ApiKey
 from trainer.model.checkpoint import read_id
 from trainer.model.embedder import Embedder
 
@@ -236,7 +237,7 @@ def test_what_may_not_come_back_is_rejected_and_no_conflict(own: TestClient) -> 
         return own.post("/v1/references", data={"label": "real"}, files=files(*data, field="images"))
 
     add(png(1))
-    store_of(own).remove(source="upload", forget=True)
+    store_of(own).references.remove(source="upload", forget=True)
     for sent in ([png(1)], [png(1), b"no image"], [b"no image", png(1)]):
         response = add(*sent)
         assert response.status_code == 200, response.text
@@ -408,11 +409,11 @@ def test_a_replay_remembers_that_the_verdict_flipped(client: TestClient, monkeyp
 
 def test_a_detection_by_another_checkpoint_is_not_replayed(client: TestClient) -> None:
     given = client.post("/v1/detect", files=files(png())).json()["results"][0]
-    row = store_of(client).get_detection(given["id"])
+    row = store_of(client).detections.get(given["id"])
     assert row is not None
     other = uuid4()
     values = {name: getattr(row, name) for name in type(row).__slots__} | {"id": other, "checkpoint_id": "0" * 32}
-    store_of(client).record_detections([type(row)(**values)])
+    store_of(client).detections.add([type(row)(**values)])
     assert "0" * 32 in problem(client.post(f"/v1/detections/{other}/replay"), 409, "conflict")["detail"]
 
 
@@ -564,7 +565,7 @@ def test_a_head_that_never_ends_is_hung_up_on(populated: ServiceSettings, monkey
 def test_a_request_that_takes_too_long_is_ended(populated: ServiceSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = threading.Event()
     with connected(populated, request_seconds=0.3) as client:
-        monkeypatch.setattr(store_of(client), "generators", lambda: opened.wait(20))
+        monkeypatch.setattr(store_of(client).generators, "list", lambda: opened.wait(20))
         body = problem(client.get("/v1/generators"), 503, "not-ready")
         opened.set()
     assert "LINEUP_REQUEST_SECONDS" in body["detail"]
@@ -576,7 +577,7 @@ def test_a_request_that_takes_too_long_is_ended(populated: ServiceSettings, monk
 def make_key(client: TestClient, *scopes: str) -> tuple[str, dict[str, str]]:
     """The name of a new key, and the headers that carry it."""
     secret, name = new_secret(), f"key-{uuid4()}"
-    store_of(client).create_key(name, hash_secret(secret), list(scopes))
+    store_of(client).keys.create(name, hash_secret(secret), list(scopes))
     return name, {"authorization": f"Bearer {secret}"}
 
 
@@ -662,8 +663,8 @@ def test_a_revoked_key_ends_and_the_door_stays_shut(keyed: TestClient) -> None:
     _, headers = make_key(keyed, "admin")
     assert keyed.get("/v1/status", headers=headers).status_code == 200
     store = store_of(keyed)
-    for key in store.list_keys():
-        store.revoke_key(key.name)
+    for key in store.keys.list():
+        store.keys.revoke(key.name)
     problem(keyed.get("/v1/status", headers=headers), 401, "unauthorized")
     problem(keyed.get("/v1/status"), 401, "unauthorized")
 
@@ -891,14 +892,14 @@ def test_a_database_that_fails_while_starting_is_asked_again(
     monkeypatch.setattr(service, "RETRY", 0.01)
     monkeypatch.setattr(detector.breaker, "pause", 0.0)
     failures = [OperationalError("select", {}, Exception("connection refused"))]
-    list_keys = detector.store.list_keys
+    list_keys = detector.store.keys.list
 
-    def once_away() -> list[ApiKey]:
+    def once_away() -> Sequence[ApiKey]:
         if failures:
             raise failures.pop()
         return list_keys()
 
-    monkeypatch.setattr(detector.store, "list_keys", once_away)
+    monkeypatch.setattr(detector.store.keys, "list", once_away)
     with TestClient(create_app(populated, detector), base_url=BASE, client=("127.0.0.1", 1)) as client:
         wait_for(lambda: client.get("/health/ready").status_code == 200)
     assert failures == []
@@ -971,9 +972,9 @@ def test_a_service_changes_to_the_active_checkpoint_under_load(
     assert {verdict["model"]["checkpoint"] for verdict in verdicts} == {before, after}
     assert not [verdict for verdict in verdicts if verdict["degraded"] or verdict["score"] is None]
     store = store_of(unnamed)
-    references = sum(store.counts().values())
-    assert len(store.embedded_ids(after)) == references  # what came in meanwhile included
-    assert len(store.embedded_ids(before)) < references
+    references = sum(store.references.counts().values())
+    assert len(store.changes.embedded_ids(after)) == references  # what came in meanwhile included
+    assert len(store.changes.embedded_ids(before)) < references
     small_image(7, True, 64).save(tmp_path / "new.png")
     index("add", tmp_path / "new.png", "--label", "fake", "--generator", "newest")
     search = partial(unnamed.post, "/v1/search", files=files((tmp_path / "new.png").read_bytes()))
@@ -1003,7 +1004,7 @@ def test_what_is_added_while_the_next_checkpoint_is_loaded_waits_for_it(
         opened.set()
         assert added.result().json()["added"] == 1
     assert serving(unnamed) == read_id(other_checkpoint)
-    assert len(store_of(unnamed).embedded_ids(read_id(other_checkpoint))) == 121
+    assert len(store_of(unnamed).changes.embedded_ids(read_id(other_checkpoint))) == 121
 
 
 def test_where_the_active_checkpoint_is_not_on_this_machine_that_is_told(
@@ -1051,8 +1052,9 @@ def test_a_dead_database_degrades_detection_and_nothing_else(
         raise OperationalError("select", {}, Exception("connection refused"))
 
     monkeypatch.setattr(detector_of(client).breaker, "pause", 0.0)
-    for name in ("get_many", "record_detections", "counts", "list", "list_keys"):
-        monkeypatch.setattr(store_of(client), name, away)
+    for name in ("references.get_many", "references.counts", "references.list", "detections.add", "keys.list"):
+        part, method = name.split(".")
+        monkeypatch.setattr(getattr(store_of(client), part), method, away)
     verdict = client.post("/v1/detect", files=files(png())).json()["results"][0]
     assert verdict["degraded"] is True
     assert len(verdict["neighbours"]) == 10
@@ -1068,7 +1070,7 @@ def test_a_dead_database_degrades_detection_and_nothing_else(
 def test_a_database_that_hangs_is_as_good_as_away(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = threading.Event()
     monkeypatch.setattr(detector_of(client).breaker, "seconds", 0.1)
-    monkeypatch.setattr(store_of(client), "get_many", lambda ids, hashes: opened.wait(60))
+    monkeypatch.setattr(store_of(client).references, "get_many", lambda ids, hashes: opened.wait(60))
     first, second = (client.post("/v1/detect", files=files(png())).json()["results"][0] for _ in range(2))
     opened.set()
     monkeypatch.undo()
@@ -1080,7 +1082,7 @@ def test_a_database_that_hangs_is_as_good_as_away(client: TestClient, monkeypatc
 def test_a_slow_status_concerns_only_who_asked(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = threading.Event()
     monkeypatch.setattr(detector_of(client).status_breaker, "seconds", 0.1)
-    monkeypatch.setattr(store_of(client), "counts", lambda: opened.wait(60))
+    monkeypatch.setattr(store_of(client).references, "counts", lambda: opened.wait(60))
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(client.get, "/v1/status") for _ in range(4)]
         answers = [answer.result().json() for answer in asked]
@@ -1095,7 +1097,7 @@ def test_a_bug_is_a_problem_without_a_traceback(client: TestClient, monkeypatch:
     def broken() -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr(store_of(client), "generators", broken)
+    monkeypatch.setattr(store_of(client).generators, "list", broken)
     response = client.get("/v1/generators")
     assert "secret" not in response.text
     problem(response, 500, "internal")

@@ -22,7 +22,8 @@ from api.service_settings import ServiceSettings
 from indexer import follower
 from indexer.follower import Neighbour
 from indexer.index.label_index import Neighbours
-from indexer.store import Detection, Reference
+from indexer.store.columns import Reference
+from indexer.store.detections import Detection
 from trainer.heads.heads import unit_length
 
 FIELDS = {
@@ -162,7 +163,7 @@ def test_a_reference_is_known_and_does_not_vote_for_itself(detector: Detector, i
     assert verdict.known.id not in [n.id for n in verdict.neighbours]
     assert verdict.neighbours[0].similarity < 0.99999
     assert verdict.score is not None
-    row = detector.store.get(verdict.known.id)
+    row = detector.store.references.get(verdict.known.id)
     assert row is not None
     assert row.uri == path.as_uri()
 
@@ -197,7 +198,7 @@ def test_k_changes_what_is_shown_and_not_the_verdict(detector: Detector) -> None
 def test_only_what_is_shown_is_looked_up(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[set[int]] = []
     named: list[tuple[int, ...]] = []
-    get_many, neighbours = detector.store.get_many, detector.follower.neighbours
+    get_many, neighbours = detector.store.references.get_many, detector.follower.neighbours
 
     def seen(ids: set[int], hashes: Sequence[str] = ()) -> dict[int, Reference]:
         asked.append(ids)
@@ -207,7 +208,7 @@ def test_only_what_is_shown_is_looked_up(detector: Detector, monkeypatch: pytest
         named.append(found.ids.shape)
         return neighbours(found)
 
-    monkeypatch.setattr(detector.store, "get_many", seen)
+    monkeypatch.setattr(detector.store.references, "get_many", seen)
     monkeypatch.setattr(detector.follower, "neighbours", told)
     monkeypatch.setattr(follower, "depths", lambda k, reals, fakes: (k, 4 * k))  # of a lopsided reference set
     verdict = judged(detector, query(), Question(explain=frozenset({"regions"})))
@@ -281,7 +282,7 @@ def test_cases_judged_together_are_judged_as_each_alone(detector: Detector) -> N
 
 def test_each_case_is_recorded_as_it_asks(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Detection] = []
-    monkeypatch.setattr(detector.store, "record_detections", kept.extend)
+    monkeypatch.setattr(detector.store.detections, "add", kept.extend)
     prepared = [detector.prepare(query(seed)) for seed in range(4, 8)]
     embeddings = detector.embedder.embed_stacks([item.pixels for item in prepared])
     asked = [Question(), Question(record=False), Question(k=2), Question()]
@@ -341,7 +342,7 @@ def test_a_detection_is_recorded_without_its_image(detector: Detector) -> None:
     upload = Upload("a.png", buffer.getvalue())
     verdict = judged(detector, upload)
     assert verdict.provenance.metadata == {"png:parameters": "a private prompt"}
-    row = detector.store.get_detection(UUID(verdict.id))
+    row = detector.store.detections.get(UUID(verdict.id))
     assert row is not None
     assert row.result.pop("version") == RECORD_VERSION
     assert row.result.pop("question") == {"k": None, "max_false_alarm": None}
@@ -352,7 +353,7 @@ def test_a_detection_is_recorded_without_its_image(detector: Detector) -> None:
     assert verdict.recorded
     quiet = judged(with_settings(detector, record=False), query(41))
     assert not quiet.recorded
-    assert detector.store.get_detection(UUID(quiet.id)) is None
+    assert detector.store.detections.get(UUID(quiet.id)) is None
 
 
 @pytest.mark.parametrize(
@@ -389,8 +390,8 @@ def test_while_the_database_is_away_memory_answers(detector: Detector, monkeypat
         raise OperationalError("select", {}, Exception("connection refused"))
 
     monkeypatch.setattr(detector.breaker, "pause", 0.0)
-    for name in ("get_many", "record_detections"):
-        monkeypatch.setattr(detector.store, name, away)
+    monkeypatch.setattr(detector.store.references, "get_many", away)
+    monkeypatch.setattr(detector.store.detections, "add", away)
     verdict = judged(detector, query(50))
     assert (verdict.degraded, verdict.recorded) == (True, False)
     assert (usual.degraded, usual.recorded) == (False, True)
@@ -402,7 +403,7 @@ def test_while_the_database_is_away_memory_answers(detector: Detector, monkeypat
     assert {n.thumbnail for n in verdict.neighbours} == {None}
     assert None not in {n.thumbnail for n in usual.neighbours}
     monkeypatch.undo()
-    assert detector.store.get_detection(UUID(verdict.id)) is None
+    assert detector.store.detections.get(UUID(verdict.id)) is None
     assert not judged(detector, query(50)).degraded
 
 

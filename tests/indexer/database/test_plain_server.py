@@ -65,11 +65,11 @@ def test_an_older_server_will_do(server: str, image_folder: Path, tmp_path: Path
     assert int(version.split(".")[0]) >= 14
     store, embedder = Store(engine), HashingEmbedder()
     report = ingest(read_dataset(image_folder), embedder, store)
-    assert (report["added"], store.counts()) == (120, {"real": 60, "fake": 60})
+    assert (report["added"], store.references.counts()) == (120, {"real": 60, "fake": 60})
     follower = Follower(settings, store, embedder.id, embedder.dim)
     assert follower.load() == 1
-    assert store.remove(generator="gen-a").references == 30
+    assert store.references.remove(generator="gen-a").references == 30
     follower.catch_up()
-    assert follower.index.ids().tolist() == store.embedded_ids(embedder.id).tolist()
+    assert follower.index.ids().tolist() == store.changes.embedded_ids(embedder.id).tolist()
     engine.dispose()
     assert not EmbeddedServer(settings.home).stop()

@@ -16,7 +16,8 @@ from sqlalchemy import URL
 from indexer.ingest import exchange
 from indexer.ingest.exchange import BadExport, export_references, import_references
 from indexer.settings import Settings
-from indexer.store import Additions, Store
+from indexer.store import Store
+from indexer.store.changes import Additions
 
 OTHER = "d" * 32
 
@@ -25,11 +26,11 @@ OTHER = "d" * 32
 def source(settings: Settings) -> Iterator[Store]:
     """300 references of two checkpoints, one of them an upload that was kept."""
     store = opened(settings)
-    store.register_checkpoint(OTHER, "wide", 2, {"image_size": 8}, Path("wide"))
-    store.create_generator("SD-XL", vendor="Stability AI", released_on=date(2023, 7, 26))
+    store.checkpoints.register(OTHER, "wide", 2, {"image_size": 8}, Path("wide"))
+    store.generators.create("SD-XL", vendor="Stability AI", released_on=date(2023, 7, 26))
     upload = new(1, "SD-XL", data=b"the file", attributes={"prompt": "a cat"}, fingerprint=-5, jpeg_quality=90)
-    store.add([upload, *(new(n, "SD-XL" if n % 3 else None) for n in range(2, 300))], CHECKPOINT)
-    store.add([new(n, "SD-XL" if n % 3 else None, vector=vector(n)[:2]) for n in range(290, 301)], OTHER)
+    store.references.add([upload, *(new(n, "SD-XL" if n % 3 else None) for n in range(2, 300))], CHECKPOINT)
+    store.references.add([new(n, "SD-XL" if n % 3 else None, vector=vector(n)[:2]) for n in range(290, 301)], OTHER)
     yield store
     store.engine.dispose()
 
@@ -45,18 +46,22 @@ def target(postgres_server: URL, tmp_path: Path) -> Iterator[Store]:
 def rows(store: Store) -> dict[str, dict[str, Any]]:
     """Every reference by its hash, without what a database gives."""
     own = ("id", "enrolment_id", "added_at")
-    found = store.list(limit=1000)
+    found = store.references.list(limit=1000)
     return {
         row.sha256: {key: value for key, value in asdict(row).items() if key not in own}
-        | {"thumbnail": store.thumbnail(row.id), "file": store.file(row.id)}
+        | {"thumbnail": store.references.thumbnail(row.id), "file": store.references.file(row.id)}
         for row in found
     }
 
 
 def vectors(store: Store, checkpoint: str) -> dict[str, list[float]]:
     """Every embedding by the hash of its image."""
-    hashes = {row.id: row.sha256 for row in store.list(limit=1000)}
-    pages = [page for page in store.changes(checkpoint, 0, store.revision(checkpoint)) if isinstance(page, Additions)]
+    hashes = {row.id: row.sha256 for row in store.references.list(limit=1000)}
+    pages = [
+        page
+        for page in store.changes.between(checkpoint, 0, store.checkpoints.revision(checkpoint))
+        if isinstance(page, Additions)
+    ]
     return {
         hashes[image_id]: one
         for page in pages
@@ -74,22 +79,24 @@ def test_a_set_arrives_as_it_was(source: Store, target: Store, tmp_path: Path) -
     assert rows(target) == rows(source)
     for checkpoint in (CHECKPOINT, OTHER):
         assert vectors(target, checkpoint) == vectors(source, checkpoint)
-    generator = target.get_generator("SD-XL")
+    generator = target.generators.get("SD-XL")
     assert generator is not None
     assert (generator.vendor, generator.released_on) == ("Stability AI", date(2023, 7, 26))
-    assert [row.file_bytes for row in target.list(limit=1)] == [100]
-    enrolment = target.get_enrolment(imported["enrolment"])
+    assert [row.file_bytes for row in target.references.list(limit=1)] == [100]
+    enrolment = target.enrolments.get(imported["enrolment"])
     assert enrolment is not None
     assert enrolment.report == imported
-    assert target.get_checkpoint(OTHER).config == {"image_size": 8}  # its folder is no other machine's business
+    assert target.checkpoints.require(OTHER).config == {"image_size": 8}  # its folder is no other machine's business
     again = import_references(target, path)
     assert (again["added"], again["embeddings"]) == (0, 0)
-    assert target.revision(CHECKPOINT) == 2  # two pages
+    assert target.checkpoints.revision(CHECKPOINT) == 2  # two pages
 
 
 def test_conflicts_and_blocked_images_are_told(source: Store, target: Store, tmp_path: Path) -> None:
-    target.add([new(2), new(3)], CHECKPOINT)
-    target.remove(ids=[row.id for row in target.list() if row.sha256 == new(3).sha256], forget=True)
+    target.references.add([new(2), new(3)], CHECKPOINT)
+    target.references.remove(
+        ids=[row.id for row in target.references.list() if row.sha256 == new(3).sha256], forget=True
+    )
     export_references(source, tmp_path / "set")
     report = import_references(target, tmp_path / "set")
     assert (report["added"], report["blocked"]) == (298, [new(3).sha256])
@@ -108,7 +115,7 @@ def test_pages_end_before_they_hold_too_many_bytes(
     assert import_references(target, tmp_path / "set")["added"] == 300
     monkeypatch.setattr(exchange, "PAGE_BYTES", 1)
     monkeypatch.setattr(exchange, "PAGE", 2)
-    source.remove(ids=[row.id for row in source.list(limit=1000)[3:]])
+    source.references.remove(ids=[row.id for row in source.references.list(limit=1000)[3:]])
     assert export_references(source, tmp_path / "set")["references"] == 3
     assert import_references(target, tmp_path / "set")["references"] == 3
 
@@ -155,4 +162,4 @@ def test_damage_is_noticed_before_anything_is_added(source: Store, target: Store
     path.write_bytes(good.replace(b"lineup references 1", b"lineup references 9"))
     with pytest.raises(BadExport):
         import_references(target, path)
-    assert target.counts() == {"real": 0, "fake": 0}
+    assert target.references.counts() == {"real": 0, "fake": 0}

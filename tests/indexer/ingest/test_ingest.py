@@ -16,7 +16,8 @@ from indexer.database.connection import connect
 from indexer.ingest.ingest import fingerprint, ingest
 from indexer.ingest.prefetch import ahead
 from indexer.settings import Settings
-from indexer.store import Additions, Store
+from indexer.store import Store
+from indexer.store.changes import Additions
 from trainer.data.datasets import read_dataset
 from trainer.data.entry import Entry
 from trainer.images import decode_image
@@ -63,25 +64,25 @@ def test_a_folder_becomes_rows(store: Store, folder: Path) -> None:
     assert (report["conflicts"], report["rejected"], report["revision"]) == ([], [], 1)
     assert report["generators"] == {"real": 12, "gen-a": 6, "gen-b": 6}
     assert len(done) == embedder.calls == 24
-    enrolment = store.get_enrolment(report["enrolment"])
+    enrolment = store.enrolments.get(report["enrolment"])
     assert enrolment is not None
     assert enrolment.report == report
-    active = store.active_checkpoint()
+    active = store.checkpoints.active()
     assert active is not None
     assert (active.id, active.dim) == (embedder.id, embedder.dim)
 
     path = folder / "fake/gen-a/000.jpg"
     image, facts = decode_image(path.read_bytes())
-    row = store.find(facts.sha256)
+    row = store.references.find(facts.sha256)
     assert row is not None
     assert (row.label, row.generator, row.uri) == (1, "gen-a", path.as_uri())
     assert (row.file_bytes, row.mtime, row.jpeg_quality) == (path.stat().st_size, path.stat().st_mtime, 75)
     assert (row.width, row.height, row.format) == (48, 48, "JPEG")
     assert row.enrolment_id == report["enrolment"]
-    thumbnail = store.thumbnail(row.id)
+    thumbnail = store.references.thumbnail(row.id)
     assert thumbnail is not None
     assert Image.open(io.BytesIO(thumbnail)).format == "JPEG"
-    (page,) = store.changes(embedder.id, 0, 1)
+    (page,) = store.changes.between(embedder.id, 0, 1)
     assert isinstance(page, Additions)
     np.testing.assert_array_equal(page.vectors[page.ids == row.id], embedder.embed_pixels(embedder.preprocess([image])))
 
@@ -142,7 +143,7 @@ def test_conflicts_are_reported_before_and_after_reading(store: Store, folder: P
         ("fake/gen-a/copy.jpg", "real", "fake (gen-a)"),
         ("real/001.png", "real", "fake (gen-c)"),
     ]
-    assert store.counts() == {"real": 12, "fake": 12}
+    assert store.references.counts() == {"real": 12, "fake": 12}
 
 
 def test_the_same_bytes_twice_in_one_run(store: Store, folder: Path) -> None:
@@ -156,7 +157,7 @@ def test_a_second_checkpoint_embeds_what_is_known(store: Store, folder: Path) ->
     other = HashingEmbedder("other", dim=5)
     report = ingest(read_dataset(folder), other, store)
     assert (report["added"], report["known"], report["embedded"]) == (0, 0, 24)
-    assert len(store.embedded_ids(other.id)) == 24
+    assert len(store.changes.embedded_ids(other.id)) == 24
 
 
 def test_a_dry_run_writes_nothing(store: Store, folder: Path) -> None:
@@ -166,12 +167,12 @@ def test_a_dry_run_writes_nothing(store: Store, folder: Path) -> None:
     report = ingest(read_dataset(folder), embedder, store, max_pixels=10_000, dry_run=True)
     assert (report["added"], report["known"], len(report["rejected"])) == (24, 1, 4)
     assert report["generators"] == {"real": 12, "gen-a": 6, "gen-b": 6}
-    assert (embedder.calls, store.counts(), store.checkpoints()) == (0, {"real": 0, "fake": 0}, [])
+    assert (embedder.calls, store.references.counts(), store.checkpoints.list()) == (0, {"real": 0, "fake": 0}, [])
 
 
 def test_forgotten_images_are_named(store: Store, folder: Path) -> None:
     ingest(read_dataset(folder), HashingEmbedder(), store)
-    store.remove(generator="gen-a", forget=True)
+    store.references.remove(generator="gen-a", forget=True)
     report = ingest(read_dataset(folder), HashingEmbedder(), store)
     assert (report["added"], report["known"]) == (0, 18)
     assert {item["reason"] for item in report["rejected"]} == {"was removed with --forget"}
@@ -183,10 +184,10 @@ def test_uploads_keep_their_bytes(store: Store, folder: Path) -> None:
     entry = Entry("a.jpg", "g", 0, None, "http", "", None, None, None, {}, lambda: data)
     report = ingest([entry], HashingEmbedder(), store, keep_bytes=True, source="http")
     assert report["added"] == 1
-    (row,) = store.list()
+    (row,) = store.references.list()
     assert row.uri is None
-    assert store.file(row.id) == data
-    enrolment = store.get_enrolment(report["enrolment"])
+    assert store.references.file(row.id) == data
+    enrolment = store.enrolments.get(report["enrolment"])
     assert enrolment is not None
     assert enrolment.source == "http"
 
@@ -206,7 +207,7 @@ def test_two_at_once_lose_nothing(store: Store, settings: Settings, folder: Path
         thread.join(60)
     assert sum(report["added"] for report in reports) == 24
     assert [report["added"] + report["known"] for report in reports] == [24, 24]
-    assert len(store.embedded_ids(HashingEmbedder().id)) == 24
+    assert len(store.changes.embedded_ids(HashingEmbedder().id)) == 24
 
 
 def test_an_ended_run_is_taken_up_again(store: Store, folder: Path) -> None:
@@ -222,7 +223,7 @@ def test_an_ended_run_is_taken_up_again(store: Store, folder: Path) -> None:
     assert threading.active_count() == before
     report = ingest(read_dataset(folder), HashingEmbedder(), store)
     assert report["added"] + report["known"] == 24
-    assert store.counts() == {"real": 12, "fake": 12}
+    assert store.references.counts() == {"real": 12, "fake": 12}
 
 
 def test_fingerprints_of_near_duplicates_are_near() -> None:

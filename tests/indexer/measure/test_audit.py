@@ -10,7 +10,8 @@ from numbered import add_all, new, opened
 from indexer.measure import audit as module
 from indexer.measure.audit import AuditError, audit, fact_aurocs, fact_warnings, near_duplicates_across
 from indexer.settings import Settings
-from indexer.store import NewReference, Store
+from indexer.store import Store
+from indexer.store.columns import NewReference
 from trainer.images import FileFacts
 
 

@@ -73,7 +73,7 @@ def test_the_result_is_kept_under_its_revision(store: Store, settings: Settings)
     assert {"knn", "linear", "knn+linear"} == set(fitted.maps)
     assert (fitted.n_real, fitted.n_fake) == (50, 50)
     add_all(store, [reference(200)])
-    saved = store.load_calibration(CHECKPOINT, heads().id)
+    saved = store.calibrations.load(CHECKPOINT, heads().id)
     assert saved is not None
     assert (saved.revision, saved.params["k"]) == (1, K)
     again = Calibration.from_json(saved.params)
@@ -93,7 +93,7 @@ def test_a_new_revision_changes_what_depends_on_the_index(store: Store, settings
     assert after.maps["linear"] == before.maps["linear"]  # fixed by the checkpoint
     assert after.maps["knn"] != before.maps["knn"]
     assert np.median(after.nearest) > np.median(before.nearest)
-    saved = [store.load_calibration(CHECKPOINT, heads().id, revision) for revision in (1, 2)]
+    saved = [store.calibrations.load(CHECKPOINT, heads().id, revision) for revision in (1, 2)]
     assert all(saved)
 
 
@@ -282,7 +282,7 @@ def test_recalibration_needs_the_same_checkpoint(store: Store, settings: Setting
     heads().save(folder)
     assert recalibrate(settings, follower) is None  # another checkpoint's
     follower.checkpoint_id = checkpoint_id(read_weights(folder), read_config(folder).preprocess)
-    store.register_checkpoint(follower.checkpoint_id, "same", DIM, {})
+    store.checkpoints.register(follower.checkpoint_id, "same", DIM, {})
     fitted = recalibrate(settings, follower)
     assert fitted is not None
     assert set(fitted.maps) == {"linear"}

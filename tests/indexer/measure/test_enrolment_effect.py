@@ -10,7 +10,8 @@ from indexer.database.connection import connect
 from indexer.follower import Follower
 from indexer.measure.enrolment_effect import effect
 from indexer.settings import Settings
-from indexer.store import NewReference, Store
+from indexer.store import Store
+from indexer.store.columns import NewReference
 from trainer.heads.calibration_set import CalibrationSet
 
 CHECKPOINT = "e" * 32
@@ -44,16 +45,16 @@ def follower(settings: Settings) -> Iterator[Follower]:
     """40 real images and 40 of an old generator."""
     engine = connect(settings)
     store = Store(engine)
-    store.register_checkpoint(CHECKPOINT, "tests", 3, {})
+    store.checkpoints.register(CHECKPOINT, "tests", 3, {})
     rows = [reference(n, REAL, None) for n in range(40)] + [reference(n, OLD, "old") for n in range(40, 80)]
-    store.add(rows, CHECKPOINT)
+    store.references.add(rows, CHECKPOINT)
     yield Follower(settings, store, CHECKPOINT, 3)
     engine.dispose()
 
 
 def enrol(follower: Follower, rows: list[NewReference]) -> int:
-    enrolment = follower.store.open_enrolment(None, None)
-    follower.store.add(rows, CHECKPOINT, enrolment)
+    enrolment = follower.store.enrolments.open(None, None)
+    follower.store.references.add(rows, CHECKPOINT, enrolment)
     follower.load()
     return enrolment
 
@@ -99,10 +100,10 @@ def test_an_image_does_not_answer_for_its_group(follower: Follower) -> None:
 def test_nothing_is_said_where_nothing_can_be(settings: Settings) -> None:
     engine = connect(settings)
     store = Store(engine)
-    store.register_checkpoint(CHECKPOINT, "tests", 3, {})
+    store.checkpoints.register(CHECKPOINT, "tests", 3, {})
     follower = Follower(settings, store, CHECKPOINT, 3)
     follower.load()
-    assert effect(follower, store.open_enrolment(None, None), None, k=5) is None
+    assert effect(follower, store.enrolments.open(None, None), None, k=5) is None
     measured = effect(follower, enrol(follower, [reference(1, REAL, None)]), None, k=5)
     assert measured is not None
     nothing = {"before": None, "after": None, "held_back": None}

@@ -112,7 +112,7 @@ def test_shares_of_verdicts() -> None:
 
 def test_nothing_to_evaluate(settings: Settings, populated: Settings, embedder: Embedder, image_folder: Path) -> None:
     store = Store(connect(settings))
-    store.register_checkpoint(embedder.id, "tiny", embedder.dim, {})
+    store.checkpoints.register(embedder.id, "tiny", embedder.dim, {})
     empty = Follower(settings, store, embedder.id, embedder.dim)
     empty.load()
     with pytest.raises(EvaluationError, match="the index is empty"):

@@ -19,24 +19,15 @@ from sqlalchemy.exc import IntegrityError
 from indexer.database.connection import connect
 from indexer.measure.near_duplicates import relatives
 from indexer.settings import Settings
-from indexer.store import (
-    Additions,
-    BadGeneratorName,
-    BadVector,
-    CheckpointSwitched,
-    Detection,
-    GeneratorExists,
-    KeyExists,
-    NewReference,
-    Removals,
-    Removed,
-    Store,
-    UnknownCheckpoint,
-    UnknownGenerator,
-)
-from indexer.store.changes import GONE, PAGE
-from indexer.store.checkpoints import CALIBRATIONS
-from indexer.store.removing import STAMP
+from indexer.store import Store
+from indexer.store.changes import ADDITIONS, REMOVALS, Additions, Removals
+from indexer.store.checkpoints import CALIBRATIONS, CheckpointSwitched, UnknownCheckpoint
+from indexer.store.columns import NewReference
+from indexer.store.detections import Detection
+from indexer.store.generators import BadGeneratorName, GeneratorExists, UnknownGenerator
+from indexer.store.keys import KeyExists
+from indexer.store.removing import STAMP, Removed
+from indexer.store.writing import BadVector
 from trainer.model.embedder import Embedder
 
 DIM = 4
@@ -69,7 +60,7 @@ def new(number: int, generator: str | None = None, *, source: str = "tests", dim
 def store(settings: Settings) -> Iterator[Store]:
     engine = connect(settings)
     store = Store(engine)
-    store.register_checkpoint(CHECKPOINT, "tiny", DIM, {"image_size": 32})
+    store.checkpoints.register(CHECKPOINT, "tiny", DIM, {"image_size": 32})
     yield store
     engine.dispose()
 
@@ -82,8 +73,8 @@ class Replica:
         self.rows: dict[int, float] = {}
 
     def catch_up(self, page: int = 20_000) -> None:
-        target = self.store.revision(self.checkpoint)
-        for change in self.store.changes(self.checkpoint, self.seen, target, page=page):
+        target = self.store.checkpoints.revision(self.checkpoint)
+        for change in self.store.changes.between(self.checkpoint, self.seen, target, page=page):
             match change:
                 case Additions():
                     self.rows |= dict(zip(change.ids.tolist(), change.vectors[:, 0].tolist(), strict=True))
@@ -94,64 +85,64 @@ class Replica:
 
 
 def test_checkpoints_stand_side_by_side(store: Store) -> None:
-    store.register_checkpoint("d" * 32, "other", 8, {})
-    store.register_checkpoint("d" * 32, "other", 8, {})
-    assert [(c.name, c.dim, c.active) for c in store.checkpoints()] == [("tiny", 4, True), ("other", 8, False)]
-    assert store.activate("d" * 32)
-    active = store.active_checkpoint()
+    store.checkpoints.register("d" * 32, "other", 8, {})
+    store.checkpoints.register("d" * 32, "other", 8, {})
+    assert [(c.name, c.dim, c.active) for c in store.checkpoints.list()] == [("tiny", 4, True), ("other", 8, False)]
+    assert store.checkpoints.activate("d" * 32)
+    active = store.checkpoints.active()
     assert active is not None
     assert active.name == "other"
     with pytest.raises(UnknownCheckpoint):
-        store.activate("missing")
+        store.checkpoints.activate("missing")
     with pytest.raises(UnknownCheckpoint):
-        store.revision("missing")
+        store.checkpoints.revision("missing")
     with pytest.raises(ValueError, match="4 dimensions, this one has 5"):
-        store.register_checkpoint(CHECKPOINT, "tiny", 5, {})
+        store.checkpoints.register(CHECKPOINT, "tiny", 5, {})
 
 
 def test_a_checkpoint_becomes_active_when_nothing_lacks_its_embedding(store: Store) -> None:
     other = "d" * 32
-    store.register_checkpoint(other, "other", DIM, {})
-    first, second = store.add([new(1), new(2)], CHECKPOINT).ids
-    assert not store.activate(other, without=[first or 0])
-    assert store.activate(other, without=[first or 0, second or 0])
-    assert store.activate(CHECKPOINT)
-    assert [one.id for one in store.checkpoints() if one.active] == [CHECKPOINT]
+    store.checkpoints.register(other, "other", DIM, {})
+    first, second = store.references.add([new(1), new(2)], CHECKPOINT).ids
+    assert not store.checkpoints.activate(other, without=[first or 0])
+    assert store.checkpoints.activate(other, without=[first or 0, second or 0])
+    assert store.checkpoints.activate(CHECKPOINT)
+    assert [one.id for one in store.checkpoints.list() if one.active] == [CHECKPOINT]
 
 
 def test_nothing_is_added_for_a_checkpoint_that_is_no_longer_active(store: Store) -> None:
     other = "d" * 32
-    store.register_checkpoint(other, "other", DIM, {})
-    assert store.add([new(1)], CHECKPOINT, while_active=True).added == 1
-    store.embed([1], new(1).vector[None], other)
-    assert store.activate(other)
+    store.checkpoints.register(other, "other", DIM, {})
+    assert store.references.add([new(1)], CHECKPOINT, while_active=True).added == 1
+    store.references.embed([1], new(1).vector[None], other)
+    assert store.checkpoints.activate(other)
     with pytest.raises(CheckpointSwitched, match="run the command again"):
-        store.add([new(2)], CHECKPOINT, while_active=True)
-    assert sum(store.counts().values()) == 1
-    assert store.add([new(2)], CHECKPOINT).added == 1
+        store.references.add([new(2)], CHECKPOINT, while_active=True)
+    assert sum(store.references.counts().values()) == 1
+    assert store.references.add([new(2)], CHECKPOINT).added == 1
 
 
 def test_a_checkpoint_remembers_where_it_lies(store: Store, tiny_checkpoint: Path, tmp_path: Path) -> None:
     one = Embedder.load(tiny_checkpoint, device="cpu")
-    register = partial(store.register_checkpoint, one.id, one.name, one.dim, one.config.to_json())
+    register = partial(store.checkpoints.register, one.id, one.name, one.dim, one.config.to_json())
     assert register().find(tmp_path) is None
     assert register(tiny_checkpoint).find(tmp_path) == tiny_checkpoint
     assert register(tmp_path).find(tmp_path) == tiny_checkpoint  # the first one stays until it is made active
-    assert store.activate(one.id, folder=tmp_path)
-    assert store.get_checkpoint(one.id).find(tmp_path) is None
-    assert store.get_checkpoint(one.id).find(tiny_checkpoint) == tiny_checkpoint
+    assert store.checkpoints.activate(one.id, folder=tmp_path)
+    assert store.checkpoints.require(one.id).find(tmp_path) is None
+    assert store.checkpoints.require(one.id).find(tiny_checkpoint) == tiny_checkpoint
 
 
 def test_add_keeps_everything(store: Store) -> None:
-    enrolment = store.open_enrolment("SD-XL", "tests")
+    enrolment = store.enrolments.open("SD-XL", "tests")
     item = replace(new(1, "SD-XL"), data=b"the file")
-    added = store.add([item], CHECKPOINT, enrolment)
+    added = store.references.add([item], CHECKPOINT, enrolment)
     assert (added.added, added.known, added.embedded, added.conflicts, added.revision) == (1, 0, 0, [], 1)
     (image_id,) = added.ids
     assert image_id is not None
-    row = store.get(image_id)
+    row = store.references.get(image_id)
     assert row is not None
-    assert row == store.find(item.sha256)
+    assert row == store.references.find(item.sha256)
     shared = (
         "sha256 label generator source group uri file_bytes mtime width height format jpeg_quality attributes "
         "fingerprint"
@@ -160,75 +151,75 @@ def test_add_keeps_everything(store: Store) -> None:
         name: getattr(item, name) for name in shared.split()
     }
     assert row.enrolment_id == enrolment
-    assert store.thumbnail(image_id) == b"jpegjpegjpeg"
-    assert store.file(image_id) == b"the file"
-    assert store.get_many([image_id, 999]) == {image_id: row}
-    assert store.counts() == {"real": 0, "fake": 1}
-    assert store.sources() == {"tests": 1}
-    (page,) = store.changes(CHECKPOINT, 0, 1)
+    assert store.references.thumbnail(image_id) == b"jpegjpegjpeg"
+    assert store.references.file(image_id) == b"the file"
+    assert store.references.get_many([image_id, 999]) == {image_id: row}
+    assert store.references.counts() == {"real": 0, "fake": 1}
+    assert store.references.sources() == {"tests": 1}
+    (page,) = store.changes.between(CHECKPOINT, 0, 1)
     assert isinstance(page, Additions)
     assert (page.ids.tolist(), page.labels.tolist(), page.sources) == ([image_id], [1], ["tests"])
-    assert store.generator_names() == {int(page.generators[0]): "SD-XL"}
+    assert store.generators.names() == {int(page.generators[0]): "SD-XL"}
     np.testing.assert_array_equal(page.vectors, [item.vector])
 
 
 def test_the_same_bytes_twice_change_nothing(store: Store) -> None:
     batch = [new(1), new(2), new(3, "SD-XL")]
-    first = store.add(batch, CHECKPOINT)
-    second = store.add([*batch[::-1], batch[0]], CHECKPOINT)
+    first = store.references.add(batch, CHECKPOINT)
+    second = store.references.add([*batch[::-1], batch[0]], CHECKPOINT)
     assert (second.added, second.known, second.embedded, second.revision) == (0, 4, 0, 1)
     assert second.ids == [*first.ids[::-1], first.ids[0]]
-    twice = store.add([new(9), new(9)], CHECKPOINT)
+    twice = store.references.add([new(9), new(9)], CHECKPOINT)
     assert (twice.added, twice.known, twice.revision) == (1, 1, 2)
     assert twice.ids[0] == twice.ids[1]
 
 
 def test_same_bytes_with_another_label_or_generator_are_a_conflict(store: Store) -> None:
-    store.add([new(1), new(2, "SD-XL")], CHECKPOINT)
-    added = store.add([new(1, "SD-XL"), new(2, "DALL-E 3"), new(2, "sd-xl"), new(2)], CHECKPOINT)
+    store.references.add([new(1), new(2, "SD-XL")], CHECKPOINT)
+    added = store.references.add([new(1, "SD-XL"), new(2, "DALL-E 3"), new(2, "sd-xl"), new(2)], CHECKPOINT)
     assert (added.added, added.known, added.embedded, added.revision) == (0, 1, 0, 1)
     assert [(c.position, c.has, c.wants) for c in added.conflicts] == [
         (0, "real", "fake (SD-XL)"),
         (1, "fake (SD-XL)", "fake (DALL-E 3)"),
         (3, "fake (SD-XL)", "real"),
     ]
-    inside = store.add([new(5), new(5, "SD-XL")], CHECKPOINT)
+    inside = store.references.add([new(5), new(5, "SD-XL")], CHECKPOINT)
     assert (inside.added, len(inside.conflicts)) == (1, 1)
 
 
 def test_vectors_of_two_checkpoints_never_mix(store: Store) -> None:
     other = "d" * 32
-    store.register_checkpoint(other, "wide", 8, {})
-    first = store.add([new(1), new(2)], CHECKPOINT)
-    second = store.add([new(2, dim=8), new(3, dim=8)], other)
+    store.checkpoints.register(other, "wide", 8, {})
+    first = store.references.add([new(1), new(2)], CHECKPOINT)
+    second = store.references.add([new(2, dim=8), new(3, dim=8)], other)
     assert (second.added, second.known, second.embedded, second.revision) == (1, 0, 1, 1)
-    assert store.embedded_ids(CHECKPOINT).tolist() == first.ids
-    assert store.embedded_ids(other).tolist() == second.ids
-    (page,) = store.changes(other, 0, 1)
+    assert store.changes.embedded_ids(CHECKPOINT).tolist() == first.ids
+    assert store.changes.embedded_ids(other).tolist() == second.ids
+    (page,) = store.changes.between(other, 0, 1)
     assert isinstance(page, Additions)
     assert page.vectors.shape == (2, 8)
-    known = store.known_hashes([new(1).sha256, new(2).sha256], other)
+    known = store.references.known_hashes([new(1).sha256, new(2).sha256], other)
     assert {sha256: row.embedded for sha256, row in known.items()} == {new(1).sha256: False, new(2).sha256: True}
 
 
 def test_known_images_are_embedded_by_another_checkpoint(store: Store) -> None:
     other = "d" * 32
-    store.register_checkpoint(other, "wide", 8, {})
-    first, second = (number or 0 for number in store.add([new(1), new(2, "SD-XL")], CHECKPOINT).ids)
+    store.checkpoints.register(other, "wide", 8, {})
+    first, second = (number or 0 for number in store.references.add([new(1), new(2, "SD-XL")], CHECKPOINT).ids)
     vectors = np.arange(1, 17, dtype=np.float32).reshape(2, 8)
-    assert store.embed([second, 999], vectors, other) == 1  # the other one was removed meanwhile
-    assert store.embed([first, second], vectors[::-1], other) == 1
-    assert store.embed([first, second], vectors, other) == 0
-    assert (store.revision(other), store.revision(CHECKPOINT)) == (2, 1)
-    one, last = store.changes(other, 0, 1), store.changes(other, 1, 2)
+    assert store.references.embed([second, 999], vectors, other) == 1  # the other one was removed meanwhile
+    assert store.references.embed([first, second], vectors[::-1], other) == 1
+    assert store.references.embed([first, second], vectors, other) == 0
+    assert (store.checkpoints.revision(other), store.checkpoints.revision(CHECKPOINT)) == (2, 1)
+    one, last = store.changes.between(other, 0, 1), store.changes.between(other, 1, 2)
     assert [(page.ids.tolist(), page.vectors.tolist()) for page in (*one, *last) if isinstance(page, Additions)] == [
         ([second], [vectors[0].tolist()]),
         ([first], [vectors[1].tolist()]),
     ]
     with pytest.raises(BadVector):
-        store.embed([first], np.ones((1, DIM)), other)
+        store.references.embed([first], np.ones((1, DIM)), other)
     with pytest.raises(UnknownCheckpoint):
-        store.embed([first], vectors[:1], "missing")
+        store.references.embed([first], vectors[:1], "missing")
 
 
 @pytest.mark.parametrize(
@@ -245,82 +236,82 @@ def test_known_images_are_embedded_by_another_checkpoint(store: Store) -> None:
 )
 def test_bad_vectors_are_refused(store: Store, vector: np.ndarray) -> None:
     with pytest.raises(BadVector):
-        store.add([new(1), replace(new(2), vector=vector)], CHECKPOINT)
-    assert store.counts() == {"real": 0, "fake": 0}
+        store.references.add([new(1), replace(new(2), vector=vector)], CHECKPOINT)
+    assert store.references.counts() == {"real": 0, "fake": 0}
 
 
 def test_add_refuses_what_cannot_be(store: Store) -> None:
     with pytest.raises(ValueError, match="1001 images in one transaction; 1000"):
-        store.add([new(1)] * 1001, CHECKPOINT)
+        store.references.add([new(1)] * 1001, CHECKPOINT)
     with pytest.raises(UnknownCheckpoint):
-        store.add([new(1)], "missing")
+        store.references.add([new(1)], "missing")
     with pytest.raises(BadGeneratorName):
-        store.add([new(1, "a/b")], CHECKPOINT)
-    assert store.generators() == []
+        store.references.add([new(1, "a/b")], CHECKPOINT)
+    assert store.generators.list() == []
 
 
 def test_text_that_postgres_cannot_hold_is_escaped(store: Store) -> None:
     odd = replace(new(1), group="a\0b", source="caf\udce9", attributes={"k\0": "\udce9"})
-    (image_id,) = store.add([odd], CHECKPOINT).ids
-    row = store.get(image_id or 0)
+    (image_id,) = store.references.add([odd], CHECKPOINT).ids
+    row = store.references.get(image_id or 0)
     assert row is not None
     assert (row.group, row.source, row.attributes) == ("ab", "caf\\udce9", {"k": "\\udce9"})
 
 
 def test_known_files_are_found_by_uri_size_and_time(store: Store) -> None:
     item = new(1, "SD-XL")
-    store.add([item], CHECKPOINT)
-    known = store.known_files([item.uri or "", "file:///else"], CHECKPOINT)
+    store.references.add([item], CHECKPOINT)
+    known = store.references.known_files([item.uri or "", "file:///else"], CHECKPOINT)
     assert list(known) == [(item.uri, item.file_bytes, item.mtime)]
     (row,) = known.values()
     assert (row.sha256, row.label, row.generator, row.embedded) == (item.sha256, 1, "SD-XL", True)
 
 
 def test_list_pages_and_filters(store: Store) -> None:
-    store.add([new(i) for i in range(5)], CHECKPOINT)
-    store.add([new(i, "SD-XL", source="d3") for i in range(5, 8)], CHECKPOINT)
-    first = store.list(limit=6)
-    rest = store.list(limit=6, after=first[-1].id)
+    store.references.add([new(i) for i in range(5)], CHECKPOINT)
+    store.references.add([new(i, "SD-XL", source="d3") for i in range(5, 8)], CHECKPOINT)
+    first = store.references.list(limit=6)
+    rest = store.references.list(limit=6, after=first[-1].id)
     ids = [row.id for row in [*first, *rest]]
     assert len(ids) == 8
     assert ids == sorted(ids)
-    assert [row.label for row in store.list(label=1)] == [1, 1, 1]
-    assert len(store.list(generator="sd-xl")) == 3
-    assert len(store.list(source="tests", label=0)) == 5
-    assert store.list(generator="none such") == []
+    assert [row.label for row in store.references.list(label=1)] == [1, 1, 1]
+    assert len(store.references.list(generator="sd-xl")) == 3
+    assert len(store.references.list(source="tests", label=0)) == 5
+    assert store.references.list(generator="none such") == []
 
 
 def test_removal_reaches_the_followers_of_every_checkpoint(store: Store) -> None:
     other = "d" * 32
-    store.register_checkpoint(other, "wide", 8, {})
-    store.add([new(i) for i in range(4)], CHECKPOINT)
-    store.add([new(i, dim=8) for i in range(2)], other)
+    store.checkpoints.register(other, "wide", 8, {})
+    store.references.add([new(i) for i in range(4)], CHECKPOINT)
+    store.references.add([new(i, dim=8) for i in range(2)], other)
     mine, theirs = Replica(store), Replica(store, other)
     mine.catch_up()
     theirs.catch_up()
-    gone = [row.id for row in store.list() if row.sha256 in {new(1).sha256, new(3).sha256}]
-    removed = store.remove(ids=[*gone, 12345])
+    gone = [row.id for row in store.references.list() if row.sha256 in {new(1).sha256, new(3).sha256}]
+    removed = store.references.remove(ids=[*gone, 12345])
     assert removed.references == 2
     assert removed.revisions == {CHECKPOINT: 2, other: 2}
     assert removed.vectors == {CHECKPOINT: 2, other: 1}
     mine.catch_up()
     theirs.catch_up()
-    assert sorted(mine.rows) == store.embedded_ids(CHECKPOINT).tolist()
-    assert sorted(theirs.rows) == store.embedded_ids(other).tolist()
+    assert sorted(mine.rows) == store.changes.embedded_ids(CHECKPOINT).tolist()
+    assert sorted(theirs.rows) == store.changes.embedded_ids(other).tolist()
     assert len(mine.rows) == 2
     assert len(theirs.rows) == 1
-    assert store.get_many(gone) == {}
+    assert store.references.get_many(gone) == {}
 
 
 @pytest.mark.parametrize("criterion", ["generator", "source", "enrolment"])
 def test_remove_by(store: Store, criterion: str) -> None:
-    enrolment = store.open_enrolment("SD-XL", "d3")
-    store.add([new(i) for i in range(3)], CHECKPOINT)
-    store.add([new(i, "SD-XL", source="d3") for i in range(3, 8)], CHECKPOINT, enrolment)
+    enrolment = store.enrolments.open("SD-XL", "d3")
+    store.references.add([new(i) for i in range(3)], CHECKPOINT)
+    store.references.add([new(i, "SD-XL", source="d3") for i in range(3, 8)], CHECKPOINT, enrolment)
     value: dict[str, object] = {"generator": "sd-xl", "source": "d3", "enrolment": enrolment}
-    assert store.remove(**{criterion: value[criterion]}).references == 5  # type: ignore[arg-type]
-    assert store.counts() == {"real": 3, "fake": 0}
-    again = store.add([new(3, "SD-XL")], CHECKPOINT)
+    assert store.references.remove(**{criterion: value[criterion]}).references == 5  # type: ignore[arg-type]
+    assert store.references.counts() == {"real": 3, "fake": 0}
+    again = store.references.add([new(3, "SD-XL")], CHECKPOINT)
     assert again.added == 1  # with a new id: ids are never given twice
     assert again.ids[0] is not None
     assert again.ids[0] > 8
@@ -328,82 +319,82 @@ def test_remove_by(store: Store, criterion: str) -> None:
 
 def test_remove_wants_exactly_one_criterion(store: Store) -> None:
     with pytest.raises(ValueError, match="one of"):
-        store.remove()
+        store.references.remove()
     with pytest.raises(ValueError, match="one of"):
-        store.remove(source="a", ids=[1])
+        store.references.remove(source="a", ids=[1])
     with pytest.raises(UnknownGenerator):
-        store.remove(generator="nobody")
-    assert store.remove(source="nothing").references == 0
+        store.references.remove(generator="nobody")
+    assert store.references.remove(source="nothing").references == 0
 
 
 def test_forgotten_images_do_not_come_back(store: Store) -> None:
-    store.add([new(1), new(2)], CHECKPOINT)
-    store.remove(ids=[store.list()[0].id], forget=True)
-    added = store.add([new(1), new(2), new(3)], CHECKPOINT)
+    store.references.add([new(1), new(2)], CHECKPOINT)
+    store.references.remove(ids=[store.references.list()[0].id], forget=True)
+    added = store.references.add([new(1), new(2), new(3)], CHECKPOINT)
     assert (added.added, added.known, added.blocked) == (1, 1, [new(1).sha256])
     assert added.ids[0] is None
-    assert store.blocked_hashes([new(1).sha256, new(2).sha256]) == {new(1).sha256}
+    assert store.references.blocked_hashes([new(1).sha256, new(2).sha256]) == {new(1).sha256}
 
 
 def test_changes_come_in_pages_that_lose_nothing(store: Store) -> None:
     for start in range(0, 60, 7):
-        store.add([new(i, "SD-XL" if i % 2 else None) for i in range(start, min(start + 7, 60))], CHECKPOINT)
+        store.references.add([new(i, "SD-XL" if i % 2 else None) for i in range(start, min(start + 7, 60))], CHECKPOINT)
     replica = Replica(store)
     replica.catch_up(page=5)  # pages end inside and at the end of a revision
-    assert sorted(replica.rows) == store.embedded_ids(CHECKPOINT).tolist()
+    assert sorted(replica.rows) == store.changes.embedded_ids(CHECKPOINT).tolist()
     assert sorted(replica.rows.values()) == list(range(1, 61))
-    assert list(store.changes(CHECKPOINT, replica.seen, replica.seen)) == []
+    assert list(store.changes.between(CHECKPOINT, replica.seen, replica.seen)) == []
 
 
 def test_generators(store: Store) -> None:
-    store.create_generator("SD-XL", vendor="Stability AI", released_on=date(2023, 7, 26))
-    store.add([new(1, "sd-xl"), new(2, "Midjourney 6")], CHECKPOINT)
-    assert [(g.name, g.references) for g in store.generators()] == [("Midjourney 6", 1), ("SD-XL", 1)]
+    store.generators.create("SD-XL", vendor="Stability AI", released_on=date(2023, 7, 26))
+    store.references.add([new(1, "sd-xl"), new(2, "Midjourney 6")], CHECKPOINT)
+    assert [(g.name, g.references) for g in store.generators.list()] == [("Midjourney 6", 1), ("SD-XL", 1)]
     with pytest.raises(GeneratorExists):
-        store.create_generator("sd-XL")
+        store.generators.create("sd-XL")
     with pytest.raises(GeneratorExists):
-        store.update_generator("Midjourney 6", {"name": "sd-xl"})
+        store.generators.update("Midjourney 6", {"name": "sd-xl"})
     with pytest.raises(UnknownGenerator):
-        store.update_generator("nobody", {"family": "x"})
+        store.generators.update("nobody", {"family": "x"})
     with pytest.raises(ValueError, match="no colour"):
-        store.update_generator("SD-XL", {"colour": "red"})
-    changed = store.update_generator("sd-xl", {"name": "SDXL", "version": "1.0"})
+        store.generators.update("SD-XL", {"colour": "red"})
+    changed = store.generators.update("sd-xl", {"name": "SDXL", "version": "1.0"})
     assert (changed.name, changed.version, changed.vendor, changed.references) == ("SDXL", "1.0", "Stability AI", 1)
-    assert store.delete_generator("sdxl").references == 1
-    assert store.get_generator("SDXL") is None
+    assert store.generators.delete("sdxl").references == 1
+    assert store.generators.get("SDXL") is None
 
 
 @pytest.mark.parametrize("name", ["real", "ALL", "Unknown", "none", "", " a", ".a", "a/b", "a" * 101, "a\n", "ä"])
 def test_bad_generator_names(store: Store, name: str) -> None:
     with pytest.raises(BadGeneratorName):
-        store.create_generator(name)
+        store.generators.create(name)
 
 
 def test_enrolments(store: Store) -> None:
-    ids = [store.open_enrolment("SD-XL", "d3"), store.open_enrolment(None, None)]
-    store.finish_enrolment(ids[0], {"added": 3})
-    first = store.get_enrolment(ids[0])
+    ids = [store.enrolments.open("SD-XL", "d3"), store.enrolments.open(None, None)]
+    store.enrolments.finish(ids[0], {"added": 3})
+    first = store.enrolments.get(ids[0])
     assert first is not None
     assert (first.generator, first.source, first.report) == ("SD-XL", "d3", {"added": 3})
-    assert [e.id for e in store.enrolments(limit=1)] == [ids[1]]
-    assert [e.id for e in store.enrolments(before=ids[1])] == [ids[0]]
+    assert [e.id for e in store.enrolments.list(limit=1)] == [ids[1]]
+    assert [e.id for e in store.enrolments.list(before=ids[1])] == [ids[0]]
 
 
 def test_calibrations(store: Store) -> None:
-    assert store.load_calibration(CHECKPOINT, "h") is None
-    store.save_calibration(CHECKPOINT, "h", 3, {"a": 1})
-    store.save_calibration(CHECKPOINT, "h", 5, {"a": 2})
-    store.save_calibration(CHECKPOINT, "h", 5, {"a": 3})
-    latest, third = store.load_calibration(CHECKPOINT, "h"), store.load_calibration(CHECKPOINT, "h", 3)
+    assert store.calibrations.load(CHECKPOINT, "h") is None
+    store.calibrations.save(CHECKPOINT, "h", 3, {"a": 1})
+    store.calibrations.save(CHECKPOINT, "h", 5, {"a": 2})
+    store.calibrations.save(CHECKPOINT, "h", 5, {"a": 3})
+    latest, third = store.calibrations.load(CHECKPOINT, "h"), store.calibrations.load(CHECKPOINT, "h", 3)
     assert latest is not None
     assert third is not None
     assert (latest.revision, latest.params, third.params) == (5, {"a": 3}, {"a": 1})
     for revision in range(6, 6 + CALIBRATIONS):
-        store.save_calibration(CHECKPOINT, "h", revision, {})
-    store.save_calibration(CHECKPOINT, "other", 1, {})
-    kept = [revision for revision in range(40) if store.load_calibration(CHECKPOINT, "h", revision)]
+        store.calibrations.save(CHECKPOINT, "h", revision, {})
+    store.calibrations.save(CHECKPOINT, "other", 1, {})
+    kept = [revision for revision in range(40) if store.calibrations.load(CHECKPOINT, "h", revision)]
     assert kept == list(range(6, 6 + CALIBRATIONS))
-    assert store.load_calibration(CHECKPOINT, "other", 1)
+    assert store.calibrations.load(CHECKPOINT, "other", 1)
 
 
 def test_detections(store: Store) -> None:
@@ -414,56 +405,56 @@ def test_detections(store: Store) -> None:
         for n in range(3)
     ]
     for detection in given:
-        store.record_detections([detection])
-    got = store.get_detection(given[0].id)
+        store.detections.add([detection])
+    got = store.detections.get(given[0].id)
     assert got is not None
     np.testing.assert_array_equal(got.vector, vector)
     assert (got.sha256, got.result, got.revision, got.feedback) == (sha256, {"verdict": "fake", "n": 0}, 7, None)
-    newest = store.list_detections(limit=2)
+    newest = store.detections.list(limit=2)
     assert [listed.id for listed in newest] == [given[2].id, given[1].id]
     assert (newest[0].sha256, newest[0].verdict, newest[0].file, newest[0].score) == (sha256, "fake", None, None)
-    assert [listed.id for listed in store.list_detections(before=newest[-1].id)] == [given[0].id]
-    assert store.set_feedback(given[0].id, {"verdict": "real"})
-    assert not store.set_feedback(uuid.uuid4(), {})
-    assert [d.feedback for d in store.list_detections()] == [None, None, {"verdict": "real"}]
+    assert [listed.id for listed in store.detections.list(before=newest[-1].id)] == [given[0].id]
+    assert store.detections.set_feedback(given[0].id, {"verdict": "real"})
+    assert not store.detections.set_feedback(uuid.uuid4(), {})
+    assert [d.feedback for d in store.detections.list()] == [None, None, {"verdict": "real"}]
     assert newest[1].at is not None
-    assert store.delete_detections(newest[1].at) == 1
-    assert [d.id for d in store.list_detections()] == [given[2].id, given[1].id]
+    assert store.detections.delete(newest[1].at) == 1
+    assert [d.id for d in store.detections.list()] == [given[2].id, given[1].id]
 
 
 def test_detections_recorded_together(store: Store) -> None:
-    key = store.create_key("caller", b"h" * 32, ["detect"])
+    key = store.keys.create("caller", b"h" * 32, ["detect"])
     vector = np.zeros(4, np.float32)
     given = [
         Detection(uuid.uuid4(), f"{n:064x}", n, 4, 3, vector + n, {"n": n}, CHECKPOINT, "h", 7, key.id if n else None)
         for n in range(3)
     ]
-    store.record_detections(given)
-    got = [store.get_detection(detection.id) for detection in given]
+    store.detections.add(given)
+    got = [store.detections.get(detection.id) for detection in given]
     assert [row and (row.sha256, row.result, row.api_key_id, row.vector[0]) for row in got] == [
         (f"{n:064x}", {"n": n}, key.id if n else None, n) for n in range(3)
     ]
     last, seen = None, []
-    while page := store.list_detections(before=last, limit=1):
+    while page := store.detections.list(before=last, limit=1):
         last = page[0].id
         seen.append(last)
     assert seen == [detection.id for detection in reversed(given)]
     with pytest.raises(IntegrityError):
-        store.record_detections([replace(given[0], id=uuid.uuid4()), given[1]])
-    assert len(store.list_detections()) == 3
+        store.detections.add([replace(given[0], id=uuid.uuid4()), given[1]])
+    assert len(store.detections.list()) == 3
 
 
 def test_keys(store: Store) -> None:
     later = datetime(2100, 1, 1, tzinfo=UTC)
-    key = store.create_key("ci", b"hash", ["detect"], expires_at=later)
+    key = store.keys.create("ci", b"hash", ["detect"], expires_at=later)
     assert (key.name, key.scopes, key.expires_at, key.revoked_at) == ("ci", ["detect"], later, None)
     with pytest.raises(KeyExists):
-        store.create_key("ci", b"else", [])
-    assert store.find_key(b"hash") == key
-    assert store.find_key(b"none") is None
-    assert store.revoke_key("ci")
-    assert not store.revoke_key("ci")
-    assert store.list_keys()[0].revoked_at is not None
+        store.keys.create("ci", b"else", [])
+    assert store.keys.find(b"hash") == key
+    assert store.keys.find(b"none") is None
+    assert store.keys.revoke("ci")
+    assert not store.keys.revoke("ci")
+    assert store.keys.list()[0].revoked_at is not None
 
 
 def together(*works: Callable[[], object]) -> None:
@@ -486,8 +477,8 @@ def together(*works: Callable[[], object]) -> None:
 
 
 def test_a_deadlock_is_tried_again(store: Store) -> None:
-    store.add([new(1), new(2)], CHECKPOINT)
-    ids = [row.id for row in store.list()]
+    store.references.add([new(1), new(2)], CHECKPOINT)
+    ids = [row.id for row in store.references.list()]
     both_hold_one = threading.Barrier(2)
     attempts = []
 
@@ -507,24 +498,26 @@ def test_a_deadlock_is_tried_again(store: Store) -> None:
 
 
 def test_a_known_row_that_vanishes_before_the_lock_is_added_again(store: Store, settings: Settings) -> None:
-    store.add([new(1), new(2)], CHECKPOINT)
+    store.references.add([new(1), new(2)], CHECKPOINT)
     engine = connect(settings)
     other = Store(engine)
     removed: list[Removed] = []
 
     def before(connection: object, cursor: object, statement: str, *_: object) -> None:
         if "for update" in statement and not removed:
-            removed.append(other.remove(ids=[row.id for row in other.list() if row.sha256 == new(1).sha256]))
+            removed.append(
+                other.references.remove(ids=[row.id for row in other.references.list() if row.sha256 == new(1).sha256])
+            )
 
     event.listen(store.engine, "before_cursor_execute", before)
-    added = store.add([new(1), new(2), new(3)], CHECKPOINT)
+    added = store.references.add([new(1), new(2), new(3)], CHECKPOINT)
     event.remove(store.engine, "before_cursor_execute", before)
     engine.dispose()
     assert removed[0].references == 1
     assert (added.added, added.known) == (2, 1)
     replica = Replica(store)
     replica.catch_up()
-    assert sorted(replica.rows) == store.embedded_ids(CHECKPOINT).tolist() == sorted(added.ids)  # type: ignore[type-var]
+    assert sorted(replica.rows) == store.changes.embedded_ids(CHECKPOINT).tolist() == sorted(added.ids)  # type: ignore[type-var]
 
 
 def test_revisions_become_visible_in_order_while_many_write_and_remove(store: Store) -> None:
@@ -536,13 +529,15 @@ def test_revisions_become_visible_in_order_while_many_write_and_remove(store: St
         for turn in range(12):
             # Overlapping batches in opposite orders, with a common image.
             numbers = [worker * 100 + turn * 3 + i for i in range(3)] + [5000 + turn]
-            store.add([new(n, "SD-XL" if n % 2 else None) for n in numbers[:: 1 if worker % 2 else -1]], CHECKPOINT)
+            store.references.add(
+                [new(n, "SD-XL" if n % 2 else None) for n in numbers[:: 1 if worker % 2 else -1]], CHECKPOINT
+            )
 
     def remove() -> None:
         for _ in range(15):
-            present = store.embedded_ids(CHECKPOINT)
+            present = store.changes.embedded_ids(CHECKPOINT)
             if len(present):
-                store.remove(ids=present[::5].tolist())
+                store.references.remove(ids=present[::5].tolist())
 
     def follow() -> None:
         while not stop.is_set():
@@ -556,8 +551,8 @@ def test_revisions_become_visible_in_order_while_many_write_and_remove(store: St
         stop.set()
         follower.join(30)
     replica.catch_up()
-    assert sorted(replica.rows) == store.embedded_ids(CHECKPOINT).tolist()
-    assert len(replica.rows) == sum(store.counts().values())
+    assert sorted(replica.rows) == store.changes.embedded_ids(CHECKPOINT).tolist()
+    assert len(replica.rows) == sum(store.references.counts().values())
 
 
 def test_a_late_commit_of_an_early_id_is_not_missed(store: Store, settings: Settings) -> None:
@@ -574,18 +569,18 @@ def test_a_late_commit_of_an_early_id_is_not_missed(store: Store, settings: Sett
             assert go_on.wait(30)
 
         slow.transaction(work)
-        slow.add([new(1)], CHECKPOINT)
+        slow.references.add([new(1)], CHECKPOINT)
 
     thread = threading.Thread(target=late)
     thread.start()
     assert taken.wait(30)
-    store.add([new(2)], CHECKPOINT)
+    store.references.add([new(2)], CHECKPOINT)
     replica = Replica(store)
     replica.catch_up()
     go_on.set()
     thread.join(30)
     replica.catch_up()
-    assert sorted(replica.rows) == store.embedded_ids(CHECKPOINT).tolist()
+    assert sorted(replica.rows) == store.changes.embedded_ids(CHECKPOINT).tolist()
     assert len(replica.rows) == 2
     engine.dispose()
 
@@ -605,7 +600,7 @@ def test_writers_are_told_apart_by_the_lock(store: Store) -> None:
 
     def second() -> None:
         assert held.wait(30)
-        store.add([new(1)], CHECKPOINT)
+        store.references.add([new(1)], CHECKPOINT)
         done.set()
 
     def release() -> None:
@@ -620,10 +615,10 @@ def test_writers_are_told_apart_by_the_lock(store: Store) -> None:
 def test_adding_is_announced(store: Store, database_url: str) -> None:
     with psycopg.connect(database_url, autocommit=True) as listener:
         listener.execute("listen lineup")
-        store.add([new(1)], CHECKPOINT)
-        store.remove(ids=[store.list()[0].id])
-        store.create_generator("SD-XL")
-        store.update_generator("SD-XL", {"name": "SDXL"})
+        store.references.add([new(1)], CHECKPOINT)
+        store.references.remove(ids=[store.references.list()[0].id])
+        store.generators.create("SD-XL")
+        store.generators.update("SD-XL", {"name": "SDXL"})
         heard = [notify.payload for notify in listener.notifies(timeout=10, stop_after=3)]
     assert heard == [f"{CHECKPOINT} 1", f"{CHECKPOINT} 2", "generators"]
 
@@ -641,8 +636,8 @@ def scans(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def test_hot_queries_can_use_their_indexes(store: Store) -> None:
     """With scans of whole tables forbidden, each table that grows is entered at the rows that are wanted."""
-    enrolment = store.open_enrolment(None, None)
-    store.add([new(i, "SD-XL" if i % 2 else None) for i in range(50)], CHECKPOINT, enrolment)
+    enrolment = store.enrolments.open(None, None)
+    store.references.add([new(i, "SD-XL" if i % 2 else None) for i in range(50)], CHECKPOINT, enrolment)
     seen: list[tuple[str, object]] = []
 
     def note(connection: object, cursor: object, statement: str, parameters: object, *_: object) -> None:
@@ -650,25 +645,25 @@ def test_hot_queries_can_use_their_indexes(store: Store) -> None:
             seen.append((statement, parameters))
 
     event.listen(store.engine, "before_cursor_execute", note)
-    store.known_files(["file:///1.png"], CHECKPOINT)
-    store.known_hashes([new(1).sha256], CHECKPOINT)
-    store.blocked_hashes([new(1).sha256])
-    store.find(new(1).sha256)
-    store.get_many([1, 2, 3])
-    store.list(generator="sd-xl", after=3)
-    store.list(source="tests", after=3)
-    store.thumbnail(1)
-    store.file(1)
-    store.revision(CHECKPOINT)
-    store.enrolments(before=5)
-    store.list_detections(before=uuid.uuid4())
-    store.load_calibration(CHECKPOINT, "h", 1)
+    store.references.known_files(["file:///1.png"], CHECKPOINT)
+    store.references.known_hashes([new(1).sha256], CHECKPOINT)
+    store.references.blocked_hashes([new(1).sha256])
+    store.references.find(new(1).sha256)
+    store.references.get_many([1, 2, 3])
+    store.references.list(generator="sd-xl", after=3)
+    store.references.list(source="tests", after=3)
+    store.references.thumbnail(1)
+    store.references.file(1)
+    store.checkpoints.revision(CHECKPOINT)
+    store.enrolments.list(before=5)
+    store.detections.list(before=uuid.uuid4())
+    store.calibrations.load(CHECKPOINT, "h", 1)
     relatives(store, [hashlib.sha256().hexdigest()], ["group 1"])
     for chosen in ({"ids": [1]}, {"generator": "sd-xl"}, {"source": "none"}, {"enrolment": enrolment}):
-        store.remove(**chosen)
+        store.references.remove(**chosen)
     event.remove(store.engine, "before_cursor_execute", note)
     place = {"checkpoint": CHECKPOINT, "seen": 0, "target": 1, "revision": 0, "image": 0, "page": 20}
-    statements = [*seen, (PAGE, place), (GONE, place), (STAMP.replace(":ids", "%(ids)s"), {"ids": [1, 2]})]
+    statements = [*seen, (ADDITIONS, place), (REMOVALS, place), (STAMP.replace(":ids", "%(ids)s"), {"ids": [1, 2]})]
     with store.engine.connect() as connection:
         driver = cast("psycopg.Connection[tuple[Any]]", connection.connection.driver_connection)
         driver.execute("set enable_seqscan = off")

@@ -1,0 +1,97 @@
+"""What is kept of a reference image, and how a batch of them travels to Postgres."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+
+LABEL_NAMES = ("real", "fake")
+
+
+def kind(label: int, generator: str | None) -> str:
+    """A label in words, with the generator where there is one."""
+    return LABEL_NAMES[label] if generator is None else f"{LABEL_NAMES[label]} ({generator})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageFacts:
+    """What is kept of an image beside its pixels.
+
+    Attributes:
+        sha256: Of the file's bytes, hexadecimal.
+        label: 0 real, 1 fake.
+        generator: Name, None for real images (and for fakes of which it is not known).
+        source: The data set or feed it came from.
+        group: Images that must not be split apart share it.
+        uri: Where the bytes can be read again; None for uploads.
+        file_bytes: Size of the file.
+        mtime: Modification time of the file in seconds, for skipping it next time.
+        width: Of the upright image, pixels.
+        height: Of the upright image, pixels.
+        format: As Pillow names it.
+        jpeg_quality: Estimate 1..100, None for other formats.
+        fingerprint: 64-bit difference hash of the pixels as a signed integer; near duplicates differ in few bits.
+        attributes: Anything else that is known.
+    """
+
+    sha256: str
+    label: int
+    generator: str | None
+    source: str
+    group: str
+    uri: str | None
+    file_bytes: int
+    mtime: float | None
+    width: int
+    height: int
+    format: str
+    jpeg_quality: int | None
+    fingerprint: int | None = None
+    attributes: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference(ImageFacts):
+    """A known image, without its thumbnail."""
+
+    id: int
+    enrolment_id: int | None
+    added_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewReference(ImageFacts):
+    """An image with its embedding, ready to be stored; a generator that is new is created.
+
+    Attributes:
+        thumbnail: JPEG.
+        vector: Raw embedding, shape (d,), float32.
+        data: The file itself, to be kept (uploads).
+    """
+
+    thumbnail: bytes
+    vector: np.ndarray
+    data: bytes | None = None
+
+
+# The columns of the temporary table that a batch is copied to, and their types.
+INCOMING = {
+    "position": "int4",
+    "sha256": "bytea",
+    "label": "int2",
+    "generator_id": "int8",
+    "source": "text",
+    "group": "text",
+    "uri": "text",
+    "file_bytes": "int8",
+    "mtime": "float8",
+    "width": "int4",
+    "height": "int4",
+    "format": "text",
+    "jpeg_quality": "int2",
+    "fingerprint": "int8",
+    "thumbnail": "bytea",
+    "attributes": "jsonb",
+    "vector": "bytea",
+    "bytes": "bytea",
+}
