@@ -24,9 +24,8 @@ from torch import nn
 from benchmarks.pillow_views import PillowViews
 from trainer.fit.fit_settings import FitSettings
 from trainer.fit.loss import code_loss, derangement
-from trainer.fit.objective import Objective
+from trainer.fit.objective import Objective, make_objective
 from trainer.fit.run import Processes, Run
-from trainer.fit.train import make_objective
 from trainer.views.augmentations import Augmenter, Pixels
 from trainer.views.views import Views, plain
 

@@ -12,6 +12,7 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
+from trainer.cores import usable_cores
 from trainer.data.entry import Entry
 from trainer.evaluation.transforms import Transform
 from trainer.files import write_atomically
@@ -21,7 +22,7 @@ from trainer.model.embedder import Embedder
 
 BATCH = 32
 """Images per forward pass; twice as many are prepared ahead."""
-THREADS = 4
+THREADS = max(4, usable_cores())
 """That decode and transform."""
 LISTS = ("generators", "sources", "groups", "splits", "facts")
 """Columns of an `EmbeddedSet` that are lists."""
@@ -118,6 +119,7 @@ def embed_entries(
     work: Iterable[tuple[Entry, Sequence[Transform]]],
     *,
     seed: int,
+    decode: Callable[[Entry], tuple[Image.Image, FileFacts]] = lambda entry: decode_image(entry.read()),
     on_image: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, EmbeddedSet], list[Rejected]]:
     """Embed entries under transforms, reading and decoding each once.
@@ -126,6 +128,7 @@ def embed_entries(
         embedder: Makes the embeddings.
         work: Entries, each with its transforms; read as a stream.
         seed: Of the transforms.
+        decode: Gives the image of an entry.
         on_image: Called after each image, read or not, for a progress bar.
 
     Returns:
@@ -138,7 +141,7 @@ def embed_entries(
 
     def prepare(entry: Entry, transforms: Sequence[Transform]) -> Prepared:
         try:
-            image, facts = decode_image(entry.read())
+            image, facts = decode(entry)
         except (UnreadableImage, OSError) as error:
             return entry, str(error), {}
         return entry, facts, {t.name: _pixels(embedder.preprocess, t, t(image, seed, facts.sha256)) for t in transforms}

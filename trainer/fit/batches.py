@@ -1,20 +1,15 @@
-"""From data sets to batches of views: who is paired with whom, decoded once for its views, in worker processes."""
-
-from __future__ import annotations
+"""Batches of views: which real image is paired with which fake, and the views of both."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from trainer.data.entry import Entry
-from trainer.images import Preprocess, UnreadableImage, decode_image
-from trainer.model.seen_images import SeenImages
+from trainer.fit.roles import Decoded, Pictures
+from trainer.images import UnreadableImage
 from trainer.views.augmentations import Pixels
 from trainer.views.views import Views
 
@@ -24,82 +19,6 @@ Batch = tuple[torch.Tensor, torch.Tensor, list[str], list[Origin]]
 """Whole views (n, 3, 2, s, s, 3), local views (n, 2, l, l, 3), uint8, what could not be read, and what was."""
 Sample = tuple[Pixels, Pixels, list[str], list[Origin]]
 """Whole views (3, 2, s, s, 3), local views (2, l, l, 3), the uris that could not be read, and what was read."""
-
-
-class Decoded(NamedTuple):
-    """An image, its plain view and the SHA-256 of its bytes."""
-
-    image: Pixels
-    """Shape (h, w, 3), uint8."""
-    plain: Pixels
-    """Shape (s, s, 3), uint8."""
-    sha256: str
-
-
-@dataclass(slots=True)
-class Pictures:
-    """Images of one role, decoded on demand and kept while they fit into memory.
-
-    Workers are forked, so what the parent decoded is shared and never copied.
-    """
-
-    entries: list[Entry]
-    preprocess: Preprocess
-    kept: dict[int, Decoded] = field(default_factory=dict)
-    hashes: dict[int, str] = field(default_factory=dict)
-    """SHA-256 by place, of the images that this process read."""
-    unreadable: dict[str, str] = field(default_factory=dict)
-    """Reason by uri."""
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    @property
-    def labels(self) -> np.ndarray:
-        """0 real, 1 fake, shape (n,)."""
-        return np.array([entry.label for entry in self.entries], np.uint8)
-
-    @property
-    def seen(self) -> SeenImages:
-        """The record of these images: every group, and the bytes of those that were read."""
-        return SeenImages.of(self.hashes.values(), (entry.group for entry in self.entries))
-
-    def decode(self, entry: Entry) -> Decoded:
-        """Read and decode one image.
-
-        Raises:
-            UnreadableImage: As `decode_image`.
-        """
-        try:
-            image, facts = decode_image(entry.read())
-        except OSError as error:
-            raise UnreadableImage(str(error)) from error
-        return Decoded(np.asarray(image), np.asarray(self.preprocess.crop(image)), facts.sha256)
-
-    def keep(self, threads: int = 2) -> int:
-        """Decode all images into memory, drop the unreadable among them, and return the bytes used."""
-
-        def attempt(entry: Entry) -> Decoded | str:
-            try:
-                return self.decode(entry)
-            except UnreadableImage as error:
-                return str(error)
-
-        readable: list[Entry] = []
-        with ThreadPoolExecutor(threads) as pool:
-            for entry, decoded in zip(self.entries, pool.map(attempt, self.entries), strict=True):
-                if isinstance(decoded, str):
-                    self.unreadable[entry.uri] = decoded
-                else:
-                    self.kept[len(readable)] = decoded
-                    self.hashes[len(readable)] = decoded.sha256
-                    readable.append(entry)
-        self.entries = readable
-        return sum(decoded.image.nbytes + decoded.plain.nbytes for decoded in self.kept.values())
-
-    def __getitem__(self, index: int) -> Decoded:
-        """Raises UnreadableImage where the file does not decode."""
-        return self.kept[index] if index in self.kept else self.decode(self.entries[index])
 
 
 @dataclass(slots=True)
@@ -138,8 +57,8 @@ class Pairs(Dataset[Sample]):
         real, fake, rng = self.pair(*index)
         failed: list[str] = []
         origins: list[Origin] = []
-        readable = [self._next_readable(place, failed, origins)[:2] for place in (real, fake)]
-        whole, local = self.views.record(readable[0], readable[1], rng)
+        first, second = (self._next_readable(place, failed, origins)[:2] for place in (real, fake))
+        whole, local = self.views.record(first, second, rng)
         return whole, local, failed, origins
 
     def _next_readable(self, first: int, failed: list[str], origins: list[Origin]) -> Decoded:
@@ -149,11 +68,11 @@ class Pairs(Dataset[Sample]):
             if entries[place].label != entries[first].label:
                 continue
             try:
-                decoded = self.pictures[place]
+                decoded = self.pictures.decode(entries[place])
             except UnreadableImage as error:
                 failed.append(f"{entries[place].uri}\t{error}")
             else:
-                origins.append((decoded.sha256, entries[place].group))
+                origins.append((decoded.facts.sha256, entries[place].group))
                 return decoded
         raise UnreadableImage(f"none of {len(failed)} images of one label can be read any more, the last: {failed[-1]}")
 

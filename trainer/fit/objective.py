@@ -1,7 +1,5 @@
 """What a training step differentiates: one forward pass over all views of a batch, and the loss on it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from trainer.fit.fit_settings import FitSettings
 from trainer.fit.loss import code_loss
+from trainer.model.checkpoint import CheckpointConfig, build_backbone
 
 
 class Objective(nn.Module):
@@ -164,3 +163,30 @@ def plain_attention(backbone: nn.Module) -> nn.Module:
         if hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", False)  # noqa: B010 - an attribute of some modules only
     return backbone
+
+
+def make_objective(settings: FitSettings, device: str) -> tuple[Objective, CheckpointConfig]:
+    """Backbone and loss with weights drawn from the seed (or timm's), and the configuration of the checkpoint."""
+    import timm
+
+    args = settings.timm_args
+    with torch.device("meta"):
+        bare = timm.create_model(settings.architecture, pretrained=False, num_classes=0, **args)
+    config = CheckpointConfig(
+        name=settings.name,
+        architecture=settings.architecture,
+        image_size=settings.image_size,
+        dim=int(bare.get_parameter("cls_token").shape[-1]),
+        preprocess=settings.preprocessing,
+        architecture_args=args,
+        training=settings.record(),
+        provenance={"code": "lineup train fit", "data": str(settings.data), "split": settings.split},
+    )
+    torch.manual_seed(settings.seed)
+    objective = Objective(build_backbone(config), config.dim, settings)
+    if settings.pretrained:
+        official = timm.create_model(settings.architecture, pretrained=True, num_classes=0, **args)
+        objective.backbone.load_state_dict(official.state_dict())
+    if device == "cpu":
+        plain_attention(objective.backbone)
+    return objective.to(device), config

@@ -1,15 +1,104 @@
-"""The images of a data set by what they serve: training, calibration or validation."""
+"""The images of a data set by what they serve (training, calibration or validation), in memory where they fit."""
 
-from __future__ import annotations
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
-from collections.abc import Sequence
+import numpy as np
 
+from trainer.cores import usable_cores
 from trainer.data.datasets import read_dataset
-from trainer.data.entry import role
-from trainer.fit.batches import Pictures
+from trainer.data.entry import Entry, role
 from trainer.fit.fit_settings import FitError, FitSettings
-from trainer.fit.stream import shard_paths
 from trainer.heads.calibration_set import CALIBRATION_IMAGES
+from trainer.images import FileFacts, Preprocess, UnreadableImage, decode_image
+from trainer.model.seen_images import SeenImages
+from trainer.views.augmentations import Pixels
+
+
+class Decoded(NamedTuple):
+    """An image, its plain view and what its file is."""
+
+    image: Pixels
+    """Shape (h, w, 3), uint8."""
+    plain: Pixels
+    """Shape (s, s, 3), uint8."""
+    facts: FileFacts
+
+
+@dataclass(slots=True)
+class Pictures:
+    """Images of one role, decoded on demand and kept while they fit into memory.
+
+    Workers are forked, so what the parent decoded is shared and never copied.
+    """
+
+    entries: list[Entry]
+    preprocess: Preprocess
+    memory: dict[str, Decoded] = field(default_factory=dict)
+    """By uri, as the others."""
+    hashes: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the images that were read here."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Reason."""
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """0 real, 1 fake, shape (n,)."""
+        return np.array([entry.label for entry in self.entries], np.uint8)
+
+    @property
+    def seen(self) -> SeenImages:
+        """The record of these images: every group, and the bytes of those that were read."""
+        return SeenImages.of(self.hashes.values(), (entry.group for entry in self.entries))
+
+    def decode(self, entry: Entry) -> Decoded:
+        """One image, from memory or from its file.
+
+        Raises:
+            UnreadableImage: The file has gone, or does not decode.
+        """
+        if entry.uri in self.memory:
+            return self.memory[entry.uri]
+        try:
+            image, facts = decode_image(entry.read())
+        except OSError as error:
+            raise UnreadableImage(str(error)) from error
+        return Decoded(np.asarray(image), np.asarray(self.preprocess.crop(image)), facts)
+
+    def read(self, entry: Entry) -> Decoded:
+        """Decode one image, and record that it was read, or why it could not be.
+
+        Raises:
+            UnreadableImage: As `decode`.
+        """
+        try:
+            decoded = self.decode(entry)
+        except UnreadableImage as error:
+            self.unreadable[entry.uri] = str(error)
+            raise
+        self.hashes[entry.uri] = decoded.facts.sha256
+        return decoded
+
+    def keep(self) -> int:
+        """Decode all images into memory, drop the unreadable among them, and return the bytes used."""
+
+        def attempt(entry: Entry) -> Decoded | None:
+            try:
+                return self.read(entry)
+            except UnreadableImage:
+                return None
+
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            attempts = zip(self.entries, pool.map(attempt, self.entries), strict=True)
+            self.memory = {entry.uri: decoded for entry, decoded in attempts if decoded}
+        self.entries = [entry for entry in self.entries if entry.uri in self.memory]
+        return sum(decoded.image.nbytes + decoded.plain.nbytes for decoded in self.memory.values())
+
 
 Roles = dict[str, Pictures]
 
@@ -32,8 +121,9 @@ def read_roles(settings: FitSettings) -> Roles:
             roles[part].entries.append(entry)
         elif part == "training":
             break
-    if not streamed:
-        keep_all(list(roles.values()), settings.cache_bytes)
+    if not streamed and fits_into_memory(roles, settings.cache_bytes):
+        for pictures in roles.values():
+            pictures.keep()
     labels = roles["training"].labels
     real, fake = int((labels == 0).sum()), int((labels == 1).sum())
     if min(real, fake) < 2:
@@ -44,11 +134,18 @@ def read_roles(settings: FitSettings) -> Roles:
     return roles
 
 
-def keep_all(parts: Sequence[Pictures], budget: int) -> None:
-    """Decode all images into memory, or none where a sample of them says that they will not fit."""
-    largest = max(parts, key=len)
+def fits_into_memory(roles: Roles, budget: int) -> bool:
+    """Whether a sample of the images says that all of them take no more than so many bytes when decoded."""
+    largest = max(roles.values(), key=len)
     sample = Pictures(largest.entries[:: max(1, len(largest) // 32)], largest.preprocess)
     size = sample.keep() / max(1, len(sample))
-    if size * sum(map(len, parts)) <= budget:
-        for pictures in parts:
-            pictures.keep()
+    return size * sum(map(len, roles.values())) <= budget
+
+
+def shard_paths(data: Path) -> list[Path]:
+    """The shards of a data set: the file itself, or a folder's `*.tar`; empty where it is another layout."""
+    if data.is_file():
+        return [data] if data.suffix.lower() == ".tar" else []
+    if not data.is_dir() or (data / "manifest.csv").exists():
+        return []
+    return sorted(path for path in data.iterdir() if path.suffix.lower() == ".tar")

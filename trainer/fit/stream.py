@@ -1,7 +1,5 @@
 """D3's shards as an endless stream of records, read in place by every node and worker (webdataset)."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,15 +21,6 @@ SHUFFLE = 200
 MOST_USELESS = 10_000
 """Records in a row that may be of another role, or broken, before the stream gives up."""
 _MEMBER = re.compile(r"(real|gen_\d+)\.(jpe?g|png|webp)")
-
-
-def shard_paths(data: Path) -> list[Path]:
-    """The shards of a data set: the file itself, or a folder's `*.tar`; empty where it is another layout."""
-    if data.is_file():
-        return [data] if data.suffix.lower() == ".tar" else []
-    if not data.is_dir() or (data / "manifest.csv").exists():
-        return []
-    return sorted(path for path in data.iterdir() if path.suffix.lower() == ".tar")
 
 
 @dataclass(slots=True)

@@ -1,38 +1,36 @@
 """Training of the embedding: data in, checkpoint out."""
 
-from __future__ import annotations
-
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, replace
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import cv2
-import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from trainer.cores import usable_cores
-from trainer.fit.batches import Batch, EpochSampler, Pairs, Pictures, collate
+from trainer.fit.batches import Batch, EpochSampler, Pairs, collate
+from trainer.fit.checkpoint_writer import write_checkpoint
 from trainer.fit.fit_settings import FitError, FitSettings
-from trainer.fit.objective import Objective, plain_attention
-from trainer.fit.probe import Probe
-from trainer.fit.release import release
-from trainer.fit.roles import Roles, read_roles
+from trainer.fit.linear_probe import LinearProbe
+from trainer.fit.objective import make_objective
+from trainer.fit.roles import Pictures, Roles, read_roles, shard_paths
 from trainer.fit.run import Advance, Processes, Run
-from trainer.fit.scalars import Scalars
 from trainer.fit.state import EpochSummary, RunState, state_folder
-from trainer.fit.stream import ShardRecords, shard_paths
-from trainer.heads.heads import LinearHead
-from trainer.model.checkpoint import CheckpointConfig, CheckpointError, build_backbone, read_config
+from trainer.fit.stream import ShardRecords
+from trainer.model.checkpoint import CheckpointError, read_config
 from trainer.model.embedder import pick_device
 from trainer.views.augmentations import Augmenter
 from trainer.views.views import Views
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 EPOCH_STEPS = 1700
 """Updates of an epoch at D3's scale (the reference code's)."""
@@ -79,7 +77,7 @@ def fit(
         run.restore(state)
         say(f"resuming after epoch {state.epoch}, {state.updates} updates")
     batches = epoch_batches(settings, roles["training"], views, run)
-    probe = Probe.of(roles["training"], roles["validation"], views, settings.seed)
+    probe = LinearProbe.of(roles, views, settings.seed)
     first = processes.rank == 0
     if first and not probe.usable:
         real, fake = (int((probe.validation_labels == label).sum()) // 2 for label in (0, 1))  # each is there twice
@@ -96,16 +94,16 @@ def fit(
         deadline = time.monotonic() + max(0.0, run.state.window - run.state.seconds) + finishing
     with (
         show() if first else nullcontext(lambda *_: None) as advance,
-        Scalars(settings.tensorboard if first else None) as scalars,
+        closing(TensorBoard(settings.tensorboard if first else None)) as tensorboard,
     ):
         while not run.finished():
-            summary = judge(run, probe, run.epoch(batches(run.state.epoch), (advance, scalars.update)))
-            scalars.epoch(summary)
+            summary = judge(run, probe, run.epoch(batches(run.state.epoch), (advance, tensorboard.update)))
+            tensorboard.epoch(summary)
             if first:
                 run.capture()
                 run.state.save(folder)
                 say(describe(summary))
-        metrics = write_checkpoint(run, config, roles, views, deadline) if first else {}
+        metrics = write_checkpoint(run, config, roles, deadline - 3) if first else {}
     if processes.world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -161,33 +159,6 @@ def epoch_steps(settings: FitSettings, training: Pictures, processes: int = 1) -
     return min(EPOCH_STEPS, max(10, math.ceil(4 * real / (settings.batch_size * processes))))
 
 
-def make_objective(settings: FitSettings, device: str) -> tuple[Objective, CheckpointConfig]:
-    """Backbone and loss with weights drawn from the seed (or timm's), and the configuration of the checkpoint."""
-    import timm
-
-    args = settings.timm_args
-    with torch.device("meta"):
-        bare = timm.create_model(settings.architecture, pretrained=False, num_classes=0, **args)
-    config = CheckpointConfig(
-        name=settings.name,
-        architecture=settings.architecture,
-        image_size=settings.image_size,
-        dim=int(bare.get_parameter("cls_token").shape[-1]),
-        preprocess=settings.preprocessing,
-        architecture_args=args,
-        training=settings.record(),
-        provenance={"code": "lineup train fit", "data": str(settings.data), "split": settings.split},
-    )
-    torch.manual_seed(settings.seed)
-    objective = Objective(build_backbone(config), config.dim, settings)
-    if settings.pretrained:
-        official = timm.create_model(settings.architecture, pretrained=True, num_classes=0, **args)
-        objective.backbone.load_state_dict(official.state_dict())
-    if device == "cpu":
-        plain_attention(objective.backbone)
-    return objective.to(device), config
-
-
 def epoch_batches(
     settings: FitSettings, training: Pictures, views: Views, run: Run
 ) -> Callable[[int], Iterator[Batch]]:
@@ -223,7 +194,7 @@ def epoch_batches(
     return pairs
 
 
-def judge(run: Run, probe: Probe, epoch: dict[str, float]) -> EpochSummary:
+def judge(run: Run, probe: LinearProbe, epoch: dict[str, float]) -> EpochSummary:
     """Look at validation images after an epoch, and put it into the history.
 
     Under a limit of time only where that takes less than a tenth of the training since the last look, or at the end.
@@ -259,7 +230,7 @@ def describe(summary: EpochSummary) -> str:
     return f"epoch {summary.epoch}: loss {summary.loss:.3f}, {looked}{speed}, {100 * summary.progress:.0f} %"
 
 
-def finishing_seconds(run: Run, probe: Probe, roles: Roles) -> float:
+def finishing_seconds(run: Run, probe: LinearProbe, roles: Roles) -> float:
     """Time to keep for the last look at validation images and for heads on three views of each training image.
 
     At most a third of all time.
@@ -271,33 +242,35 @@ def finishing_seconds(run: Run, probe: Probe, roles: Roles) -> float:
     per_view = (time.monotonic() - started) / len(sample)
     images = min(3 * len(roles["training"]), settings.head_images)
     images += len(roles["calibration"]) + len(roles["validation"])
-    # `release` embeds by torch in float32 on a GPU; on a CPU by OpenVINO, which takes no longer than bf16 in training.
+    # Heads embed by torch in float32 on a GPU; on a CPU by OpenVINO, which takes no longer than bf16 in training.
     slower = 1 if run.device == "cpu" else 3
     return min(6 + per_view * (len(probe) + slower * images), 20 * (settings.max_minutes or math.inf))
 
 
-def write_checkpoint(run: Run, config: CheckpointConfig, roles: Roles, views: Views, deadline: float) -> dict[str, Any]:
-    """Write the checkpoint folder, remove the state of the run, and return the metrics."""
-    settings, state, weights = run.settings, run.state, run.weights()
-    classifier = None
-    if "classifier.weight" in weights:
-        weight, bias = weights["classifier.weight"].cpu(), weights["classifier.bias"].cpu()
-        classifier = LinearHead(weight[0].double().numpy(), float(bias[0]))
-    metrics = release(
-        settings.output,
-        {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")},
-        config,
-        roles,
-        views,
-        seed=settings.seed,
-        head_images=settings.head_images,
-        device=run.device,
-        deadline=deadline - 3,
-        classifier=classifier,
-        training={"updates": state.updates, "epochs": state.epoch, "seconds": round(state.seconds, 1)},
-        history=state.history,
-        unreadable=run.unreadable,
-        seen=run.seen,
-    )
-    shutil.rmtree(state_folder(settings.output), ignore_errors=True)
-    return metrics
+class TensorBoard:
+    """Writes a run's scalars into a folder of event files, or does nothing where there is none."""
+
+    writer: "SummaryWriter | None" = None
+
+    def __init__(self, folder: Path | None) -> None:
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(folder)
+
+    def update(self, progress: float, updates: int, loss: float, speed: float) -> None:
+        """One update; every tenth is written."""
+        if self.writer is not None and updates % 10 == 0:
+            self.writer.add_scalar("loss", loss, updates)
+            self.writer.add_scalar("records_per_second", speed, updates)
+
+    def epoch(self, summary: EpochSummary) -> None:
+        """What `summary.csv` says of an epoch."""
+        if self.writer is not None:
+            for name in asdict(summary).keys() - {"epoch", "updates"}:
+                self.writer.add_scalar(f"epoch/{name}", getattr(summary, name), summary.updates)
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self.writer is not None:
+            self.writer.close()

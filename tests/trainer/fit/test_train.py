@@ -19,13 +19,15 @@ from typer.testing import CliRunner
 from trainer.__main__ import app
 from trainer.data.datasets import read_dataset
 from trainer.data.entry import default_split, role
-from trainer.fit.batches import EpochSampler, Pairs, Pictures
+from trainer.fit.batches import EpochSampler, Pairs
+from trainer.fit.fit_heads import refit
 from trainer.fit.fit_settings import FitError, FitSettings, learning_rate
-from trainer.fit.probe import Probe
-from trainer.fit.roles import read_roles
+from trainer.fit.linear_probe import LinearProbe
+from trainer.fit.objective import make_objective
+from trainer.fit.roles import Pictures, read_roles
 from trainer.fit.run import Processes, Run
 from trainer.fit.state import RunState, state_folder
-from trainer.fit.train import epoch_steps, finishing_seconds, fit, make_objective
+from trainer.fit.train import epoch_steps, finishing_seconds, fit
 from trainer.heads.heads import Heads
 from trainer.model.checkpoint import read_config, read_weights
 from trainer.model.embedder import Embedder
@@ -192,6 +194,16 @@ def test_a_checkpoint_remembers_what_it_saw(whole: Whole, image_folder: Path) ->
     assert not seen.holds(replace(entry, group="other", read=lambda: b"other"))
 
 
+def test_fitting_the_heads_again_gives_the_same(whole: Whole, tmp_path: Path) -> None:
+    settings, metrics, _ = whole
+    again = shutil.copytree(settings.output, tmp_path / "again")
+    training = len(read_roles(settings)["training"])
+    refit(again, settings.data, images=settings.head_images, views=settings.head_images // training, device="cpu")
+    assert Heads.load(again).id == metrics["heads"]
+    for name in ("calibration", "seen"):
+        assert (again / f"{name}.safetensors").read_bytes() == (settings.output / f"{name}.safetensors").read_bytes()
+
+
 def test_a_second_run_changes_nothing_and_other_settings_are_refused(whole: Whole) -> None:
     settings = whole[0]
     before = {path.name: path.stat().st_mtime_ns for path in settings.output.iterdir()}
@@ -275,7 +287,7 @@ def test_overwrite_starts_anew(tiny: FitSettings, whole: Whole, monkeypatch: pyt
 def test_early_stopping_keeps_the_best_epoch(tiny: FitSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     scores, weights = iter([0.6, 0.8, 0.7, 0.7, 0.9]), []
 
-    def score(self: Probe, embed: object) -> tuple[float, float]:
+    def score(self: LinearProbe, embed: object) -> tuple[float, float]:
         return next(scores), 0.5
 
     capture = Run.capture
@@ -284,7 +296,7 @@ def test_early_stopping_keeps_the_best_epoch(tiny: FitSettings, monkeypatch: pyt
         weights.append({key: value.clone() for key, value in self.kept.backbone.state_dict().items()})
         capture(self)
 
-    monkeypatch.setattr(Probe, "score", score)
+    monkeypatch.setattr(LinearProbe, "score", score)
     monkeypatch.setattr(Run, "capture", remember)
     metrics = fit(replace(tiny, epochs=50, patience=2))
     assert metrics["training"]["epochs"] == 4
@@ -372,8 +384,8 @@ def test_a_run_that_only_lacks_its_heads_trains_no_more(
     settings = replace(tiny, data=data, epoch_steps=None, batch_size=8, **change)
     accuracies = iter([0.9, 0.8])
     if "patience" in change:
-        monkeypatch.setattr(Probe, "score", lambda *_: (next(accuracies), 0.5))
-    stopped_once(monkeypatch, "trainer.fit.release", "fit_heads")
+        monkeypatch.setattr(LinearProbe, "score", lambda *_: (next(accuracies), 0.5))
+    stopped_once(monkeypatch, "trainer.fit.fit_heads", "fit_heads")
     with pytest.raises(KeyboardInterrupt):
         fit(settings)
     for entry in [entry for entry in read_dataset(data, split="train") if not entry.label][:20]:
@@ -403,7 +415,7 @@ def test_files_that_go_while_training_cost_no_training(
             (data / key).unlink(missing_ok=True)
 
     monkeypatch.setattr(RunState, "save", save_and_delete)
-    metrics = fit(replace(tiny, data=data, cache_bytes=cache_bytes))
+    metrics = fit(replace(tiny, data=data, cache_bytes=cache_bytes, head_images=1000))
     assert metrics["training"]["updates"] == 6
     listed = tiny.output / "unreadable.csv"
     if cache_bytes > 1000:
@@ -421,7 +433,7 @@ def test_time_kept_for_the_heads_follows_from_what_will_embed_them(
     """A second per view here: OpenVINO takes no longer than the training, torch in float32 does."""
     roles = read_roles(tiny)
     views = Views(preprocess=tiny.preprocessing, local_size=tiny.local)
-    probe = Probe.of(roles["training"], roles["validation"], views, 0)
+    probe = LinearProbe.of(roles, views, 0)
     run = Run(tiny, Processes(), "cpu", make_objective(tiny, "cpu")[0], 1)
     run.device = device
     monkeypatch.setattr(Run, "embed", lambda *_: None)
@@ -479,7 +491,7 @@ def test_a_stop_while_the_checkpoint_is_written_leaves_none_and_the_next_run_end
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("trainer.fit.release.model_card", stop)
+        patched.setattr("trainer.fit.checkpoint_writer.model_card", stop)
         with pytest.raises(KeyboardInterrupt):
             fit(tiny)
     assert not tiny.output.exists()
@@ -540,7 +552,7 @@ def test_unreadable_images_are_counted_and_listed(tiny: FitSettings, image_folde
 
 def test_images_that_do_not_fit_into_memory_are_read_as_they_are_needed(tiny: FitSettings, whole: Whole) -> None:
     lazy = replace(tiny, cache_bytes=1000)
-    assert not read_roles(lazy)["training"].kept
+    assert not read_roles(lazy)["training"].memory
     fit(lazy)
     assert_same_weights(lazy.output, whole[0].output)
 

@@ -240,8 +240,8 @@ def test_heads_are_fitted_on_images_from_all_over_the_data_set(many: Path) -> No
     views = [Transform(name, unchanged) for name in ("plain", "augmented")]
 
     def chosen() -> list[tuple[str, int, int]]:
-        work = [(entry, len(copies)) for entry, copies in refit._work(many, "train", views, 119) if copies[0] in views]
-        return [(entry.key, entry.label, count) for entry, count in work]
+        work = refit._work(read_dataset(many, split="train"), views, 119)
+        return [(entry.key, entry.label, len(copies)) for entry, copies in work if copies[0] in views]
 
     found = chosen()
     assert found == chosen()
@@ -253,7 +253,7 @@ def test_heads_are_fitted_on_images_from_all_over_the_data_set(many: Path) -> No
 
 def test_calibration_images_come_from_all_over_the_data_set(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refit, "CALIBRATION_IMAGES", 20)
-    entries = [entry for entry, _ in refit._work(many, "train", [Transform("plain", unchanged)], 0)]
+    entries = [entry for entry, _ in refit._work(read_dataset(many, split="train"), [Transform("plain", unchanged)], 0)]
     assert {role(entry.group) for entry in entries} == {"calibration"}
     assert sum(entry.label for entry in entries) == 10
     assert len({entry.generator for entry in entries if entry.label}) > 2

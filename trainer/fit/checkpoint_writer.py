@@ -1,0 +1,163 @@
+"""What a finished training run writes: weights, heads, calibration images, metrics and a model card, in one folder."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from trainer.data.entry import Entry, role
+from trainer.evaluation.embedded_set import embed_entries
+from trainer.fit.fit_heads import PLAIN, VIEWS, embed_for_heads, spread, write_heads
+from trainer.fit.roles import Roles
+from trainer.fit.run import Run
+from trainer.fit.state import SUMMARY_FILE, EpochSummary, state_folder, write_table
+from trainer.heads.calibration_set import CALIBRATION_IMAGES
+from trainer.heads.heads import Heads, LinearHead
+from trainer.images import FileFacts
+from trainer.model.checkpoint import CheckpointConfig, save_checkpoint
+from trainer.model.embedder import Embedder
+from trainer.model.seen_images import SeenImages
+
+
+def write_checkpoint(run: Run, config: CheckpointConfig, roles: Roles, deadline: float) -> dict[str, Any]:
+    """Write the checkpoint folder: aside first, then renamed, so that no half-made checkpoint is ever seen.
+
+    Args:
+        run: What was trained; the folder that its settings name is replaced when it is there, its state removed.
+        config: What rebuilds the backbone.
+        roles: Pictures by role: training, calibration, validation.
+        deadline: On the clock `time.monotonic()`; the heads get fewer views where it comes near.
+
+    Returns:
+        The metrics.
+    """
+    settings, state, weights = run.settings, run.state, run.weights()
+    folder = settings.output
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside, old = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
+    for leftover in (aside, old):  # of a run that was killed here
+        shutil.rmtree(leftover, ignore_errors=True)
+    backbone = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
+    save_checkpoint(aside, backbone, config)
+    embedder = Embedder.load(aside, device=run.device)
+
+    def decode(entry: Entry) -> tuple[Image.Image, FileFacts]:
+        decoded = roles[role(entry.group)].read(entry)
+        return Image.fromarray(decoded.image), decoded.facts
+
+    training, calibration, _ = embed_for_heads(
+        embedder,
+        [*roles["training"].entries, *roles["calibration"].entries],
+        images=settings.head_images,
+        views=max(1, min(VIEWS, settings.head_images // len(roles["training"]))),
+        seed=settings.seed,
+        decode=decode,
+        deadline=deadline,
+    )
+    classifier = None
+    if "classifier.weight" in weights:
+        weight, bias = weights["classifier.weight"].cpu(), weights["classifier.bias"].cpu()
+        classifier = LinearHead(weight[0].double().numpy(), float(bias[0]))
+    generators = {entry.generator or "" for entry in roles["training"].entries}
+    heads = write_heads(aside, training, calibration, seed=settings.seed, generators=generators, classifier=classifier)
+    judged = spread(roles["validation"].entries, {("validation", label): CALIBRATION_IMAGES // 2 for label in (0, 1)})
+    sets, _ = embed_entries(embedder, [(entry, [PLAIN]) for entry in judged], seed=settings.seed, decode=decode)
+    validation = sets.get(PLAIN.name)
+    unreadable = dict(run.unreadable)  # complete only now: a file may go while the heads are fitted
+    for pictures in roles.values():
+        unreadable |= pictures.unreadable
+    metrics = {
+        "checkpoint": embedder.id,
+        "heads": heads.id,
+        "images": {
+            name: dict(sorted(Counter(entry.generator or "real" for entry in pictures.entries).items()))
+            for name, pictures in roles.items()
+        },
+        "validation": head_quality(heads, validation.embeddings, validation.labels) if validation else {},
+        "training": {"updates": state.updates, "epochs": state.epoch, "seconds": round(state.seconds, 1)},
+        "unreadable": len(unreadable),
+    }
+    SeenImages.joined([run.seen, *(pictures.seen for pictures in roles.values())]).save(aside)
+    write_table(aside / SUMMARY_FILE, list(EpochSummary.__dataclass_fields__), state.history)
+    if unreadable:
+        rows = [{"uri": uri, "reason": reason} for uri, reason in sorted(unreadable.items())]
+        write_table(aside / "unreadable.csv", ["uri", "reason"], rows)
+    (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (aside / "README.md").write_text(model_card(config, metrics))
+    if folder.exists():
+        folder.replace(old)
+    aside.replace(folder)
+    for leftover in (old, state_folder(folder)):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return metrics
+
+
+def head_quality(heads: Heads, embeddings: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, float]]:
+    """Balanced accuracy and AUROC of each head; empty without both labels.
+
+    Args:
+        heads: What is measured.
+        embeddings: Raw, shape (n, d).
+        labels: 0 real, 1 fake, shape (n,).
+    """
+    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+    if len(set(labels.tolist())) < 2:
+        return {}
+    scores = heads.logits(embeddings) | ({"nn1": heads.nearest.margin(embeddings)} if heads.nearest else {})
+    return {
+        name: {
+            "accuracy": float(balanced_accuracy_score(labels, score > 0)),
+            "auroc": float(roc_auc_score(labels, score)),
+        }
+        for name, score in scores.items()
+    }
+
+
+def model_card(config: CheckpointConfig, metrics: Mapping[str, Any]) -> str:
+    """README.md of a checkpoint, in the hub's form."""
+    counts = "\n".join(
+        f"| {role} | {sum(images.values())} | " + ", ".join(f"{name} {n}" for name, n in images.items()) + " |"
+        for role, images in metrics["images"].items()
+    )
+    quality = "\n".join(
+        f"| {head} | {values['accuracy']:.3f} | {values['auroc']:.3f} |"
+        for head, values in metrics["validation"].items()
+    )
+    settings = "\n".join(f"- `{key}`: {value}" for key, value in sorted(config.training.items()))
+    return f"""---
+license: {config.licence.lower()}
+library_name: lineup
+tags: [deepfake-detection, image-embedding]
+---
+# {config.name}
+
+A CoDE embedding (Contrastive Deepfake Embeddings, ECCV 2024, arXiv 2407.20337): {config.architecture}, CLS token,
+{config.dim} dimensions, trained from {"pretrained weights" if config.training.get("pretrained") else "scratch"} by
+`lineup train fit`. It tells images made by generators from photographs by their neighbours and by three heads.
+
+Images are brought to {config.image_size} pixels by `{config.preprocess.mode}`.
+
+## Data
+| role | images | of |
+| --- | --- | --- |
+{counts}
+
+## On validation images
+Balanced accuracy and AUROC on images that trained neither embedding nor heads, but chose between them.
+
+| head | accuracy | AUROC |
+| --- | --- | --- |
+{quality}
+
+These are images of the generators it was trained on. An unknown generator is recognised less well; compression,
+resizing and content that differ between real and generated training images can be mistaken for the trace of a
+generator. A verdict is evidence, no proof.
+
+## Settings
+{settings}
+"""
