@@ -29,6 +29,7 @@ from trainer.model.checkpoint import (
 from trainer.model.vit_openvino import CompiledGraph, NotPlain, build_graph
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import nn
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,15 @@ class Embedder:
             folder=folder,
             forward=forward,
         )
+
+    def embed(self, images: Sequence[Image.Image], batch_size: int = 32) -> np.ndarray:
+        """Embeddings of RGB images of any size, shape (n, d), float32, as the backbone made them (any length).
+
+        The way in for other programs: ours preprocess in threads and call `embed_pixels`.
+        """
+        chunks = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+        embeddings = [self.forward(self.preprocess(chunk)) for chunk in chunks]
+        return np.concatenate(embeddings) if embeddings else np.empty((0, self.dim), np.float32)  # (n, d)
 
     def embed_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray:
         """Embeddings of images already preprocessed.

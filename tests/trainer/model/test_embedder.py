@@ -51,7 +51,7 @@ def pictures(count: int) -> list[Image.Image]:
 
 def test_embeddings_are_the_backbones_cls_token(embedder: Embedder) -> None:
     images = pictures(3)
-    x = embedder.embed_pixels(embedder.preprocess(images))
+    x = embedder.embed(images, batch_size=2)
     assert x.shape == (3, 48)
     assert x.dtype == np.float32
     pixels = torch.from_numpy(embedder.preprocess(images))
@@ -71,7 +71,7 @@ def test_batches_and_threads_do_not_change_embeddings(embedder: Embedder) -> Non
 
 
 def test_no_images_give_no_embeddings(embedder: Embedder) -> None:
-    assert embedder.embed_pixels(np.empty((0, 3, 32, 32), np.float32)).shape == (0, 48)
+    assert embedder.embed_pixels(np.empty((0, 3, 32, 32), np.float32)).shape == embedder.embed([]).shape == (0, 48)
 
 
 def test_a_saved_checkpoint_is_read_back(tmp_path: Path) -> None:
