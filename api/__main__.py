@@ -19,6 +19,7 @@ from rich.table import Table
 from api.access import SCOPES, Keys, hash_secret, in_force, is_loopback, new_secret
 from api.breaker import DATABASE_AWAY
 from api.judge.detector import Detector
+from api.judge.loader import load_detector
 from api.judge.uploads import Question, Upload
 from api.schemas.problems import ApiError, FailedFile, Problem
 from api.schemas.verdicts import Explanation
@@ -52,7 +53,7 @@ def fail(error: Exception) -> typer.Exit:
 def load(**options: Any) -> Detector:
     """A loaded detector; what is wrong with settings, checkpoint or database ends the command with one line."""
     try:
-        return Detector(ServiceSettings.read(**options)).load()
+        return load_detector(ServiceSettings.read(**options))
     except EXPECTED as error:
         raise fail(error) from None
 
@@ -143,7 +144,7 @@ def detect(
     judged, rejected, console = 0, 0, Console()
     missing: list[FailedFile] = []
     try:
-        detector.calibrate()
+        detector.calibrator.refresh()
         if detector.inactive:
             print(f"warning: {detector.inactive} {detector.hindrance or ''}".rstrip(), file=sys.stderr)
         in_data_sets = split is not None or sample is not None

@@ -1,24 +1,20 @@
 """The detector for many callers at once: image work in threads, a shared forward pass, nothing on the event loop."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
-import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import ParamSpec, TypeVar
 
-import numpy as np
 from prometheus_client import Gauge
 
 from api.access import Caller, Keys, hide_paths
-from api.batcher import Batcher, BatcherFull, Item, Result
 from api.breaker import DATABASE_AWAY
 from api.enrolment import Batch, enrol
-from api.judge.detector import Case, Detector
+from api.judge.detector import Detector
+from api.judge.loader import load_detector, load_successor
 from api.judge.uploads import Question, Upload
 from api.monitoring import Metrics
 from api.schemas import Label
@@ -27,6 +23,7 @@ from api.schemas.resources import Added, Status
 from api.schemas.verdicts import Hits, Verdict
 from api.service_settings import ServiceSettings
 from api.service_status import status
+from api.serving import Serving, run_in
 from indexer.database.connection import DatabaseBehind
 from indexer.store.checkpoints import CheckpointSwitched
 from trainer.cores import usable_cores
@@ -39,44 +36,13 @@ DATABASE_THREADS = 16
 AT_ONCE = 8
 """Images of one request that are in work at the same time."""
 EXPLAINED_AT_ONCE = 3
-"""Likewise where each has regions and re-encoded copies: at most half of the queue, so that others find room in it."""
+"""Images in work that each have regions and re-encoded copies: at most half of the queue, so that others find room."""
 RETRY = 2.0
 """Seconds between two attempts to start, or to change the checkpoint, while that fails."""
 LOOK = 0.2
 """Seconds between two looks for what another thread tells."""
 HOUSEKEEPING = 3600.0
 """Seconds between two deletions of old records."""
-
-
-class Serving:
-    """A detector, and the threads in which its requests share a forward pass and a search. Used on the event loop.
-
-    Attributes:
-        detector: A loaded one, started here.
-        users: Requests that go on with it.
-    """
-
-    def __init__(self, detector: Detector, metrics: Metrics) -> None:
-        self.detector, self.users = detector, 0
-        self.embedding: Batcher[np.ndarray, np.ndarray]
-        self.embedding = Batcher(detector.embedder.embed_stacks, observe=metrics.batch.observe, name="embed")
-        self.judging: Batcher[Case, Verdict] = Batcher(detector.answer, max_wait=0, name="judge")
-        detector.start()
-
-    @contextmanager
-    def used(self) -> Iterator[Detector]:
-        """One request's use, from its first step to its last."""
-        self.users += 1
-        try:
-            yield self.detector
-        finally:
-            self.users -= 1
-
-    def stop(self) -> None:
-        """Finish what was begun, then end the threads; a second time changes nothing."""
-        self.embedding.close()
-        self.judging.close()
-        self.detector.stop()
 
 
 class Service:
@@ -130,7 +96,7 @@ class Service:
         """
         while not self._ready:
             try:
-                await asyncio.get_running_loop().run_in_executor(self._workers, self.start)
+                await self.run(self.start)
             except (*DATABASE_AWAY, DatabaseBehind, ApiError) as error:
                 self.failure = " ".join(str(error).split())
                 log.warning("waiting for the database", extra={"reason": self.failure})
@@ -143,12 +109,12 @@ class Service:
     def start(self) -> None:
         """Load and calibrate what is not yet, and begin to follow and compute. Blocks; raises what loading raises."""
         if self._detector is None:
-            self._detector = Detector(self.settings).load()
+            self._detector = load_detector(self.settings)
         detector = self._detector
         self._keys = Keys(detector.store.keys, detector.breaker)
         self._keys.exist()
-        detector.calibrate()  # or the first verdicts would be uncertain, and nobody would know why
-        self._serving = Serving(detector, self.metrics)
+        detector.calibrator.refresh()  # or the first verdicts would be uncertain, and nobody would know why
+        self._serving = Serving(detector, self._decoders, self.metrics)
         self._watch()
         self._ready = True
 
@@ -158,7 +124,7 @@ class Service:
         The new one is loaded beside the old, which answers meanwhile, and which then finishes what it has begun. Where
         it cannot be loaded, or a setting names the old one, that is said, and the old one goes on.
         """
-        told: str | None = None
+        last_reason: str | None = None
         while True:
             await asyncio.sleep(LOOK)
             if not self._ready or self._serving.detector.inactive is None:
@@ -167,19 +133,19 @@ class Service:
             if not old.detector.named:
                 old.detector.hindrance = None
                 try:
-                    self._detector = await self.run(old.detector.successor)
-                    self._serving = Serving(self._detector, self.metrics)
+                    self._detector = await self.run(load_successor, old.detector)
+                    self._serving = Serving(self._detector, self._decoders, self.metrics)
                 except Exception as error:  # the old one goes on; what hinders may pass, or be put right
                     old.detector.hindrance = " ".join(str(error).split()) or type(error).__name__
                 else:
                     log.info("another checkpoint serves", extra={"checkpoint": self.detector.embedder.id})
                     await self._retire(old)
-                    told = None
+                    last_reason = None
                     continue
             reason = f"{old.detector.inactive} {old.detector.hindrance or ''}".rstrip()
-            if reason != told:
+            if reason != last_reason:
                 log.warning("the active checkpoint does not serve", extra={"reason": reason})
-                told = reason
+                last_reason = reason
             await asyncio.sleep(RETRY)
 
     async def _retire(self, old: Serving) -> None:
@@ -218,34 +184,29 @@ class Service:
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call something that waits for the database, off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._workers, lambda: work(*args, **kwargs))
+        return await run_in(self._workers, work, *args, **kwargs)
 
     async def keys_exist(self) -> bool:
-        """See `Keys.exist`."""
+        """Whether any key was ever made, see `Keys.exist`."""
         self.detector  # noqa: B018 - not ready before there are keys to ask
         remembered = self._keys.remembered()  # a thread for what is known would cost more than all the rest of this
-        return await self._ask(self._keys.exist) if remembered is None else remembered
+        return await run_in(self._askers, self._keys.exist) if remembered is None else remembered
 
     async def authenticate(self, secret: str) -> Caller:
-        """See `Keys.authenticate`."""
-        return await self._ask(self._keys.authenticate, secret)
+        """The owner of a key, see `Keys.authenticate`."""
+        return await run_in(self._askers, self._keys.authenticate, secret)
 
     async def detect(self, uploads: Sequence[Upload], question: Question, caller: Caller) -> list[Verdict | ApiError]:
         """Judge the images of one request, side by side; answers are in the order of the uploads."""
         serving = self.serving
 
         async def one(upload: Upload) -> Verdict:
-            prepared = await self._decode(serving.detector.prepare, upload, question)
-            start = time.perf_counter()
-            embeddings = await self._join(serving.embedding, prepared.pixels, len(prepared.pixels))
-            waited = 1000 * (time.perf_counter() - start)
-            case = Case(prepared, embeddings, question, waited, caller.key_id)
-            verdict = await self._join(serving.judging, case, len(embeddings))
+            verdict = await serving.judge(await serving.embed(upload, question, caller.key_id))
             hide_paths(verdict.neighbours, caller)
             return verdict
 
         with serving.used():
-            results = await self._each(uploads, one, EXPLAINED_AT_ONCE if question.explain else AT_ONCE)
+            results = await _each(uploads, one, EXPLAINED_AT_ONCE if question.explain else AT_ONCE)
         self.metrics.judged(results, final=question.record)
         return results
 
@@ -262,31 +223,33 @@ class Service:
     ) -> list[Hits | ApiError]:
         """The references nearest to each image of one request."""
         serving = self.serving
+        search = partial(
+            serving.detector.neighbourhood.search,
+            label=label,
+            generator=generator,
+            source=source,
+            limit=limit,
+            offset=offset,
+        )
 
         async def one(upload: Upload) -> Hits:
-            prepared = await self._decode(serving.detector.prepare, upload, Question())
-            embedding = (await self._join(serving.embedding, prepared.pixels, len(prepared.pixels)))[0]  # (d,)
-            neighbours, following = await self._ask(
-                serving.detector.neighbourhood.search,
-                embedding,
-                label=label,
-                generator=generator,
-                source=source,
-                limit=limit,
-                offset=offset,
-            )
+            case = await serving.embed(upload)
+            neighbours, following = await run_in(self._askers, search, case.embeddings[0])
             hide_paths(neighbours, caller)
             return Hits(file=upload.file, neighbours=neighbours, next=following)
 
         with serving.used():
-            return await self._each(uploads, one)
+            return await _each(uploads, one)
 
     async def status(self) -> Status:
-        """See `service_status.status`. In threads of its own: who asks for it may wait, nobody else."""
-        return await asyncio.get_running_loop().run_in_executor(self._counters, status, self.detector)
+        """What is loaded, followed and calibrated. In threads of its own: who asks for it may wait, nobody else."""
+        return await run_in(self._counters, status, self.detector)
 
     async def enrol(self, uploads: Sequence[Upload], batch: Batch) -> Added:
-        """See `enrolment.enrol`. Where the active checkpoint changes meanwhile, this is done with the new one."""
+        """Add uploads as references, see `enrolment.enrol`.
+
+        Where the active checkpoint changes meanwhile, this is done with the new one.
+        """
         while True:
             serving = self.serving
             try:
@@ -298,36 +261,6 @@ class Service:
                 if serving.detector.hindrance:
                     raise ApiError("not-ready", f"nothing can be added: {serving.detector.inactive}", retry_after=60)
                 await asyncio.sleep(LOOK)
-
-    @staticmethod
-    async def _each(
-        uploads: Sequence[Upload], work: Callable[[Upload], Awaitable[T]], at_once: int = AT_ONCE
-    ) -> list[T | ApiError]:
-        """What `work` gives for each upload, or the problem that it raised."""
-        turns = asyncio.Semaphore(at_once)
-
-        async def one(upload: Upload) -> T | ApiError:
-            async with turns:
-                try:
-                    return await work(upload)
-                except ApiError as error:
-                    return error
-
-        return await asyncio.gather(*map(one, uploads))
-
-    async def _decode(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, lambda: work(*args, **kwargs))
-
-    async def _ask(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """In threads of their own: these wait for the database only so long, others may hang with it."""
-        return await asyncio.get_running_loop().run_in_executor(self._askers, lambda: work(*args, **kwargs))
-
-    @staticmethod
-    async def _join(batcher: Batcher[Item, Result], item: Item, weight: int) -> Result:
-        try:
-            return await asyncio.wrap_future(batcher.submit(item, weight))
-        except BatcherFull as error:
-            raise ApiError("not-ready", str(error), retry_after=1) from error
 
     def _watch(self) -> None:
         """Let the gauges read what they show when they are asked."""
@@ -341,6 +274,22 @@ class Service:
         show(metrics.lag, lambda now: now.detector.follower.lag)
         show(metrics.degraded, lambda now: now.detector.follower.degraded)
         show(metrics.inactive, lambda now: now.detector.inactive is not None)
-        show(metrics.calibration, lambda now: getattr(now.detector.calibrator.current, "revision", 0))
+        show(metrics.calibration, lambda now: now.detector.calibrator.current.revision or 0)
         show(metrics.index_size.labels("real"), lambda now: now.detector.follower.index.counts()[0])
         show(metrics.index_size.labels("fake"), lambda now: now.detector.follower.index.counts()[1])
+
+
+async def _each(
+    uploads: Sequence[Upload], work: Callable[[Upload], Awaitable[T]], at_once: int = AT_ONCE
+) -> list[T | ApiError]:
+    """What `work` gives for each upload, or the problem that it raised."""
+    turns = asyncio.Semaphore(at_once)
+
+    async def one(upload: Upload) -> T | ApiError:
+        async with turns:
+            try:
+                return await work(upload)
+            except ApiError as error:
+                return error
+
+    return await asyncio.gather(*map(one, uploads))

@@ -6,7 +6,6 @@ import numpy as np
 
 from api.breaker import DATABASE_AWAY
 from api.judge.detector import Detector
-from api.judge.judgement import calibration_facts, shortage, thresholds_of
 from api.schemas.resources import (
     CalibrationState,
     GeneratorCount,
@@ -61,8 +60,8 @@ def status(detector: Detector) -> Status:
             size=len(follower.index),
             revision=follower.revision,
         ),
-        calibration=calibration_facts(fitted),
-        reason=detector.calibrator.reason or shortage(fitted, settings.max_false_alarm, settings.max_miss),
+        calibration=fitted.facts,
+        reason=detector.calibrator.reason or fitted.shortage(settings.max_false_alarm, settings.max_miss),
         degraded=degraded,
         version=package_version(),
         k=settings.k,
@@ -73,14 +72,14 @@ def calibration_state(detector: Detector) -> CalibrationState:
     """The calibration in use and what it promises."""
     fitted, settings = detector.calibrator.current, detector.settings
     return CalibrationState(
-        calibration=calibration_facts(fitted),
-        thresholds=thresholds_of(fitted, settings.max_false_alarm, settings.max_miss),
+        calibration=fitted.facts,
+        thresholds=fitted.thresholds(settings.max_false_alarm, settings.max_miss),
         max_false_alarm=settings.max_false_alarm,
         max_miss=settings.max_miss,
         prior=settings.prior,
-        reason=detector.calibrator.reason or shortage(fitted, settings.max_false_alarm, settings.max_miss),
-        maps={name: item.to_json() for name, item in fitted.calibration.maps.items()} if fitted else {},
-        histogram=histogram(fitted.calibration) if fitted else None,
+        reason=detector.calibrator.reason or fitted.shortage(settings.max_false_alarm, settings.max_miss),
+        maps={name: item.to_json() for name, item in fitted.calibration.maps.items()},
+        histogram=histogram(fitted.calibration),
     )
 
 

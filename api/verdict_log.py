@@ -17,7 +17,7 @@ from api.judge.regions import overlay
 from api.judge.uploads import Prepared, Question
 from api.schemas.problems import ApiError
 from api.schemas.resources import Asked, Change, Detection, DetectionPage, DetectionSummary, Feedback, Replay
-from api.schemas.verdicts import ImageFacts, Provenance, Region, Verdict
+from api.schemas.verdicts import ImageFacts, Region, Verdict
 from indexer.store.detections import Detection as DetectionRow
 from indexer.store.detections import ListedDetection
 
@@ -115,10 +115,6 @@ def replay(detector: Detector, row: DetectionRow, caller: Caller) -> Replay:
         file_bytes=row.file_bytes,
         image=image,
         pixels=np.empty((0, 3, 0, 0), np.float32),
-        boxes=[],
-        variants=(),
-        provenance=Provenance(),
-        decode_ms=0.0,
     )
     case = Case(prepared, row.vector[None], Question(asked.k, asked.max_false_alarm))  # (1, d)
     [after] = detector.judge([case])

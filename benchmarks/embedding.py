@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import typer
 
-from api.judge.detector import Detector
+from api.judge.loader import load_detector
 from api.judge.uploads import Upload
 from api.schemas.verdicts import Verdict
 from api.service_settings import ServiceSettings
@@ -128,8 +128,8 @@ def agreement(checkpoint: Path, data: Path, split: str) -> None:
     answers: dict[str, list[Verdict]] = {}
     for engine in ("torch", "openvino-f32", "openvino"):
         settings = ServiceSettings.read(checkpoint=checkpoint, device="cpu", engine=engine, record=False)
-        detector = Detector(settings).load()
-        detector.calibrate()
+        detector = load_detector(settings)
+        detector.calibrator.refresh()
         found = [result for result in detector.detect(uploads) if isinstance(result, Verdict)]
         answers[detector.embedder.engine] = found
         detector.close()

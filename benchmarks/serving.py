@@ -29,6 +29,7 @@ import typer
 from PIL import Image
 
 from api.judge.detector import Detector
+from api.judge.loader import load_detector
 from api.judge.uploads import Upload
 from api.service_settings import ServiceSettings
 from indexer.database.embedded import EmbeddedServer
@@ -77,7 +78,7 @@ def checkpoint(folder: Path) -> None:
 
 def fill(settings: ServiceSettings, n: int) -> None:
     """Write n references."""
-    detector = Detector(settings).load()
+    detector = load_detector(settings)
     x, y = embeddings(n, 3)
     small = thumbnail(Image.new("RGB", (64, 64)))
     rows = [
@@ -103,7 +104,7 @@ def fill(settings: ServiceSettings, n: int) -> None:
     for start in range(0, n, 1000):
         detector.store.references.add(rows[start : start + 1000], detector.embedder.id)
     detector.follower.catch_up()
-    detector.calibrate()
+    detector.calibrator.refresh()
     detector.follower.save()
     detector.close()
 
@@ -258,8 +259,8 @@ def one_image(settings: ServiceSettings, images: list[bytes], references: int, r
     """Print the table of one image at a time, and the rates that nothing around the engine can exceed."""
     train, labels = embeddings(10_000, 2)
     judge = reference_path(train, labels, references)
-    detector = Detector(settings).load()
-    detector.calibrate()
+    detector = load_detector(settings)
+    detector.calibrator.refresh()
     paths: dict[str, Callable[[bytes], object]] = {
         "reference": judge,
         f"Lineup ({detector.embedder.engine})": lambda data: list(detector.detect([Upload("a.jpg", data)])),

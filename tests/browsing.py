@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Browser, ConsoleMessage, FilePayload, Page, Request, sync_playwright
 
 from api.http.app import create_app
-from api.judge.detector import Detector
+from api.judge.loader import load_detector
 from api.service_settings import ServiceSettings
 
 AXE = Path(__file__).parent / "vendor" / "axe-core" / "axe.min.js"
@@ -43,8 +43,8 @@ def chromium() -> Iterator[Browser]:
 def served(settings: ServiceSettings, **changes: object) -> Iterator[str]:
     """The address of an application with these settings, on a port of its own."""
     settings = settings.model_copy(update=changes)
-    detector = Detector(settings).load()
-    detector.calibrate()
+    detector = load_detector(settings)
+    detector.calibrator.refresh()
     with serving(uvicorn.Config(create_app(settings, detector), log_config=None, timeout_graceful_shutdown=1)) as url:
         yield url
 

@@ -1,12 +1,14 @@
 """Keeps the calibration in step with the index: it is refitted in the background after references change."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
+
+from api.schemas.verdicts import CalibrationFacts, Thresholds
 from indexer.follower import Follower
 from indexer.measure.calibrate import calibrate, kept
 from trainer.heads.calibration import MINIMUM, Calibration
@@ -14,14 +16,42 @@ from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads
 
 log = logging.getLogger(__name__)
+NONE = np.empty(0, np.float32)
+UNCALIBRATED = Calibration(maps={}, real={}, fake={}, nearest=NONE, nearest_fake=NONE, n_real=0, n_fake=0)
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
-    """A calibration and the index revision it was fitted at."""
+class IndexCalibration:
+    """A calibration and the index revision it was fitted at, None for the empty one that stands until there is one."""
 
-    calibration: Calibration
-    revision: int
+    calibration: Calibration = UNCALIBRATED
+    revision: int | None = None
+
+    @property
+    def facts(self) -> CalibrationFacts | None:
+        """What the caller is told of it; None before there is one."""
+        if self.revision is None:
+            return None
+        fitted = self.calibration
+        return CalibrationFacts(revision=self.revision, real=fitted.n_real, fake=fitted.n_fake)
+
+    def thresholds(self, max_false_alarm: float, max_miss: float, heads: Collection[str] | None = None) -> Thresholds:
+        """The cuts that promise these error rates, of the heads that answered (all when None)."""
+        fake, real = self.calibration.thresholds(max_false_alarm, max_miss, heads)
+        return Thresholds(fake=fake, real=real)
+
+    def shortage(self, max_false_alarm: float, max_miss: float, heads: Collection[str] | None = None) -> str | None:
+        """What keeps a rate from being promised, as one line; None where nothing does, or nothing is calibrated."""
+        if not self.calibration.maps:
+            return None
+        real, fake = self.calibration.more_images(max_false_alarm, max_miss, heads)
+        rates = (("false alarm", max_false_alarm, real, "real"), ("miss", max_miss, fake, "fake"))
+        needs = [
+            f"a {name} rate of {rate:g} needs {count} more {label} calibration images"
+            for name, rate, count, label in rates
+            if count
+        ]
+        return "; ".join(needs) or None
 
 
 class Calibrator:
@@ -39,23 +69,17 @@ class Calibrator:
     LATEST = 15.0
     """Seconds after which a calibration is refitted even while changes go on."""
 
-    def __init__(
-        self,
-        follower: Follower,
-        heads: Heads | None,
-        images: CalibrationSet | None,
-        k: int,
-    ) -> None:
+    def __init__(self, follower: Follower, heads: Heads | None, images: CalibrationSet | None, k: int) -> None:
         self._follower, self._heads, self._images, self._k = follower, heads, images, k
         self._end = threading.Event()
         self._fitting = threading.Lock()
         self._thread: threading.Thread | None = None
-        self.current: Fitted | None = None
+        self.current = IndexCalibration()
 
     @property
     def reason(self) -> str | None:
         """Why there is no calibration; None where there is one."""
-        if self.current is not None and self.current.calibration.maps:
+        if self.current.calibration.maps:
             return None
         if self._heads is None or self._images is None or len(self._images) == 0:
             lacking = "the checkpoint lacks heads or calibration images"
@@ -67,7 +91,7 @@ class Calibrator:
                 f"nothing is calibrated: the checkpoint has {reals} real and {fakes} fake calibration images, "
                 f"{MINIMUM} of each are needed"
             )
-        if self.current is None:
+        if self.current.revision is None:
             return "nothing is calibrated yet: the calibration is being fitted"
         return "nothing is calibrated: no head answers (add real and fake references)"
 
@@ -77,14 +101,13 @@ class Calibrator:
             return
         with self._fitting:
             revision = self._follower.revision
-            if self.current is not None and self.current.revision == revision:
+            if self.current.revision == revision:
                 return
-            if (saved := kept(self._follower, self._heads, revision, self._k)) is not None:
-                self.current = Fitted(saved, revision)
-                return
-            start = time.perf_counter()
-            self.current = Fitted(calibrate(self._follower, self._heads, self._images, self._k), revision)
-            log.info("calibrated", extra={"revision": revision, "seconds": round(time.perf_counter() - start, 2)})
+            start, calibration = time.perf_counter(), kept(self._follower, self._heads, revision, self._k)
+            if calibration is None:
+                calibration = calibrate(self._follower, self._heads, self._images, self._k)
+                log.info("calibrated", extra={"revision": revision, "seconds": round(time.perf_counter() - start, 2)})
+            self.current = IndexCalibration(calibration, revision)
 
     def start(self) -> None:
         """Refit in the background from now on."""
@@ -98,15 +121,15 @@ class Calibrator:
             self._thread.join()
 
     def _run(self) -> None:
-        seen, changed, stale_since = self._follower.revision, 0.0, time.monotonic()
+        last_revision, changed_at, stale_since = self._follower.revision, 0.0, time.monotonic()
         while not self._end.wait(0.2):
             now, revision = time.monotonic(), self._follower.revision
-            if self.current is not None and self.current.revision == revision:
-                seen, stale_since = revision, now
+            if self.current.revision == revision:
+                last_revision, stale_since = revision, now
                 continue
-            if revision != seen:
-                seen, changed = revision, now
-            if now - changed >= self.QUIET or now - stale_since >= self.LATEST:
+            if revision != last_revision:
+                last_revision, changed_at = revision, now
+            if now - changed_at >= self.QUIET or now - stale_since >= self.LATEST:
                 try:
                     self.refresh()
                     stale_since = now

@@ -1,17 +1,21 @@
-"""What the index and the heads say of embeddings: neighbours of each label, their vote, and the combined score."""
-
-from __future__ import annotations
+"""What index, heads and Postgres say of embeddings: neighbours of each label, their vote, and the combined score."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
 
+from api.breaker import DATABASE_AWAY, Breaker
+from api.schemas import LABELS, Label
+from api.schemas.verdicts import Neighbour
 from indexer.follower import Follower
+from indexer.follower import Neighbour as IndexNeighbour
 from indexer.index.label_index import Neighbours
+from indexer.store import Store
+from indexer.store.columns import Reference
 from trainer.heads.calibration import Calibration
 from trainer.heads.heads import Heads
 from trainer.heads.vote import Votes, vote
@@ -23,14 +27,14 @@ SAME = 0.9995
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Neighbours, raw scores and combined scores of q embeddings at one revision and calibration."""
+    """Neighbours, raw scores and combined scores of the q embeddings of one image at one revision and calibration."""
 
     k: int
     """How many neighbours vote."""
     real: Neighbours
     """The nearest reals, k or more: ids (q, kr), -1 for missing, and similarities, NaN for missing."""
     fake: Neighbours
-    """Likewise the nearest fakes."""
+    """The nearest fakes, in the same form."""
     votes: Votes
     logits: dict[str, np.ndarray]
     """Raw logit or score by head, each (q,); NaN where the head cannot answer."""
@@ -40,37 +44,63 @@ class Evidence:
     heads_ms: float
 
     @property
-    def answering(self) -> list[str]:
-        """Heads that answered for the first embedding."""
-        return [head for head, values in self.logits.items() if not np.isnan(values[0])]
-
-    def terms(self, calibration: Calibration | None) -> dict[str, float]:
-        """What the logit of the first embedding's score is the sum of, see `Calibration.terms`."""
-        return (
-            calibration.terms({head: float(values[0]) for head, values in self.logits.items()}) if calibration else {}
-        )
+    def first_logits(self) -> dict[str, float]:
+        """Raw logit or score by head for the first embedding; NaN where the head cannot answer."""
+        return {head: float(values[0]) for head, values in self.logits.items()}
 
     @property
     def twins(self) -> list[int]:
         """References that cannot be told from the first image by their embeddings."""
-        both = (self.real, self.fake)
-        return [int(id) for near in both for id in near.ids[0, near.similarities[0] >= SAME]]
+        return [int(id) for near in (self.real, self.fake) for id in near.ids[0, near.similarities[0] >= SAME]]
 
-    def split(self, lengths: Sequence[int]) -> list[Evidence]:
-        """The evidence of the first so many embeddings, of the next, and so on, each with its share of the time."""
-        return [
-            replace(
-                self,
-                real=_rows(self.real, slice(end - length, end)),
-                fake=_rows(self.fake, slice(end - length, end)),
-                votes=_rows(self.votes, slice(end - length, end)),
-                logits={head: values[end - length : end] for head, values in self.logits.items()},
-                scores=self.scores[end - length : end],
-                search_ms=self.search_ms * length / len(self.scores),
-                heads_ms=self.heads_ms * length / len(self.scores),
-            )
-            for end, length in zip(accumulate(lengths), lengths, strict=True)
-        ]
+
+def gather(
+    stacks: Sequence[np.ndarray],
+    k: int,
+    follower: Follower,
+    heads: Heads | None,
+    calibration: Calibration,
+    excluded: Sequence[Sequence[int]] | None = None,
+) -> list[Evidence]:
+    """Ask the index and the heads about the embeddings of several images together.
+
+    Args:
+        stacks: Raw embeddings of each image, shape (q, d), float32.
+        k: Neighbours of each label, more of the one that has more references.
+        follower: Where the references are.
+        heads: Linear and SVM, where the checkpoint has them.
+        calibration: Maps logits to the combined score.
+        excluded: For each image the ids of references that may not vote on it: the image itself.
+
+    Returns:
+        The evidence on each image, with its share of the time.
+    """
+    lengths = [len(stack) for stack in stacks]
+    exclude_each = None
+    if excluded is not None:
+        exclude_each = [np.array(ids) for ids, length in zip(excluded, lengths, strict=True) for _ in range(length)]
+    embeddings = np.concatenate(stacks)  # (n, d)
+    start = time.perf_counter()
+    real, fake = follower.voters(embeddings, k, exclude_each=exclude_each)  # (n, kr) and (n, kf), both at least k
+    votes = vote(real.similarities, fake.similarities, fake.generators, k)
+    searched = time.perf_counter()
+    logits = {"knn": votes.logit} | (heads.logits(embeddings) if heads else {})
+    scores = calibration.combine_many(logits)
+    search_ms, heads_ms = 1000 * (searched - start), 1000 * (time.perf_counter() - searched)
+    parts = [slice(end - length, end) for end, length in zip(accumulate(lengths), lengths, strict=True)]
+    return [
+        Evidence(
+            k=k,
+            real=_rows(real, part),
+            fake=_rows(fake, part),
+            votes=_rows(votes, part),
+            logits={head: values[part] for head, values in logits.items()},
+            scores=scores[part],
+            search_ms=search_ms * length / len(embeddings),
+            heads_ms=heads_ms * length / len(embeddings),
+        )
+        for part, length in zip(parts, lengths, strict=True)
+    ]
 
 
 def _rows(arrays: Arrays, rows: slice) -> Arrays:
@@ -78,29 +108,80 @@ def _rows(arrays: Arrays, rows: slice) -> Arrays:
     return type(arrays)(*(getattr(arrays, column.name)[rows] for column in fields(arrays)))
 
 
-def gather(
-    embeddings: np.ndarray,
-    k: int,
-    follower: Follower,
-    heads: Heads | None,
-    calibration: Calibration | None,
-    exclude_each: Sequence[np.ndarray] | None = None,
-) -> Evidence:
-    """Ask the index and the heads about q embeddings.
+@dataclass(frozen=True, slots=True)
+class Neighbourhood:
+    """Looks references up by what a query found. While Postgres is away it shows what memory holds."""
 
-    Args:
-        embeddings: Raw, shape (q, d), float32.
-        k: Neighbours of each label, more of the one that has more references.
-        follower: Where the references are.
-        heads: Linear and SVM, where the checkpoint has them.
-        calibration: Maps logits to the combined score.
-        exclude_each: References that may not vote on one embedding, q arrays of ids: the image itself.
-    """
-    start = time.perf_counter()
-    real, fake = follower.voters(embeddings, k, exclude_each=exclude_each)  # (q, kr) and (q, kf), both at least k
-    votes = vote(real.similarities, fake.similarities, fake.generators, k)
-    searched = time.perf_counter()
-    logits = {"knn": votes.logit} | (heads.logits(embeddings) if heads else {})
-    scores = calibration.combine_many(logits) if calibration else np.full(len(embeddings), np.nan)
-    done = time.perf_counter()
-    return Evidence(k, real, fake, votes, logits, scores, 1000 * (searched - start), 1000 * (done - searched))
+    store: Store
+    follower: Follower
+    breaker: Breaker
+
+    def references(self, evidence: Iterable[Evidence], hashes: Sequence[str] = ()) -> dict[int, Reference] | None:
+        """What Postgres says of the neighbours that `voters` shows, by id, and of the references with these bytes.
+
+        None while it is away.
+        """
+        ids = {int(id) for one in evidence for near in (one.real, one.fake) for id in near.ids[0, : one.k]}
+        return self._look_up(ids - {-1}, hashes)
+
+    def voters(self, evidence: Evidence, references: Mapping[int, Reference]) -> list[Neighbour]:
+        """Neighbours of the first embedding, both labels, nearest first, with what `references` gave."""
+        votes, voters = evidence.votes, list[Neighbour]()
+        for nearest, weights in ((evidence.real, votes.weights_real), (evidence.fake, votes.weights_fake)):
+            neighbours = self.follower.neighbours(nearest.first(evidence.k))[0]
+            # Padding has weights, but is not shown. Rounding may leave 0..1 by a hair.
+            pairs = zip(neighbours, weights[0].clip(0, 1).tolist(), strict=False)
+            voters += [_described(near, references, weight) for near, weight in pairs]
+        return sorted(voters, key=lambda voter: -voter.similarity)
+
+    def search(
+        self,
+        embedding: np.ndarray,
+        *,
+        label: Label | None = None,
+        generator: str | None = None,
+        source: str | None = None,
+        limit: int = 10,
+        offset: int = 0,
+    ) -> tuple[list[Neighbour], int | None]:
+        """The reference images nearest to one embedding, and the offset of the next page.
+
+        Args:
+            embedding: Raw, shape (d,).
+            label: Only these.
+            generator: Only of this generator, by name without regard to case.
+            source: Only from this source.
+            limit: Length of a page.
+            offset: Neighbours to pass over.
+        """
+        end, number = offset + limit, None if label is None else LABELS.index(label)
+        [nearest] = self.follower.search(embedding[None], end + 1, label=number, generator=generator, source=source)
+        page = nearest[offset:end]
+        references = self._look_up({near.id for near in page}) or {}
+        return [_described(near, references) for near in page], end if len(nearest) > end else None
+
+    def _look_up(self, ids: Collection[int], hashes: Sequence[str] = ()) -> dict[int, Reference] | None:
+        if self.follower.degraded:
+            return None
+        if not hashes and not ids:
+            return {}
+        try:
+            return self.breaker.ask(self.store.references.get_many, ids, hashes)
+        except DATABASE_AWAY:
+            return None
+
+
+def _described(near: IndexNeighbour, references: Mapping[int, Reference], weight: float | None = None) -> Neighbour:
+    """What memory holds of a neighbour, with thumbnail, address and attributes from Postgres."""
+    reference = references.get(near.id)
+    return Neighbour(
+        id=near.id,
+        label=LABELS[near.label],
+        generator=near.generator,
+        source=near.source,
+        similarity=near.similarity,
+        weight=weight,
+        thumbnail=f"/v1/references/{near.id}/thumbnail" if reference else None,
+        uri=(reference.uri or None) if reference else None,
+        attributes=dict(reference.attributes) if reference else {},
+    )

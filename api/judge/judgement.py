@@ -1,17 +1,15 @@
 """From evidence to a ruling: score, thresholds, verdict, novelty, and the heads' answers side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from api.judge.calibrator import Fitted
+from api.judge.calibrator import IndexCalibration
 from api.judge.evidence import Evidence
+from api.judge.regions import Box
 from api.schemas import LABELS, Label
 from api.schemas.verdicts import (
-    CalibrationFacts,
     Combination,
     Decision,
     GeneratorShare,
@@ -20,6 +18,7 @@ from api.schemas.verdicts import (
     LinearHead,
     Nearest,
     Nn1Head,
+    Region,
     Stability,
     SvmHead,
     Thresholds,
@@ -35,16 +34,16 @@ from trainer.heads.vote import generator_shares
 
 @dataclass(frozen=True, slots=True)
 class Ruling:
-    """What follows from the score of one image."""
+    """What follows from the score of one image; without a score nothing does."""
 
     verdict: Decision
     reason: str | None
-    score: float | None
-    probability: float | None
-    false_alarm: float | None
-    thresholds: Thresholds
-    novelty: float | None
-    unknown_generator: bool
+    score: float | None = None
+    probability: float | None = None
+    false_alarm: float | None = None
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    novelty: float | None = None
+    unknown_generator: bool = False
 
 
 def decide(score: float | None, thresholds: Thresholds) -> Decision:
@@ -53,39 +52,12 @@ def decide(score: float | None, thresholds: Thresholds) -> Decision:
         return "uncertain"
     if thresholds.fake is not None and score >= thresholds.fake:
         return "fake"
-    if thresholds.real is not None and score < thresholds.real:
-        return "real"
-    return "uncertain"
-
-
-def thresholds_of(
-    fitted: Fitted | None, max_false_alarm: float, max_miss: float, heads: list[str] | None = None
-) -> Thresholds:
-    """The cuts that promise these error rates."""
-    if fitted is None:
-        return Thresholds()
-    fake, real = fitted.calibration.thresholds(max_false_alarm, max_miss, heads)
-    return Thresholds(fake=fake, real=real)
-
-
-def shortage(
-    fitted: Fitted | None, max_false_alarm: float, max_miss: float, heads: list[str] | None = None
-) -> str | None:
-    """What keeps a rate from being promised, as one line."""
-    if fitted is None or not fitted.calibration.maps:
-        return None
-    real, fake = fitted.calibration.more_images(max_false_alarm, max_miss, heads)
-    parts = []
-    if real:
-        parts.append(f"a false alarm rate of {max_false_alarm:g} needs {real} more real calibration images")
-    if fake:
-        parts.append(f"a miss rate of {max_miss:g} needs {fake} more fake calibration images")
-    return "; ".join(parts) or None
+    return "real" if thresholds.real is not None and score < thresholds.real else "uncertain"
 
 
 def rule(
     evidence: Evidence,
-    fitted: Fitted | None,
+    fitted: IndexCalibration,
     uncalibrated: str | None,
     settings: ServiceSettings,
     max_false_alarm: float | None = None,
@@ -99,27 +71,26 @@ def rule(
         settings: Error rates, prior and the p-value of an unknown generator.
         max_false_alarm: In place of the setting.
     """
-    rate = max_false_alarm or settings.max_false_alarm
     score = none_if_nan(evidence.scores[0])
-    if fitted is None or score is None:
-        why = uncalibrated or "no head that answered is calibrated"
-        return Ruling("uncertain", why, None, None, None, Thresholds(), None, False)
-    calibration, answering = fitted.calibration, evidence.answering
-    thresholds = thresholds_of(fitted, rate, settings.max_miss, answering)
-    verdict = decide(score, thresholds)
-    short = shortage(fitted, rate, settings.max_miss, answering) or "the score lies between the thresholds"
-    reason = short if verdict == "uncertain" else None
-    nearest_real, nearest_fake = evidence.votes.nearest_real[0], evidence.votes.nearest_fake[0]
-    p_value = calibration.fake_novelty(float(nearest_fake))
+    if score is None:
+        return Ruling("uncertain", uncalibrated or "no head that answered is calibrated")
+    rates = (max_false_alarm or settings.max_false_alarm, settings.max_miss)
+    answering = [head for head, logit in evidence.first_logits.items() if not np.isnan(logit)]
+    calibration, thresholds = fitted.calibration, fitted.thresholds(*rates, answering)
+    verdict, reason = decide(score, thresholds), None
+    if verdict == "uncertain":
+        reason = fitted.shortage(*rates, answering) or "the score lies between the thresholds"
+    nearest_real, nearest_fake = float(evidence.votes.nearest_real[0]), float(evidence.votes.nearest_fake[0])
+    p_value = calibration.fake_novelty(nearest_fake)
     return Ruling(
-        verdict,
-        reason,
-        score,
-        shift_prior(score, settings.prior),
-        calibration.false_alarm(score, answering),
-        thresholds,
-        calibration.novelty(float(np.fmax(nearest_real, nearest_fake))),
-        verdict == "fake" and p_value is not None and p_value < settings.unknown,
+        verdict=verdict,
+        reason=reason,
+        score=score,
+        probability=shift_prior(score, settings.prior),
+        false_alarm=calibration.false_alarm(score, answering),
+        thresholds=thresholds,
+        novelty=calibration.novelty(float(np.fmax(nearest_real, nearest_fake))),
+        unknown_generator=verdict == "fake" and p_value is not None and p_value < settings.unknown,
     )
 
 
@@ -130,7 +101,7 @@ def combination(terms: Mapping[str, float]) -> Combination | None:
 
 def heads_side_by_side(
     evidence: Evidence,
-    fitted: Fitted | None,
+    fitted: IndexCalibration,
     heads: Heads | None,
     settings: ServiceSettings,
     terms: Mapping[str, float],
@@ -144,81 +115,71 @@ def heads_side_by_side(
         settings: The calibrated k, and the prior of the probabilities.
         terms: What each head adds to the score's logit, see `Calibration.terms`.
     """
-    votes = evidence.votes
-    answers = HeadAnswers()
+    votes, logits, answers = evidence.votes, evidence.first_logits, HeadAnswers()
+
+    def probability(head: str) -> float | None:
+        """Calibrated, at the operator's prior; linear's and svm's maps are the checkpoint's own."""
+        if heads is not None and head in heads.maps:
+            value = float(sigmoid(heads.maps[head](np.array([[logits[head]]])))[0])
+        else:
+            value = float(fitted.calibration.probability(head, logits[head]))
+        return None if np.isnan(value) else shift_prior(value, settings.prior)
+
     if not np.isnan(votes.score[0]):
         answers.knn = KnnHead(
             score=clip(votes.score[0]),
-            probability=_probability("knn", evidence, fitted, heads, settings) if evidence.k == settings.k else None,
+            probability=probability("knn") if evidence.k == settings.k else None,
             contribution=terms.get("knn"),
-            label=_label(votes.logit[0] >= 0),
+            label=_label(logits["knn"] >= 0),
             k=evidence.k,
             votes=Votes(real=int(votes.votes_real[0]), fake=int(votes.votes_fake[0])),
             nearest=Nearest(real=none_if_nan(votes.nearest_real[0]), fake=none_if_nan(votes.nearest_fake[0])),
         )
     nearest = [
-        (float(found.similarities[0, 0]), label, int(found.ids[0, 0]))
-        for label, found in enumerate((evidence.real, evidence.fake))
-        if found.ids[0, 0] >= 0
+        (float(near.similarities[0, 0]), label, int(near.ids[0, 0]))
+        for label, near in enumerate((evidence.real, evidence.fake))
+        if near.ids[0, 0] >= 0
     ]
     if nearest:
         similarity, label, reference = max(nearest)
         answers.nn1 = Nn1Head(label=LABELS[label], id=reference, similarity=similarity)
-    if "linear" in evidence.logits:
-        logit = float(evidence.logits["linear"][0])
+    if "linear" in logits:
         answers.linear = LinearHead(
-            score=clip(sigmoid(np.array(logit))),
-            probability=_probability("linear", evidence, fitted, heads, settings),
+            score=clip(sigmoid(np.array(logits["linear"]))),
+            probability=probability("linear"),
             contribution=terms.get("linear"),
-            label=_label(logit >= 0),
+            label=_label(logits["linear"] >= 0),
         )
-    if "svm" in evidence.logits:
-        score = float(evidence.logits["svm"][0])
+    if "svm" in logits:
         answers.svm = SvmHead(
-            score=score,
-            probability=_probability("svm", evidence, fitted, heads, settings),
+            score=logits["svm"],
+            probability=probability("svm"),
             contribution=terms.get("svm"),
-            label=_label(score > 0),
+            label=_label(logits["svm"] > 0),
         )
     return answers
 
 
-def _probability(
-    head: str, evidence: Evidence, fitted: Fitted | None, heads: Heads | None, settings: ServiceSettings
-) -> float | None:
-    """The head's calibrated probability at the operator's prior; linear's and svm's maps are the checkpoint's own."""
-    value = evidence.logits[head][:1]  # (1,)
-    if heads is not None and head in heads.maps:
-        probability = float(sigmoid(heads.maps[head](value[:, None]))[0])
-    elif fitted is not None:
-        probability = float(fitted.calibration.probability(head, value)[0])
-    else:
-        return None
-    return None if np.isnan(probability) else shift_prior(probability, settings.prior)
+def shares(evidence: Evidence, names: Mapping[int, str]) -> list[GeneratorShare]:
+    """How the fakes' weight for the first embedding is divided between generators, largest first."""
+    by_id = generator_shares(evidence.votes.weights_fake[0], evidence.fake.generators[0])
+    return [GeneratorShare(name=names.get(id, f"#{id}"), share=clip(share)) for id, share in by_id.items()]
 
 
-def shares(evidence: Evidence, names: dict[int, str]) -> list[GeneratorShare]:
-    """How the fakes' weight is divided between generators, largest first."""
-    found = generator_shares(evidence.votes.weights_fake[0], evidence.fake.generators[0])
-    return [GeneratorShare(name=names.get(id, f"#{id}"), share=clip(share)) for id, share in found.items()]
+def regions(boxes: Sequence[Box], evidence: Evidence, names: Mapping[int, str]) -> list[Region]:
+    """What each local crop says, whose embeddings follow the plain view's.
 
-
-def best_generator(evidence: Evidence, row: int, names: dict[int, str]) -> str | None:
-    """The generator with the largest share for one embedding."""
-    found = generator_shares(evidence.votes.weights_fake[row], evidence.fake.generators[row])
-    return names.get(next(iter(found))) if found else None
-
-
-def region_score(evidence: Evidence, row: int) -> float:
-    """Score of one local crop, 0..1: the combination, else the vote, else the linear head, else 0.5.
-
-    Thresholds are those of whole images, so none is applied.
+    The score is the combination, else the vote, else the linear head, else 0.5. Thresholds are those of whole images,
+    so none is applied.
     """
-    linear = sigmoid(evidence.logits["linear"][row]) if "linear" in evidence.logits else np.nan
-    for score in (evidence.scores[row], evidence.votes.score[row], linear):
-        if not np.isnan(score):
-            return clip(score)
-    return 0.5
+    verdicts = []
+    for row, box in enumerate(boxes, start=1):
+        linear = sigmoid(evidence.logits["linear"][row]) if "linear" in evidence.logits else np.nan
+        scores = (evidence.scores[row], evidence.votes.score[row], linear)
+        by_id = generator_shares(evidence.votes.weights_fake[row], evidence.fake.generators[row])
+        score = next((clip(score) for score in scores if not np.isnan(score)), 0.5)
+        verdicts.append(Region(box=box, score=score, generator=names.get(next(iter(by_id), -1))))
+    return verdicts
 
 
 def stability(names: Sequence[str], scores: np.ndarray, verdict: Verdict) -> Stability:
@@ -238,13 +199,6 @@ def stability(names: Sequence[str], scores: np.ndarray, verdict: Verdict) -> Sta
     )
 
 
-def calibration_facts(fitted: Fitted | None) -> CalibrationFacts | None:
-    """The calibration in use, as told to the caller."""
-    if fitted is None:
-        return None
-    return CalibrationFacts(revision=fitted.revision, real=fitted.calibration.n_real, fake=fitted.calibration.n_fake)
-
-
 def none_if_nan(value: float) -> float | None:
     """JSON has no NaN."""
     return None if np.isnan(value) else float(value)
@@ -255,5 +209,5 @@ def clip(value: float | np.ndarray) -> float:
     return min(1.0, max(0.0, float(value)))
 
 
-def _label(fake: bool | np.bool_) -> Label:
+def _label(fake: bool) -> Label:
     return "fake" if fake else "real"

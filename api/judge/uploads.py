@@ -1,9 +1,7 @@
 """Uploads: checked against the limits, decoded, and turned into what the model reads."""
 
-from __future__ import annotations
-
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -55,11 +53,11 @@ class Prepared:
     image: ImageFacts
     pixels: np.ndarray
     """What is embedded, shape (1 + regions + variants, 3, s, s), the plain view first."""
-    boxes: list[Box]
+    boxes: list[Box] = field(default_factory=list)
     """Of the regions."""
-    variants: tuple[str, ...]
-    provenance: Provenance
-    decode_ms: float
+    variants: tuple[str, ...] = ()
+    provenance: Provenance = field(default_factory=Provenance)
+    decode_ms: float = 0.0
 
 
 def file_name(name: str | None) -> str:
@@ -78,7 +76,8 @@ def decode(upload: Upload, settings: ServiceSettings) -> tuple[Image.Image, File
     try:
         return decode_image(upload.data, max_pixels=settings.max_pixels)
     except UnreadableImage as error:
-        raise ApiError(_kind(error), f"{upload.file}: {error}") from error
+        kinds: dict[type[UnreadableImage], Kind] = {ImageTooLarge: "too-large", UnsupportedFormat: "not-an-image"}
+        raise ApiError(kinds.get(type(error), "unreadable"), f"{upload.file}: {error}") from error
 
 
 def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings: ServiceSettings) -> Prepared:
@@ -89,11 +88,11 @@ def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings
     """
     start = time.perf_counter()
     image, facts = decode(upload, settings)
-    stacks: list[np.ndarray] = [preprocess([image])]
     boxes = grid(image.width, image.height, preprocess.image_size) if "regions" in question.explain else []
+    variants = tuple(VARIANTS) if "stability" in question.explain else ()
+    stacks = [preprocess([image])]
     if boxes:
         stacks.append(region_pixels(image, boxes, preprocess))
-    variants = tuple(VARIANTS) if "stability" in question.explain else ()
     if variants:
         stacks.append(variant_pixels(image, preprocess))
     return Prepared(
@@ -112,9 +111,3 @@ def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings
         provenance=read_provenance(upload.data, facts.format),
         decode_ms=1000 * (time.perf_counter() - start),
     )
-
-
-def _kind(error: UnreadableImage) -> Kind:
-    if isinstance(error, ImageTooLarge):
-        return "too-large"
-    return "not-an-image" if isinstance(error, UnsupportedFormat) else "unreadable"

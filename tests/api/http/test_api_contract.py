@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.http.app import create_app
-from api.judge.detector import Detector
+from api.judge.loader import load_detector
 from api.service_settings import ServiceSettings
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
@@ -41,8 +41,8 @@ def from_here(app: ASGIApp) -> ASGIApp:
 @pytest.fixture(scope="module")
 def api_schema(populated: ServiceSettings) -> Iterator[Any]:
     limited = populated.model_copy(update={"max_upload_bytes": 100_000})
-    detector = Detector(limited).load()
-    detector.calibrate()
+    detector = load_detector(limited)
+    detector.calibrator.refresh()
     app = create_app(limited, detector)
     with TestClient(app):
         yield schemathesis.openapi.from_asgi("/openapi.json", from_here(app))

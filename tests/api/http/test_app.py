@@ -32,6 +32,7 @@ from api.http import server
 from api.http.app import create_app
 from api.judge.calibrator import Calibrator
 from api.judge.detector import Detector
+from api.judge.loader import load_detector, load_successor
 from api.judge.regions import MOST_REGIONS, VARIANTS
 from api.judge.uploads import Prepared, Question, Upload
 from api.schemas.verdicts import Verdict
@@ -62,8 +63,8 @@ def files(*data: bytes, field: str = "image") -> Files:
 def connected(settings: ServiceSettings, **changes: object) -> TestClient:
     """A client of an application of its own, calling from this machine."""
     settings = settings.model_copy(update=changes)
-    detector = Detector(settings).load()
-    detector.calibrate()
+    detector = load_detector(settings)
+    detector.calibrator.refresh()
     return TestClient(create_app(settings, detector), base_url=BASE, client=("127.0.0.1", 50000))
 
 
@@ -546,7 +547,7 @@ def test_a_head_that_never_ends_is_hung_up_on(populated: ServiceSettings, monkey
     monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
     whole = b"GET /health/live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     monkeypatch.setattr(server.Server, "capture_signals", nullcontext)
-    serving = server.server(Detector(populated.model_copy(update={"port": 0})).load())
+    serving = server.server(load_detector(populated.model_copy(update={"port": 0})))
     thread = threading.Thread(target=serving.run, daemon=True)
     thread.start()
     try:
@@ -888,7 +889,7 @@ def test_nothing_is_judged_before_the_calibration_is_there(
 def test_a_database_that_fails_while_starting_is_asked_again(
     populated: ServiceSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    detector = Detector(populated).load()
+    detector = load_detector(populated)
     monkeypatch.setattr(service, "RETRY", 0.01)
     monkeypatch.setattr(detector.breaker, "pause", 0.0)
     failures = [OperationalError("select", {}, Exception("connection refused"))]
@@ -989,13 +990,13 @@ def test_a_service_changes_to_the_active_checkpoint_under_load(
 def test_what_is_added_while_the_next_checkpoint_is_loaded_waits_for_it(
     unnamed: TestClient, other_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    successor, opened = Detector.successor, threading.Event()
+    opened = threading.Event()
 
     def slow(detector: Detector) -> Detector:
         assert opened.wait(60)
-        return successor(detector)
+        return load_successor(detector)
 
-    monkeypatch.setattr(Detector, "successor", slow)
+    monkeypatch.setattr(service, "load_successor", slow)
     index("rebuild", "--checkpoint", other_checkpoint)
     with ThreadPoolExecutor(1) as pool:
         enrol = partial(unnamed.post, "/v1/references", files=files(png(5), field="images"), data={"label": "real"})

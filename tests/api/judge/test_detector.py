@@ -14,6 +14,7 @@ from sqlalchemy.exc import OperationalError
 
 from api import verdict_log
 from api.judge.detector import RECORD_VERSION, Case, Detector
+from api.judge.loader import load_detector
 from api.judge.regions import VARIANTS
 from api.judge.uploads import Question, Upload, file_name
 from api.schemas.problems import ApiError, FailedFile
@@ -64,8 +65,8 @@ def with_settings(detector: Detector, **changes: object) -> Detector:
 
 @pytest.fixture(scope="module")
 def detector(populated: ServiceSettings) -> Iterator[Detector]:
-    detector = Detector(populated).load()
-    detector.calibrate()
+    detector = load_detector(populated)
+    detector.calibrator.refresh()
     yield detector
     detector.close()
 
@@ -219,8 +220,8 @@ def test_only_what_is_shown_is_looked_up(detector: Detector, monkeypatch: pytest
 
 
 def test_the_prior_moves_probabilities_only(detector: Detector) -> None:
-    wary = Detector(detector.settings.model_copy(update={"prior": 0.9, "record": False})).load()
-    wary.calibrate()
+    wary = load_detector(detector.settings.model_copy(update={"prior": 0.9, "record": False}))
+    wary.calibrator.refresh()
     try:
         usual, shifted = judged(detector, query()), judged(wary, query())
     finally:
@@ -423,12 +424,12 @@ def test_while_the_database_is_away_what_may_be_the_image_itself_does_not_vote(
 
 
 def test_an_empty_store_still_answers_from_the_heads(settings: ServiceSettings, tiny_checkpoint: Path) -> None:
-    detector = Detector(settings.model_copy(update={"checkpoint": tiny_checkpoint, "device": "cpu"})).load()
+    detector = load_detector(settings.model_copy(update={"checkpoint": tiny_checkpoint, "device": "cpu"}))
     try:
         before = judged(detector, query())
         assert (before.verdict, before.score) == ("uncertain", None)
         assert before.reason == "nothing is calibrated yet: the calibration is being fitted"
-        detector.calibrate()
+        detector.calibrator.refresh()
         verdict = judged(detector, query())
     finally:
         detector.close()
@@ -445,9 +446,9 @@ def test_without_calibration_images_the_verdict_says_why(
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((tiny_checkpoint / name).read_bytes())
-    detector = Detector(settings.model_copy(update={"checkpoint": bare, "device": "cpu"})).load()
+    detector = load_detector(settings.model_copy(update={"checkpoint": bare, "device": "cpu"}))
     try:
-        detector.calibrate()
+        detector.calibrator.refresh()
         verdict = judged(detector, query())
     finally:
         detector.close()

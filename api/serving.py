@@ -1,0 +1,88 @@
+"""One checkpoint at work: its detector, and the threads in which concurrent requests share what it computes."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+
+from api.batcher import Batcher, BatcherFull, Item, Result
+from api.judge.detector import Case, Detector
+from api.judge.uploads import Question, Upload
+from api.monitoring import Metrics
+from api.schemas.problems import ApiError
+from api.schemas.verdicts import Verdict
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+async def run_in(pool: Executor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `work` returns in a thread of the pool."""
+    return await asyncio.get_running_loop().run_in_executor(pool, partial(work, *args, **kwargs))
+
+
+class Serving:
+    """A detector for many uploads at once. Used on the event loop.
+
+    Attributes:
+        users: Requests that go on with it.
+
+    Args:
+        detector: A loaded one, started here.
+        decoders: The threads in which uploads are decoded.
+        metrics: They count batches.
+    """
+
+    def __init__(self, detector: Detector, decoders: Executor, metrics: Metrics) -> None:
+        self.detector, self.users, self._decoders = detector, 0, decoders
+        self.embedding: Batcher[np.ndarray, np.ndarray]
+        self.embedding = Batcher(detector.embedder.embed_stacks, observe=metrics.batch.observe, name="embed")
+        self.judging: Batcher[Case, Verdict] = Batcher(detector.answer, max_wait=0, name="judge")
+        detector.start()
+
+    @contextmanager
+    def used(self) -> Iterator[Detector]:
+        """One request's use, from its first step to its last."""
+        self.users += 1
+        try:
+            yield self.detector
+        finally:
+            self.users -= 1
+
+    async def embed(self, upload: Upload, question: Question = Question(), api_key_id: int | None = None) -> Case:
+        """An upload as it is judged or searched for.
+
+        Raises:
+            ApiError: too-large, not-an-image, unreadable, or not-ready where too many images wait.
+        """
+        prepared = await run_in(self._decoders, self.detector.prepare, upload, question)
+        start = time.perf_counter()
+        embeddings = await _join(self.embedding, prepared.pixels, len(prepared.pixels))
+        return Case(prepared, embeddings, question, 1000 * (time.perf_counter() - start), api_key_id)
+
+    async def judge(self, case: Case) -> Verdict:
+        """The verdict on an image, which is recorded where settings, question and database allow it.
+
+        Raises:
+            ApiError: not-ready where too many images wait.
+        """
+        return await _join(self.judging, case, len(case.embeddings))
+
+    def stop(self) -> None:
+        """Finish what was begun, then end the threads; a second time changes nothing."""
+        self.embedding.close()
+        self.judging.close()
+        self.detector.stop()
+
+
+async def _join(batcher: Batcher[Item, Result], item: Item, weight: int) -> Result:
+    """The result of an item that is worked on together with those of other requests."""
+    try:
+        return await asyncio.wrap_future(batcher.submit(item, weight))
+    except BatcherFull as error:
+        raise ApiError("not-ready", str(error), retry_after=1) from error
