@@ -58,13 +58,16 @@ class FitSettings:
     warmup_epochs: Annotated[float, Option(help="Of linear warm-up.")] = 5
     learning_rate: Annotated[float, Option(help="At 1,024 records per step.")] = 2e-3
     """It is scaled by the square root of the ratio to the records per step over all processes."""
-    weight_decay: Annotated[float, Option()] = 2e-5
+    weight_decay: Annotated[float, Option(help="Of matrices; biases and norms do not decay.")] = 2e-5
     temperature: Annotated[float, Option()] = 0.1
     terms: Annotated[Terms, Option(help="both, global or multi-scale (ablation).")] = "both"
     anchors: Annotated[Anchors, Option(help="both or real (ablation).")] = "both"
     loss: Annotated[Literal["infonce", "bce"], Option(help="infonce or bce (ablation).")] = "infonce"
     gather: Annotated[bool, Option(help="Negatives of all processes.")] = True
-    clip: Annotated[float, Option(help="Largest norm of the gradient; 0 = any.")] = 1.0
+    clip: Annotated[
+        float, Option(help="Largest norm of the gradient; 0 = any, as in the reference, which learnt more slowly here.")
+    ] = 1.0
+    """See BENCHMARKS.md, The optimiser."""
     ema: Annotated[float, Option(help="Decay of the weights' average; 0 = none.")] = 0.0
     """The average is updated with the weights, and is then what is kept."""
     patience: Annotated[int, Option(help="Epochs without improvement before stopping; 0 = never.")] = 6

@@ -88,9 +88,8 @@ class Run:
         settings, world = self.settings, self.processes.world
         self.state = RunState(settings.record(), self.steps)
         self.model = nn.parallel.DistributedDataParallel(self.objective) if world > 1 else self.objective
-        self.optimiser = torch.optim.AdamW(
-            self.objective.parameters(), lr=1e-6, weight_decay=settings.weight_decay, fused=True
-        )
+        groups = parameter_groups(self.objective, settings.weight_decay)
+        self.optimiser = torch.optim.AdamW(groups, lr=1e-6, fused=True)
         if self.device == "cpu":
             if world == 1:
                 self.slices = Slices(self.objective, min(usable_cores(), settings.batch_size))
@@ -212,3 +211,17 @@ class Run:
         if settings.max_minutes is None and settings.patience and idle >= settings.patience:
             return True
         return self.progress(state.seconds) >= 1
+
+
+def parameter_groups(objective: Objective, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters that decay and those that do not, told apart as by timm's optimiser factory, which the reference uses.
+
+    Biases, norms and what the backbone names itself (class token, position embedding) do not decay.
+    """
+    backbone: Any = objective.backbone
+    exempt = {f"backbone.{name}" for name in backbone.no_weight_decay()}
+    decaying: list[nn.Parameter] = []
+    constant: list[nn.Parameter] = []
+    for name, parameter in objective.named_parameters():
+        (constant if parameter.ndim < 2 or name in exempt else decaying).append(parameter)
+    return [{"params": decaying, "weight_decay": weight_decay}, {"params": constant, "weight_decay": 0.0}]

@@ -469,6 +469,19 @@ def test_the_average_moves_towards_the_weights_by_its_decay(tiny: FitSettings) -
     assert one_update(tiny)[0].average is None
 
 
+def test_only_matrices_decay_as_in_the_reference(tiny: FitSettings) -> None:
+    """Its optimiser is made by timm's factory, from a backbone without a head."""
+    run = Run(tiny, Processes(), "cpu", make_objective(tiny, "cpu")[0], 1)
+    factory = importlib.import_module("timm.optim").create_optimizer_v2
+    reference = factory(run.objective.backbone, opt="adamw", lr=1e-3, weight_decay=tiny.weight_decay)
+    decaying, expected = (
+        [{id(parameter) for parameter in group["params"]} for group in groups if group["weight_decay"]]
+        for groups in (run.optimiser.param_groups, reference.param_groups)
+    )
+    assert decaying == expected
+    assert len(decaying[0]) < len(list(run.objective.parameters())) / 2
+
+
 @pytest.mark.parametrize(("clip", "scaled"), [(0.0, False), (1e-3, True)])
 def test_gradients_are_scaled_to_the_norm_that_clip_allows(
     tiny: FitSettings, monkeypatch: pytest.MonkeyPatch, clip: float, scaled: bool
