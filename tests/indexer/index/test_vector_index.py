@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -331,6 +332,7 @@ def test_a_large_label_is_searched_through_lists(large: VectorIndex) -> None:
     assert [one.engine.kind for one in large._labels] == ["flat-fp16", "ivf-fp16"]
     engine = large._labels[1].engine
     assert isinstance(engine, Inverted)
+    assert engine.device == "cpu"
     assert engine.nprobe <= len(engine.centroids) / 2
     assert 0.99 <= large.recall <= 1
     queries = clustered(200, seed=5)
@@ -413,6 +415,26 @@ def test_a_removal_while_lists_are_made_ends_it(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(growing, "LARGE", 100)
     assert index.grow()
     assert index.search(clustered()[17:18], 1).ids[0, 0] != 17
+
+
+def test_making_lists_is_left_whenever_it_is_asked_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growing, "LARGE", 100)
+    monkeypatch.setattr(growing, "BLOCK", 500)
+    index = VectorIndex(32)
+    index.add(np.arange(4_000), clustered(), np.ones(4_000, int), np.ones(4_000, int), np.zeros(4_000, int))
+    asked = 0
+
+    def ended(after: float) -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > after
+
+    for after in (0, 5, 10, 60, 130, np.inf):
+        asked = 0
+        assert index.grow(partial(ended, after)) == (after == np.inf)
+        assert index.kind == ("ivf-fp16" if after == np.inf else "flat-fp16")
+        assert after == np.inf or asked == after + 1
+    assert asked > inverted.ROUNDS + 4_000 / 500 + inverted.lists_for(4_000)  # at each round, block and list
 
 
 def test_additions_while_lists_are_made_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -347,7 +347,8 @@ def test_changes_come_in_pages_that_lose_nothing(store: Store) -> None:
 
 
 def test_generators(store: Store) -> None:
-    store.generators.create("SD-XL", vendor="Stability AI", released_on=date(2023, 7, 26))
+    made = store.generators.create("SD-XL", vendor="Stability AI", released_on=date(2023, 7, 26))
+    assert (made.name, made.released_on, made.references) == ("SD-XL", date(2023, 7, 26), 0)
     store.references.add([new(1, "sd-xl"), new(2, "Midjourney 6")], CHECKPOINT)
     assert [(g.name, g.references) for g in store.generators.list()] == [("Midjourney 6", 1), ("SD-XL", 1)]
     with pytest.raises(GeneratorExists):
@@ -358,9 +359,12 @@ def test_generators(store: Store) -> None:
         store.generators.update("nobody", {"family": "x"})
     with pytest.raises(ValueError, match="no colour"):
         store.generators.update("SD-XL", {"colour": "red"})
-    changed = store.generators.update("sd-xl", {"name": "SDXL", "version": "1.0"})
-    assert (changed.name, changed.version, changed.vendor, changed.references) == ("SDXL", "1.0", "Stability AI", 1)
+    facts = {"name": "SDXL", "version": "1.0", "family": "diffusion", "notes": "seen"}
+    changed = store.generators.update("sd-xl", facts | {"released_on": None})
+    assert {name: getattr(changed, name) for name in facts} == facts
+    assert (changed.released_on, changed.vendor, changed.references) == (None, "Stability AI", 1)
     assert store.generators.delete("sdxl").references == 1
+    assert store.references.blocked_hashes([new(1).sha256]) == set()  # unless it is asked for
     assert store.generators.get("SDXL") is None
 
 
