@@ -1,10 +1,9 @@
 """Judge images here in the terminal, or serve the HTTP interface and the page."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import chain, islice, zip_longest
@@ -21,13 +20,13 @@ from api.breaker import DATABASE_AWAY
 from api.judge.detector import Detector
 from api.judge.loader import load_detector
 from api.judge.uploads import Question, Upload
-from api.schemas.problems import ApiError, FailedFile, Problem
+from api.schemas.problems import ApiError, FailedFile
 from api.schemas.verdicts import Explanation
 from api.service_settings import ServiceSettings
 from api.verdict_printer import show
-from indexer.database.connection import DatabaseBehind, DatabaseUnreachable, connect
+from indexer.commands import AsJson, CheckpointFolder, Device, fail, opened
+from indexer.database.connection import DatabaseBehind
 from indexer.settings import SettingsError
-from indexer.store import Store
 from indexer.store.keys import ApiKey, KeyExists
 from trainer.data.datasets import read_dataset
 from trainer.data.entry import DatasetError, read_file
@@ -38,24 +37,19 @@ from trainer.model.checkpoint import CheckpointError
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 keys = typer.Typer(help="API keys: who may call, and for what.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
-EXPECTED = (SettingsError, CheckpointError, DatabaseUnreachable, DatabaseBehind, *DATABASE_AWAY)
+EXPECTED = (SettingsError, CheckpointError, DatasetError, DatabaseBehind, KeyExists, ApiError, *DATABASE_AWAY)
 
 Image = tuple[str, Callable[[], bytes]]
 """A file's name, and how to read it."""
 
 
-def fail(error: Exception) -> typer.Exit:
-    """Print an expected failure as one line on stderr; raise what comes back."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return typer.Exit(1)
-
-
-def load(**options: Any) -> Detector:
-    """A loaded detector; what is wrong with settings, checkpoint or database ends the command with one line."""
+@contextmanager
+def expected_failures() -> Iterator[None]:
+    """What is wrong with settings, checkpoint, data or database ends the command with one line."""
     try:
-        return load_detector(ServiceSettings.read(**options))
+        yield
     except EXPECTED as error:
-        raise fail(error) from None
+        fail(str(error))
 
 
 def image_files(paths: Iterable[Path]) -> Iterator[Image]:
@@ -78,54 +72,49 @@ def data_set_images(paths: Iterable[Path], split: str | None, sample: int | None
         yield entry.uri.removeprefix("file://"), entry.read
 
 
-def uploads(images: Iterable[Image], failed: list[FailedFile]) -> Iterator[Upload]:
-    """Files as they are judged; those that cannot be opened go to `failed`."""
+def uploads(images: Iterable[Image], failures: list[FailedFile]) -> Iterator[Upload]:
+    """Files as they are judged; those that cannot be opened go to `failures`."""
     for name, read in images:
         try:
             yield Upload(name, read())
-        except OSError as error:
-            failed.append(FailedFile(file=name, error=unreadable(f"{name}: {error.strerror or error}")))
-        except UnreadableImage as error:
-            failed.append(FailedFile(file=name, error=unreadable(f"{name}: {error}")))
-
-
-def unreadable(detail: str) -> Problem:
-    """What is told of a file that cannot be opened."""
-    return ApiError("unreadable", detail).problem()
+        except (OSError, UnreadableImage) as error:
+            detail = f"{name}: {getattr(error, 'strerror', None) or error}"
+            failures.append(FailedFile(file=name, error=ApiError("unreadable", detail).problem()))
 
 
 @app.command()
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; anything but loopback needs a key.")] = None,
     port: Annotated[int | None, typer.Option(help="TCP port; 0 picks a free one.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    checkpoint: CheckpointFolder = None,
+    device: Device = None,
 ) -> None:
     """Serve the HTTP interface and the page."""
     from api.http.server import log_as_json, run
 
-    def loaded() -> tuple[Detector, str | None]:
-        detector = load(host=host, port=port, checkpoint=checkpoint, device=device)
-        settings = detector.settings
-        try:
-            keyed = Keys(detector.store.keys, detector.breaker).exist()
-            if not keyed and not is_loopback(settings.host):
-                advice = "make one with `lineup keys create NAME --scope admin`, or listen on 127.0.0.1"
-                raise SettingsError(f"LINEUP_HOST is {settings.host}, which needs an API key: {advice}")
-        except (SettingsError, ApiError) as error:
-            detector.close()
-            raise fail(error) from None
+    def load() -> tuple[Detector, str | None]:
+        with expected_failures():
+            detector = load_detector(ServiceSettings.read(host=host, port=port, checkpoint=checkpoint, device=device))
+            settings = detector.settings
+            try:
+                keyed = Keys(detector.store.keys, detector.breaker).exist()
+                if not keyed and not is_loopback(settings.host):
+                    advice = "make one with `lineup keys create NAME --scope admin`, or listen on 127.0.0.1"
+                    raise SettingsError(f"LINEUP_HOST is {settings.host}, which needs an API key: {advice}")
+            except (SettingsError, ApiError):
+                detector.close()
+                raise
         log_as_json()
         return detector, None if keyed or settings.open else settings.token
 
-    run(loaded)
+    run(load)
 
 
 @app.command()
 def detect(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    checkpoint: CheckpointFolder = None,
+    device: Device = None,
     k: Annotated[int | None, typer.Option(min=1, max=1000, help="Neighbours shown and voting.")] = None,
     max_false_alarm: Annotated[
         float | None, typer.Option(min=0.0001, max=0.9999, help="Share of real images that may be called fake.")
@@ -136,20 +125,22 @@ def detect(
     as_json: Annotated[bool, typer.Option("--json", help="One verdict as JSON per line on stdout.")] = False,
 ) -> None:
     """Judge images here in the terminal, without a server."""
-    asked = frozenset(part.strip() for part in explain.split(",") if part.strip())
-    if not asked <= {"regions", "stability"}:
+    explanations = frozenset(part.strip() for part in explain.split(",") if part.strip())
+    if not explanations <= {"regions", "stability"}:
         raise typer.BadParameter(f"{explain!r} is not regions, stability or both", param_hint="--explain")
-    question = Question(k, max_false_alarm, cast("frozenset[Explanation]", asked))
-    detector = load(checkpoint=checkpoint, device=device)
+    question = Question(k, max_false_alarm, cast("frozenset[Explanation]", explanations))
     judged, rejected, console = 0, 0, Console()
     missing: list[FailedFile] = []
-    try:
+    with (
+        expected_failures(),
+        closing(load_detector(ServiceSettings.read(checkpoint=checkpoint, device=device))) as detector,
+    ):
         detector.calibrator.refresh()
         if detector.inactive:
             print(f"warning: {detector.inactive} {detector.hindrance or ''}".rstrip(), file=sys.stderr)
         in_data_sets = split is not None or sample is not None
-        named = data_set_images(images, split, sample) if in_data_sets else image_files(images)
-        for result in chain(detector.detect(uploads(named, missing), question), missing):
+        files = data_set_images(images, split, sample) if in_data_sets else image_files(images)
+        for result in chain(detector.detect(uploads(files, missing), question), missing):
             if as_json:
                 print(result.model_dump_json(), flush=True)
             if isinstance(result, FailedFile):
@@ -159,12 +150,8 @@ def detect(
             judged += 1
             if not as_json:
                 show(result, console)
-    except (DatasetError, *DATABASE_AWAY) as error:
-        raise fail(error) from None
-    finally:
-        detector.close()
     if not judged + rejected:
-        raise fail(ValueError(f"no image files in {', '.join(map(str, images))}"))
+        fail(f"no image files in {', '.join(map(str, images))}")
     if rejected:
         print(f"{judged} judged, {rejected} rejected", file=sys.stderr)
     if not judged:
@@ -181,36 +168,34 @@ def create(
         int | None, typer.Option(min=1, max=36500, help="Days until it expires; never when not given.")
     ] = None,
     unless_exists: Annotated[bool, typer.Option(help="Do nothing when a key has this name.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a key and print it, once: only its hash is kept."""
     scopes = sorted(set(scope or ["detect"]))
     if not set(scopes) <= set(SCOPES):
         raise typer.BadParameter(f"{', '.join(scopes)} is not of {', '.join(SCOPES)}", param_hint="--scope")
-    store, secret = open_store(), new_secret()
+    secret = new_secret()
     expires_at = None if days is None else datetime.now(UTC) + timedelta(days=days)
-    try:
-        made = store.keys.create(name, hash_secret(secret), scopes, expires_at=expires_at)
-    except KeyExists as error:
-        if unless_exists:
+    with expected_failures(), opened(ServiceSettings.read()) as store:
+        try:
+            key = store.keys.create(name, hash_secret(secret), scopes, expires_at=expires_at)
+        except KeyExists:
+            if not unless_exists:
+                raise
             print(f"there is a key {name} already; it cannot be shown again", file=sys.stderr)
             return
-        raise fail(error) from None
-    finally:
-        store.engine.dispose()
     if as_json:
-        print(json.dumps(key_json(made) | {"key": secret}))
+        print(json.dumps(key_json(key) | {"key": secret}))
     else:
         print(secret)
         print("Keep it: it cannot be shown again. Send it as `Authorization: Bearer ...`.", file=sys.stderr)
 
 
 @keys.command("list")
-def list_keys(as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False) -> None:
+def list_keys(as_json: AsJson = False) -> None:
     """Show all keys, without their secrets."""
-    store = open_store()
-    rows = [key_json(key) for key in store.keys.list()]
-    store.engine.dispose()
+    with expected_failures(), opened(ServiceSettings.read()) as store:
+        rows = [key_json(key) for key in store.keys.list()]
     if as_json:
         print(json.dumps({"keys": rows}))
         return
@@ -223,30 +208,21 @@ def list_keys(as_json: Annotated[bool, typer.Option("--json", help="One JSON doc
 @keys.command()
 def revoke(name: Annotated[str, typer.Argument(help="The key to end; within seconds, everywhere.")]) -> None:
     """End a key."""
-    store = open_store()
-    revoked, now = store.keys.revoke(name), datetime.now(UTC)
-    left = any(in_force(key, now) for key in store.keys.list())
-    store.engine.dispose()
-    if not revoked:
-        raise fail(LookupError(f"no key in force is called {name!r}; see `lineup keys list`"))
-    if not left:
+    with expected_failures(), opened(ServiceSettings.read()) as store:
+        if not store.keys.revoke(name):
+            fail(f"no key in force is called {name!r}; see `lineup keys list`")
+        now = datetime.now(UTC)
+        keys_left = any(in_force(key, now) for key in store.keys.list())
+    if not keys_left:
         advice = "`lineup keys create NAME --scope admin` makes another"
         print(f"no key is left, and without one nobody may call, this machine included: {advice}", file=sys.stderr)
-
-
-def open_store() -> Store:
-    """The store of the settings; what is wrong with it ends the command with one line."""
-    try:
-        return Store(connect(ServiceSettings.read()))
-    except EXPECTED as error:
-        raise fail(error) from None
 
 
 def key_json(key: ApiKey) -> dict[str, Any]:
     """A key without its secret, as JSON."""
     times = {name: getattr(key, name) for name in ("created_at", "expires_at", "revoked_at")}
-    shown = {name: time.isoformat(timespec="seconds") if time else None for name, time in times.items()}
-    return {"name": key.name, "scopes": key.scopes, **shown}
+    texts = {name: time.isoformat(timespec="seconds") if time else None for name, time in times.items()}
+    return {"name": key.name, "scopes": key.scopes, **texts}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Who may call: API keys with scopes, or, while there is none, who sits at this machine and has the start's token."""
 
-from __future__ import annotations
-
 import math
 import secrets
 import threading
@@ -21,7 +19,6 @@ from api.schemas.verdicts import Neighbour
 from indexer.store.keys import ApiKey, ApiKeys
 
 SCOPES: tuple[Scope, ...] = ("detect", "enrol", "admin")
-PREFIX = "lineup_"
 FRESH = 2.0
 """Seconds that an answer about a key is believed: a revocation counts after these at the latest."""
 STALE = 300.0
@@ -58,7 +55,7 @@ def hide_paths(neighbours: Iterable[Neighbour], caller: Caller) -> None:
 
 def new_secret() -> str:
     """A key as its owner gets it, 256 random bits. Only its hash is kept, so it cannot be shown again."""
-    return PREFIX + secrets.token_urlsafe(32)
+    return f"lineup_{secrets.token_urlsafe(32)}"
 
 
 def hash_secret(secret: str) -> bytes:
@@ -94,13 +91,11 @@ class Keys:
         """
         if (remembered := self.remembered()) is not None:
             return remembered
-        known = self._any
         try:
             self._any = (time.monotonic(), bool(self.breaker.ask(self.keys.list)))
         except DATABASE_AWAY as error:
-            if known is None:
+            if self._any is None:
                 raise ApiError("not-ready", "the database does not answer", retry_after=2) from error
-            return known[1]
         return self._any[1]
 
     def authenticate(self, secret: str) -> Caller:
@@ -117,14 +112,14 @@ class Keys:
     def _find(self, digest: bytes) -> ApiKey | None:
         now = time.monotonic()
         with self._lock:
-            seen = self._seen.get(digest)
-        if seen is not None and now - seen[0] < FRESH:
-            return seen[1]
+            at, key = self._seen.get(digest, (-math.inf, None))
+        if now - at < FRESH:
+            return key
         try:
             key = self.breaker.ask(self.keys.find, digest)
         except DATABASE_AWAY as error:
-            if seen is not None and now - seen[0] < STALE:
-                return seen[1]
+            if now - at < STALE:
+                return key
             detail = "the database does not answer, so this key cannot be checked"
             raise ApiError("not-ready", detail, retry_after=2) from error
         with self._lock:
@@ -167,9 +162,8 @@ class RateLimit:
                 return
             self._buckets[key_id] = (tokens, now)
         wait = math.ceil((1 - tokens) * 60 / self.per_minute)
-        raise ApiError(
-            "too-many-requests", f"this key may make {self.per_minute} requests per minute", retry_after=wait
-        )
+        detail = f"this key may make {self.per_minute} requests per minute"
+        raise ApiError("too-many-requests", detail, retry_after=wait)
 
 
 def check_loopback(client: str | None, headers: Mapping[str, str]) -> None:
@@ -182,20 +176,21 @@ def check_loopback(client: str | None, headers: Mapping[str, str]) -> None:
     Raises:
         ApiError: forbidden, saying which rule was broken.
     """
-    advice = "; make an API key (`lineup keys create`) to call from elsewhere"
+    host, origin = headers.get("host", ""), headers.get("origin")
     if client is None or not is_loopback(client):
-        raise ApiError("forbidden", f"without API keys only this machine may call, not {client}{advice}")
-    if any(name in FORWARDING or name.startswith("x-forwarded-") for name in headers):
-        raise ApiError("forbidden", f"without API keys no proxy may stand between (forwarding header){advice}")
-    host = headers.get("host", "")
-    if not is_loopback(_hostname(f"//{host}")):
-        raise ApiError("forbidden", f"without API keys the Host header must name this machine, not {host!r}{advice}")
-    origin = headers.get("origin")
-    if origin is not None and origin.lower() != f"http://{host}".lower():
-        raise ApiError("forbidden", f"without API keys pages of another origin may not call: {origin!r}{advice}")
-    site = headers.get("sec-fetch-site", "none")
-    if site not in ("none", "same-origin"):
-        raise ApiError("forbidden", f"without API keys pages of another site may not call{advice}")
+        rule = f"only this machine may call, not {client}"
+    elif any(name in FORWARDING or name.startswith("x-forwarded-") for name in headers):
+        rule = "no proxy may stand between (forwarding header)"
+    elif not is_loopback(_hostname(f"//{host}")):
+        rule = f"the Host header must name this machine, not {host!r}"
+    elif origin is not None and origin.lower() != f"http://{host}".lower():
+        rule = f"pages of another origin may not call: {origin!r}"
+    elif headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        rule = "pages of another site may not call"
+    else:
+        return
+    advice = "make an API key (`lineup keys create`) to call from elsewhere"
+    raise ApiError("forbidden", f"without API keys {rule}; {advice}")
 
 
 def bearer(headers: Mapping[str, str]) -> str:
@@ -204,13 +199,13 @@ def bearer(headers: Mapping[str, str]) -> str:
     return secret.strip() if scheme.lower() == "bearer" else ""
 
 
-def check_token(given: str, token: str) -> None:
+def check_token(sent: str, token: str) -> None:
     """Refuse who has not seen what `lineup serve` printed: a proxy on this machine looks like this machine.
 
     Raises:
         ApiError: unauthorized.
     """
-    if not secrets.compare_digest(given.encode(), token.encode()):
+    if not secrets.compare_digest(sent.encode(), token.encode()):
         detail = (
             "open the link that `lineup serve` printed, or send its token as `Authorization: Bearer ...`; "
             "LINEUP_TOKEN sets the token, LINEUP_OPEN=true does without"

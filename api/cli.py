@@ -1,7 +1,5 @@
 """The command `lineup`: all programs under one name."""
 
-from __future__ import annotations
-
 import sys
 from importlib import import_module
 from typing import Any

@@ -30,15 +30,16 @@ class Batch:
     source: str
 
     def __post_init__(self) -> None:
-        if self.label == "real" and self.generator:
-            raise _bad_generator("a real image has no generator: leave it out, or send label=fake")
-        if self.label == "fake" and not self.generator:
-            raise _bad_generator("fake images need the name of what made them: send generator, or label=real")
-        if self.generator:
-            try:
+        try:
+            if self.label == "real" and self.generator:
+                raise ValueError("a real image has no generator: leave it out, or send label=fake")
+            if self.label == "fake" and not self.generator:
+                raise ValueError("fake images need the name of what made them: send generator, or label=real")
+            if self.generator:
                 check_generator_name(self.generator)
-            except ValueError as error:
-                raise _bad_generator(str(error)) from error
+        except ValueError as error:
+            field = FieldError(field="generator", message=str(error))
+            raise ApiError("bad-field", str(error), errors=[field]) from error
 
     def entry(self, upload: Upload) -> Entry:
         """An upload as `ingest` takes it: there is nowhere to read it again, and each file is a group of its own."""
@@ -98,7 +99,3 @@ def remove(detector: Detector, removal: Callable[[], RemovedRows]) -> Removed:
     rows = removal()
     revision = detector.follower.catch_up()
     return Removed(references=rows.references, revision=rows.revisions.get(detector.embedder.id, revision))
-
-
-def _bad_generator(message: str) -> ApiError:
-    return ApiError("bad-field", message, errors=[FieldError(field="generator", message=message)])

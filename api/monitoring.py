@@ -1,8 +1,7 @@
 """Numbers for operators, in the Prometheus format."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -10,7 +9,7 @@ from api.schemas.problems import ApiError
 from api.schemas.verdicts import Verdict
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-TENTHS = tuple(i / 20 for i in range(1, 21))
+TWENTIETHS = tuple(i / 20 for i in range(1, 21))
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -18,39 +17,36 @@ class Metrics:
     """One registry per application, so that two of them in a process do not share counts."""
 
     def __init__(self) -> None:
-        self.registry = every = CollectorRegistry()
-        ProcessCollector(registry=every)
-        self.requests = Counter("lineup_requests", "Requests answered.", ["method", "route", "status"], registry=every)
-        self.request_seconds = Histogram(
-            "lineup_request_seconds", "Time from first byte to last.", ["route"], buckets=SECONDS, registry=every
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self.requests = counter("lineup_requests", "Requests answered.", ["method", "route", "status"])
+        self.request_seconds = histogram(
+            "lineup_request_seconds", "Time from first byte to last.", ["route"], buckets=SECONDS
         )
-        self.stage_seconds = Histogram(
-            "lineup_stage_seconds", "Time of one image in each stage.", ["stage"], buckets=SECONDS, registry=every
+        self.stage_seconds = histogram(
+            "lineup_stage_seconds", "Time of one image in each stage.", ["stage"], buckets=SECONDS
         )
-        self.queue = Gauge("lineup_queue_images", "Views that wait to be embedded or judged.", registry=every)
-        self.batch = Histogram(
-            "lineup_batch_images",
-            "Views in one forward pass.",
-            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
-            registry=every,
+        self.queue = gauge("lineup_queue_images", "Views that wait to be embedded or judged.")
+        self.batch = histogram(
+            "lineup_batch_images", "Views in one forward pass.", buckets=(1, 2, 4, 8, 16, 32, 64, 128)
         )
-        self.verdicts = Counter("lineup_verdicts", "Verdicts given.", ["verdict", "basis"], registry=every)
-        self.rejected = Counter("lineup_rejected", "Files that could not be judged.", ["kind"], registry=every)
-        self.score = Histogram("lineup_score", "Combined score of judged images.", buckets=TENTHS, registry=every)
-        self.similarity = Histogram(
+        self.verdicts = counter("lineup_verdicts", "Verdicts given.", ["verdict", "basis"])
+        self.rejected = counter("lineup_rejected", "Files that could not be judged.", ["kind"])
+        self.score = histogram("lineup_score", "Combined score of judged images.", buckets=TWENTIETHS)
+        self.similarity = histogram(
             "lineup_nearest_similarity",
             "Similarity of judged images to their nearest reference; a falling share of high values is drift.",
-            buckets=TENTHS,
-            registry=every,
+            buckets=TWENTIETHS,
         )
-        self.index_size = Gauge("lineup_index_images", "References in the index.", ["label"], registry=every)
-        self.revision = Gauge("lineup_index_revision", "Revision up to which the index is complete.", registry=every)
-        self.lag = Gauge("lineup_index_lag_seconds", "Time since the index was known to be complete.", registry=every)
-        self.calibration = Gauge("lineup_calibration_revision", "Revision of the calibration in use.", registry=every)
-        self.inactive = Gauge(
-            "lineup_checkpoint_inactive", "1 while another checkpoint than the active one judges.", registry=every
-        )
-        self.degraded = Gauge("lineup_degraded", "1 while the index cannot follow the database.", registry=every)
+        self.index_size = gauge("lineup_index_images", "References in the index.", ["label"])
+        self.revision = gauge("lineup_index_revision", "Revision up to which the index is complete.")
+        self.lag = gauge("lineup_index_lag_seconds", "Time since the index was known to be complete.")
+        self.calibration = gauge("lineup_calibration_revision", "Revision of the calibration in use.")
+        self.inactive = gauge("lineup_checkpoint_inactive", "1 while another checkpoint than the active one judges.")
+        self.degraded = gauge("lineup_degraded", "1 while the index cannot follow the database.")
 
     def judged(self, results: Iterable[Verdict | ApiError], final: bool) -> None:
         """Count what a request gave.

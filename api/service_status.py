@@ -25,24 +25,20 @@ BINS = 20
 def status(detector: Detector) -> Status:
     """What is loaded, followed and calibrated; from memory while the database is away."""
     follower, fitted, settings = detector.follower, detector.calibrator.current, detector.settings
-    real, fake = follower.index.counts()
-    revision, degraded = follower.revision, follower.degraded
+    index, revision, degraded = follower.index, follower.revision, follower.degraded
+    real, fake = index.counts()
     generators: list[GeneratorCount] = []
     sources: list[SourceCount] = []
     if not degraded:
         try:
-            ask = detector.status_breaker.ask
-            counts = ask(detector.store.references.counts)
+            ask, store = detector.status_breaker.ask, detector.store
+            counts = ask(store.references.counts)
             real, fake = counts["real"], counts["fake"]
-            revision = ask(detector.store.checkpoints.revision, detector.embedder.id)
-            generators = [
-                GeneratorCount(name=row.name, references=row.references) for row in ask(detector.store.generators.list)
-            ]
-            sources = [
-                SourceCount(name=name, references=count)
-                for name, count in ask(detector.store.references.sources).items()
-                if name
-            ]
+            revision = ask(store.checkpoints.revision, detector.embedder.id)
+            generator_rows = ask(store.generators.list)
+            generators = [GeneratorCount(name=row.name, references=row.references) for row in generator_rows]
+            counts_by_source = ask(store.references.sources)
+            sources = [SourceCount(name=name, references=count) for name, count in counts_by_source.items() if name]
         except DATABASE_AWAY:
             degraded = True
     return Status(
@@ -54,12 +50,7 @@ def status(detector: Detector) -> Status:
         references=References(real=real, fake=fake),
         generators=generators,
         sources=sources,
-        index=IndexState(
-            kind=follower.index.kind,
-            device=follower.index.device,
-            size=len(follower.index),
-            revision=follower.revision,
-        ),
+        index=IndexState(kind=index.kind, device=index.device, size=len(index), revision=follower.revision),
         calibration=fitted.facts,
         reason=detector.calibrator.reason or fitted.shortage(settings.max_false_alarm, settings.max_miss),
         degraded=degraded,

@@ -62,10 +62,10 @@ def detection(row: DetectionRow, caller: Caller) -> Detection:
     """A record with its whole verdict, as this caller may see it."""
     assert row.at is not None  # the database sets it
     result = dict(row.result)
-    version, asked = result.pop("version", 0), result.pop("question", {})
+    version = result.pop("version", 0)
+    question = Asked.model_validate(result.pop("question", {}), extra="ignore")
     if neighbours := result.get("neighbours"):
         result["neighbours"] = [near | {"uri": caller.visible(near.get("uri"))} for near in neighbours]
-    question = Asked(k=asked.get("k"), max_false_alarm=asked.get("max_false_alarm"))
     return Detection(
         id=str(row.id), at=row.at, version=version, result=result, question=question, feedback=row.feedback
     )
@@ -102,7 +102,7 @@ def replay(detector: Detector, row: DetectionRow, caller: Caller) -> Replay:
         detail = f"detection {row.id} was embedded by checkpoint {row.checkpoint_id}; serving {detector.embedder.id}"
         raise ApiError("conflict", detail)
     record = detection(row, caller)
-    before, asked = record.result, record.question
+    before, question = record.result, record.question
     image = ImageFacts(
         sha256=row.sha256,
         width=row.width,
@@ -116,7 +116,7 @@ def replay(detector: Detector, row: DetectionRow, caller: Caller) -> Replay:
         image=image,
         pixels=np.empty((0, 3, 0, 0), np.float32),
     )
-    case = Case(prepared, row.vector[None], Question(asked.k, asked.max_false_alarm))  # (1, d)
+    case = Case(prepared, row.vector[None], Question(question.k, question.max_false_alarm))  # (1, d)
     [after] = detector.judge([case])
     after.id = record.id
     hide_paths(after.neighbours, caller)

@@ -38,17 +38,12 @@ from indexer.store.generators import BadGeneratorName, GeneratorExists, UnknownG
 
 log = logging.getLogger(__name__)
 PAGE_FOLDER = Path(__file__).parents[1] / "page"
-ROUTERS = (
-    detection_routes.router,
-    reference_routes.router,
-    generator_routes.router,
-    enrolment_routes.router,
-    record_routes.router,
-    operation_routes.router,
-    operation_routes.probes,
-    docs.router,
-)
-"""In the order of the documentation."""
+REFUSALS: dict[type[Exception], Kind] = {
+    UnknownGenerator: "not-found",
+    GeneratorExists: "conflict",
+    BadGeneratorName: "bad-field",
+}
+"""What the store raises for a request that it cannot carry out."""
 
 
 async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
@@ -83,22 +78,16 @@ async def on_database_away(request: Request, error: Exception) -> JSONResponse:
     return await on_api_error(request, ApiError("not-ready", "the database does not answer", retry_after=2))
 
 
-def on_refusal(kind: Kind) -> Callable[[Request, Exception], Any]:
-    """A handler of what the store refuses."""
-
-    async def on_store_error(request: Request, error: Exception) -> JSONResponse:
-        return await on_api_error(request, ApiError(kind, str(error)))
-
-    return on_store_error
+async def on_refusal(request: Request, error: Exception) -> JSONResponse:
+    """A request that the store refuses."""
+    return await on_api_error(request, ApiError(REFUSALS[type(error)], str(error)))
 
 
 ERROR_HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]] = {
     ApiError: on_api_error,
     RequestValidationError: on_bad_field,
     HTTPException: on_http_error,
-    UnknownGenerator: on_refusal("not-found"),
-    GeneratorExists: on_refusal("conflict"),
-    BadGeneratorName: on_refusal("bad-field"),
+    **dict.fromkeys(REFUSALS, on_refusal),
     **dict.fromkeys(DATABASE_AWAY, on_database_away),
 }
 
@@ -156,8 +145,10 @@ def create_app(settings: ServiceSettings | None = None, detector: Detector | Non
         exception_handlers=ERROR_HANDLERS,
     )
     app.state.service = service
-    for router in ROUTERS:
-        app.include_router(router)
+    for noun in (detection_routes, reference_routes, generator_routes, enrolment_routes, record_routes):
+        app.include_router(noun.router)
+    app.include_router(operation_routes.router)
+    app.include_router(docs.router)
     app.router.routes.append(Page(PAGE_FOLDER))
     app.add_middleware(Guard, service=service, limit=RateLimit(settings.rate_limit))
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:

@@ -14,8 +14,6 @@ table { border-collapse: collapse } td, th { text-align: left; vertical-align: t
 section { border-top: 1px solid #8886; margin-top: 1.5rem } h2 span { color: #1f77b4; margin-right: .6rem }
 @media (prefers-color-scheme: dark) { body { background: #16181c; color: #ddd } a { color: #8bf } }
 """
-
-
 router = APIRouter(include_in_schema=False)
 
 
