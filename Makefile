@@ -21,7 +21,7 @@ endif
 demo: export LINEUP_HOME ?= $(DEMO)
 demo: export LINEUP_CHECKPOINT ?= $(DEMO)/checkpoint
 
-.PHONY: demo test check bench soak clean
+.PHONY: demo test check docs bench soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -69,6 +69,9 @@ check: $(LINEUP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(RUN) pytest -q tests/indexer/database/test_migrations.py
+
+docs: $(VENV)/.locked
+	$(BIN)/python docs/imports.py
 
 soak: $(LINEUP)
 	$(RUN) pytest -q -m soak

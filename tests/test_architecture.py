@@ -1,6 +1,8 @@
 """The import contracts of pyproject.toml, and what a bare import may do."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -137,3 +139,23 @@ def test_adding_detecting_and_serving_need_no_training_library(
     result = subprocess.run(command, cwd=settings.home.parent, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.strip() == "served"
+
+
+def test_the_page_on_the_architecture_is_that_of_the_code() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    command = [sys.executable, "-c", "import imports; print(imports.drawn(imports.PAGE.read_text()), end='')"]
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'docs'}"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ | path)
+    assert done.stdout == page, "make docs draws the picture anew"
+    words = page.partition("<!-- end of imports -->")[2]
+    named = set(re.findall(rf"`((?:{'|'.join(PROGRAMS)})\.[a-z_.]+)`", words))
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for program in PROGRAMS
+        for path in (ROOT / program).rglob("*.py")
+    }
+    assert named <= modules
+    packages = {path.parent for program in PROGRAMS for path in (ROOT / program).glob("*/__init__.py")}
+    assert {".".join(path.relative_to(ROOT).parts) for path in packages} <= {
+        name.rpartition(".")[0] if name.count(".") == 2 else name for name in named
+    }
