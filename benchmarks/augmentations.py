@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from benchmarks.pillow_views import PILLOW
 from benchmarks.training import source_images
-from trainer.views.augmentations import AUGMENTATIONS, inner_rectangle, picture_sheet
+from trainer.views.augmentations import AUGMENTATIONS, Pixels, inner_rectangle, resize
 
 Apply = Callable[[torch.Tensor, float], torch.Tensor]
 
@@ -96,6 +96,29 @@ TORCHVISION: dict[str, Apply] = {
     ),
 }
 """On uint8 tensors (3, h, w)."""
+
+
+def picture_sheet(image: Pixels, side: int = 192) -> Pixels:
+    """Every augmentation (a row) at the low, middle and high end of its range (columns), with names."""
+    rows: list[Pixels] = []
+    for augmentation in AUGMENTATIONS:
+        cells: list[Pixels] = [label_cell(augmentation.name, side)]
+        for parameter in (augmentation.low, (augmentation.low + augmentation.high) / 2, augmentation.high):
+            example = augmentation.apply(image, parameter, np.random.default_rng(0))
+            factor = (side - 18) / max(example.shape[:2])
+            small = resize(example, round(example.shape[1] * factor), round(example.shape[0] * factor))
+            cell = label_cell(f"{parameter:.3g}  {example.shape[1]}x{example.shape[0]}", side)
+            cell[18 : 18 + small.shape[0], : small.shape[1]] = small
+            cells.append(cell)
+        rows.append(np.hstack(cells))
+    return np.vstack(rows)
+
+
+def label_cell(text: str, side: int) -> Pixels:
+    """A grey square with text along its top."""
+    cell = np.full((side, side, 3), 200, np.uint8)
+    cv2.putText(cell, text, (2, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+    return cell
 
 
 def milliseconds(apply: Callable[..., object], images: Sequence[object], parameter: float, rounds: int = 3) -> float:

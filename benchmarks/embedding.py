@@ -23,7 +23,7 @@ from api.judge.uploads import Upload
 from api.schemas.verdicts import Verdict
 from api.service_settings import ServiceSettings
 from trainer.data.datasets import read_dataset
-from trainer.hub.runtimes import export_onnx
+from trainer.hub.exporter import export_onnx
 from trainer.model.checkpoint import load_backbone, read_config, read_weights, save_checkpoint
 from trainer.model.embedder import Embedder
 

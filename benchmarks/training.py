@@ -27,7 +27,7 @@ from trainer.fit.loss import code_loss, derangement
 from trainer.fit.objective import Objective, make_objective
 from trainer.fit.run import Processes, Run
 from trainer.views.augmentations import Augmenter, Pixels
-from trainer.views.views import Views, plain
+from trainer.views.views import Views
 
 
 def source_images(count: int) -> list[Pixels]:
@@ -65,7 +65,7 @@ def time_views(settings: FitSettings, images: list[Pixels], rounds: int) -> dict
     ours = Views(settings.preprocessing, settings.local, Augmenter(settings.image_size))
     theirs = PillowViews(settings.image_size, settings.local)
     pictures = [Image.fromarray(image) for image in images]
-    plains = [plain(image, settings.preprocessing) for image in images]
+    plains = [np.asarray(settings.preprocessing.crop(picture)) for picture in pictures]
 
     def fast() -> None:
         rng = np.random.default_rng(0)
@@ -74,8 +74,8 @@ def time_views(settings: FitSettings, images: list[Pixels], rounds: int) -> dict
 
     def fast_without_memory() -> None:
         rng = np.random.default_rng(0)
-        for image in images:
-            ours.image(image, plain(image, settings.preprocessing), rng)
+        for image, picture in zip(images, pictures, strict=True):
+            ours.image(image, np.asarray(settings.preprocessing.crop(picture)), rng)
 
     def slow() -> None:
         for picture in pictures:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from api.service_settings import ServiceSettings
-from trainer.hub.hub_layout import export_hub
+from trainer.hub.exporter import export_hub
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = ("trainer", "indexer", "api")

@@ -219,7 +219,7 @@ def import_(
 ) -> None:
     """Turn weights in the hub's layout, the official ones among them, into a checkpoint."""
     with expected_failures():
-        from trainer.hub.hub_layout import import_checkpoint
+        from trainer.hub.importer import import_checkpoint
 
         imported = import_checkpoint(source, output, name=name, preprocess=preprocess, trust_pickles=trust_pickles)
     if as_json:
@@ -244,8 +244,7 @@ def export(
     if unknown := [kind for kind in chosen if kind not in ("onnx", "openvino", "hub")]:
         raise typer.BadParameter(f"{', '.join(unknown)} is not known; expected onnx, openvino or hub")
     with expected_failures():
-        from trainer.hub.hub_layout import export_hub
-        from trainer.hub.runtimes import export_onnx, export_openvino
+        from trainer.hub.exporter import export_hub, export_onnx, export_openvino
 
         writers = {"onnx": export_onnx, "openvino": export_openvino, "hub": export_hub}
         for kind in chosen:

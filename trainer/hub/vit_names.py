@@ -1,7 +1,5 @@
 """One vision transformer under two names: timm's, which this project uses, and transformers' `ViTModel`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

@@ -5,8 +5,6 @@ returns an image, often of another size. Definitions follow AugLy, which the pap
 for OpenCV: no copy between libraries, and several times its speed on one core.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +16,6 @@ import numpy as np
 Pixels: TypeAlias = np.ndarray
 """uint8, shape (h, w, 3), RGB."""
 
-WHITE = (255, 255, 255)
 REFERENCE_SIZE = 224
 """Image size for which the parameters in pixels are stated; other sizes scale them."""
 
@@ -26,9 +23,8 @@ REFERENCE_SIZE = 224
 def resize(image: Pixels, width: int, height: int) -> Pixels:
     """Bicubic where it enlarges, area-averaged where it shrinks (bicubic without a low-pass would alias)."""
     shrinks = width < image.shape[1] or height < image.shape[0]
-    return cv2.resize(
-        image, (max(1, width), max(1, height)), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    )
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    return cv2.resize(image, (max(1, width), max(1, height)), interpolation=interpolation)
 
 
 def blend(image: Pixels, other: float, factor: float) -> Pixels:
@@ -97,11 +93,9 @@ def saturation(image: Pixels, factor: float, rng: np.random.Generator) -> Pixels
 
 def jpeg(image: Pixels, quality: float, rng: np.random.Generator) -> Pixels:
     """Compress and decompress, 4:2:0."""
-    encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), (cv2.IMWRITE_JPEG_QUALITY, round(quality)))[
-        1
-    ]
-    decoded: Pixels = np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB))
-    return decoded
+    options = (cv2.IMWRITE_JPEG_QUALITY, round(quality))
+    _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
+    return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR_RGB))
 
 
 def greyscale(image: Pixels, _: float, rng: np.random.Generator) -> Pixels:
@@ -145,9 +139,8 @@ def random_crop(image: Pixels, side: float, rng: np.random.Generator) -> Pixels:
     size = round(side)
     rows, columns = max(0, size - image.shape[0]), max(0, size - image.shape[1])
     if rows or columns:
-        image = cv2.copyMakeBorder(
-            image, rows // 2, rows - rows // 2, columns // 2, columns - columns // 2, cv2.BORDER_CONSTANT
-        )
+        above, before = rows // 2, columns // 2
+        image = cv2.copyMakeBorder(image, above, rows - above, before, columns - before, cv2.BORDER_CONSTANT)
     top = int(rng.integers(image.shape[0] - size + 1))
     left = int(rng.integers(image.shape[1] - size + 1))
     return image[top : top + size, left : left + size]
@@ -220,8 +213,6 @@ AUGMENTATIONS: tuple[Augmentation, ...] = (
 )
 """In the order in which they are applied."""
 
-NAMES = tuple(augmentation.name for augmentation in AUGMENTATIONS)
-
 
 @dataclass(frozen=True, slots=True)
 class Augmenter:
@@ -231,54 +222,24 @@ class Augmenter:
     """Scales the parameters that are sides in pixels."""
     most: int = 2
     """The number drawn is uniform in 0..most."""
-    probabilities: tuple[tuple[str, float], ...] = ()
-    """Chance that an augmentation is applied once drawn, where it is not 1; pairs of name and chance."""
 
     def __post_init__(self) -> None:
-        unknown = [name for name, _ in self.probabilities if name not in NAMES]
-        if unknown or not 0 <= self.most <= len(NAMES):
-            raise ValueError(
-                f"no such augmentation: {unknown} (there are {', '.join(NAMES)}), or most={self.most} > 19"
-            )
+        if not 0 <= self.most <= len(AUGMENTATIONS):
+            raise ValueError(f"{self.most} augmentations per view: set --augmentations to 0..{len(AUGMENTATIONS)}")
 
     def draw(self, rng: np.random.Generator) -> list[tuple[Augmentation, float]]:
         """Augmentations with their parameters, in the order of application."""
-        chances = dict(self.probabilities)
         count = int(rng.integers(self.most + 1))
-        drawn = []
+        pairs = []
         for index in sorted(rng.choice(len(AUGMENTATIONS), count, replace=False)):
-            chosen = AUGMENTATIONS[index]
-            scale = self.image_size / REFERENCE_SIZE if chosen.in_pixels else 1.0
-            parameter = float(rng.uniform(chosen.low, chosen.high)) * scale
-            if rng.random() < chances.get(chosen.name, 1.0):
-                drawn.append((chosen, parameter))
-        return drawn
+            augmentation = AUGMENTATIONS[index]
+            unit = self.image_size / REFERENCE_SIZE if augmentation.in_pixels else 1.0
+            pairs.append((augmentation, float(rng.uniform(augmentation.low, augmentation.high)) * unit))
+            rng.random()  # decides nothing: without it a seed would give other test images than it always has
+        return pairs
 
     def __call__(self, image: Pixels, rng: np.random.Generator) -> Pixels:
         """An augmented image, of any size."""
         for augmentation, parameter in self.draw(rng):
             image = augmentation.apply(image, parameter, rng)
         return image
-
-
-def picture_sheet(image: Pixels, side: int = 192) -> Pixels:
-    """Every augmentation (a row) at the low, middle and high end of its range (columns), with names."""
-    rows: list[Pixels] = []
-    for augmentation in AUGMENTATIONS:
-        cells: list[Pixels] = [label_cell(augmentation.name, side)]
-        for parameter in (augmentation.low, (augmentation.low + augmentation.high) / 2, augmentation.high):
-            shown = augmentation.apply(image, parameter, np.random.default_rng(0))
-            factor = (side - 18) / max(shown.shape[:2])
-            small = resize(shown, round(shown.shape[1] * factor), round(shown.shape[0] * factor))
-            cell = label_cell(f"{parameter:.3g}  {shown.shape[1]}x{shown.shape[0]}", side)
-            cell[18 : 18 + small.shape[0], : small.shape[1]] = small
-            cells.append(cell)
-        rows.append(np.hstack(cells))
-    return np.vstack(rows)
-
-
-def label_cell(text: str, side: int) -> Pixels:
-    """A grey square with text along its top."""
-    cell = np.full((side, side, 3), 200, np.uint8)
-    cv2.putText(cell, text, (2, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
-    return cell

@@ -4,15 +4,12 @@ Of a real image and of a fake: the plain view, an augmented view, a global crop 
 is crop, then augmentations, then `finish`, so every view ends at its size whatever the augmentations did.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from trainer.images import Preprocess
 from trainer.views.augmentations import Augmenter, Pixels, jpeg, resize
@@ -85,11 +82,6 @@ def finish(image: Pixels, size: int) -> Pixels:
     return resize(centre_crop(image, inner), size, size)
 
 
-def plain(image: Pixels, preprocess: Preprocess) -> Pixels:
-    """The view the checkpoint's preprocessing takes, shape (s, s, 3)."""
-    return np.asarray(preprocess.crop(Image.fromarray(image)))
-
-
 @dataclass(frozen=True, slots=True)
 class Views:
     """Makes the views of a record."""
@@ -99,7 +91,7 @@ class Views:
     """Side of a local crop in pixels."""
     augmenter: Augmenter = field(default_factory=Augmenter)
     scale: Scale = "resized"
-    """`resized` is the recipe; `native` takes every crop as a window at the image's own resolution."""
+    """`resized` is the paper's; `native` takes every crop as a window at the image's own resolution."""
     recompress: float = 0.0
     """Chance that all views but the plain ones of an image are made of a JPEG copy of it, alike for both labels."""
 
@@ -107,10 +99,9 @@ class Views:
         """The uncropped augmented view, shape (s, s, 3)."""
         size = self.preprocess.image_size
         if self.scale == "native":
-            image = self.augmenter(
-                random_window(image, 2 * size, rng) if min(image.shape[:2]) > 2 * size else image, rng
-            )
-            return random_window(image, size, rng)
+            if min(image.shape[:2]) > 2 * size:
+                image = random_window(image, 2 * size, rng)
+            return random_window(self.augmenter(image, rng), size, rng)
         return finish(self.augmenter(image, rng), size)
 
     def crop(self, image: Pixels, size: int, scale: tuple[float, float], rng: np.random.Generator) -> Pixels:
@@ -134,9 +125,8 @@ class Views:
         size = self.preprocess.image_size
         if self.recompress and rng.random() < self.recompress:
             image = jpeg(image, float(rng.uniform(60, 100)), rng)
-        whole = np.stack(
-            [plain_view, self.augmented(image, rng), self.crop(image, size, GLOBAL_SCALE, rng)]
-        )  # (3, s, s, 3)
+        augmented, crop = self.augmented(image, rng), self.crop(image, size, GLOBAL_SCALE, rng)
+        whole = np.stack([plain_view, augmented, crop])  # (3, s, s, 3)
         return whole, self.crop(image, self.local_size, LOCAL_SCALE, rng)
 
     def record(
@@ -147,7 +137,5 @@ class Views:
         Returns:
             Shape (3, 2, s, s, 3): plain, augmented, global by real, fake; and (2, l, l, 3): local by real, fake; uint8.
         """
-        (real_whole, real_local), (fake_whole, fake_local) = self.image(*real, rng), self.image(*fake, rng)
-        return np.stack([real_whole, fake_whole], 1), np.stack(
-            [real_local, fake_local]
-        )  # (3, 2, s, s, 3), (2, l, l, 3)
+        wholes, locals_ = zip(self.image(*real, rng), self.image(*fake, rng), strict=True)
+        return np.stack(wholes, 1), np.stack(locals_)  # (3, 2, s, s, 3), (2, l, l, 3)

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from trainer.__main__ import app
 from trainer.heads.heads import Heads, fit_heads
-from trainer.hub.hub_layout import export_hub, import_checkpoint
-from trainer.hub.runtimes import export_onnx, export_openvino
+from trainer.hub.exporter import export_hub, export_onnx, export_openvino
+from trainer.hub.importer import import_checkpoint
 from trainer.hub.vit_names import HubError, architecture_args
 from trainer.images import Preprocess
 from trainer.model.checkpoint import CheckpointConfig, build_backbone, read_weights, save_checkpoint

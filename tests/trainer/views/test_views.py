@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.augmentations import picture_sheet
 from trainer.images import Preprocess
 from trainer.views.augmentations import (
     AUGMENTATIONS,
-    NAMES,
     Augmentation,
     Augmenter,
     Pixels,
@@ -25,7 +25,6 @@ from trainer.views.augmentations import (
     opacity,
     overlay_stripes,
     pad,
-    picture_sheet,
     pixelization,
     random_crop,
     resize,
@@ -46,6 +45,13 @@ from trainer.views.views import (
     random_resized_crop,
     random_window,
 )
+
+NAMES = tuple(augmentation.name for augmentation in AUGMENTATIONS)
+DRAWN = [
+    *(("horizontal_flip", 0.0), ("overlay_stripes", 0.294), ("horizontal_flip", 0.0), ("aspect_ratio", 1.768)),
+    *(("rotate", 198.018), ("brightness", 1.702), ("pixelization", 0.366), ("sharpen", 1.981), ("skew", 0.215)),
+    *(("blur", 1.079), ("random_crop", 88.161), ("opacity", 0.475), ("overlay_stripes", 0.283), ("pad", 0.082)),
+]
 
 
 @pytest.fixture
@@ -227,16 +233,6 @@ def test_zero_to_two_are_drawn_alike_often_without_repetition(rng: np.random.Gen
             assert augmentation.low <= parameter <= augmentation.high
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_probability_0_never_and_1_always_applies_what_was_drawn(name: str, rng: np.random.Generator) -> None:
-    never = Augmenter(most=19, probabilities=((name, 0.0),))
-    only = Augmenter(most=19, probabilities=tuple((other, 0.0) for other in NAMES if other != name))
-    assert all(augmentation.name != name for _ in range(30) for augmentation, _ in never.draw(rng))
-    drawn = [[augmentation.name for augmentation, _ in only.draw(rng)] for _ in range(60)]
-    assert [name] in drawn
-    assert all(names in ([], [name]) for names in drawn)
-
-
 def test_sizes_in_pixels_scale_with_the_image_size(rng: np.random.Generator) -> None:
     drawn = [pair for _ in range(3000) for pair in Augmenter(image_size=112).draw(rng)]
     for name in ("resize_square", "random_crop"):
@@ -245,9 +241,15 @@ def test_sizes_in_pixels_scale_with_the_image_size(rng: np.random.Generator) -> 
         assert max(parameters) == pytest.approx(256, abs=4)
 
 
-def test_an_unknown_augmentation_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\['sparkle'\]"):
-        Augmenter(probabilities=(("sparkle", 1.0),))
+@pytest.mark.parametrize("most", [-1, 20])
+def test_no_more_augmentations_than_there_are(most: int) -> None:
+    with pytest.raises(ValueError, match=rf"{most} augmentations per view: set --augmentations to 0\.\.19"):
+        Augmenter(most=most)
+
+
+def test_a_seed_gives_the_augmentations_it_always_has() -> None:
+    pairs = [pair for seed in range(8) for pair in Augmenter().draw(np.random.default_rng(seed))]
+    assert [(augmentation.name, round(parameter, 3)) for augmentation, parameter in pairs] == DRAWN
 
 
 def test_picture_sheet_shows_each_at_three_parameters() -> None:

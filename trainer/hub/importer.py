@@ -1,37 +1,27 @@
-"""Checkpoints from and to the hub's layout of transformers (`ViTModel`), and exports for other runtimes.
+"""Checkpoints from the hub's layout of transformers (`ViTModel`).
 
 The official weights (`aimagelab/CoDE`) are such a `ViTModel`: LayerNorm epsilon 1e-12, pooler unused, the feature is
 the last hidden state at the CLS token. Their heads are pickles, which can run any code when loaded.
 """
 
-from __future__ import annotations
-
 import json
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from trainer.files import write_atomically
-from trainer.hub.vit_names import HubError, architecture_args, from_transformers, to_transformers
+from trainer.heads.heads import Heads, LinearHead, NearestHead, OneClassHead, unit_length
+from trainer.hub.vit_names import HubError, architecture_args, from_transformers
 from trainer.images import Preprocess
-from trainer.model.checkpoint import (
-    CheckpointConfig,
-    CheckpointError,
-    load_backbone,
-    read_config,
-    read_weights,
-    save_checkpoint,
-)
+from trainer.model.checkpoint import CheckpointConfig, CheckpointError, save_checkpoint
 from trainer.model.embedder import Embedder
 from trainer.model.seen_images import SEEN_FILE
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Of the hub's layout, the first that is there."""
 
 
@@ -69,18 +59,18 @@ def import_checkpoint(
     """
     folder = _folder(source, trust_pickles)
     hub = _json(folder / "config.json")
-    own = hub.get("lineup", {})
+    origin = hub.get("lineup", {})
     tensors = from_transformers(_tensors(folder))
-    image_size = int(own.get("image_size") or hub.get("image_size", 224))
+    image_size = int(origin.get("image_size") or hub.get("image_size", 224))
     config = CheckpointConfig(
-        name=name or own.get("name") or source.rstrip("/").rpartition("/")[2],
+        name=name or origin.get("name") or source.rstrip("/").rpartition("/")[2],
         image_size=image_size,
         dim=int(hub["hidden_size"]),
-        preprocess=_preprocess(own, image_size, preprocess),
+        preprocess=_preprocess(origin, image_size, preprocess),
         architecture_args=architecture_args(hub),
-        training=own.get("training", {}),
-        provenance=own.get("provenance", {"source": source, "revision": _revision(folder)}),
-        licence=own.get("licence") or _licence(folder),
+        training=origin.get("training", {}),
+        provenance=origin.get("provenance", {"source": source, "revision": _revision(folder)}),
+        licence=origin.get("licence") or _licence(folder),
     )
     try:
         identity = save_checkpoint(output, tensors, config)
@@ -91,72 +81,9 @@ def import_checkpoint(
     pickles = sorted([*folder.glob("sklearn/*.sav"), *folder.glob("sklearn/*.joblib")])
     if not trust_pickles or not pickles:
         return Imported(identity, None, [str(path.relative_to(folder)) for path in pickles])
-    from trainer.hub.pickled_heads import read_pickled_heads
-
     heads = read_pickled_heads(pickles)
     heads.save(output)
     return Imported(identity, heads.id, [])
-
-
-def export_hub(checkpoint: Path, output: Path) -> None:
-    """Write the hub's layout: config.json, model.safetensors and preprocessor_config.json for `ViTModel`.
-
-    A checkpoint whose image size is not that of its position embeddings needs `interpolate_pos_encoding` there, and
-    transformers interpolates a little differently.
-
-    Args:
-        checkpoint: The folder.
-        output: The folder to write.
-
-    Raises:
-        HubError: The backbone is no plain ViT.
-    """
-    from safetensors.numpy import save
-
-    config, backbone, state = read_config(checkpoint), load_backbone(checkpoint), read_weights(checkpoint)
-    blocks: Any = backbone.blocks
-    patch = int(backbone.patch_embed.patch_size[0])  # type: ignore[index, union-attr]
-    hub = {
-        "architectures": ["ViTModel"],
-        "model_type": "vit",
-        "hidden_size": config.dim,
-        "num_hidden_layers": len(blocks),
-        "num_attention_heads": blocks[0].attn.num_heads,
-        "intermediate_size": blocks[0].mlp.fc1.out_features,
-        "hidden_act": "gelu",
-        "layer_norm_eps": blocks[0].norm1.eps,
-        "image_size": patch * math.isqrt(state["pos_embed"].shape[1] - 1),
-        "patch_size": patch,
-        "num_channels": 3,
-        "qkv_bias": blocks[0].attn.qkv.bias is not None,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "lineup": {
-            "name": config.name,
-            "image_size": config.image_size,
-            "preprocess": asdict(config.preprocess),
-            "training": config.training,
-            "provenance": config.provenance,
-            "licence": config.licence,
-        },
-    }
-    size = config.preprocess.image_size
-    processor = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": config.preprocess.mode == "resize_crop",
-        "size": {"shortest_edge": round(size * 248 / 224)},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(config.preprocess.mean),
-        "image_std": list(config.preprocess.std),
-    }
-    write_atomically(output / "model.safetensors", save(to_transformers(state), {"format": "pt"}))
-    write_atomically(output / "config.json", json.dumps(hub, indent=2).encode())
-    write_atomically(output / "preprocessor_config.json", json.dumps(processor, indent=2).encode())
 
 
 def _folder(source: str, trust_pickles: bool) -> Path:
@@ -168,7 +95,7 @@ def _folder(source: str, trust_pickles: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    patterns = ["config.json", "README.md", *WEIGHTS, *(["sklearn/*"] if trust_pickles else [])]
+    patterns = ["config.json", "README.md", *HUB_WEIGHTS, *(["sklearn/*"] if trust_pickles else [])]
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:
@@ -183,9 +110,9 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    path = next((folder / name for name in HUB_WEIGHTS if (folder / name).is_file()), None)
     if path is None:
-        raise HubError(f"{folder} holds neither {' nor '.join(WEIGHTS)}")
+        raise HubError(f"{folder} holds neither {' nor '.join(HUB_WEIGHTS)}")
     try:
         if path.suffix == ".safetensors":
             with suppress(TypeError):  # bfloat16, which numpy has not
@@ -212,10 +139,10 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
         raise HubError(f"{path} holds no weights that can be loaded without running code in it: {reason}") from error
 
 
-def _preprocess(own: Mapping[str, Any], image_size: int, mode: Literal["center_crop", "resize_crop"]) -> Preprocess:
-    if "preprocess" not in own:
+def _preprocess(origin: Mapping[str, Any], image_size: int, mode: Literal["center_crop", "resize_crop"]) -> Preprocess:
+    if "preprocess" not in origin:
         return Preprocess(mode=mode, image_size=image_size)
-    values = dict(own["preprocess"])
+    values = dict(origin["preprocess"])
     return Preprocess(**(values | {key: tuple(values[key]) for key in ("mean", "std")}))
 
 
@@ -232,10 +159,59 @@ def _json(path: Path) -> dict[str, Any]:
 def _licence(folder: Path) -> str:
     """What the model card's header says."""
     card = folder / "README.md"
-    found = re.search(r"^license:\s*(\S+)", card.read_text(errors="replace"), re.M) if card.is_file() else None
-    return found.group(1) if found else "unknown: see the source"
+    line = re.search(r"^license:\s*(\S+)", card.read_text(errors="replace"), re.M) if card.is_file() else None
+    return line[1] if line else "unknown: see the source"
 
 
 def _revision(folder: Path) -> str:
     """The commit of a hub snapshot, whose folder is named by it; empty for any other folder."""
     return folder.name if folder.parent.name == "snapshots" else ""
+
+
+def read_pickled_heads(paths: Sequence[Path]) -> Heads:
+    """Load trusted joblib files and keep their arrays.
+
+    Args:
+        paths: Files of a LogisticRegression, and optionally a KNeighborsClassifier (1-NN, cosine) and a OneClassSVM
+            (+1 is real); what each is follows from its class.
+
+    Raises:
+        CheckpointError: No logistic regression is among them, or a head is none of these.
+    """
+    import joblib
+
+    models: dict[str, Any] = {}
+    for path in paths:
+        try:
+            loaded = joblib.load(path)
+        except Exception as error:  # a pickle may raise anything
+            raise CheckpointError(f"{path} does not unpickle ({type(error).__name__}: {error})") from error
+        models[type(loaded).__name__] = loaded
+    if "LogisticRegression" not in models:
+        raise CheckpointError(f"no LogisticRegression among {', '.join(path.name for path in paths)}")
+    linear = models["LogisticRegression"]
+    return Heads(
+        linear=LinearHead(np.asarray(linear.coef_[0], np.float64), float(linear.intercept_[0])),
+        svm=_one_class(models["OneClassSVM"]) if "OneClassSVM" in models else None,
+        nearest=_nearest(models["KNeighborsClassifier"]) if "KNeighborsClassifier" in models else None,
+        maps={},
+        settings={"files": [path.name for path in paths]},
+    )
+
+
+def _one_class(svm: Any) -> OneClassHead:
+    if svm.kernel != "poly":
+        raise CheckpointError(f"the pickled OneClassSVM has kernel {svm.kernel!r}; expected poly")
+    return OneClassHead(
+        support=np.asarray(svm.support_vectors_, np.float32),
+        dual=np.asarray(svm.dual_coef_[0], np.float64),
+        intercept=float(svm.intercept_[0]),
+        gamma=float(svm._gamma),
+        coef0=float(svm.coef0),
+        degree=int(svm.degree),
+    )
+
+
+def _nearest(knn: Any) -> NearestHead:
+    labels = np.asarray(knn.classes_)[np.asarray(knn._y).reshape(-1)]
+    return NearestHead(unit_length(np.asarray(knn._fit_X)).astype(np.float16), (labels != 0).astype(np.uint8))
