@@ -1,7 +1,5 @@
 """How many CPU cores there are to share."""
 
-from __future__ import annotations
-
 import math
 import os
 from pathlib import Path

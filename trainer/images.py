@@ -7,8 +7,6 @@ Every image of the project comes through `decode_image`. It refuses with one of 
     └── UnsupportedFormat  no image, or an image of another format
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import re
@@ -54,6 +52,12 @@ _PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "AVIF": AvifImageFile,
 }
 FORMATS: tuple[str, ...] = tuple(_PLUGINS)
+_SIGNATURES = {
+    (b"\xff\xd8\xff",): "JPEG",
+    (b"\x89PNG\r\n\x1a\n",): "PNG",
+    (b"GIF87a", b"GIF89a"): "GIF",
+    (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"): "TIFF",
+}
 
 # What EXIF tag 274 asks for; 1 and values outside the standard leave the image as it is.
 _TURNS = {
@@ -126,12 +130,17 @@ def decode_image(data: bytes, *, max_pixels: int = 50_000_000) -> tuple[Image.Im
     _check_size(size, max_pixels)
     try:
         image.load()
-        upright = _upright(image)
-        rgb = _rgb(upright)
+        rgb = _rgb(_upright(image))
     except Exception as error:
         raise UnreadableImage(f"truncated or broken {name} file ({_reason(error)})") from error
-    quality = _jpeg_quality(getattr(image, "quantization", None)) if name == "JPEG" else None
-    return rgb, FileFacts(hashlib.sha256(data).hexdigest(), len(data), rgb.width, rgb.height, name, quality)
+    return rgb, FileFacts(
+        sha256=hashlib.sha256(data).hexdigest(),
+        bytes=len(data),
+        width=rgb.width,
+        height=rgb.height,
+        format=name,
+        jpeg_quality=_jpeg_quality(getattr(image, "quantization", None)) if name == "JPEG" else None,
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -141,18 +150,13 @@ def _reason(error: Exception) -> str:
 
 def _sniff(data: bytes) -> str | None:
     """The accepted format whose signature opens the file; a file has at most one."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
+    for prefixes, name in _SIGNATURES.items():
+        if data.startswith(prefixes):
+            return name
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
     if data[:2] == b"BM" and data[6:10] == bytes(4):  # two letters alone would take a text for an image
         return "BMP"
-    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return "TIFF"
     if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"mif1", b"msf1"):
         brands = data[8 : struct.unpack(">I", data[:4])[0]]
         return "AVIF" if b"avif" in brands or b"avis" in brands else None  # HEIC shares the container

@@ -12,8 +12,6 @@
 | one kind | a folder or file with `label` and, for fakes, `generator` |
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +22,6 @@ from urllib.parse import unquote, urlsplit
 from trainer.data.entry import DatasetError, Entry, default_split, read_file
 from trainer.data.folders import (
     IMAGE_SUFFIXES,
-    Part,
     d3_names,
     d3_test,
     files,
@@ -73,18 +70,18 @@ def read_dataset(
     entries, has_splits = _open_layout(path, label, generator)
     if source is not None:
         entries = (replace(entry, source=source) for entry in entries)
-    found: set[str] = set()
+    other_splits: set[str] = set()
     if split is not None:
-        entries = _select(entries, {part.strip() for part in split.split(",")}, has_splits, found)
-    skipped: list[Entry] = []
+        entries = _select(entries, {part.strip() for part in split.split(",")}, has_splits, other_splits)
+    first_entries: list[Entry] = []
     for entry in entries:
-        skipped.append(entry)
+        first_entries.append(entry)
         if PurePath(entry.key).suffix.lower() in {"", *IMAGE_SUFFIXES} or entry.uri.partition("#")[2]:
-            return chain(skipped, entries)
-    if skipped:
-        raise DatasetError(f"{path} has no images, only other files such as {skipped[0].key}")
-    if found:
-        raise DatasetError(f"{path} has no images of split {split}; its splits are {', '.join(sorted(found))}")
+            return chain(first_entries, entries)
+    if first_entries:
+        raise DatasetError(f"{path} has no images, only other files such as {first_entries[0].key}")
+    if other_splits:
+        raise DatasetError(f"{path} has no images of split {split}; its splits are {', '.join(sorted(other_splits))}")
     raise DatasetError(f"{path} has no images" + (f" of split {split}" if split else ""))
 
 
@@ -109,13 +106,14 @@ def read_uri(uri: str) -> bytes:
     return read_cell(path, column, int(row))
 
 
-def _select(entries: Iterator[Entry], wanted: set[str], has_splits: bool, found: set[str]) -> Iterator[Entry]:
+def _select(entries: Iterator[Entry], splits: set[str], has_splits: bool, others: set[str]) -> Iterator[Entry]:
+    """The entries of some splits; the names of those passed over are added to `others`."""
     for entry in entries:
-        part = entry.split if has_splits else default_split(entry.group)
-        if part in wanted:
-            yield replace(entry, split=part)
-        elif part is not None:
-            found.add(part)
+        split = entry.split if has_splits else default_split(entry.group)
+        if split in splits:
+            yield replace(entry, split=split)
+        elif split is not None:
+            others.add(split)
 
 
 def _open_layout(path: Path, label: str | None, generator: str | None) -> tuple[Iterator[Entry], bool]:
@@ -133,17 +131,14 @@ def _open_layout(path: Path, label: str | None, generator: str | None) -> tuple[
         return manifest_entries(manifest), splits != {None}
     if path.is_file() and kind not in (".tar", ".parquet"):
         raise DatasetError(f"{path} is a single file: {_ONE_KIND}")
-    if parts := _parts(path, generator):
+    parts = d3_test(path, generator) or real_and_fake(path, generator) or foren_synths_or_gen_image(path, generator)
+    if parts:
         return folder_entries(path, parts), any(part.split for part in parts)
     if archives := [path] if kind else sorted(p for p in path.iterdir() if p.suffix.lower() in (".tar", ".parquet")):
         return chain.from_iterable(_archive(archive, generator) for archive in archives), False
     if not any(map(is_image_name, files(path))):
         raise DatasetError(f"{path} has no images")
     raise DatasetError(f"{path} has no known layout ({_EXPECTED}): {_ONE_KIND}")
-
-
-def _parts(path: Path, generator: str | None) -> list[Part]:
-    return d3_test(path, generator) or real_and_fake(path, generator) or foren_synths_or_gen_image(path, generator)
 
 
 def _archive(path: Path, generator: str | None) -> Iterator[Entry]:

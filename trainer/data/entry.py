@@ -1,7 +1,5 @@
 """One image of a data set: what is known of it before its bytes are read, and how they are read again later."""
 
-from __future__ import annotations
-
 import os
 import re
 import stat
@@ -121,8 +119,8 @@ def file_entry(
         label: 0 real, 1 fake.
         generator: None for a real image.
         home: The data set's own name: the default source, and what keeps equal paths of two data sets apart.
-        source: Overrides `home` as the source.
-        split: If the data set has any.
+        source: By default `home`.
+        split: None where the data set names none.
         group: By default each file is its own.
         attributes: Whatever else is known.
     """

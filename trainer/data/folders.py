@@ -1,7 +1,5 @@
 """Data sets whose folders say what is real and what made each fake."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -17,9 +15,9 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 _LITTER = ("thumbs.db", "desktop.ini")
-_LABELS = {"0_real": 0, "1_fake": 1, "nature": 0, "ai": 1}
+_FOLDER_LABELS = {"0_real": 0, "1_fake": 1, "nature": 0, "ai": 1}
 _MARKERS = {"0_real", "1_fake", "ai"}  # `nature` alone is what people call a folder of landscapes
-_DEPTH = 4
+_SEARCH_DEPTH = 4
 # Of ForenSynths: LSUN's for ProGAN, then those of StyleGAN, StyleGAN 2 and CycleGAN. `train` is one of them.
 _CLASSES = frozenset([
     "airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
@@ -156,7 +154,7 @@ def foren_synths_or_gen_image(root: Path, generator: str | None) -> list[Part]:
         DatasetError: By that rule a class of ForenSynths would be a generator, and no generator is given.
     """
     parts = []
-    for home in sorted(_homes(root, _DEPTH)):
+    for home in sorted(_homes(root, _SEARCH_DEPTH)):
         below = [folder for folder in (*reversed(home.parents), home) if root in folder.parents]
         split = next((folder.name.lower() for folder in (*below, root) if _names_split(folder)), None)
         names = [folder.name for folder in below if not _names_split(folder)]
@@ -169,7 +167,7 @@ def foren_synths_or_gen_image(root: Path, generator: str | None) -> list[Part]:
             )
         attributes = {"class": "/".join(names[1:])} if names[1:] else {}
         for folder in _folders(home):
-            label = _LABELS.get(folder.name)
+            label = _FOLDER_LABELS.get(folder.name)
             if label is not None:
                 made = check_generator(name, str(folder)) if label else None
                 parts.append(Part(folder, label, made, split, False, attributes))
@@ -196,5 +194,5 @@ def _homes(folder: Path, depth: int) -> Iterator[Path]:
 def _folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    with os.scandir(folder) as found:
-        return sorted(Path(item.path) for item in found if item.is_dir() and not item.name.startswith("."))
+    with os.scandir(folder) as items:
+        return sorted(Path(item.path) for item in items if item.is_dir() and not item.name.startswith("."))

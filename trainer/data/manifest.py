@@ -1,7 +1,5 @@
 """The data set as a table: a CSV with `path,label,generator,split[,source,group,...]`."""
 
-from __future__ import annotations
-
 import csv
 import os
 from collections.abc import Iterator
@@ -10,9 +8,9 @@ from pathlib import Path, PurePath
 
 from trainer.data.entry import DatasetError, Entry, check_generator, file_entry, plain
 
-LABELS = {"real": 0, "0": 0, "fake": 1, "1": 1}
-REQUIRED = ("path", "label")
-COLUMNS = (*REQUIRED, "generator", "split", "source", "group")
+LABEL_CELLS = {"real": 0, "0": 0, "fake": 1, "1": 1}
+REQUIRED_COLUMNS = ("path", "label")
+MANIFEST_COLUMNS = (*REQUIRED_COLUMNS, "generator", "split", "source", "group")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +35,11 @@ def manifest_rows(manifest: Path) -> Iterator[Row]:
     try:
         with manifest.open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file)
-            missing = [name for name in REQUIRED if name not in (table.fieldnames or ())]
-            if missing:
-                found = ", ".join(table.fieldnames or ()) or "nothing"
+            names = table.fieldnames or ()
+            if missing := [name for name in REQUIRED_COLUMNS if name not in names]:
                 raise DatasetError(
                     f"{manifest} lacks the column {' and '.join(missing)}; expected "
-                    f"{','.join(COLUMNS)} in its first line, found {found}"
+                    f"{','.join(MANIFEST_COLUMNS)} in its first line, found {', '.join(names) or 'nothing'}"
                 )
             for cells in table:
                 yield _row(cells, f"{manifest} line {table.line_num}")
@@ -54,7 +51,7 @@ def _row(cells: dict[str, str | None], where: str) -> Row:
     if None in cells:
         raise DatasetError(f"{where} has more cells than the first line has names; quote cells that hold a comma")
     values = {name: plain(value.strip()) for name, value in cells.items() if name and value and value.strip()}
-    label = LABELS.get(values.get("label", "").lower())
+    label = LABEL_CELLS.get(values.get("label", "").lower())
     if label is None:
         raise DatasetError(f"{where}: label is {values.get('label', '')!r}; expected real or fake")
     path = values.get("path", "")
@@ -65,8 +62,15 @@ def _row(cells: dict[str, str | None], where: str) -> Row:
         raise DatasetError(f"{where}: a real image has generator {generator!r}; leave the cell empty")
     if label == 1:
         check_generator(generator or "", where)
-    attributes = {name: value for name, value in values.items() if name not in COLUMNS}
-    return Row(path, label, generator, values.get("split"), values.get("source"), values.get("group"), attributes)
+    return Row(
+        path=path,
+        label=label,
+        generator=generator,
+        split=values.get("split"),
+        source=values.get("source"),
+        group=values.get("group"),
+        attributes={name: value for name, value in values.items() if name not in MANIFEST_COLUMNS},
+    )
 
 
 def manifest_entries(manifest: Path) -> Iterator[Entry]:

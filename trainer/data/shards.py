@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import re
 import tarfile
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
@@ -164,29 +165,31 @@ def parquet_entries(path: Path, *, names: Sequence[str] | None = None) -> Iterat
     file = _open_parquet(path)
     columns = {int(match[1]): name for name in file.schema_arrow.names if (match := _COLUMN.fullmatch(name))}
     if not columns:
-        found = ", ".join(file.schema_arrow.names[:10])
-        raise DatasetError(f"{path} has columns {found}; expected image_gen0, image_gen1, ... and model_gen0, ...")
+        names_there = ", ".join(file.schema_arrow.names[:10])
+        raise DatasetError(
+            f"{path} has columns {names_there}; expected image_gen0, image_gen1, ... and model_gen0, ..."
+        )
     texts = [field.name for field in file.schema_arrow if _is_scalar(str(field.type))]
     mtime, row = path.stat().st_mtime, 0
     for batch in file.iter_batches(batch_size=1024, columns=texts):
         for values in batch.to_pylist():
-            known = {name: str(value) for name, value in values.items() if value is not None}
-            group = known.get("id") or f"{path.stem}/{row}"
+            cells = {name: str(value) for name, value in values.items() if value is not None}
+            group = cells.get("id") or f"{path.stem}/{row}"
             for number, column in sorted(columns.items()):
-                model = names is None and known.get(f"model_gen{number}")
+                model = names is None and cells.get(f"model_gen{number}")
+                fallback = names or D3_GENERATORS
+                name = _hub_name(model, path.name) if model else generator_name(fallback, number, path.name)
                 yield Entry(
                     key=plain(f"{group}.gen_{number}"),
                     group=plain(group),
                     label=1,
-                    generator=_hub_name(model, path.name)
-                    if model
-                    else generator_name(names or D3_GENERATORS, number, path.name),
+                    generator=name,
                     source=plain(path.parent.name),
                     uri=f"{path.as_uri()}#{column}/{row}",
                     split=None,
                     size=None,
                     mtime=mtime,
-                    attributes=_attributes(known, number),
+                    attributes=_attributes(cells, number),
                     read=partial(read_cell, path, column, row),
                 )
             row += 1
@@ -196,13 +199,13 @@ def _is_scalar(arrow_type: str) -> bool:
     return arrow_type.startswith(("string", "large_string", "int", "uint", "float", "double", "bool"))
 
 
-def _attributes(known: dict[str, str], number: int) -> dict[str, str]:
+def _attributes(cells: dict[str, str], number: int) -> dict[str, str]:
     """What a row says of its image `number`: the columns of all images and its own, without their suffix."""
-    own = f"_gen{number}"
+    suffix = f"_gen{number}"
     return {
-        name.removesuffix(own): plain(value)
-        for name, value in known.items()
-        if name.endswith(own) or not re.search(r"_gen\d+$", name)
+        name.removesuffix(suffix): plain(value)
+        for name, value in cells.items()
+        if name.endswith(suffix) or not re.search(r"_gen\d+$", name)
     }
 
 
@@ -231,18 +234,14 @@ def read_cell(path: Path, column: str, row: int) -> bytes:
     """
     try:
         file = _open_parquet(path)
-        first = 0
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if first <= row < first + rows:
-                cells = _column(path, path.stat().st_mtime_ns, column, group)
-                break
-            first += rows
-        else:
+        ends = list(accumulate(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)))
+        group = bisect_right(ends, row)
+        if group == len(ends):
             raise UnreadableImage(f"{path.name} has no row {row}")
+        cells = _column(path, path.stat().st_mtime_ns, column, group)
     except (OSError, KeyError, DatasetError) as error:
         raise UnreadableImage(f"{path.name} has no readable cell {column}/{row} ({error})") from error
-    data = cells[row - first]
+    data = cells[row - ends[group]]  # counted from the end of the row group
     if not data:
         raise UnreadableImage(f"{path.name} has no image in {column} of row {row}")
     return data

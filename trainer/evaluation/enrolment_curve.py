@@ -22,9 +22,7 @@ K = 10
 def knn_logits(nearest: NearestHead, embeddings: np.ndarray) -> np.ndarray:
     """The k-NN vote among what the heads were fitted on, shape (n,), above 0 for fake; NaN where a label is missing.
 
-    Args:
-        nearest: The references.
-        embeddings: Raw, shape (n, d).
+    `nearest` holds the references; the embeddings are raw, shape (n, d).
     """
     counts = [int((nearest.labels == label).sum()) for label in (0, 1)]
     real, fake = (

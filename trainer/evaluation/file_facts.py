@@ -4,8 +4,6 @@ Where it does well, format, size or compression differ between real and fake ima
 may have learned that instead of a generator's trace.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,19 +29,11 @@ def fact_table(facts: Sequence[FileFacts]) -> np.ndarray:
     return np.array(rows, np.float64).reshape(len(rows), 5 + len(FORMATS))
 
 
-def file_fact_scores(
-    facts: Sequence[FileFacts], labels: np.ndarray, groups: Sequence[str], seed: int = 0
-) -> np.ndarray:
+def file_fact_scores(facts: Sequence[FileFacts], labels: np.ndarray, groups: Sequence[str]) -> np.ndarray:
     """Probability of fake by a random forest on the facts alone, shape (n,); NaN where a label has too few groups.
 
-    Each image is judged by a forest that has not seen its group, on the evaluated images themselves: the most that
-    facts could tell here.
-
-    Args:
-        facts: n of them.
-        labels: 0 real, 1 fake, shape (n,).
-        groups: n names.
-        seed: Of forest and folds.
+    Each of n images, of labels (n,), is judged by a forest that has not seen its group, on the evaluated images
+    themselves: the most that facts could tell here.
     """
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.model_selection import StratifiedGroupKFold
@@ -52,8 +42,8 @@ def file_fact_scores(
     if min(len({group for group, of in zip(groups, labels, strict=True) if of == label}) for label in (0, 1)) < FOLDS:
         return scores
     table = fact_table(facts)
-    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
-    for known, held in folds.split(table, labels, groups):
-        forest = RandomForestClassifier(100, min_samples_leaf=3, class_weight="balanced", random_state=seed)
-        scores[held] = forest.fit(table[known], labels[known]).predict_proba(table[held])[:, 1]
+    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
+    for inside, outside in folds.split(table, labels, groups):
+        forest = RandomForestClassifier(100, min_samples_leaf=3, class_weight="balanced", random_state=0)
+        scores[outside] = forest.fit(table[inside], labels[inside]).predict_proba(table[outside])[:, 1]
     return scores

@@ -56,8 +56,7 @@ class Scorer:
     def __call__(self, embeddings: np.ndarray) -> dict[str, np.ndarray]:
         """Scores by head, each of shape (n,), higher for fake: margins of linear, svm, nn1 and knn; combined 0..1.
 
-        Args:
-            embeddings: Raw, shape (n, d).
+        The embeddings are raw, shape (n, d).
         """
         scores = self.heads.logits(embeddings)
         if self.calibration:

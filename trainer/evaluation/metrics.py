@@ -19,18 +19,9 @@ WEIGHTS_BLOCK = 4_000_000
 
 
 def accuracy(correct: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Share of correct answers, 0..1.
-
-    Args:
-        correct: Shape (n,), bool.
-        weights: Shape (n,) or (r, n); one by default.
-
-    Returns:
-        Shape () or (r,).
-    """
+    """Share of correct answers, 0..1, shape () or (r,), of `correct` (n,); weights (n,) or (r, n) are 1 by default."""
     weights = np.ones(len(correct)) if weights is None else weights
-    share: np.ndarray = (weights @ correct.astype(np.float64)) / weights.sum(-1)
-    return share
+    return np.asarray((weights @ correct.astype(np.float64)) / weights.sum(-1))
 
 
 def auroc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -47,8 +38,7 @@ def auroc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = N
     real, fake = _by_score(scores, labels, weights)  # (..., u), ascending score
     below = np.cumsum(real, -1) - 0.5 * real
     pairs = real.sum(-1) * fake.sum(-1)
-    area: np.ndarray = np.divide((fake * below).sum(-1), pairs, out=np.full(pairs.shape, np.nan), where=pairs > 0)
-    return area
+    return _ratio((fake * below).sum(-1), pairs)
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -57,30 +47,22 @@ def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarra
     fakes = np.cumsum(fake[..., ::-1], -1)  # above each threshold, descending
     alarms = fakes + np.cumsum(real[..., ::-1], -1)
     precision = np.divide(fakes, alarms, out=np.zeros_like(alarms), where=alarms > 0)
-    total = fake.sum(-1)
-    area = (fake[..., ::-1] * precision).sum(-1)
-    mean: np.ndarray = np.divide(area, total, out=np.full(total.shape, np.nan), where=total > 0)
-    return mean
+    return _ratio((fake[..., ::-1] * precision).sum(-1), fake.sum(-1))
 
 
 def recall_at(
     scores: np.ndarray, labels: np.ndarray, false_alarms: float, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """Largest share of fakes found by a threshold that at most this share of the reals reaches; arguments as `auroc`.
+    """Largest share of fakes found by a threshold that at most a share `false_alarms` (0..1) of the reals reaches.
 
-    Args:
-        scores: See `auroc`.
-        labels: See `auroc`.
-        false_alarms: Share of the reals, 0..1.
-        weights: See `auroc`.
+    The other arguments are those of `auroc`.
     """
     real, fake = _by_score(scores, labels, weights)
     reals, fakes = real.sum(-1, keepdims=True), fake.sum(-1, keepdims=True)
     alarms = np.cumsum(real[..., ::-1], -1) / np.maximum(reals, 1e-300)
     recalls = np.cumsum(fake[..., ::-1], -1) / np.maximum(fakes, 1e-300)
     best = np.where(alarms <= false_alarms + 1e-12, recalls, 0.0).max(-1)
-    recall: np.ndarray = np.where((reals[..., 0] > 0) & (fakes[..., 0] > 0), best, np.nan)
-    return recall
+    return np.where((reals[..., 0] > 0) & (fakes[..., 0] > 0), best, np.nan)
 
 
 def roc_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -93,13 +75,9 @@ def roc_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nd
 def resampled_weights(
     labels: np.ndarray, groups: Sequence[str], resamples: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Counts of a bootstrap by whole groups within each label, shape (r, n), float64.
+    """Counts of a bootstrap by whole groups within each label, shape (resamples, n), float64.
 
-    Args:
-        labels: 0 real, 1 fake, shape (n,): each resample draws as many groups of a label as there are.
-        groups: n of them; images of one group are drawn together.
-        resamples: r.
-        rng: Source of the draw.
+    Each resample draws as many groups of a label as there are among labels (n,); images of a group are drawn together.
     """
     weights = np.zeros((resamples, len(labels)))
     for label in np.unique(labels):
@@ -122,24 +100,20 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 def expected_calibration_error(
     probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None, bins: int = 10
 ) -> np.ndarray:
-    """Mean distance between probability and share of fakes over equally filled bins, 0..1.
+    """Mean distance between probability and share of fakes over equally filled bins, 0..1, shape () or (r,).
 
     Args:
         probabilities: Shape (n,), 0..1.
         labels: 0 real, 1 fake, shape (n,).
         weights: Shape (n,) or (r, n); `balanced_weights` for probabilities at prior 0.5.
         bins: How many.
-
-    Returns:
-        Shape () or (r,).
     """
     weights = np.ones(len(labels)) if weights is None else weights
     order = np.argsort(probabilities, kind="stable")
     gaps = np.zeros(weights.shape[:-1])
     for rows in np.array_split(order, bins):
         gaps = gaps + np.abs(weights[..., rows] @ (labels[rows] - probabilities[rows]))
-    error: np.ndarray = gaps / weights.sum(-1)
-    return error
+    return np.asarray(gaps / weights.sum(-1))
 
 
 def measure(
@@ -165,8 +139,8 @@ def measure(
         generators: n names, empty for a real image.
         groups: n names.
         threshold: Of the raw decision.
-        resamples: Of the bootstrap; 0 leaves the intervals out.
-        seed: Of the bootstrap.
+        resamples: How many the bootstrap draws; 0 leaves the intervals out.
+        seed: Fixes the bootstrap.
         fields: Put first in every row: split, transform, head.
     """
     answered = ~np.isnan(scores)
@@ -234,9 +208,13 @@ def _by_score(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None
     starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) > 0])[: len(order)]
     is_fake = (np.asarray(labels)[order] == 1).astype(np.float64)
     sorted_weights = weights[..., order]
-    real: np.ndarray = np.add.reduceat(sorted_weights * (1 - is_fake), starts, axis=-1)
-    fake: np.ndarray = np.add.reduceat(sorted_weights * is_fake, starts, axis=-1)
+    real, fake = (np.add.reduceat(sorted_weights * side, starts, axis=-1) for side in (1 - is_fake, is_fake))
     return real, fake
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Part / whole, NaN where there is none of it."""
+    return np.asarray(np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0))
 
 
 def _plain(value: float) -> float | None:

@@ -142,22 +142,18 @@ def legend_below(figure: Figure, ax: Axes, columns: int) -> None:
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=ncols)
 
 
-def embedding_map(images: EmbeddedSet, unseen: frozenset[str], seed: int = 0) -> Figure:
-    """t-SNE of the embeddings by cosine; reals grey, one colour a generator, hollow where it was never trained on.
+def embedding_map(images: EmbeddedSet, unseen: frozenset[str]) -> Figure:
+    """t-SNE of the embeddings of plain images by cosine; reals grey, one colour a generator, hollow for the unseen.
 
-    Args:
-        images: Plain; a random part of more than 1,500.
-        unseen: Generators that trained nothing.
-        seed: Of the part and the map.
+    Of more than 1,500 images it shows a random part.
     """
     from matplotlib import colormaps
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
-    rng = np.random.default_rng(seed)
-    images = images.take(np.sort(rng.permutation(len(images))[:TSNE_IMAGES]))
+    images = images.take(np.sort(np.random.default_rng(0).permutation(len(images))[:TSNE_IMAGES]))
     perplexity = max(2.0, min(30.0, (len(images) - 1) / 4))
-    model = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed)
+    model = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=0)
     with threadpool_limits(1):  # its OpenMP threads wait by spinning: on a busy machine minutes for a second's work
         points = model.fit_transform(unit_length(images.embeddings))  # (n, 2)
     figure, (ax,) = new_figure(width=7.5, height=5.5)
@@ -178,14 +174,12 @@ def embedding_map(images: EmbeddedSet, unseen: frozenset[str], seed: int = 0) ->
     return figure
 
 
-def generator_confusion(images: EmbeddedSet, seed: int = 0) -> Figure:
+def generator_confusion(images: EmbeddedSet) -> Figure:
     """Whose image is the nearest: row = an image's own generator, column = that of its nearest other image, in %.
 
-    Args:
-        images: Plain; images of the same group are not asked. A random part of more than 5,000.
-        seed: Of the part.
+    Images of the same group do not answer. Of more than 5,000 plain images a random part is asked.
     """
-    images = images.take(np.sort(np.random.default_rng(seed).permutation(len(images))[:CONFUSION_IMAGES]))
+    images = images.take(np.sort(np.random.default_rng(0).permutation(len(images))[:CONFUSION_IMAGES]))
     names = np.array([name or "real" for name in images.generators])
     order = ["real", *sorted(set(names.tolist()) - {"real"})]
     queries = unit_length(images.embeddings)

@@ -32,15 +32,15 @@ def measure_splits(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Rows of every split and head for one transform.
+    """Rows of every split and head for one transform, see `measure`.
 
     Args:
-        images: Of all splits, n of them.
+        images: Of all splits, n of them; those without a split count as of the first.
         scores: By head, each of shape (n,).
-        splits: Their names; images without a split count as the first.
-        transform: Its name.
-        resamples: Of the bootstraps.
-        seed: Of the bootstraps.
+        splits: Which to measure.
+        transform: The name of what the images went through.
+        resamples: As of `measure`.
+        seed: As of `measure`.
     """
     rows = []
     for split in splits:
@@ -65,10 +65,7 @@ def measure_splits(
 def split_mask(images: EmbeddedSet, split: str, default: str) -> np.ndarray:
     """Which images a split is measured on, shape (n,), bool; the unseen split, where there is one, borrows its reals.
 
-    Args:
-        images: n of them.
-        split: Its name.
-        default: The split of images that name none.
+    Images that name no split are of the split `default`.
     """
     names = np.array([name or default for name in images.splits])
     mask: np.ndarray = names == split
@@ -90,10 +87,10 @@ def split_entries(
 
     Args:
         data: A data set of any layout.
-        splits: Their names.
+        splits: Which to read.
         tables: Transforms of every image.
         extra: Transforms of the curves.
-        leave_out: Asked about each image of these splits.
+        leave_out: Says of each image of these splits whether to pass it over.
     """
     borrowed = [] if UNSEEN not in splits or "test" in splits else ["test"]
     counts: Counter[tuple[str | None, str | None]] = Counter()

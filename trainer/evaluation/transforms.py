@@ -36,13 +36,7 @@ class Transform:
     """The result has the checkpoint's size already: preprocessing only normalises it."""
 
     def __call__(self, image: Image.Image, seed: int, sha256: str) -> Image.Image:
-        """The transformed image.
-
-        Args:
-            image: RGB.
-            seed: The evaluation's.
-            sha256: Of the image's file, hexadecimal.
-        """
+        """The transformed RGB image; what is random follows from the seed and the SHA-256, in hex, of its file."""
         return self.apply(image, np.random.default_rng([seed, crc32(self.name.encode()), int(sha256[:16], 16)]))
 
 
@@ -100,11 +94,7 @@ def shared(image: Image.Image, rng: np.random.Generator, *, longest: int, qualit
 
 
 def table_transforms(image_size: int) -> tuple[Transform, ...]:
-    """The transforms of the main tables.
-
-    Args:
-        image_size: Of the checkpoint; the augmentations that cut to a side in pixels scale with it.
-    """
+    """The transforms of the main tables; augmentations that cut to a side in pixels scale with the `image_size`."""
     from trainer.views.augmentations import Augmenter  # before threads share the work: a failing import is one error
 
     return (

@@ -10,14 +10,12 @@ image's group, uploads are scored by the map fitted on all: the rates are met cl
 one, though those of a group resemble each other: g groups of images all alike hold no rate below 1 / (g + 1).
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import combinations
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -25,7 +23,7 @@ from trainer.heads.logistic import LogisticMap, fit_logistic, sigmoid
 
 HEADS = ("knn", "linear", "svm")
 """Whose raw scores are combined: the vote's logit, the linear logit, the one-class score."""
-FOLDS = 5
+CALIBRATION_FOLDS = 5
 """Thresholds come from scores of maps that have not seen the image's group."""
 METHOD = 3
 """Changes whenever scores or their fit do, here or in the vote: what was fitted otherwise is not used again."""
@@ -37,16 +35,13 @@ MINIMUM_NOVELTY = 50
 
 def subset(heads: Iterable[str]) -> str:
     """The name of a set of heads, such as "knn+linear", whatever the order given."""
-    given = set(heads)
-    return "+".join(head for head in HEADS if head in given)
+    return "+".join(sorted(set(heads), key=HEADS.index))
 
 
 def shift_prior(score: float, prior: float) -> float:
-    """A probability at prior 0.5 as it is when a share `prior` of all images is fake. Thresholds are not shifted.
+    """A probability at prior 0.5 as it is when a share `prior` (between 0 and 1, `LINEUP_PRIOR`) of all images is fake.
 
-    Args:
-        score: 0..1.
-        prior: 0..1, both excluded (`LINEUP_PRIOR`).
+    Thresholds are not shifted.
     """
     odds = score * prior
     return odds / (odds + (1 - score) * (1 - prior))
@@ -65,7 +60,7 @@ class Calibration:
     real: dict[str, np.ndarray]
     """Calibrated logits of the real calibration images by maps fitted without their group, ascending, float32."""
     fake: dict[str, np.ndarray]
-    """Likewise of the fakes."""
+    """The same of the fake calibration images."""
     nearest: np.ndarray
     """Similarity of each calibration image to its nearest reference, ascending, float32."""
     nearest_fake: np.ndarray
@@ -79,32 +74,16 @@ class Calibration:
         return max(names, key=lambda name: name.count("+"), default=None)
 
     def probability(self, head: str, logits: np.ndarray | float) -> np.ndarray:
-        """Calibrated probabilities of one head at prior 0.5, same shape, NaN where it is not calibrated.
-
-        Args:
-            head: knn, linear or svm.
-            logits: The head's raw logit or score, any shape.
-        """
+        """Calibrated probabilities of one head's raw logits or scores at prior 0.5, same shape, NaN without a map."""
         x = np.asarray(logits, np.float64)
         if head not in self.maps:
             return np.full(x.shape, np.nan)
         return sigmoid(self.maps[head](x.reshape(-1, 1))).reshape(x.shape)
 
-    def combine(self, logits: Mapping[str, float | None]) -> float | None:
-        """Combined probability of fake at prior 0.5; None when no head that answered is calibrated.
-
-        Args:
-            logits: Raw logit or score by head; None or NaN for a head that cannot answer.
-        """
-        there = {head: value for head, value in logits.items() if value is not None and not np.isnan(value)}
-        score = self.combine_many({head: np.array([value]) for head, value in there.items()})[0] if there else np.nan
-        return None if np.isnan(score) else float(score)
-
     def combine_many(self, logits: Mapping[str, np.ndarray]) -> np.ndarray:
-        """`combine` for n images at once: shape (n,), NaN for None.
+        """Combined probabilities of fake at prior 0.5, shape (n,), NaN where no head that answered is calibrated.
 
-        Args:
-            logits: Raw logits or scores by head, each of shape (n,); NaN for a head that cannot answer.
+        `logits` are raw logits or scores by head, each of shape (n,), NaN where a head cannot answer.
         """
         heads = [head for head in HEADS if head in logits]
         table = np.column_stack([np.asarray(logits[head], np.float64) for head in heads])  # (n, h)
@@ -120,17 +99,15 @@ class Calibration:
     def terms(self, logits: Mapping[str, float]) -> dict[str, float]:
         """What the combined logit is the sum of: each head's raw answer times its weight, and `bias`.
 
-        Empty when no head that answered is calibrated. Beyond +-30 the sum is more than `combine` makes use of.
-
-        Args:
-            logits: Raw logit or score by head; NaN for a head that cannot answer.
+        Empty when no head that answered, i.e. is not NaN, is calibrated. Beyond +-30 the sum is more than
+        `combine_many` makes use of.
         """
         name = self.largest([head for head, value in logits.items() if not np.isnan(value)])
         if name is None:
             return {}
-        joined = self.maps[name]
-        weighed = zip(joined.heads, joined.weights, strict=True)
-        return {head: float(weight * logits[head]) for head, weight in weighed} | {"bias": joined.intercept}
+        combined = self.maps[name]
+        weights = zip(combined.heads, combined.weights, strict=True)
+        return {head: float(weight * logits[head]) for head, weight in weights} | {"bias": combined.intercept}
 
     def thresholds(
         self, max_false_alarm: float, max_miss: float, heads: Collection[str] | None = None
@@ -193,7 +170,7 @@ class Calibration:
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Calibration:
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Read `to_json` back."""
         return cls(
             maps={name: LogisticMap.from_json(item) for name, item in values["maps"].items()},
@@ -226,16 +203,14 @@ def fit_calibration(
             such count for what depends on the index, not for maps of the checkpoint's own heads. None: no image is.
     """
     labels = np.asarray(labels)
-    own = np.ones(len(labels), bool) if enrolled is None else ~enrolled
+    of_checkpoint = np.ones(len(labels), bool) if enrolled is None else ~enrolled
     columns = {head: np.asarray(logits[head], np.float64) for head in HEADS if head in logits}
     folds = group_folds(groups, labels)
-    maps: dict[str, LogisticMap] = {}
-    real: dict[str, np.ndarray] = {}
-    fake: dict[str, np.ndarray] = {}
+    maps, real, fake = {}, {}, {}
     for size in range(1, len(columns) + 1):
         for heads in combinations(columns, size):
             table = np.column_stack([columns[head] for head in heads])  # (n, h)
-            rows = np.isfinite(table).all(1) & (own | ("knn" in heads))
+            rows = np.isfinite(table).all(1) & (of_checkpoint | ("knn" in heads))
             if not MINIMUM <= labels[rows].sum() <= rows.sum() - MINIMUM:
                 continue
             name = subset(heads)
@@ -243,27 +218,30 @@ def fit_calibration(
             scores = _cross_fitted(heads, table[rows], labels[rows], folds[rows])
             real[name] = np.sort(scores[labels[rows] == 0])
             fake[name] = np.sort(scores[labels[rows] == 1])
-    fakes = np.asarray(nearest_fake)[labels == 1]
-    everything = np.asarray(nearest)
     return Calibration(
         maps=maps,
         real=real,
         fake=fake,
-        nearest=np.sort(everything[~np.isnan(everything)]).astype(np.float32),
-        nearest_fake=np.sort(fakes[~np.isnan(fakes)]).astype(np.float32),
+        nearest=_ascending(nearest),
+        nearest_fake=_ascending(np.asarray(nearest_fake)[labels == 1]),
         n_real=int((labels == 0).sum()),
         n_fake=int((labels == 1).sum()),
     )
 
 
+def _ascending(values: np.ndarray) -> np.ndarray:
+    """The values that are there, sorted, float32."""
+    return np.sort(values[~np.isnan(values)]).astype(np.float32)
+
+
 def _cross_fitted(heads: tuple[str, ...], table: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """Calibrated logits, shape (n,), float32, each by a map fitted on the other folds."""
     scores = np.empty(len(table), np.float32)
-    for fold in range(FOLDS):
-        held = folds == fold
+    for fold in range(CALIBRATION_FOLDS):
+        inside = folds == fold
         # A fold whose complement lacks a label (few, large groups) is scored by all: better than no threshold.
-        others = ~held if 0 < labels[~held].sum() < (~held).sum() else np.ones_like(held)
-        scores[held] = fit_logistic(heads, table[others], labels[others])(table[held])
+        others = ~inside if 0 < labels[~inside].sum() < (~inside).sum() else np.ones_like(inside)
+        scores[inside] = fit_logistic(heads, table[others], labels[others])(table[inside])
     return scores
 
 
@@ -273,7 +251,7 @@ def group_folds(groups: Sequence[str], labels: np.ndarray) -> np.ndarray:
     for group, label in zip(groups, labels, strict=True):
         mixes.setdefault(group, set()).add(int(label))
     order = sorted(mixes, key=lambda group: (sorted(mixes[group]), blake2b(group.encode()).digest()))
-    fold = {group: number % FOLDS for number, group in enumerate(order)}
+    fold = {group: number % CALIBRATION_FOLDS for number, group in enumerate(order)}
     return np.array([fold[group] for group in groups], dtype=np.int64)
 
 

@@ -1,13 +1,12 @@
 """The calibration images of a checkpoint: raw embeddings and what they are, so that any index can calibrate on them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from shlex import quote
+from typing import Self
 
 import numpy as np
 
@@ -53,13 +52,13 @@ class CalibrationSet:
         digest.update(np.ascontiguousarray(self.labels, np.uint8).tobytes())
         return digest.hexdigest()
 
-    def take(self, rows: Sequence[int]) -> CalibrationSet:
+    def take(self, rows: Sequence[int]) -> Self:
         """Those images, in that order."""
         texts = {name: [getattr(self, name)[row] for row in rows] for name in TEXTS}
-        chosen = np.asarray(rows, np.int64)
-        return replace(self, embeddings=self.embeddings[chosen], labels=self.labels[chosen], **texts)
+        places = np.asarray(rows, np.int64)
+        return replace(self, embeddings=self.embeddings[places], labels=self.labels[places], **texts)
 
-    def joined(self, other: CalibrationSet) -> CalibrationSet:
+    def joined(self, other: Self) -> Self:
         """These images, then those."""
         texts = {name: getattr(self, name) + getattr(other, name) for name in TEXTS}
         return replace(
@@ -81,7 +80,7 @@ class CalibrationSet:
         write_atomically(folder / CALIBRATION_FILE, save(arrays, {"texts": json.dumps(texts)}))
 
     @classmethod
-    def load(cls, folder: Path) -> CalibrationSet:
+    def load(cls, folder: Path) -> Self:
         """Read `calibration.safetensors` of a checkpoint folder.
 
         Raises:
@@ -89,16 +88,16 @@ class CalibrationSet:
         """
         from safetensors import SafetensorError, safe_open
 
-        path = Path(folder) / CALIBRATION_FILE
+        path = folder / CALIBRATION_FILE
         try:
             with safe_open(path, "numpy") as file:
                 arrays = {key: file.get_tensor(key) for key in ("embeddings", "labels")}
                 texts = json.loads(file.metadata()["texts"])
-            loaded = cls(**arrays, **texts)
-            if {len(loaded.embeddings)} != {len(getattr(loaded, name)) for name in ("labels", *TEXTS)}:
+            images = cls(**arrays, **texts)
+            if {len(images.embeddings)} != {len(getattr(images, name)) for name in ("labels", *TEXTS)}:
                 raise ValueError("its columns differ in length")
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing: run `{refit_command(folder)}`") from error
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is broken ({error}): run `{refit_command(folder)}`") from error
-        return loaded
+        return images

@@ -4,14 +4,11 @@ scikit-learn fits them; they are stored as arrays and scored by numpy, so that s
 a pickle. Labels are 0 real and 1 fake, and every score rises with "fake".
 """
 
-from __future__ import annotations
-
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from shlex import quote
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -19,7 +16,7 @@ from trainer.files import write_atomically
 from trainer.heads.calibration import MINIMUM
 from trainer.heads.calibration_set import CalibrationSet, refit_command
 from trainer.heads.logistic import LogisticMap, fit_logistic
-from trainer.model.checkpoint import CONFIG_FILE, CheckpointError, write_config
+from trainer.model.checkpoint import CONFIG_FILE, CheckpointError, read_sections, write_config
 
 HEADS_FILE = "heads.safetensors"
 C = 0.316
@@ -45,13 +42,8 @@ class LinearHead:
     bias: float
 
     def logit(self, x: np.ndarray) -> np.ndarray:
-        """Signed distance, shape (n,), above 0 for fake.
-
-        Args:
-            x: Raw embeddings, shape (n, d).
-        """
-        logits: np.ndarray = x.astype(np.float64) @ self.weight + self.bias  # (n, d) -> (n,)
-        return logits
+        """Signed distance of raw embeddings (n, d), shape (n,), above 0 for fake."""
+        return np.asarray(x.astype(np.float64) @ self.weight + self.bias)  # (n, d) -> (n,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +62,7 @@ class OneClassHead:
     def score(self, x: np.ndarray) -> np.ndarray:
         """Minus scikit-learn's decision function (+1 is an inlier there), shape (n,), above 0 for fake.
 
-        Args:
-            x: Raw embeddings, shape (n, d); on unit length this head degenerates.
+        `x` are raw embeddings, shape (n, d): on unit length this head degenerates.
         """
         support = self.support.astype(np.float64).T  # (d, m)
         scores = np.empty(len(x))
@@ -93,17 +84,13 @@ class NearestHead:
     """0 real, 1 fake, shape (m,), uint8."""
 
     def margin(self, x: np.ndarray) -> np.ndarray:
-        """Similarity of the nearest fake minus that of the nearest real, shape (n,), -2..2, above 0 for fake.
+        """Similarity of the nearest fake to raw embeddings (n, d) minus that of the nearest real, shape (n,), -2..2.
 
-        Its sign is the nearest one's label; unlike the label it ranks images, which AUROC needs.
-
-        Args:
-            x: Raw embeddings, shape (n, d).
+        Above 0 the nearest is a fake; unlike its label the margin ranks images, which AUROC needs.
         """
         queries = unit_length(x)
         real, fake = (nearest_similarities(queries, self.embeddings[self.labels == label], 1) for label in (0, 1))
-        margin: np.ndarray = (fake - real)[:, 0]  # (n, 1) -> (n,)
-        return margin
+        return np.asarray(fake - real)[:, 0]  # (n, 1) -> (n,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +108,6 @@ class Heads:
     """Of the calibration set the maps were fitted on."""
 
     @property
-    def dim(self) -> int:
-        """Length of the embeddings."""
-        return len(self.linear.weight)
-
-    @property
     def id(self) -> str:
         """Hash of heads and calibration embeddings, 32 hex characters."""
         digest = blake2b(self.calibration_digest.encode(), digest_size=16)
@@ -135,11 +117,7 @@ class Heads:
         return digest.hexdigest()
 
     def logits(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        """Raw scores by head name as `fit_calibration` takes them: linear logit and SVM score, each (n,).
-
-        Args:
-            x: Raw embeddings, shape (n, d).
-        """
+        """Linear logit and SVM score by head as `fit_calibration` takes them, each (n,), of raw embeddings (n, d)."""
         scores = {"linear": self.linear.logit(x)}
         return scores | ({"svm": self.svm.score(x)} if self.svm else {})
 
@@ -161,25 +139,25 @@ class Heads:
         """
         from safetensors.numpy import save
 
-        config = _config(folder)
-        _check_dimension(self.dim, int(config.get("dim", self.dim)), folder)
+        config = read_sections(folder)
+        _check_dimension(self, config, folder)
         write_atomically(folder / HEADS_FILE, save(self.arrays()))
         maps = {head: logistic.to_json() for head, logistic in self.maps.items()}
         section = {"id": self.id, "calibration_digest": self.calibration_digest, "maps": maps} | self.settings
         write_config(folder, config | {"heads": section})
 
     @classmethod
-    def load(cls, folder: Path) -> Heads:
+    def load(cls, folder: Path) -> Self:
         """Read the heads of a checkpoint folder.
 
         Raises:
+            CheckpointError: The folder holds no checkpoint.
             HeadsError: They are missing, broken, of another dimension, or config and arrays do not belong together.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        folder = Path(folder)
-        config = _config(folder)
+        config = read_sections(folder)
         again = f"run `{refit_command(folder)}`"
         section = dict(config.get("heads") or {})
         try:
@@ -187,9 +165,7 @@ class Heads:
             heads = cls(
                 linear=LinearHead(arrays["linear.weight"], float(arrays["linear.bias"][0])),
                 svm=_one_class(arrays) if "svm.support" in arrays else None,
-                nearest=NearestHead(arrays["nearest.embeddings"], arrays["nearest.labels"])
-                if "nearest.embeddings" in arrays
-                else None,
+                nearest=_nearest(arrays) if "nearest.labels" in arrays else None,
                 maps={head: LogisticMap.from_json(item) for head, item in section.pop("maps", {}).items()},
                 calibration_digest=section.pop("calibration_digest", ""),
                 settings={key: value for key, value in section.items() if key != "id"},
@@ -198,7 +174,7 @@ class Heads:
             raise HeadsError(f"{folder / HEADS_FILE} is missing: {again}") from error
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise HeadsError(f"{folder / HEADS_FILE} is broken ({error}): {again}") from error
-        _check_dimension(heads.dim, int(config.get("dim", heads.dim)), folder)
+        _check_dimension(heads, config, folder)
         if section.get("id") != heads.id:
             raise HeadsError(f"{HEADS_FILE} and {CONFIG_FILE} in {folder} do not belong together: {again}")
         return heads
@@ -207,18 +183,13 @@ class Heads:
 def unit_length(x: np.ndarray) -> np.ndarray:
     """Rows of length 1, shape (n, d), float32; a zero row stays zero."""
     x = np.asarray(x, np.float32)
-    length: np.ndarray = np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    unit: np.ndarray = x / length
-    return unit
+    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12))
 
 
 def nearest_similarities(queries: np.ndarray, references: np.ndarray, k: int) -> np.ndarray:
     """The k highest cosine similarities, descending, shape (n, k); NaN where there are fewer references.
 
-    Args:
-        queries: Unit length, shape (n, d).
-        references: Unit length, shape (m, d), of any precision.
-        k: How many.
+    Queries (n, d) and references (m, d), of any precision, have unit length.
     """
     references = references.astype(np.float32)
     best = np.full((len(queries), k), np.nan, np.float32)
@@ -287,26 +258,18 @@ def calibrated(heads: Heads, calibration: CalibrationSet) -> Heads:
     return replace(heads, maps=maps, calibration_digest=calibration.digest)
 
 
-def _one_class(arrays: dict[str, np.ndarray]) -> OneClassHead:
+def _one_class(arrays: Mapping[str, np.ndarray]) -> OneClassHead:
     intercept, gamma, coef0, degree = (float(value) for value in arrays["svm.scalars"])
     return OneClassHead(arrays["svm.support"], arrays["svm.dual"], intercept, gamma, coef0, int(degree))
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """`config.json` as it stands, whose other sections are kept."""
-    path = Path(folder) / CONFIG_FILE
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        command = f"lineup train fit --data IMAGES --output {quote(str(folder))}"
-        raise HeadsError(f"{path} is missing: train a checkpoint first (`{command}`)") from error
-    except ValueError as error:
-        raise HeadsError(f"{path} is not JSON ({error}): restore it, or train or import again") from error
-    return config
+def _nearest(arrays: Mapping[str, np.ndarray]) -> NearestHead:
+    return NearestHead(arrays["nearest.embeddings"], arrays["nearest.labels"])
 
 
-def _check_dimension(dim: int, expected: int, folder: Path) -> None:
-    if dim != expected:
+def _check_dimension(heads: Heads, config: Mapping[str, Any], folder: Path) -> None:
+    dim = len(heads.linear.weight)
+    if dim != (expected := int(config.get("dim", dim))):
         raise HeadsError(
             f"the heads are for {dim}-dimensional embeddings, the checkpoint in {folder} gives {expected}: "
             f"run `{refit_command(folder)}`"

@@ -1,10 +1,8 @@
 """Logistic maps from raw head scores to calibrated logits, fitted by numpy alone: serving refits them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -13,7 +11,7 @@ LOGIT_LIMIT = 30.0
 RIDGE = 1.0
 """Penalty on the common weight of standardised inputs, as scikit-learn's 1 / C; keeps separable data finite."""
 APART = 10.0
-"""Likewise on what sets the weights of several inputs apart. From few images equal weights are hard to beat (Clemen,
+"""Penalty on what sets the weights of several inputs apart. From few images equal weights are hard to beat (Clemen,
 "Combining forecasts", 1989), and without it one of three heads that agree often gets no say at all."""
 
 
@@ -21,19 +19,13 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-x)) without overflow, same shape, float64 in 0..1."""
     x = np.asarray(logits, np.float64)
     small = np.exp(-np.abs(x))
-    result: np.ndarray = np.where(x >= 0, 1.0, small) / (1.0 + small)
-    return result
+    return np.asarray(np.where(x >= 0, 1.0, small) / (1.0 + small))
 
 
 def balanced_weights(labels: np.ndarray) -> np.ndarray:
-    """Weights that give both classes the same sum, prior 0.5; shape (n,), summing to n.
-
-    Args:
-        labels: 0 real, 1 fake, shape (n,); both must occur.
-    """
+    """Weights that give both classes the same sum, prior 0.5, shape (n,), summing to n; both labels must occur."""
     fakes = labels.mean()
-    weights: np.ndarray = np.where(labels == 1, 0.5 / fakes, 0.5 / (1 - fakes))
-    return weights
+    return np.asarray(np.where(labels == 1, 0.5 / fakes, 0.5 / (1 - fakes)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,33 +39,29 @@ class LogisticMap:
     intercept: float
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
-        """Calibrated logits, shape (n,), float32, within +-30; NaN where a score is NaN.
+        """Calibrated logits of raw scores (n, heads), shape (n,), float32, within +-30; NaN where a score is NaN.
 
         They are as precise as the tables they are compared with, and an image scored alone ties with itself scored
         among others: the last bits of a float64 product depend on how many are multiplied at once.
-
-        Args:
-            scores: Raw scores, shape (n, heads).
         """
         logits = scores @ np.asarray(self.weights) + self.intercept  # (n, h) -> (n,)
-        clipped: np.ndarray = np.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT).astype(np.float32)
-        return clipped
+        return np.asarray(np.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT), np.float32)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {"heads": list(self.heads), "weights": list(self.weights), "intercept": self.intercept}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> LogisticMap:
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Read `to_json` back."""
         weights = tuple(float(weight) for weight in values["weights"])
         return cls(tuple(values["heads"]), weights, float(values["intercept"]))
 
 
-def fit_logistic(heads: tuple[str, ...], scores: np.ndarray, labels: np.ndarray, ridge: float = RIDGE) -> LogisticMap:
+def fit_logistic(heads: tuple[str, ...], scores: np.ndarray, labels: np.ndarray) -> LogisticMap:
     """Ridge logistic regression with classes weighted to prior 0.5 and no negative weight.
 
-    Minimises sum of weighted log losses + ridge / 2 * h mean(w)^2 + `APART` / 2 * |w - mean(w)|^2, w the weights of h
+    Minimises sum of weighted log losses + `RIDGE` / 2 * h mean(w)^2 + `APART` / 2 * |w - mean(w)|^2, w the weights of h
     standardised scores, by Newton's method; a head whose weight comes out negative is left out (weight 0) and the rest
     fitted again.
 
@@ -81,7 +69,6 @@ def fit_logistic(heads: tuple[str, ...], scores: np.ndarray, labels: np.ndarray,
         heads: Names of the columns.
         scores: Raw scores, shape (n, heads), finite.
         labels: 0 real, 1 fake, shape (n,); both must occur.
-        ridge: See above.
     """
     scores = np.asarray(scores, np.float64)
     class_weights = balanced_weights(labels)
@@ -94,7 +81,7 @@ def fit_logistic(heads: tuple[str, ...], scores: np.ndarray, labels: np.ndarray,
     intercept = 0.0
     while used.any():
         weights[:] = 0.0
-        weights[used], intercept = _newton(standard[:, used], labels, class_weights, ridge)
+        weights[used], intercept = _newton(standard[:, used], labels, class_weights)
         if (weights >= 0).all():
             break
         used[weights.argmin()] = False
@@ -104,12 +91,12 @@ def fit_logistic(heads: tuple[str, ...], scores: np.ndarray, labels: np.ndarray,
     return LogisticMap(heads, tuple(float(w) for w in weights), float(intercept - weights @ mean))
 
 
-def _newton(x: np.ndarray, labels: np.ndarray, class_weights: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
+def _newton(x: np.ndarray, labels: np.ndarray, class_weights: np.ndarray) -> tuple[np.ndarray, float]:
     """Weights (h,) and intercept by damped Newton steps (iteratively reweighted least squares)."""
     design = np.column_stack([x, np.ones(len(x))])  # (n, h + 1)
     common = np.full((x.shape[1],) * 2, 1 / x.shape[1])  # (h, h): projects weights on their mean
     penalty = np.zeros((len(common) + 1,) * 2)  # (h + 1, h + 1): the intercept is free
-    penalty[:-1, :-1] = ridge * common + APART * (np.eye(len(common)) - common)
+    penalty[:-1, :-1] = RIDGE * common + APART * (np.eye(len(common)) - common)
     beta = np.zeros(design.shape[1])
 
     def loss(beta: np.ndarray) -> float:

@@ -5,8 +5,6 @@ answer beside k reals. The k nearest of each would lean to the label with more r
 for their number alone (measured in BENCHMARKS.md, the vote).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,10 +32,10 @@ class Votes:
     votes_fake: np.ndarray
     """Fakes among the k nearest overall, shape (q,), int."""
     weights_real: np.ndarray
-    """Of the nearest reals, those that are shown, shape (q, at most k), 0 for a missing one. With `weights_fake` they
-    sum to 1: neighbours further down vote as well, and those shown carry the whole weight of their label."""
+    """Of the nearest reals, shape (q, at most k), 0 for a missing one. With `weights_fake` they sum to 1: neighbours
+    further down vote as well, and these carry the whole weight of their label."""
     weights_fake: np.ndarray
-    """Likewise of the nearest fakes; they sum to `score`."""
+    """Of the nearest fakes, shape (q, at most k), 0 for a missing one; they sum to `score`."""
     nearest_real: np.ndarray
     """Highest similarity to a real reference, shape (q,), NaN where there is none."""
     nearest_fake: np.ndarray
@@ -47,10 +45,7 @@ class Votes:
 def depths(k: int, reals: int, fakes: int) -> tuple[int, int]:
     """How many nearest reals and fakes to ask: the same share of each label's references, k of the fewer.
 
-    Args:
-        k: At least 1; where a label has fewer references than that, all of them are asked.
-        reals: Real references in the index.
-        fakes: Fake ones.
+    Where a label has fewer references than k, which is at least 1, all of them are asked.
     """
     fewer, more = min(reals, fakes), max(reals, fakes)
     if not fewer:
@@ -76,7 +71,7 @@ def vote(
     Args:
         similarity_real: Cosine similarity of the nearest real references, descending, shape (q, kr); NaN is missing.
             For kr and kf see `depths`.
-        similarity_fake: Likewise of fakes, shape (q, kf).
+        similarity_fake: Of the nearest fake references, descending, shape (q, kf); NaN is missing.
         generators_fake: Generator of each fake neighbour, shape (q, kf), int; -1 is missing.
         k: How many of each label get a weight of their own, and how many of the nearest overall are counted.
         temperature: Similarities are divided by this.
@@ -107,8 +102,8 @@ def vote(
         logit=logit,
         votes_real=(counted & ~is_fake).sum(1),
         votes_fake=(counted & is_fake).sum(1),
-        weights_real=_shown(log_real[:, :k], np.exp(total_real - whole)),
-        weights_fake=_shown(log_fake[:, :k], score),
+        weights_real=_label_weights(log_real[:, :k], np.exp(total_real - whole)),
+        weights_fake=_label_weights(log_fake[:, :k], score),
         nearest_real=_nearest(real),
         nearest_fake=_nearest(fake),
     )
@@ -135,28 +130,24 @@ def _capped(there: np.ndarray, generators: np.ndarray, cap: float) -> np.ndarray
     cells = numbers + np.arange(len(generators))[:, None] * (numbers.max(initial=0) + 1)  # (q, kf), query and generator
     count = np.bincount(cells[there], minlength=cells.max(initial=0) + 1)[cells]  # (q, kf)
     most = np.maximum(1.0, cap * there.sum(1, keepdims=True))  # (q, 1)
-    mass: np.ndarray = np.where(there, np.minimum(1.0, most / np.maximum(count, 1)), 0.0)
-    return mass
+    return np.where(there, np.minimum(1.0, most / np.maximum(count, 1)), 0.0)
 
 
-def _shown(log_weights: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Weights of the neighbours shown, shape (q, k), summing to the weight of their label, shape (q,)."""
+def _label_weights(log_weights: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Weights of the nearest k of a label, shape (q, k), summing to the weight of their label, shape (q,)."""
     relative = np.exp(log_weights - _logsumexp(log_weights)[:, None].clip(-1e300))  # (q, k), rows of -inf become 0
-    weights: np.ndarray = relative * total[:, None]
-    return weights
+    return np.asarray(relative * total[:, None])
 
 
 def _normalised(mass: np.ndarray) -> np.ndarray:
     """Rows that sum to 1, or to 0 where nothing is there."""
-    rows: np.ndarray = mass / np.maximum(mass.sum(1, keepdims=True), 1e-300)
-    return rows
+    return np.asarray(mass / np.maximum(mass.sum(1, keepdims=True), 1e-300))
 
 
 def _log_weights(similarity: np.ndarray, mass: np.ndarray, temperature: float) -> np.ndarray:
     """Logarithm of unnormalised weights, -inf for a missing neighbour."""
     log_mass = np.log(mass, out=np.full_like(mass, -np.inf), where=mass > 0)
-    weights: np.ndarray = np.where(mass > 0, np.nan_to_num(similarity) / temperature, 0.0) + log_mass
-    return weights
+    return np.asarray(np.where(mass > 0, np.nan_to_num(similarity) / temperature, 0.0) + log_mass)
 
 
 def _logsumexp(x: np.ndarray) -> np.ndarray:
@@ -164,12 +155,10 @@ def _logsumexp(x: np.ndarray) -> np.ndarray:
     top = x.max(1, initial=-np.inf)
     safe = np.where(np.isfinite(top), top, 0.0)
     total = np.exp(x - safe[:, None]).sum(1)
-    result: np.ndarray = safe + np.log(total, out=np.full_like(total, -np.inf), where=total > 0)
-    return result
+    return np.asarray(safe + np.log(total, out=np.full_like(total, -np.inf), where=total > 0))
 
 
 def _nearest(similarity: np.ndarray) -> np.ndarray:
     """Row maxima, NaN for a row without neighbours."""
     top = np.nan_to_num(similarity, nan=-np.inf).max(1, initial=-np.inf)
-    nearest: np.ndarray = np.where(np.isfinite(top), top, np.nan)
-    return nearest
+    return np.where(np.isfinite(top), top, np.nan)

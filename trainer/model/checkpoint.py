@@ -140,23 +140,28 @@ def checkpoint_id(tensors: Mapping[str, np.ndarray], preprocess: Preprocess) -> 
     return digest.hexdigest()
 
 
-def read_config(folder: Path) -> CheckpointConfig:
-    """The configuration of a checkpoint folder.
+def read_sections(folder: Path) -> dict[str, Any]:
+    """All of `config.json` of a checkpoint folder, the sections of others included.
 
     Raises:
         CheckpointError: No such folder, no `config.json` in it, or one that does not read.
     """
     path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise CheckpointError(
-            f"no checkpoint at {folder} ({CONFIG_FILE} missing): train one with "
-            f"`lineup train fit --data IMAGES --output {quote(str(folder))}`, or point --checkpoint or "
-            "LINEUP_CHECKPOINT at one"
-        )
     try:
-        return CheckpointConfig.from_json(json.loads(path.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        command = f"lineup train fit --data IMAGES --output {quote(str(folder))}"
+        raise CheckpointError(
+            f"no checkpoint at {folder} ({CONFIG_FILE} missing): train one with `{command}`, or point --checkpoint or "
+            "LINEUP_CHECKPOINT at one"
+        ) from error
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}): restore it, or train or import again") from error
+
+
+def read_config(folder: Path) -> CheckpointConfig:
+    """The configuration of a checkpoint folder; for errors see `read_sections` and `CheckpointConfig.from_json`."""
+    return CheckpointConfig.from_json(read_sections(folder))
 
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:

@@ -95,15 +95,7 @@ class Embedder:
         return np.concatenate(embeddings) if embeddings else np.empty((0, self.dim), np.float32)  # (n, d)
 
     def embed_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray:
-        """Embeddings of images already preprocessed.
-
-        Args:
-            pixels: Shape (n, 3, s, s), float32, normalised as `preprocess` does.
-            batch_size: Images per forward pass.
-
-        Returns:
-            Shape (n, d), float32.
-        """
+        """Embeddings, shape (n, d), float32, of pixels (n, 3, s, s), float32, normalised as `preprocess` does."""
         chunks = [pixels[start : start + batch_size] for start in range(0, len(pixels), batch_size)]
         embeddings = [self.forward(chunk) for chunk in chunks]
         return np.concatenate(embeddings) if embeddings else np.empty((0, self.dim), np.float32)  # (n, d)

@@ -1,12 +1,11 @@
 """Which images a checkpoint saw, so that an evaluation leaves them out."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -30,20 +29,14 @@ class SeenImages:
     """Whether those that trained the backbone are among them; not so for imported weights."""
 
     @classmethod
-    def of(cls, sha256: Iterable[str], groups: Iterable[str], *, complete: bool = True) -> SeenImages:
-        """The record of images.
-
-        Args:
-            sha256: Of their bytes, in hex.
-            groups: Their groups.
-            complete: See the attribute.
-        """
+    def of(cls, sha256: Iterable[str], groups: Iterable[str], *, complete: bool = True) -> Self:
+        """The record of images by hashes of their bytes, in hex, and by their groups."""
         contents = np.array([_first_bits(bytes.fromhex(text)) for text in sha256], np.int64)
         names = np.array([_group_bits(group) for group in groups], np.int64)
         return cls(np.unique(contents), np.unique(names), complete)
 
     @classmethod
-    def joined(cls, parts: Sequence[SeenImages]) -> SeenImages:
+    def joined(cls, parts: Sequence[Self]) -> Self:
         """Several records in one; complete where one of them is."""
         contents = np.unique(np.concatenate([part.contents for part in parts]))
         groups = np.unique(np.concatenate([part.groups for part in parts]))
@@ -74,7 +67,7 @@ class SeenImages:
         write_atomically(folder / SEEN_FILE, save(arrays, {"complete": json.dumps(self.complete)}))
 
     @classmethod
-    def load(cls, folder: Path) -> SeenImages:
+    def load(cls, folder: Path) -> Self:
         """Read `seen.safetensors` of a checkpoint folder; of one without it, nothing is known.
 
         Raises:
@@ -82,7 +75,7 @@ class SeenImages:
         """
         from safetensors import SafetensorError, safe_open
 
-        path = Path(folder) / SEEN_FILE
+        path = folder / SEEN_FILE
         try:
             with safe_open(path, "numpy") as file:
                 complete = bool(json.loads(file.metadata()["complete"]))
@@ -104,22 +97,22 @@ class LeftOut:
     """Whether the checkpoint's record tells all that it saw."""
 
     @classmethod
-    def by(cls, seen: SeenImages) -> tuple[LeftOut, Callable[[Entry], bool]]:
+    def by(cls, seen: SeenImages) -> tuple[Self, Callable[[Entry], bool]]:
         """A count, and what says of each image whether to leave it out, counting those."""
         left_out = cls(complete=seen.complete)
 
-        def counted(entry: Entry) -> bool:
-            held = seen.holds(entry)
-            left_out.images += held
-            return held
+        def leave_out(entry: Entry) -> bool:
+            known = seen.holds(entry)
+            left_out.images += known
+            return known
 
-        return left_out, counted
+        return left_out, leave_out
 
     def __str__(self) -> str:
         """One sentence without its stop; empty where there is nothing to say."""
-        counted = f"{self.images} images left out: they or their groups trained, calibrated or chose the checkpoint"
+        count = f"{self.images} images left out: they or their groups trained, calibrated or chose the checkpoint"
         unknown = "the checkpoint keeps no record of what trained its embedding, so such images may be among these"
-        return "; ".join([*([counted] if self.images else []), *([] if self.complete else [unknown])])
+        return "; ".join([*([count] if self.images else []), *([] if self.complete else [unknown])])
 
 
 def _first_bits(digest: bytes) -> int:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from openvino import Node
 
 
-SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+VIT_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """Dimension, depth and attention heads by timm's name."""
-ARGUMENTS = ("embed_dim", "depth", "num_heads", "patch_size", "img_size", "norm_eps", "qkv_bias")
+VIT_ARGUMENTS = ("embed_dim", "depth", "num_heads", "patch_size", "img_size", "norm_eps", "qkv_bias")
 """Of timm's model: those that the graph follows."""
 INPUT, OUTPUT = "pixels", "embedding"
 
@@ -32,9 +32,7 @@ class NotPlain(ValueError):
 def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> openvino.Model:
     """The function of `build_backbone`: pixels (n, 3, s, s) float32 -> CLS token (n, d) float32.
 
-    Args:
-        config: Its `preprocess.image_size` is the s of the graph.
-        weights: By timm's names.
+    The graph is for images of s = `config.preprocess.image_size` pixels; the weights have timm's names.
 
     Raises:
         NotPlain: The architecture, an argument of it, or the weights are not those of a plain ViT.
@@ -42,16 +40,16 @@ def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> 
     import openvino
     from openvino import opset13 as op
 
-    known = re.fullmatch(r"vit_(tiny|small|base|large)_patch(\d+)_(\d+)(\..*)?", config.architecture)
-    if not known:
+    match = re.fullmatch(r"vit_(tiny|small|base|large)_patch(\d+)_(\d+)(\..*)?", config.architecture)
+    if not match:
         raise NotPlain(f"the architecture is {config.architecture!r}")
-    usual = (*SIZES[known[1]], int(known[2]), int(known[3]), 1e-6, True)
-    if others := config.architecture_args.keys() - set(ARGUMENTS):
+    usual = (*VIT_SIZES[match[1]], int(match[2]), int(match[3]), 1e-6, True)
+    if others := config.architecture_args.keys() - set(VIT_ARGUMENTS):
         raise NotPlain(f"the architecture has the arguments {sorted(others)}")
-    args = dict(zip(ARGUMENTS, usual, strict=True)) | config.architecture_args
+    args = dict(zip(VIT_ARGUMENTS, usual, strict=True)) | config.architecture_args
     if not all(isinstance(value, int | float) and (value > 0 or value is False) for value in args.values()):
         raise NotPlain(f"an argument of the architecture is no number above 0: {args}")
-    dim, depth, heads, patch, trained, eps, biased = (args[name] for name in ARGUMENTS)
+    dim, depth, heads, patch, trained, eps, biased = (args[name] for name in VIT_ARGUMENTS)
     size, grid = config.preprocess.image_size, trained // patch
     if dim != config.dim or dim % heads or size % patch:
         raise NotPlain(f"{dim} dimensions for {config.dim}, {heads} heads, {size} pixels in patches of {patch}")
@@ -94,17 +92,17 @@ def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> 
     for number in range(depth):
         block = f"blocks.{number}"
         inside = norm(x, f"{block}.norm1")
-        asking = inside
+        query = inside
         if number == depth - 1:  # nothing after reads more than the CLS token
-            asking, x = first(inside), first(x)
+            query, x = first(inside), first(x)
         q, k, v = (
             split(linear(y, f"{block}.attn.qkv", dim, 3 * dim, slice(i * dim, (i + 1) * dim), biased))
-            for i, y in enumerate((asking, inside, inside))
+            for i, y in enumerate((query, inside, inside))
         )
-        seen = op.scaled_dot_product_attention(q, k, v)
-        seen = op.transpose(seen, op.constant(np.array([0, 2, 1, 3])))  # (n, t, h, d / h)
-        seen = op.reshape(seen, op.constant(np.array([0, 0, dim])), True)  # (n, t, d)
-        x = op.add(x, linear(seen, f"{block}.attn.proj", dim, dim))
+        attended = op.scaled_dot_product_attention(q, k, v)
+        attended = op.transpose(attended, op.constant(np.array([0, 2, 1, 3])))  # (n, t, h, d / h)
+        attended = op.reshape(attended, op.constant(np.array([0, 0, dim])), True)  # (n, t, d)
+        x = op.add(x, linear(attended, f"{block}.attn.proj", dim, dim))
         y = op.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1", dim, 4 * dim), "erf")
         x = op.add(x, linear(y, f"{block}.mlp.fc2", 4 * dim, dim))
     x = op.squeeze(norm(x, "norm"), op.constant([1]))
@@ -117,11 +115,8 @@ def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> 
 def resized(positions: np.ndarray, side: int) -> np.ndarray:
     """Position embeddings for a grid of side x side patches, shape (1, 1 + side * side, d), as timm makes them.
 
-    timm asks torch for antialiased bicubic interpolation, which is Pillow's.
-
-    Args:
-        positions: Shape (1, 1 + g * g, d), the CLS token's first.
-        side: Of the new grid.
+    timm asks torch for antialiased bicubic interpolation, which is Pillow's. The positions given have the shape
+    (1, 1 + g * g, d), the CLS token's first.
     """
     grid = round((positions.shape[1] - 1) ** 0.5)
     if grid == side:
@@ -154,9 +149,7 @@ class CompiledGraph:
     def __init__(self, graph: openvino.Model, precision: str | None = None) -> None:
         """Compile it twice: for one image by all cores, and for batches, a part of which each core takes.
 
-        Args:
-            graph: As `build_graph` makes it.
-            precision: None for bf16 where the processor has it.
+        Without a precision products are bf16 where the processor has it.
         """
         # Threads bound to cores would wait there for the threads that decode.
         settings: dict[str, Any] = {"ENABLE_CPU_PINNING": False}
@@ -170,18 +163,18 @@ class CompiledGraph:
         self._parts = int(self._many.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         used = self._many.get_property("INFERENCE_PRECISION_HINT").to_string()
         self.precision: str = {"bfloat16": "bf16", "float32": "f32"}.get(used, used)
-        self._own = threading.local()
+        self._requests = threading.local()
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels (n, 3, s, s), float32, to embeddings (n, d), float32.
 
         Compiled models themselves must not be called (`self._one(pixels)`): that writes later inputs into this array.
         """
-        if not hasattr(self._own, "one"):
-            self._own.one = self._one.create_infer_request()
-            self._own.many = [self._many.create_infer_request() for _ in range(self._parts)]
+        if not hasattr(self._requests, "one"):
+            self._requests.one = self._one.create_infer_request()
+            self._requests.many = [self._many.create_infer_request() for _ in range(self._parts)]
         parts = np.array_split(pixels, min(len(pixels), self._parts))
-        requests = self._own.many if len(pixels) > 1 else [self._own.one]
+        requests = self._requests.many if len(pixels) > 1 else [self._requests.one]
         started = list(zip(requests, parts, strict=False))
         for request, part in started:
             request.start_async({0: np.ascontiguousarray(part)})

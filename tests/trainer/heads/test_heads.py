@@ -180,10 +180,10 @@ def test_missing_broken_and_foreign_heads_are_refused(heads: Heads, folder: Path
     with pytest.raises(HeadsError, match=r"heads\.safetensors is broken"):
         Heads.load(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(HeadsError, match=r"config\.json is not JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json is not JSON"):
         Heads.load(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(HeadsError, match=r"config\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"config\.json missing"):
         Heads.load(folder)
 
 
