@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from trainer.data.entry import DatasetError, Entry, check_generator, file_entry
@@ -104,7 +105,7 @@ def real_and_fake(root: Path, generator: str | None) -> list[Part]:
     for split, home in homes:
         for folder in _folders(home):
             if folder.name.lower() == "real":
-                parts.append(Part(folder, 0, None, split))
+                parts.append(Part(folder, 0, split=split))
             elif folder.name.lower() == "fake" and generator is not None:
                 parts.append(Part(folder, 1, check_generator(generator, "--generator"), split))
             elif folder.name.lower() == "fake":
@@ -122,18 +123,16 @@ def d3_test(root: Path, generator: str | None) -> list[Part]:
 
     All of it is of the split `test`, so that it cannot train anything by accident.
 
-    Args:
-        root: The archive's folder.
-        generator: A comma list, names of gen_0, gen_1, ...; by default D3's.
+    The generators are a comma list, names of gen_0, gen_1, ...; by default D3's.
     """
     names = d3_names(generator)
     parts: list[Part] = []
     for home in [root, *(f for f in _folders(root) if f.name in ("augm", "no_augm"))]:
-        made = {f: int(f.name[4:]) for f in _folders(home) if re.fullmatch(r"gen_\d+", f.name)}
-        attributes = {} if home == root else {"variant": home.name}
-        if made and (home / "real").is_dir():
-            parts.append(Part(home / "real", 0, None, "test", True, attributes))
-        parts += [Part(f, 1, generator_name(names, i, str(home)), "test", True, attributes) for f, i in made.items()]
+        fakes = {f: int(f.name[4:]) for f in _folders(home) if re.fullmatch(r"gen_\d+", f.name)}
+        part = partial(Part, split="test", records=True, attributes={} if home == root else {"variant": home.name})
+        if fakes and (home / "real").is_dir():
+            parts.append(part(home / "real", 0))
+        parts += [part(folder, 1, generator_name(names, number, str(home))) for folder, number in fakes.items()]
     return parts
 
 
@@ -158,8 +157,7 @@ def foren_synths_or_gen_image(root: Path, generator: str | None) -> list[Part]:
         below = [folder for folder in (*reversed(home.parents), home) if root in folder.parents]
         split = next((folder.name.lower() for folder in (*below, root) if _names_split(folder)), None)
         names = [folder.name for folder in below if not _names_split(folder)]
-        own = root.parent.name if _names_split(root) else root.name
-        name = generator or (names[0] if names else own)
+        name = generator or (names or [root.parent.name if _names_split(root) else root.name])[0]
         if generator is None and name in _CLASSES:
             raise DatasetError(
                 f"{home}: {name!r} is a class of ForenSynths, not a generator; give --generator NAME, "
@@ -167,10 +165,9 @@ def foren_synths_or_gen_image(root: Path, generator: str | None) -> list[Part]:
             )
         attributes = {"class": "/".join(names[1:])} if names[1:] else {}
         for folder in _folders(home):
-            label = _FOLDER_LABELS.get(folder.name)
-            if label is not None:
-                made = check_generator(name, str(folder)) if label else None
-                parts.append(Part(folder, label, made, split, False, attributes))
+            if (label := _FOLDER_LABELS.get(folder.name)) is not None:
+                maker = check_generator(name, str(folder)) if label else None
+                parts.append(Part(folder, label, maker, split, attributes=attributes))
     return parts
 
 

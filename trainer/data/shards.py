@@ -241,7 +241,7 @@ def read_cell(path: Path, column: str, row: int) -> bytes:
         cells = _column(path, path.stat().st_mtime_ns, column, group)
     except (OSError, KeyError, DatasetError) as error:
         raise UnreadableImage(f"{path.name} has no readable cell {column}/{row} ({error})") from error
-    data = cells[row - ends[group]]  # counted from the end of the row group
+    data: bytes | None = cells[row - ends[group]]  # counted from the end of the row group
     if not data:
         raise UnreadableImage(f"{path.name} has no image in {column} of row {row}")
     return data

@@ -38,7 +38,7 @@ def enrolment_curve(nearest: NearestHead, images: EmbeddedSet, *, resamples: int
     Args:
         nearest: The references before enrolment.
         images: The unseen split: real images and those of every unseen generator, plain.
-        resamples: Of the bootstrap.
+        resamples: How many the bootstrap draws.
 
     Returns:
         Rows {"generator", "enrolled", "tested", "head", "recall", "recall_low", "recall_high", "false_alarms",
@@ -58,15 +58,15 @@ def enrolment_curve(nearest: NearestHead, images: EmbeddedSet, *, resamples: int
         most = min(STEPS[-1], len(fakes_by_hash) // 2)
         groups = {images.groups[i] for i in fakes_by_hash[:most]}
         others = [*np.flatnonzero(images.labels == 0), *fakes_by_hash[most:]]
-        tested = [i for i in others if images.groups[i] not in groups]
-        part = images.take(np.array(tested, np.int64))
+        test_rows = [i for i in others if images.groups[i] not in groups]
+        part = images.take(np.array(test_rows, np.int64))
         if not part.labels.any():
             continue
         for step in [step for step in STEPS if step <= most]:
-            enrolled = queries[fakes_by_hash[:step]] @ queries[tested].T  # (step, tested)
+            to_enrolled = queries[test_rows] @ queries[fakes_by_hash[:step]].T  # (t, step)
             kr, kf = depths(K, reals, fakes + step)
-            joined = -np.sort(-np.concatenate([fake[tested], enrolled.T], axis=1), axis=1)[:, :kf]  # NaN last
-            votes = vote(real[tested, :kr], joined, np.zeros(joined.shape, np.int64), K)
+            to_fakes = -np.sort(-np.concatenate([fake[test_rows], to_enrolled], axis=1), axis=1)[:, :kf]  # NaN last
+            votes = vote(real[test_rows, :kr], to_fakes, np.zeros(to_fakes.shape, np.int64), K)
             for head, scores in (("nn1", votes.nearest_fake - votes.nearest_real), ("knn", votes.logit)):
                 measures = measure(scores, part.labels, part.generators, part.groups, 0.0, resamples=resamples)
                 by_name = {row["generator"]: row for row in measures}

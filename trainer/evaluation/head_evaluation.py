@@ -121,13 +121,13 @@ def evaluate(
     Images that trained, calibrated or chose the checkpoint, or whose group did, are left out.
 
     Args:
-        checkpoint: The folder.
+        checkpoint: Its folder.
         data: A data set of any layout.
         split: Comma list. The unseen split borrows the real images of `test`, which are read even if not listed.
         device: auto, cpu or cuda.
         seed: Fixes transforms and bootstraps.
         with_curves: Also measure robustness curves, on at most 200 images of each split and generator.
-        resamples: Of the bootstraps.
+        resamples: How many each bootstrap draws.
         on_image: Called after each image.
 
     Raises:

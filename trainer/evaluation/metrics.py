@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 1000
-"""Bootstrap resamples."""
+"""How many a bootstrap draws."""
 LEVEL = 0.95
-"""Of the bootstrap intervals."""
+"""Share of the resamples that a bootstrap interval holds."""
 WEIGHTS_BLOCK = 4_000_000
 """Entries of one block of bootstrap weights, which bounds memory."""
 

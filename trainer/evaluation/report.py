@@ -55,7 +55,7 @@ def write_report(
         EvaluationError: A file of `beside` is no report.
     """
     nearest = evaluation.scorer.heads.nearest
-    enrolled = nearest and UNSEEN in evaluation.splits and enrolment_curve(nearest, evaluation.part(UNSEEN))
+    enrolment = nearest and UNSEEN in evaluation.splits and enrolment_curve(nearest, evaluation.part(UNSEEN))
     document: dict[str, Any] = {
         "checkpoint": evaluation.checkpoint,
         "name": evaluation.name,
@@ -64,7 +64,7 @@ def write_report(
         "rows": evaluation.rows,
         "left_out": asdict(evaluation.left_out),
         "curves": evaluation.curves,
-        "enrolment": enrolled or [],
+        "enrolment": enrolment or [],
         "calibration": calibration_rows(evaluation),
         "file_facts": file_fact_rows(evaluation),
         "sources": source_accuracies(evaluation),

@@ -164,8 +164,8 @@ def unseen_tables(models: Mapping[str, Rows], published: bool) -> list[Table]:
         for model, measures in models.items():
             for head in measures.heads():
                 values = [measures.value("balanced", UNSEEN, "none", head, name) for name in names]
-                measured = [value for value in values if value is not None]
-                average = sum(measured) / len(measured) if measured else None
+                numbers = [value for value in values if value is not None]
+                average = sum(numbers) / len(numbers) if numbers else None
                 rows.append([f"{model} ({TITLES[head]})", *map(percent, values), percent(average)])
         if names:
             tables.append(Table(title, ["accuracy, %", *names, "average"], rows, note))

@@ -92,10 +92,10 @@ def split_entries(
         extra: Transforms of the curves.
         leave_out: Says of each image of these splits whether to pass it over.
     """
-    borrowed = [] if UNSEEN not in splits or "test" in splits else ["test"]
+    lenders = [] if UNSEEN not in splits or "test" in splits else ["test"]  # their reals alone are read
     counts: Counter[tuple[str | None, str | None]] = Counter()
-    for entry in read_dataset(data, split=",".join([*splits, *borrowed])):
-        if (entry.split in borrowed and entry.label == 1) or leave_out(entry):
+    for entry in read_dataset(data, split=",".join([*splits, *lenders])):
+        if (entry.split in lenders and entry.label == 1) or leave_out(entry):
             continue
         variant = entry.attributes.get("variant")
         if variant == "augm":

@@ -76,15 +76,15 @@ def fit_logistic(heads: tuple[str, ...], scores: np.ndarray, labels: np.ndarray)
     spread = np.sqrt(np.average((scores - mean) ** 2, axis=0, weights=class_weights))
     spread[spread < 1e-12] = 1.0  # a constant column: its weight stays 0 by the ridge
     standard = (scores - mean) / spread  # (n, h)
-    used = np.ones(len(heads), dtype=bool)
+    active = np.ones(len(heads), dtype=bool)
     weights = np.zeros(len(heads))
     intercept = 0.0
-    while used.any():
+    while active.any():
         weights[:] = 0.0
-        weights[used], intercept = _newton(standard[:, used], labels, class_weights)
+        weights[active], intercept = _newton(standard[:, active], labels, class_weights)
         if (weights >= 0).all():
             break
-        used[weights.argmin()] = False
+        active[weights.argmin()] = False
     else:
         weights[:], intercept = 0.0, 0.0
     weights = weights / spread

@@ -75,7 +75,7 @@ def vote(
         generators_fake: Generator of each fake neighbour, shape (q, kf), int; -1 is missing.
         k: How many of each label get a weight of their own, and how many of the nearest overall are counted.
         temperature: Similarities are divided by this.
-        cap: See above, 0..1; 1 is no cap.
+        cap: Largest share of one generator among the fakes, 0..1; 1 is no cap.
     """
     real = np.asarray(similarity_real, np.float64)
     fake = np.asarray(similarity_fake, np.float64)
@@ -93,15 +93,15 @@ def vote(
     whole = np.where(both, np.logaddexp(total_real, total_fake), np.inf)  # (q,), inf makes all weights 0
     score = np.exp(total_fake - whole)
 
-    joined = np.concatenate([real, fake], axis=1)  # (q, kr + kf)
-    nearest = np.argsort(-joined, axis=1, kind="stable")[:, :k]  # NaN sorts last
-    counted = ~np.isnan(np.take_along_axis(joined, nearest, axis=1))
+    both_labels = np.concatenate([real, fake], axis=1)  # (q, kr + kf)
+    nearest = np.argsort(-both_labels, axis=1, kind="stable")[:, :k]  # NaN sorts last
+    there = ~np.isnan(np.take_along_axis(both_labels, nearest, axis=1))
     is_fake = nearest >= real.shape[1]
     return Votes(
         score=np.where(both, score, np.nan),
         logit=logit,
-        votes_real=(counted & ~is_fake).sum(1),
-        votes_fake=(counted & is_fake).sum(1),
+        votes_real=(there & ~is_fake).sum(1),
+        votes_fake=(there & is_fake).sum(1),
         weights_real=_label_weights(log_real[:, :k], np.exp(total_real - whole)),
         weights_fake=_label_weights(log_fake[:, :k], score),
         nearest_real=_nearest(real),

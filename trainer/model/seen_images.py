@@ -22,9 +22,9 @@ class SeenImages:
     """Images that trained, calibrated or chose a checkpoint, as the first 64 bits of hashes: 8 bytes for each."""
 
     contents: np.ndarray
-    """Of their bytes, ascending, shape (n,), int64."""
+    """Hashes of their bytes, ascending, shape (n,), int64."""
     groups: np.ndarray
-    """Of their groups, ascending, shape (m,), int64."""
+    """Hashes of their groups, ascending, shape (m,), int64."""
     complete: bool = True
     """Whether those that trained the backbone are among them; not so for imported weights."""
 
@@ -98,13 +98,13 @@ class LeftOut:
 
     @classmethod
     def by(cls, seen: SeenImages) -> tuple[Self, Callable[[Entry], bool]]:
-        """A count, and what says of each image whether to leave it out, counting those."""
+        """A count, and a function that says of each image whether to leave it out, and counts those."""
         left_out = cls(complete=seen.complete)
 
         def leave_out(entry: Entry) -> bool:
-            known = seen.holds(entry)
-            left_out.images += known
-            return known
+            is_seen = seen.holds(entry)
+            left_out.images += is_seen
+            return is_seen
 
         return left_out, leave_out
 

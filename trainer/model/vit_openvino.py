@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 VIT_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """Dimension, depth and attention heads by timm's name."""
 VIT_ARGUMENTS = ("embed_dim", "depth", "num_heads", "patch_size", "img_size", "norm_eps", "qkv_bias")
-"""Of timm's model: those that the graph follows."""
+"""Arguments of timm's model that the graph follows."""
 INPUT, OUTPUT = "pixels", "embedding"
 
 
@@ -49,8 +49,8 @@ def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> 
     args = dict(zip(VIT_ARGUMENTS, usual, strict=True)) | config.architecture_args
     if not all(isinstance(value, int | float) and (value > 0 or value is False) for value in args.values()):
         raise NotPlain(f"an argument of the architecture is no number above 0: {args}")
-    dim, depth, heads, patch, trained, eps, biased = (args[name] for name in VIT_ARGUMENTS)
-    size, grid = config.preprocess.image_size, trained // patch
+    dim, depth, heads, patch, usual_size, eps, bias = (args[name] for name in VIT_ARGUMENTS)
+    size, grid = config.preprocess.image_size, usual_size // patch
     if dim != config.dim or dim % heads or size % patch:
         raise NotPlain(f"{dim} dimensions for {config.dim}, {heads} heads, {size} pixels in patches of {patch}")
     unused = set(weights)
@@ -96,7 +96,7 @@ def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> 
         if number == depth - 1:  # nothing after reads more than the CLS token
             query, x = first(inside), first(x)
         q, k, v = (
-            split(linear(y, f"{block}.attn.qkv", dim, 3 * dim, slice(i * dim, (i + 1) * dim), biased))
+            split(linear(y, f"{block}.attn.qkv", dim, 3 * dim, slice(i * dim, (i + 1) * dim), bias))
             for i, y in enumerate((query, inside, inside))
         )
         attended = op.scaled_dot_product_attention(q, k, v)
@@ -161,8 +161,8 @@ class CompiledGraph:
         self._one = core.compile_model(one, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"})
         self._many = core.compile_model(graph, "CPU", settings | {"PERFORMANCE_HINT": "THROUGHPUT"})
         self._parts = int(self._many.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
-        used = self._many.get_property("INFERENCE_PRECISION_HINT").to_string()
-        self.precision: str = {"bfloat16": "bf16", "float32": "f32"}.get(used, used)
+        number_type = self._many.get_property("INFERENCE_PRECISION_HINT").to_string()
+        self.precision: str = {"bfloat16": "bf16", "float32": "f32"}.get(number_type, number_type)
         self._requests = threading.local()
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
@@ -175,9 +175,9 @@ class CompiledGraph:
             self._requests.many = [self._many.create_infer_request() for _ in range(self._parts)]
         parts = np.array_split(pixels, min(len(pixels), self._parts))
         requests = self._requests.many if len(pixels) > 1 else [self._requests.one]
-        started = list(zip(requests, parts, strict=False))
-        for request, part in started:
+        requests = requests[: len(parts)]
+        for request, part in zip(requests, parts, strict=True):
             request.start_async({0: np.ascontiguousarray(part)})
-        for request, _ in started:
+        for request in requests:
             request.wait()
-        return np.concatenate([request.get_output_tensor(0).data for request, _ in started])  # (n, d)
+        return np.concatenate([request.get_output_tensor(0).data for request in requests])  # (n, d)
