@@ -25,7 +25,7 @@ import typer
 from indexer.database.connection import connect
 from indexer.database.embedded import EmbeddedServer
 from indexer.ingest.ingest import fingerprint, ingest
-from indexer.ingest.prefetch import ahead
+from indexer.ingest.prefetch import prefetch
 from indexer.settings import Settings
 from indexer.store import Store
 from trainer.data.datasets import read_dataset
@@ -95,7 +95,7 @@ def decode_and_embed(entries: Sequence[Entry], embedder: Embedder) -> None:
     def decoded(pool: ThreadPoolExecutor) -> Generator[np.ndarray, None, None]:
         yield from pool.map(lambda entry: embedder.preprocess([decode_image(entry.read())[0]])[0], entries)
 
-    with ThreadPoolExecutor(CORES) as pool, closing(ahead(decoded(pool), 2 * BATCH)) as pixels:
+    with ThreadPoolExecutor(CORES) as pool, closing(prefetch(decoded(pool), 2 * BATCH)) as pixels:
         while batch := list(islice(pixels, BATCH)):
             embedder.embed_pixels(np.stack(batch), BATCH)
 

@@ -11,37 +11,48 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
 
 from trainer.images import Preprocess
 from trainer.model.checkpoint import CheckpointConfig
+from trainer.model.embedder import Embedder
 
 
-class HashingEmbedder:
+class HashingEmbedder(Embedder):
     """Equal pixels get equal vectors, others unrelated ones; `calls` counts the images it was given."""
 
     def __init__(self, name: str = "hashing", dim: int = 8, image_size: int = 16) -> None:
-        self.name, self.dim, self.folder = name, dim, Path(name)
-        self.id = hashlib.md5(name.encode()).hexdigest()
-        self.preprocess = Preprocess(image_size=image_size)
-        self.config = CheckpointConfig(
+        preprocess = Preprocess(image_size=image_size)
+        super().__init__(
+            id=hashlib.md5(name.encode()).hexdigest(),
             name=name,
-            architecture="none",
-            image_size=image_size,
             dim=dim,
-            preprocess=self.preprocess,
-            architecture_args={},
-            training={},
-            provenance={},
-            licence="none",
+            preprocess=preprocess,
+            config=CheckpointConfig(
+                name=name,
+                architecture="none",
+                image_size=image_size,
+                dim=dim,
+                preprocess=preprocess,
+                architecture_args={},
+                training={},
+                provenance={},
+                licence="none",
+            ),
+            engine="hashing",
+            device="cpu",
+            folder=Path(name),
+            forward=self.embed_pixels,
         )
-        self.engine, self.device, self.calls = "hashing", "cpu", 0
+        self.calls = 0
+
+    __setattr__ = object.__setattr__  # the count changes
 
     @classmethod
-    def load(cls, folder: Path, **_: Any) -> "HashingEmbedder":
+    def load(cls, folder: Path, **_: Any) -> Self:
         return cls(folder.name)
 
     def embed(self, images: Sequence[Image.Image], batch_size: int = 32) -> np.ndarray:

@@ -10,6 +10,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     DateTime,
+    Double,
     ForeignKey,
     Identity,
     Index,
@@ -40,6 +41,7 @@ class Base(DeclarativeBase):
     type_annotation_map: ClassVar = {
         str: Text,
         bytes: LargeBinary,
+        float: Double,
         datetime: DateTime(timezone=True),
         dict[str, Any]: JSONB,
         dict[str, str]: JSONB,

@@ -8,48 +8,23 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from operator import itemgetter
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from indexer.ingest.prefetch import ahead
+from indexer.ingest.prefetch import prefetch
 from indexer.store import Store
 from indexer.store.columns import LABEL_NAMES, NewReference, kind
 from indexer.store.references import Known
 from trainer.cores import usable_cores
 from trainer.data.entry import Entry
-from trainer.images import FileFacts, Preprocess, UnreadableImage, decode_image, thumbnail
-from trainer.model.checkpoint import CheckpointConfig
+from trainer.images import FileFacts, UnreadableImage, decode_image, thumbnail
+from trainer.model.embedder import Embedder
 
 WRITE_IMAGES = 256
 WRITE_SECONDS = 2.0
 FORGOTTEN = "was removed with --forget"
-
-
-class Embeds(Protocol):
-    """What is needed of an `Embedder`."""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def dim(self) -> int: ...
-
-    @property
-    def preprocess(self) -> Preprocess: ...
-
-    @property
-    def config(self) -> CheckpointConfig: ...
-
-    @property
-    def folder(self) -> Path: ...
-
-    def embed_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray: ...
 
 
 @dataclass(slots=True)
@@ -113,7 +88,7 @@ class Prepared:
 
 def ingest(
     entries: Iterable[Entry],
-    embedder: Embeds,
+    embedder: Embedder,
     store: Store,
     *,
     max_pixels: int = 50_000_000,
@@ -135,7 +110,7 @@ def ingest(
         store: Where to.
         max_pixels: Larger images are rejected.
         generator: Written on the enrolment; the entries carry their own.
-        source: Likewise.
+        source: Written on the enrolment too.
         dry_run: Read and decode, but embed and write nothing; `added` is what would be added.
         keep_bytes: Keep the files themselves and no uri (uploads).
         while_active: Add nothing once another checkpoint is the active one.
@@ -155,13 +130,30 @@ def ingest(
     if not dry_run:
         register(embedder, store)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        reader = _Reader(embedder, store, report, pool, max_pixels, keep_bytes, 16 * workers, on_image)
-        prepared = ahead(reader.prepared(entries), 2 * batch_size)
+        reader = _Reader(
+            embedder=embedder,
+            store=store,
+            report=report,
+            pool=pool,
+            max_pixels=max_pixels,
+            keep_bytes=keep_bytes,
+            chunk=16 * workers,
+            on_image=on_image,
+        )
+        prepared = prefetch(reader.prepared(entries), 2 * batch_size)
         if dry_run:
             _count(prepared, store, report, on_image)
         else:
-            writer = _Writer(store, embedder.id, report, generator, source, while_active, on_image)
-            with closing(ahead(_embedded(prepared, embedder, batch_size), 4)) as embedded:
+            writer = _Writer(
+                store=store,
+                checkpoint_id=embedder.id,
+                report=report,
+                generator=generator,
+                source=source,
+                while_active=while_active,
+                on_image=on_image,
+            )
+            with closing(prefetch(_embedded(prepared, embedder, batch_size), 4)) as embedded:
                 writer.write(embedded)
             report.revision = store.checkpoints.revision(embedder.id)
     report.images = reader.images
@@ -173,45 +165,40 @@ def ingest(
     return asdict(report)
 
 
+@dataclass(slots=True, kw_only=True)
 class _Reader:
     """Decides what has to be read, reads and decodes it. Counts on its own, because it runs in its own thread."""
 
-    def __init__(
-        self,
-        embedder: Embeds,
-        store: Store,
-        report: Report,
-        pool: Executor,
-        max_pixels: int,
-        keep_bytes: bool,
-        chunk: int,
-        on_image: Callable[[], None],
-    ) -> None:
-        self._embedder, self._store, self._report, self._pool = embedder, store, report, pool
-        self._max_pixels, self._keep_bytes, self._chunk, self._on_image = max_pixels, keep_bytes, chunk, on_image
-        self.images = self.known = 0
+    embedder: Embedder
+    store: Store
+    report: Report
+    pool: Executor
+    max_pixels: int
+    keep_bytes: bool
+    chunk: int
+    on_image: Callable[[], None]
+    images: int = 0
+    known: int = 0
 
     def prepared(self, entries: Iterable[Entry]) -> Generator[Prepared, None, None]:
         rest = iter(entries)
-        while chunk := list(islice(rest, self._chunk)):
+        while chunk := list(islice(rest, self.chunk)):
             self.images += len(chunk)
             unknown = list(self._without_known_files(chunk))
-            read = [file for file in self._pool.map(self._read, unknown) if file is not None]
+            read = [file for file in self.pool.map(self._read, unknown) if file is not None]
             fresh = list(self._without_known_hashes(read))
-            yield from (one for one in self._pool.map(self._decode, fresh) if one is not None)
+            yield from (one for one in self.pool.map(self._decode, fresh) if one is not None)
 
     def _without_known_files(self, chunk: Sequence[Entry]) -> Iterator[Entry]:
-        known = self._store.references.known_files([entry.uri for entry in chunk if entry.uri], self._embedder.id)
+        known = self.store.references.known_files([entry.uri for entry in chunk if entry.uri], self.embedder.id)
         for entry in chunk:
             if not self._is_settled(entry, known.get((entry.uri, entry.size, entry.mtime))):
                 yield entry
 
     def _without_known_hashes(self, read: Sequence[tuple[Entry, bytes, str]]) -> Iterator[tuple[Entry, bytes]]:
         hashes = [sha256 for _, _, sha256 in read]
-        known, blocked = (
-            self._store.references.known_hashes(hashes, self._embedder.id),
-            self._store.references.blocked_hashes(hashes),
-        )
+        known = self.store.references.known_hashes(hashes, self.embedder.id)
+        blocked = self.store.references.blocked_hashes(hashes)
         for entry, data, sha256 in read:
             if sha256 in blocked:
                 self._reject(entry, UnreadableImage(FORGOTTEN))
@@ -224,12 +211,12 @@ class _Reader:
             return False
         has, wants = kind(known.label, known.generator), kind(entry.label, entry.generator)
         if has.lower() != wants.lower():
-            self._report.conflict(entry.key, known.sha256, has, wants)
+            self.report.conflict(entry.key, known.sha256, has, wants)
         elif known.embedded:
             self.known += 1
         else:
             return False
-        self._on_image()
+        self.on_image()
         return True
 
     def _read(self, entry: Entry) -> tuple[Entry, bytes, str] | None:
@@ -243,35 +230,30 @@ class _Reader:
     def _decode(self, file: tuple[Entry, bytes]) -> Prepared | None:
         entry, data = file
         try:
-            image, facts = decode_image(data, max_pixels=self._max_pixels)
-            pixels = self._embedder.preprocess([image])[0]  # (3, s, s)
-            kept = data if self._keep_bytes else None
+            image, facts = decode_image(data, max_pixels=self.max_pixels)
+            pixels = self.embedder.preprocess([image])[0]  # (3, s, s)
+            kept = data if self.keep_bytes else None
             return Prepared(entry, facts, thumbnail(image), fingerprint(image), pixels, kept)
         except (UnreadableImage, MemoryError) as error:
             self._reject(entry, error)
             return None
 
     def _reject(self, entry: Entry, error: Exception) -> None:
-        self._report.reject(entry.key, str(error) or type(error).__name__)
-        self._on_image()
+        self.report.reject(entry.key, str(error) or type(error).__name__)
+        self.on_image()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Writer:
     """Collects what is embedded and writes it, a few hundred images or two seconds at a time."""
 
-    def __init__(
-        self,
-        store: Store,
-        checkpoint_id: str,
-        report: Report,
-        generator: str | None,
-        source: str | None,
-        while_active: bool,
-        on_image: Callable[[], None],
-    ) -> None:
-        self._store, self._checkpoint_id, self._report = store, checkpoint_id, report
-        self._while_active = while_active
-        self._generator, self._source, self._on_image = generator, source, on_image
+    store: Store
+    checkpoint_id: str
+    report: Report
+    generator: str | None
+    source: str | None
+    while_active: bool
+    on_image: Callable[[], None]
 
     def write(self, embedded: Iterable[Sequence[tuple[Prepared, np.ndarray]]]) -> None:
         waiting: list[tuple[Prepared, np.ndarray]] = []
@@ -286,15 +268,15 @@ class _Writer:
     def _add(self, batch: Sequence[tuple[Prepared, np.ndarray]]) -> None:
         if not batch:
             return
-        report = self._report
+        report = self.report
         if report.enrolment is None:
-            report.enrolment = self._store.enrolments.open(self._generator, self._source)
+            report.enrolment = self.store.enrolments.open(self.generator, self.source)
         for start in range(0, len(batch), WRITE_IMAGES):
             part = batch[start : start + WRITE_IMAGES]
             rows = [new_reference(prepared, vector) for prepared, vector in part]
             entries = [prepared.entry for prepared, _ in part]
-            added = self._store.references.add(
-                rows, self._checkpoint_id, report.enrolment, while_active=self._while_active
+            added = self.store.references.add(
+                rows, self.checkpoint_id, report.enrolment, while_active=self.while_active
             )
             report.known += added.known
             report.embedded += added.embedded
@@ -305,10 +287,10 @@ class _Writer:
             for entry, image_id in zip(entries, added.ids, strict=True):
                 if image_id is None:
                     report.reject(entry.key, FORGOTTEN)
-                self._on_image()
+                self.on_image()
 
 
-def register(embedder: Embeds, store: Store) -> None:
+def register(embedder: Embedder, store: Store) -> None:
     """Make a checkpoint known to the store, and where it lies.
 
     Raises:
@@ -353,7 +335,7 @@ def fingerprint(image: Image.Image) -> int:
 
 
 def _embedded(
-    prepared: Generator[Prepared, None, None], embedder: Embeds, batch_size: int
+    prepared: Generator[Prepared, None, None], embedder: Embedder, batch_size: int
 ) -> Generator[list[tuple[Prepared, np.ndarray]], None, None]:
     with closing(prepared):
         while batch := list(islice(prepared, batch_size)):

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from sqlalchemy import text
 
-from indexer.ingest.ingest import Embeds, register
-from indexer.ingest.prefetch import ahead
+from indexer.ingest.ingest import register
+from indexer.ingest.prefetch import prefetch
 from indexer.store import Store
 from trainer.cores import usable_cores
 from trainer.data.datasets import read_uri
 from trainer.images import UnreadableImage, decode_image
+from trainer.model.embedder import Embedder
 
 PAGE = 256
 MISSING = """select r.id, r.sha256, r.uri from reference_image r
@@ -35,7 +36,7 @@ class Missing:
 
 
 def reembed(
-    embedder: Embeds,
+    embedder: Embedder,
     store: Store,
     *,
     max_pixels: int = 50_000_000,
@@ -66,7 +67,7 @@ def reembed(
     while not complete and (partial or not unreadable):
         with (
             ThreadPoolExecutor(min(32, usable_cores()), thread_name_prefix="decode") as pool,
-            closing(ahead(_decoded(store, embedder, pool, max_pixels, unreadable), 2 * batch_size)) as decoded,
+            closing(prefetch(_decoded(store, embedder, pool, max_pixels, unreadable), 2 * batch_size)) as decoded,
         ):
             while batch := list(islice(decoded, batch_size)):
                 vectors = embedder.embed_pixels(np.stack([pixels for _, pixels in batch]), batch_size)  # (n, d)
@@ -93,7 +94,7 @@ def missing(store: Store, checkpoint_id: str, after: int = 0) -> Sequence[Missin
 
 
 def _decoded(
-    store: Store, embedder: Embeds, pool: ThreadPoolExecutor, max_pixels: int, unreadable: dict[int, dict[str, Any]]
+    store: Store, embedder: Embedder, pool: ThreadPoolExecutor, max_pixels: int, unreadable: dict[int, dict[str, Any]]
 ) -> Generator[tuple[int, np.ndarray], None, None]:
     def pixels(image: Missing) -> np.ndarray | None:
         try:

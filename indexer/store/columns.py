@@ -1,4 +1,8 @@
-"""What is kept of a reference image, and how a batch of them travels to Postgres."""
+"""What is kept of a reference image.
+
+A column of `reference_image` is declared three times: in a migration, in `indexer.database.tables.ReferenceRow` and in
+`ImageFacts`. What copies, reads and exports references follows from these; `indexer.ingest.ingest` gives the value.
+"""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -72,26 +76,3 @@ class NewReference(ImageFacts):
     thumbnail: bytes
     vector: np.ndarray
     data: bytes | None = None
-
-
-# The columns of the temporary table that a batch is copied to, and their types.
-INCOMING = {
-    "position": "int4",
-    "sha256": "bytea",
-    "label": "int2",
-    "generator_id": "int8",
-    "source": "text",
-    "group": "text",
-    "uri": "text",
-    "file_bytes": "int8",
-    "mtime": "float8",
-    "width": "int4",
-    "height": "int4",
-    "format": "text",
-    "jpeg_quality": "int2",
-    "fingerprint": "int8",
-    "thumbnail": "bytea",
-    "attributes": "jsonb",
-    "vector": "bytea",
-    "bytes": "bytea",
-}

@@ -7,21 +7,33 @@ from typing import Any, cast
 import numpy as np
 import psycopg
 from psycopg.types.json import Jsonb
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, make_url, text
 
+from indexer.database.tables import ReferenceRow
 from indexer.database.transactions import PassingConflict, notify
 from indexer.index.vectors import BadVectors, unit_vectors
 from indexer.store.checkpoints import CheckpointSwitched
-from indexer.store.columns import INCOMING, NewReference, kind
+from indexer.store.columns import NewReference, kind
 from indexer.store.generators import generator_ids
 
-ROW_COLUMNS = ", ".join(f'"{name}"' for name in INCOMING if name not in {"position", "vector", "bytes"})
+POSTGRES = make_url("postgresql+psycopg://").get_dialect()()
+ROW_COLUMNS = [
+    column for column in ReferenceRow.__table__.columns if column.name not in {"id", "enrolment_id", "added_at"}
+]
+# The columns of the temporary table that a batch is copied to, and their types.
+INCOMING = {
+    "position": "integer",
+    **{column.name: column.type.compile(POSTGRES).lower() for column in ROW_COLUMNS},
+    "vector": "bytea",
+    "bytes": "bytea",
+}
+ROW_NAMES = ", ".join(f'"{column.name}"' for column in ROW_COLUMNS)
 CREATE = f"""create temporary table incoming ({", ".join(f'"{name}" {kind}' for name, kind in INCOMING.items())})
 on commit drop"""
 BLOCK = "delete from incoming i using blocked_hash b where b.sha256 = i.sha256 returning i.position, i.sha256"
 # The same order everywhere, so that two writers of the same images wait for each other instead of deadlocking.
-INSERT = f"""insert into reference_image ({ROW_COLUMNS}, enrolment_id)
-select distinct on (sha256) {ROW_COLUMNS}, cast(:enrolment as bigint) from incoming order by sha256, position
+INSERT = f"""insert into reference_image ({ROW_NAMES}, enrolment_id)
+select distinct on (sha256) {ROW_NAMES}, cast(:enrolment as bigint) from incoming order by sha256, position
 on conflict (sha256) do nothing returning id"""
 KEEP_FILES = """insert into reference_file (image_id, bytes)
 select distinct on (r.id) r.id, i.bytes from incoming i join reference_image r using (sha256)
@@ -159,28 +171,14 @@ def _copy(
     with driver.cursor() as cursor, cursor.copy("copy incoming from stdin (format binary)") as copy:
         copy.set_types(list(INCOMING.values()))
         for position, (item, vector) in enumerate(zip(batch, vectors, strict=True)):
-            copy.write_row(
-                (
-                    position,
-                    bytes.fromhex(item.sha256),
-                    item.label,
-                    None if item.generator is None else generators[item.generator.lower()],
-                    _clean(item.source),
-                    _clean(item.group),
-                    None if item.uri is None else _clean(item.uri),
-                    item.file_bytes,
-                    item.mtime,
-                    item.width,
-                    item.height,
-                    item.format,
-                    item.jpeg_quality,
-                    item.fingerprint,
-                    item.thumbnail,
-                    Jsonb({_clean(key): _clean(value) for key, value in item.attributes.items()}),
-                    vector,
-                    item.data,
-                )
-            )
+            values = {
+                "position": position,
+                "sha256": bytes.fromhex(item.sha256),
+                "generator_id": None if item.generator is None else generators[item.generator.lower()],
+                "vector": vector,
+                "bytes": item.data,
+            }
+            copy.write_row([values[name] if name in values else _storable(getattr(item, name)) for name in INCOMING])
     connection.execute(text("analyze incoming (sha256)"))
 
 
@@ -192,6 +190,12 @@ def stored_vector(vector: np.ndarray, dim: int) -> bytes:
     except BadVectors as error:
         raise BadVector(str(error)) from error
     return array.tobytes()
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Jsonb({_clean(key): _clean(text) for key, text in value.items()})
+    return _clean(value) if isinstance(value, str) else value
 
 
 def _clean(value: str) -> str:

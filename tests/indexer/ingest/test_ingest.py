@@ -14,7 +14,7 @@ from PIL import Image
 
 from indexer.database.connection import connect
 from indexer.ingest.ingest import fingerprint, ingest
-from indexer.ingest.prefetch import ahead
+from indexer.ingest.prefetch import prefetch
 from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.changes import Additions
@@ -239,7 +239,7 @@ def test_fingerprints_of_near_duplicates_are_near() -> None:
     assert fingerprint(Image.new("RGB", (9, 8))) == 0
 
 
-def test_ahead_keeps_order_and_bounds_and_passes_errors() -> None:
+def test_prefetch_keeps_order_and_bounds_and_passes_errors() -> None:
     produced: list[int] = []
 
     def numbers() -> Iterator[int]:
@@ -249,7 +249,7 @@ def test_ahead_keeps_order_and_bounds_and_passes_errors() -> None:
         raise ValueError("at the end")
 
     got = []
-    stream = ahead((n for n in numbers()), 3)
+    stream = prefetch((n for n in numbers()), 3)
     for number in stream:
         got.append(number)
         assert len(produced) <= number + 1 + 3 + 2  # waiting, and one in each hand
@@ -260,7 +260,7 @@ def test_ahead_keeps_order_and_bounds_and_passes_errors() -> None:
         list(stream)
 
 
-def test_closing_ahead_ends_its_thread() -> None:
+def test_closing_a_prefetch_ends_its_thread() -> None:
     closed = threading.Event()
 
     def endless() -> Iterator[int]:
@@ -271,7 +271,7 @@ def test_closing_ahead_ends_its_thread() -> None:
             closed.set()
 
     before = threading.active_count()
-    stream = ahead((n for n in endless()), 2)
+    stream = prefetch((n for n in endless()), 2)
     assert next(stream) == 1
     stream.close()
     assert threading.active_count() == before
