@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from api.cli import app
 from api.http.app import create_app
-from indexer.settings import read_settings
+from api.service_settings import ServiceSettings
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads
 from trainer.model.embedder import Embedder
@@ -82,7 +82,7 @@ def test_a_database_is_read_with_its_verdicts(home: Path, database: str) -> None
     status = lineup("status")
     assert status["references"] == {"real": 6, "fake": 6}
     assert {row["name"]: row["references"] for row in status["generators"]} == {"gen-a": 3, "gen-b": 3}
-    client = TestClient(create_app(read_settings()), base_url="http://127.0.0.1:8000", client=("127.0.0.1", 50000))
+    client = TestClient(create_app(ServiceSettings()), base_url="http://127.0.0.1:8000", client=("127.0.0.1", 50000))
     with client:
         while client.get("/health/ready").status_code == 503:
             time.sleep(0.05)
