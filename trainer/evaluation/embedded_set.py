@@ -20,10 +20,10 @@ from trainer.heads.calibration_set import CalibrationSet
 from trainer.images import FileFacts, Preprocess, UnreadableImage, decode_image
 from trainer.model.embedder import Embedder
 
-BATCH = 32
+FORWARD_BATCH = 32
 """Images per forward pass; twice as many are prepared ahead."""
-THREADS = max(4, usable_cores())
-"""That decode and transform."""
+DECODING_THREADS = max(4, usable_cores())
+"""Threads that decode and transform images."""
 LISTS = ("generators", "sources", "groups", "splits", "facts")
 """Columns of an `EmbeddedSet` that are lists."""
 Prepared = tuple[Entry, FileFacts | str, dict[str, np.ndarray]]
@@ -147,9 +147,9 @@ def embed_entries(
         return entry, facts, {t.name: _pixels(embedder.preprocess, t, t(image, seed, facts.sha256)) for t in transforms}
 
     def embed(name: str) -> None:
-        embeddings[name].append(embedder.embed_pixels(np.stack(waiting.pop(name)), BATCH))  # (n, d)
+        embeddings[name].append(embedder.embed_pixels(np.stack(waiting.pop(name)), FORWARD_BATCH))  # (n, d)
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(DECODING_THREADS) as pool:
         for entry, facts, pixels in _results(pool.submit(prepare, *item) for item in work):
             on_image()
             if isinstance(facts, str):
@@ -158,7 +158,7 @@ def embed_entries(
             for name, values in pixels.items():
                 rows[name].append((entry, facts))
                 waiting[name].append(values)
-                if len(waiting[name]) == BATCH:
+                if len(waiting[name]) == FORWARD_BATCH:
                     embed(name)
     for name in list(waiting):
         embed(name)
@@ -175,7 +175,7 @@ def _pixels(preprocess: Preprocess, transform: Transform, image: Image.Image) ->
 
 def _results(futures: Iterator[Future[Prepared]]) -> Iterator[Prepared]:
     """Results in the order of the futures, of which at most two batches are in work."""
-    ahead = deque(islice(futures, 2 * BATCH))
+    ahead = deque(islice(futures, 2 * FORWARD_BATCH))
     while ahead:
         yield ahead.popleft().result()
         ahead.extend(islice(futures, 1))

@@ -13,7 +13,7 @@ from trainer.evaluation.metrics import RESAMPLES, measure
 from trainer.heads.heads import NearestHead, nearest_similarities, unit_length
 from trainer.heads.vote import depths, vote
 
-STEPS = (0, 5, 10, 20, 30)
+ENROLMENT_STEPS = (0, 5, 10, 20, 30)
 """Images enrolled of the generator."""
 K = 10
 """Neighbours in the k-NN vote; of each label as many as `depths` says."""
@@ -47,7 +47,7 @@ def enrolment_curve(nearest: NearestHead, images: EmbeddedSet, *, resamples: int
     rows = []
     references = [nearest.embeddings[nearest.labels == label] for label in (0, 1)]
     reals, fakes = map(len, references)
-    deepest = np.max([depths(K, reals, fakes + step) for step in STEPS], axis=0)
+    deepest = np.max([depths(K, reals, fakes + step) for step in ENROLMENT_STEPS], axis=0)
     queries = unit_length(images.embeddings)
     real, fake = map(nearest_similarities, (queries, queries), references, deepest.tolist())  # (n, kr), (n, kf)
     names = np.array(images.generators)
@@ -55,14 +55,14 @@ def enrolment_curve(nearest: NearestHead, images: EmbeddedSet, *, resamples: int
     for generator in sorted(set(names[images.labels == 1].tolist())):
         fakes_by_hash = np.flatnonzero(names == generator)
         fakes_by_hash = fakes_by_hash[np.argsort(hashes[fakes_by_hash])]
-        most = min(STEPS[-1], len(fakes_by_hash) // 2)
+        most = min(ENROLMENT_STEPS[-1], len(fakes_by_hash) // 2)
         groups = {images.groups[i] for i in fakes_by_hash[:most]}
         others = [*np.flatnonzero(images.labels == 0), *fakes_by_hash[most:]]
         test_rows = [i for i in others if images.groups[i] not in groups]
         part = images.take(np.array(test_rows, np.int64))
         if not part.labels.any():
             continue
-        for step in [step for step in STEPS if step <= most]:
+        for step in [step for step in ENROLMENT_STEPS if step <= most]:
             to_enrolled = queries[test_rows] @ queries[fakes_by_hash[:step]].T  # (t, step)
             kr, kf = depths(K, reals, fakes + step)
             to_fakes = -np.sort(-np.concatenate([fake[test_rows], to_enrolled], axis=1), axis=1)[:, :kf]  # NaN last

@@ -10,7 +10,7 @@ import numpy as np
 
 from trainer.images import FORMATS, FileFacts
 
-FOLDS = 5
+FOREST_FOLDS = 5
 
 
 def fact_table(facts: Sequence[FileFacts]) -> np.ndarray:
@@ -39,10 +39,13 @@ def file_fact_scores(facts: Sequence[FileFacts], labels: np.ndarray, groups: Seq
     from sklearn.model_selection import StratifiedGroupKFold
 
     scores = np.full(len(labels), np.nan)
-    if min(len({group for group, of in zip(groups, labels, strict=True) if of == label}) for label in (0, 1)) < FOLDS:
+    if (
+        min(len({group for group, of in zip(groups, labels, strict=True) if of == label}) for label in (0, 1))
+        < FOREST_FOLDS
+    ):
         return scores
     table = fact_table(facts)
-    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
+    folds = StratifiedGroupKFold(FOREST_FOLDS, shuffle=True, random_state=0)
     for inside, outside in folds.split(table, labels, groups):
         forest = RandomForestClassifier(100, min_samples_leaf=3, class_weight="balanced", random_state=0)
         scores[outside] = forest.fit(table[inside], labels[inside]).predict_proba(table[outside])[:, 1]

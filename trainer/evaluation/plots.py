@@ -34,7 +34,7 @@ CAPTIONS = {
     "the images, so that with a few hundred images it scatters by a tenth and more.",
 }
 """What a picture shows, in a sentence, by its name."""
-MARKERS = "osv^DP*Xh<>p"
+POINT_MARKERS = "osv^DP*Xh<>p"
 TSNE_IMAGES = 1500
 """Points of a map, at most."""
 CONFUSION_IMAGES = 5000
@@ -163,7 +163,7 @@ def embedding_map(images: EmbeddedSet, unseen: frozenset[str]) -> Figure:
     ax.scatter(x, y, s=9, color="0.65", label="real", lw=0)
     colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
     for number, name in enumerate(sorted(set(names[images.labels == 1].tolist()))):
-        colour, marker = colours[number % 10], MARKERS[number % len(MARKERS)]
+        colour, marker = colours[number % 10], POINT_MARKERS[number % len(POINT_MARKERS)]
         face = "none" if name in unseen else colour
         label = f"{name} (unseen)" if name in unseen else name
         x, y = points[names == name].T
