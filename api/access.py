@@ -80,8 +80,8 @@ class Keys:
 
     def remembered(self) -> bool | None:
         """What `exist` answers without asking the database; None where it has to ask."""
-        known = self._any
-        return known[1] if known is not None and (known[1] or time.monotonic() - known[0] < FRESH) else None
+        at, exist = self._any or (-math.inf, False)
+        return exist if exist or time.monotonic() - at < FRESH else None
 
     def exist(self) -> bool:
         """Whether any key was ever made. Revoked ones count: revoking the last key must not open the door.

@@ -71,8 +71,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for listener in (listener for server in getattr(self, "servers", []) for listener in server.sockets):
             host, port = listener.getsockname()[:2]
-            shown = f"[{host}]" if ":" in host else host
-            address = f"http://{shown}:{port}"
+            address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             log.info("serving", extra={"address": address})
             print(f"The page: {address}/{f'?token={self.token}' if self.token else ''}", flush=True)
 
@@ -94,11 +93,11 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def log_as_json(level: int = logging.INFO) -> None:
+def log_as_json() -> None:
     """Send every logger's lines to stderr as JSON; called by `lineup serve` only."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
