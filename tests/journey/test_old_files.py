@@ -96,7 +96,7 @@ def test_a_database_is_read_with_its_verdicts(home: Path, database: str) -> None
     lineup("check")
 
 
-def test_a_snapshot_is_opened_or_made_anew(home: Path, database: str) -> None:
+def test_a_snapshot_of_another_format_is_made_anew(home: Path, database: str) -> None:
     restore(database)
     CliRunner().invoke(app, ["index", "migrate"])
     snapshot = home / "index" / STORE / CHECKPOINT / "snapshot"
@@ -104,6 +104,7 @@ def test_a_snapshot_is_opened_or_made_anew(home: Path, database: str) -> None:
     shutil.copy(OLD / "snapshot", snapshot)
     index = lineup("status")["index"]
     assert (index["size"], index["revision"]) == (12, 1)
+    lineup("rebuild")
     lineup("check")
 
 
