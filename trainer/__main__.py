@@ -87,8 +87,8 @@ def options_of(settings: type[Any]) -> Callable[[Callable[..., None]], Callable[
     ]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [one for one in signature(command).parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
-        command.__signature__ = Signature([*options, *own])  # type: ignore[attr-defined]
+        rest = [one for one in signature(command).parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
+        command.__signature__ = Signature([*options, *rest])  # type: ignore[attr-defined]
         return command
 
     return decorate
@@ -240,19 +240,19 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Write the backbone for other runtimes."""
-    chosen = [kind.strip() for kind in kinds.split(",")]
-    if unknown := [kind for kind in chosen if kind not in ("onnx", "openvino", "hub")]:
+    formats = [kind.strip() for kind in kinds.split(",")]
+    if unknown := [kind for kind in formats if kind not in ("onnx", "openvino", "hub")]:
         raise typer.BadParameter(f"{', '.join(unknown)} is not known; expected onnx, openvino or hub")
     with expected_failures():
         from trainer.hub.exporter import export_hub, export_onnx, export_openvino
 
         writers = {"onnx": export_onnx, "openvino": export_openvino, "hub": export_hub}
-        for kind in chosen:
+        for kind in formats:
             writers[kind](checkpoint, output / kind)
     if as_json:
-        print(json.dumps({kind: str(output / kind) for kind in chosen}))
+        print(json.dumps({kind: str(output / kind) for kind in formats}))
         return
-    tell(f"wrote {', '.join(str(output / kind) for kind in chosen)}")
+    tell(f"wrote {', '.join(str(output / kind) for kind in formats)}")
 
 
 @contextmanager
@@ -281,8 +281,8 @@ def training_bar() -> Iterator[Callable[[float, int, float, float], None]]:
     columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Bar(*columns, console=console, transient=False) as bar:
         task = bar.add_task("starting", total=1.0)
-        yield lambda done, updates, loss, speed: bar.update(
-            task, completed=done, description=f"update {updates}, loss {loss:.3f}, {speed:.1f} records/s"
+        yield lambda share, updates, loss, speed: bar.update(
+            task, completed=share, description=f"update {updates}, loss {loss:.3f}, {speed:.1f} records/s"
         )
         bar.update(task, completed=1.0)
 

@@ -1,7 +1,5 @@
 """Progress of long work: a bar where the console is a terminal, else a plain line each minute."""
 
-from __future__ import annotations
-
 from threading import Event, Thread
 
 from rich.console import Console

@@ -55,13 +55,13 @@ class Pairs(Dataset[Sample]):
     def __getitem__(self, index: tuple[int, int]) -> Sample:
         """The views of (epoch, record); unreadable images are replaced by the next of their label."""
         real, fake, rng = self.pair(*index)
-        failed: list[str] = []
+        unreadable: list[str] = []
         origins: list[Origin] = []
-        first, second = (self._next_readable(place, failed, origins)[:2] for place in (real, fake))
+        first, second = (self._next_readable(place, unreadable, origins)[:2] for place in (real, fake))
         whole, local = self.views.record(first, second, rng)
-        return whole, local, failed, origins
+        return whole, local, unreadable, origins
 
-    def _next_readable(self, first: int, failed: list[str], origins: list[Origin]) -> Decoded:
+    def _next_readable(self, first: int, unreadable: list[str], origins: list[Origin]) -> Decoded:
         entries = self.pictures.entries
         for step in range(first, first + len(entries)):
             place = step % len(entries)
@@ -70,11 +70,13 @@ class Pairs(Dataset[Sample]):
             try:
                 decoded = self.pictures.decode(entries[place])
             except UnreadableImage as error:
-                failed.append(f"{entries[place].uri}\t{error}")
+                unreadable.append(f"{entries[place].uri}\t{error}")
             else:
                 origins.append((decoded.facts.sha256, entries[place].group))
                 return decoded
-        raise UnreadableImage(f"none of {len(failed)} images of one label can be read any more, the last: {failed[-1]}")
+        raise UnreadableImage(
+            f"none of {len(unreadable)} images of one label can be read any more, the last: {unreadable[-1]}"
+        )
 
 
 @lru_cache(maxsize=2)
@@ -103,10 +105,10 @@ class EpochSampler:
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples: whole (n, 3, 2, s, s, 3) and local (n, 2, l, l, 3), uint8, the unreadable and the read."""
-    whole, local, failed, origins = zip(*samples, strict=True)
+    whole, local, unreadable, origins = zip(*samples, strict=True)
     return (
         torch.from_numpy(np.stack(whole)),
         torch.from_numpy(np.stack(local)),
-        [line for lines in failed for line in lines],
+        [line for lines in unreadable for line in lines],
         [origin for pair in origins for origin in pair],
     )

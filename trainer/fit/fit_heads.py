@@ -116,9 +116,9 @@ def embed_for_heads(
     rejected: dict[str, Rejected] = {}
     for part in rounds:
         started = time.monotonic()
-        embedded, failed = embed_entries(embedder, part, seed=seed, decode=decode, on_image=lambda: on_image(total))
+        embedded, unreadable = embed_entries(embedder, part, seed=seed, decode=decode, on_image=lambda: on_image(total))
         sets |= embedded
-        rejected |= {image.file: image for image in failed}
+        rejected |= {image.file: image for image in unreadable}
         if time.monotonic() + 1.5 * (time.monotonic() - started) > deadline:
             break
     parts = [sets[copy.name] for copy in copies if copy.name in sets]
@@ -190,15 +190,15 @@ def training_views(config: CheckpointConfig, count: int) -> list[Transform]:
 
 def _work(entries: Iterable[Entry], copies: list[Transform], images: int) -> Iterator[tuple[Entry, list[Transform]]]:
     """Entries with what they are embedded under; either label gets at most half of the images."""
-    left = {0: images // 2, 1: images - images // 2}
-    limits = {("training", label): -(-left[label] // len(copies)) for label in (0, 1)}
+    remaining = {0: images // 2, 1: images - images // 2}
+    limits = {("training", label): -(-remaining[label] // len(copies)) for label in (0, 1)}
     limits |= {("calibration", label): CALIBRATION_IMAGES // 2 for label in (0, 1)}
     for entry in spread(entries, limits):
         if role(entry.group) == "calibration":
             yield entry, [PLAIN]
         else:
-            transforms = copies[: left[entry.label]]
-            left[entry.label] -= len(transforms)
+            transforms = copies[: remaining[entry.label]]
+            remaining[entry.label] -= len(transforms)
             yield entry, transforms
 
 

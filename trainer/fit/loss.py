@@ -1,7 +1,5 @@
 """The loss of CoDE (arXiv 2407.20337, equations 1 to 5; the form is that of the paper, not of its reference code)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -69,9 +67,9 @@ def code_loss(
 
     Args:
         plain: Embeddings of the plain views, shape (2, n, d); row 0 holds real images, row 1 fakes.
-        augmented: Likewise of the augmented views.
-        global_crop: Likewise of the global crops.
-        local_crop: Likewise of the local crops.
+        augmented: Those of the augmented views.
+        global_crop: Those of the global crops.
+        local_crop: Those of the local crops.
         other: The record whose augmented view is record i's positive: a derangement of 0..n-1, shape (n,).
         temperature: Cosine similarities are divided by this.
         terms: `both`, or one of them alone (an ablation of the paper).

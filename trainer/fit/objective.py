@@ -66,17 +66,13 @@ class Objective(nn.Module):
 
     def embed_views(self, whole: Tensor, local: Tensor, seed: int = 0) -> Tensor:
         """Embeddings of all views, shape (4, 2, n, d), float32: plain, augmented, global, local; real, fake."""
-        chosen = self.patches.drawn_by(seed) if self.patches else nullcontext()
-        with chosen:
-            return self._embed_views(whole, local)
-
-    def _embed_views(self, whole: Tensor, local: Tensor) -> Tensor:
         whole = whole.permute(1, 2, 0, 3, 4, 5).flatten(0, 2)  # (3 * 2 * n, s, s, 3)
         local = local.transpose(0, 1).flatten(0, 1)  # (2 * n, l, l, 3)
-        if local.shape[1:] == whole.shape[1:]:
-            embeddings = self.embed(torch.cat([whole, local]))
-        else:
-            embeddings = torch.cat([self.embed(whole), self.embed(local)])
+        with self.patches.seeded(seed) if self.patches else nullcontext():
+            if local.shape[1:] == whole.shape[1:]:
+                embeddings = self.embed(torch.cat([whole, local]))
+            else:
+                embeddings = torch.cat([self.embed(whole), self.embed(local)])
         return embeddings.view(4, 2, -1, embeddings.shape[1])  # (4, 2, n, d)
 
     def embed(self, pixels: Tensor) -> Tensor:
@@ -101,7 +97,7 @@ class PatchSubset(nn.Module):
         self.most, self.prefix = most, prefix
 
     @contextmanager
-    def drawn_by(self, seed: int) -> Iterator[None]:
+    def seeded(self, seed: int) -> Iterator[None]:
         """Within this context and thread, forward passes draw from a generator of this seed."""
         token = _DRAW.set(torch.Generator().manual_seed(seed))
         try:
@@ -115,8 +111,8 @@ class PatchSubset(nn.Module):
         if generator is None or patches <= self.most:
             return x
         order = torch.rand(len(x), patches, generator=generator).argsort(1)[:, : self.most]  # (n, most)
-        kept = order.to(x.device)[..., None].expand(-1, -1, x.shape[2])  # (n, most, d)
-        return torch.cat([x[:, : self.prefix], x[:, self.prefix :].gather(1, kept)], 1)
+        places = order.to(x.device)[..., None].expand(-1, -1, x.shape[2])  # (n, most, d)
+        return torch.cat([x[:, : self.prefix], x[:, self.prefix :].gather(1, places)], 1)
 
 
 _DRAW: ContextVar[torch.Generator | None] = ContextVar("draw", default=None)

@@ -1,7 +1,5 @@
 """One training run in one process: model, optimiser, schedule and state, epoch by epoch."""
 
-from __future__ import annotations
-
 import copy
 import math
 import os
@@ -9,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -37,7 +35,7 @@ class Processes:
     world: int = 1
 
     @classmethod
-    def join(cls, device: str) -> Processes:
+    def join(cls, device: str) -> Self:
         """Join the group that the environment describes."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
             if device.startswith("cuda"):
@@ -99,21 +97,21 @@ class Run:
             self.average = copy.deepcopy(self.objective).requires_grad_(False)
 
     @property
-    def kept(self) -> Objective:
-        """The weights that are judged and kept: the average where there is one."""
+    def result(self) -> Objective:
+        """The weights that are judged and written: the average where there is one."""
         return self.average or self.objective
 
     def progress(self, seconds: float) -> float:
         """Share of the schedule that is done, 0..1: the larger of updates done and time used."""
-        done = self.state.updates / (self.settings.epochs * self.state.steps)
+        share = self.state.updates / (self.settings.epochs * self.state.steps)
         if self.state.window < math.inf:
-            done = self.processes.agree(max(done, seconds / self.state.window))
-        return min(1.0, done)
+            share = self.processes.agree(max(share, seconds / self.state.window))
+        return min(1.0, share)
 
     def step(self, batch: Batch, order: torch.Generator, rate: float) -> float:
         """One update; returns the loss."""
-        whole, local, failed, _ = batch
-        self.unreadable.update({uri: reason for uri, _, reason in (line.partition("\t") for line in failed)})
+        whole, local, unreadable, _ = batch
+        self.unreadable.update({uri: reason for uri, _, reason in (line.partition("\t") for line in unreadable)})
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         whole, local = (views.to(self.device, non_blocking=True) for views in (whole, local))
@@ -144,23 +142,23 @@ class Run:
         settings, state, world = self.settings, self.state, self.processes.world
         seed = np.random.SeedSequence((settings.seed, state.epoch, self.processes.rank)).generate_state(1, np.uint64)[0]
         order = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
-        begin, used, losses, rate, seen = time.monotonic(), state.seconds, [], 0.0, [self.seen]
+        begin, losses, rate, records = time.monotonic(), [], 0.0, [self.seen]
         self.model.train()
         for batch in batches:
-            progress = self.progress(used + time.monotonic() - begin)
+            progress = self.progress(state.seconds + time.monotonic() - begin)
             if progress >= 1:
                 break
             rate = learning_rate(settings, progress, world)
             losses.append(self.step(batch, order, rate))
-            seen.append(SeenImages.of((sha256 for sha256, _ in batch[3]), (group for _, group in batch[3])))
+            records.append(SeenImages.of((sha256 for sha256, _ in batch[3]), (group for _, group in batch[3])))
             if not math.isfinite(losses[-1]):
                 raise FitError(f"the loss became {losses[-1]} at update {state.updates}: lower --learning-rate")
             speed = len(losses) * settings.batch_size * world / (time.monotonic() - begin)
             for listener in listeners:
                 listener(progress, state.updates, losses[-1], speed)
-        self.seen = SeenImages.joined(self.processes.gather(SeenImages.joined(seen)))
+        self.seen = SeenImages.joined(self.processes.gather(SeenImages.joined(records)))
         elapsed = time.monotonic() - begin
-        state.seconds = used + elapsed
+        state.seconds += elapsed
         state.epoch += 1
         return {
             "learning_rate": rate,
@@ -170,23 +168,23 @@ class Run:
 
     def embed(self, pixels: Pixels, block: int = 64) -> np.ndarray:
         """Embeddings (n, d) of pixels (n, s, s, 3), uint8, by the weights that are kept."""
-        self.kept.eval()
+        self.result.eval()
 
         def embed(start: int) -> np.ndarray:
             with torch.inference_mode():
                 views = torch.from_numpy(pixels[start : start + block]).to(self.device)
-                return self.kept.embed(views).cpu().numpy()
+                return self.result.embed(views).cpu().numpy()
 
         with ThreadPoolExecutor(self.slices.threads if self.slices else 1) as pool:
             return np.concatenate(list(pool.map(embed, range(0, len(pixels), block))))  # (n, d)
 
     def keep_best(self) -> None:
         """Remember the weights that are kept, which a later epoch may not improve on."""
-        self.state.tensors["best"] = {key: value.cpu().clone() for key, value in self.kept.state_dict().items()}
+        self.state.tensors["best"] = {key: value.cpu().clone() for key, value in self.result.state_dict().items()}
 
     def weights(self) -> dict[str, Tensor]:
         """The state dict that the checkpoint gets: that of the best epoch where one was remembered."""
-        return dict(self.state.tensors.get("best") or self.kept.state_dict())
+        return dict(self.state.tensors.get("best") or self.result.state_dict())
 
     def capture(self) -> None:
         """Put the tensors into the state."""

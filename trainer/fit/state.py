@@ -1,14 +1,12 @@
 """The state of an unfinished training run, in a folder beside the checkpoint it will become."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -76,7 +74,7 @@ class RunState:
         write_table(folder / SUMMARY_FILE, list(EpochSummary.__dataclass_fields__), self.history)
 
     @classmethod
-    def load(cls, folder: Path) -> RunState | None:
+    def load(cls, folder: Path) -> Self | None:
         """Read the state back, or None where there is none. Only tensors and plain values are ever unpickled.
 
         Raises:

@@ -45,10 +45,10 @@ class ShardRecords(IterableDataset[Sample]):
         worker = get_worker_info()
         rng = np.random.default_rng((self.seed, self.epoch, self.rank, worker.id if worker else 0))
         shard_seed, order_seed = (int(value) for value in rng.integers(2**31, size=2))
-        failed: list[str] = []
+        unreadable: list[str] = []
 
         def note(error: Exception) -> bool:
-            failed.append(f"{error.args[-1] if error.args else 'a shard'}\t{type(error).__name__}: {error}")
+            unreadable.append(f"{error.args[-1] if error.args else 'a shard'}\t{type(error).__name__}: {error}")
             return True  # go on with the next shard
 
         def opened(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -66,20 +66,22 @@ class ShardRecords(IterableDataset[Sample]):
         records = shuffle(group_by_keys(members, handler=note))
         useless = 0
         for record in records:
-            sample = self.make(record, rng, failed) if self.wanted(record["__key__"]) else None
+            sample = self.make(record, rng, unreadable) if self.trains(record["__key__"]) else None
             useless = 0 if sample else useless + 1
             if sample:
                 yield sample
-                failed.clear()
+                unreadable.clear()
             if useless == MOST_USELESS:
-                raise FitError(f"{useless} records in a row of {self.paths[0]} were not usable, lastly {failed[-1:]}")
+                raise FitError(
+                    f"{useless} records in a row of {self.paths[0]} were not usable, lastly {unreadable[-1:]}"
+                )
 
-    def wanted(self, group: str) -> bool:
+    def trains(self, group: str) -> bool:
         """Whether a record trains: its role, and its split."""
         splits = {part.strip() for part in self.split.split(",")}
         return role(group) == "training" and default_split(group) in splits
 
-    def make(self, record: Mapping[str, Any], rng: np.random.Generator, failed: list[str]) -> Sample | None:
+    def make(self, record: Mapping[str, Any], rng: np.random.Generator, unreadable: list[str]) -> Sample | None:
         """The views of a record with one of its fakes drawn at random, or None where an image is missing or broken."""
         fakes = [key for key in sorted(record) if key.startswith("gen_")]
         reals = [key for key in record if key.startswith("real.")]
@@ -90,11 +92,11 @@ class ShardRecords(IterableDataset[Sample]):
             try:
                 image, facts = decode_image(record[key])
             except UnreadableImage as error:
-                failed.append(f"{record['__url__']}#{record['__key__']}.{key}\t{error}")
+                unreadable.append(f"{record['__url__']}#{record['__key__']}.{key}\t{error}")
                 return None
             decoded.append((np.asarray(image), np.asarray(self.views.preprocess.crop(image))))
             origins.append((facts.sha256, plain(record["__key__"])))
-        return *self.views.record(decoded[0], decoded[1], rng), failed.copy(), origins
+        return *self.views.record(decoded[0], decoded[1], rng), unreadable.copy(), origins
 
 
 def is_image_member(name: str) -> bool:

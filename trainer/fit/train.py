@@ -89,8 +89,8 @@ def fit(
     if settings.max_minutes is not None:
         finishing = finishing_seconds(run, probe, roles)
         if run.state.window == math.inf:
-            left = begin + 60 * settings.max_minutes - finishing - time.monotonic()
-            run.state.window = max(left, 1e-3)  # too little for one update ends with what there is
+            seconds_left = begin + 60 * settings.max_minutes - finishing - time.monotonic()
+            run.state.window = max(seconds_left, 1e-3)  # too little for one update ends with what there is
         deadline = time.monotonic() + max(0.0, run.state.window - run.state.seconds) + finishing
     with (
         show() if first else nullcontext(lambda *_: None) as advance,
@@ -225,9 +225,9 @@ def judge(run: Run, probe: LinearProbe, epoch: dict[str, float]) -> EpochSummary
 
 def describe(summary: EpochSummary) -> str:
     """An epoch in one line."""
-    looked = "" if math.isnan(summary.accuracy) else f"accuracy {summary.accuracy:.3f}, AUROC {summary.auroc:.3f}, "
+    quality = "" if math.isnan(summary.accuracy) else f"accuracy {summary.accuracy:.3f}, AUROC {summary.auroc:.3f}, "
     speed = f"{summary.records_per_second:.1f} records/s"
-    return f"epoch {summary.epoch}: loss {summary.loss:.3f}, {looked}{speed}, {100 * summary.progress:.0f} %"
+    return f"epoch {summary.epoch}: loss {summary.loss:.3f}, {quality}{speed}, {100 * summary.progress:.0f} %"
 
 
 def finishing_seconds(run: Run, probe: LinearProbe, roles: Roles) -> float:

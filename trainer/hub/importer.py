@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import numpy as np
@@ -105,8 +106,6 @@ def _folder(source: str, trust_pickles: bool) -> Path:
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:
     """The weights of a hub folder, float32; a torch file is loaded with weights only, so that no code in it runs."""
-    import pickle
-
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -126,15 +125,7 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
             tensors = loaded.get("state_dict", loaded.get("model", loaded))
         return {key: value.float().numpy() for key, value in tensors.items()}
-    except (
-        SafetensorError,
-        OSError,
-        RuntimeError,
-        ValueError,
-        AttributeError,
-        EOFError,
-        pickle.UnpicklingError,
-    ) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError, EOFError, UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HubError(f"{path} holds no weights that can be loaded without running code in it: {reason}") from error
 

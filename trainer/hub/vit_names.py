@@ -26,7 +26,7 @@ INSIDE = {
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
-"""Likewise of the modules of a block; query, key and value are one tensor in timm."""
+"""timm's name of a module of a block, and transformers'; query, key and value are one tensor in timm."""
 
 
 class HubError(CheckpointError):
@@ -39,22 +39,22 @@ def from_transformers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     Raises:
         HubError: A tensor is missing or unknown.
     """
-    left = {re.sub(r"^(module\.)?(vit\.)?", "", key): value for key, value in tensors.items()}
-    left = {key: value for key, value in left.items() if not key.startswith(("pooler.", "classifier."))}
+    rest = {re.sub(r"^(module\.)?(vit\.)?", "", key): value for key, value in tensors.items()}
+    rest = {key: value for key, value in rest.items() if not key.startswith(("pooler.", "classifier."))}
     try:
-        state = {ours: left.pop(theirs) for ours, theirs in OUTSIDE.items()}
-        depth = 1 + max(int(key.split(".")[2]) for key in left if key.startswith("encoder.layer."))
+        state = {ours: rest.pop(theirs) for ours, theirs in OUTSIDE.items()}
+        depth = 1 + max(int(key.split(".")[2]) for key in rest if key.startswith("encoder.layer."))
         for i in range(depth):
             theirs, ours = f"encoder.layer.{i}.", f"blocks.{i}."
             for end in ("weight", "bias"):
                 parts = [f"{theirs}attention.attention.{part}.{end}" for part in ("query", "key", "value")]
-                if end == "weight" or parts[0] in left:  # qkv_bias may be off
-                    state[f"{ours}attn.qkv.{end}"] = np.concatenate([left.pop(part) for part in parts])  # (3 d, ...)
-                state |= {f"{ours}{a}.{end}": left.pop(f"{theirs}{b}.{end}") for a, b in INSIDE.items()}
+                if end == "weight" or parts[0] in rest:  # qkv_bias may be off
+                    state[f"{ours}attn.qkv.{end}"] = np.concatenate([rest.pop(part) for part in parts])  # (3 d, ...)
+                state |= {f"{ours}{a}.{end}": rest.pop(f"{theirs}{b}.{end}") for a, b in INSIDE.items()}
     except (KeyError, ValueError) as error:
         raise HubError(f"the weights are not those of a transformers ViTModel: {error} is missing") from error
-    if left:
-        raise HubError(f"the weights hold tensors that a plain ViTModel has not: {', '.join(sorted(left)[:3])}")
+    if rest:
+        raise HubError(f"the weights hold tensors that a plain ViTModel has not: {', '.join(sorted(rest)[:3])}")
     return state
 
 
@@ -64,21 +64,21 @@ def to_transformers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     Raises:
         HubError: The backbone has tensors that a plain ViT has not.
     """
-    left = dict(state)
+    rest = dict(state)
     try:
-        tensors = {theirs: left.pop(ours) for ours, theirs in OUTSIDE.items()}
-        for i in range(1 + max(int(key.split(".")[1]) for key in left if key.startswith("blocks."))):
+        tensors = {theirs: rest.pop(ours) for ours, theirs in OUTSIDE.items()}
+        for i in range(1 + max(int(key.split(".")[1]) for key in rest if key.startswith("blocks."))):
             theirs, ours = f"encoder.layer.{i}.", f"blocks.{i}."
             for end in ("weight", "bias"):
-                if end == "weight" or f"{ours}attn.qkv.bias" in left:
-                    thirds = np.split(left.pop(f"{ours}attn.qkv.{end}"), 3)
+                if end == "weight" or f"{ours}attn.qkv.bias" in rest:
+                    thirds = np.split(rest.pop(f"{ours}attn.qkv.{end}"), 3)
                     for part, third in zip(("query", "key", "value"), thirds, strict=True):
                         tensors[f"{theirs}attention.attention.{part}.{end}"] = third
-                tensors |= {f"{theirs}{b}.{end}": left.pop(f"{ours}{a}.{end}") for a, b in INSIDE.items()}
+                tensors |= {f"{theirs}{b}.{end}": rest.pop(f"{ours}{a}.{end}") for a, b in INSIDE.items()}
     except (KeyError, ValueError) as error:
         raise HubError(f"only a plain ViT can be written in the hub's layout: {error} is missing") from error
-    if left:
-        raise HubError(f"only a plain ViT can be written in the hub's layout; this has {', '.join(sorted(left)[:3])}")
+    if rest:
+        raise HubError(f"only a plain ViT can be written in the hub's layout; this has {', '.join(sorted(rest)[:3])}")
     return tensors
 
 

@@ -5,8 +5,6 @@ Farid, "Exposing digital forgeries in color filter array interpolated images", I
 add noise that grows with the light (Foi et al., "Practical Poissonian-Gaussian noise modeling", IEEE TIP 2008).
 """
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 

@@ -5,8 +5,6 @@ fixed by the generator's name, as the weights of a trained network are (Marra et
 fingerprints?", MIPR 2019). None is a neural network, and nothing here says how well a real generator is detected.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 
@@ -30,11 +28,11 @@ def generate(generator: str, scene: np.ndarray, rng: np.random.Generator) -> np.
         Display values, shape (h, w, 3), float32, 0 to 1.
     """
     picture = tone(cv2.GaussianBlur(scene, (0, 0), rng.uniform(0.35, 0.7)), rng)
-    drawn = GENERATORS[generator](picture, rng) @ _colours(generator).T  # (h, w, 3)
+    image = GENERATORS[generator](picture, rng) @ _colours(generator).T  # (h, w, 3)
     # Grain is imitated, but not its origin in a mosaic of colours.
-    drawn += rng.standard_normal(picture.shape[:2], np.float32)[..., None] * np.float32(rng.uniform(0.004, 0.02))
+    image += rng.standard_normal(picture.shape[:2], np.float32)[..., None] * np.float32(rng.uniform(0.004, 0.02))
     black, white = np.float32(rng.uniform(0.01, 0.06)), np.float32(rng.uniform(0.91, 0.99))
-    return np.asarray(black + (white - black) * drawn.clip(0, 1))
+    return np.asarray(black + (white - black) * image.clip(0, 1))
 
 
 @cache
@@ -155,9 +153,9 @@ def _latent(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     basis = _cosines()
     code = basis @ windows @ basis.T
     frequency = np.add.outer(np.arange(n), np.arange(n))
-    kept = rng.integers(5, 9)
+    cutoff = rng.integers(5, 9)
     invented = np.where(rng.random((*code.shape[:2], 1, n, n)) < 0.5, -1, 1).astype(np.float32)
-    code *= np.where(frequency < kept, np.float32(1), np.float32(rng.uniform(0.9, 1.1)) * invented)
+    code *= np.where(frequency < cutoff, np.float32(1), np.float32(rng.uniform(0.9, 1.1)) * invented)
     patches = basis.T @ code @ basis
     ramp = np.sin(np.pi * (np.arange(n) + 0.5) / n).astype(np.float32) ** 2
     patches *= ramp[:, None] * ramp

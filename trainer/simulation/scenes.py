@@ -6,8 +6,6 @@ spectrum of natural images (Field, JOSA A 1987). Networks learn useful features 
 al., "Learning to see by looking at noise", NeurIPS 2021).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import cv2
@@ -94,12 +92,12 @@ class _Leaves:
     """What is to be painted, from the back to the front; number 0 is the sky.
 
     Attributes:
-        shown: Which of them each pixel shows, shape (h, w).
+        owner: The number of the one that each pixel shows, shape (h, w).
         kind, radius, angle: Shape (n,).
         centre: Shape (n, 2).
     """
 
-    shown: np.ndarray
+    owner: np.ndarray
     kind: np.ndarray
     radius: np.ndarray
     angle: np.ndarray
@@ -113,10 +111,10 @@ def render(theme: Theme, width: int, height: int, rng: np.random.Generator) -> n
     light = _shade(theme, leaves, rng)
     light *= 1 + _texture(theme, leaves, rng)
     light *= _shadows(theme, leaves, rng)
-    image = np.take(_albedo(theme, leaves, rng), leaves.shown, axis=0) * np.maximum(light, 0.02)[..., None]  # (h, w, 3)
+    image = np.take(_albedo(theme, leaves, rng), leaves.owner, axis=0) * np.maximum(light, 0.02)[..., None]  # (h, w, 3)
     mix = np.linspace(0, 1, h, dtype=np.float32)[:, None]
     sky = (theme.sky[0] * (1 - mix) + theme.sky[1] * mix).astype(np.float32)[:, None]
-    image = np.where((leaves.shown == 0)[..., None], sky * np.maximum(light, 0.02)[..., None], image)
+    image = np.where((leaves.owner == 0)[..., None], sky * np.maximum(light, 0.02)[..., None], image)
     image = cv2.resize(_defocus(image, leaves, rng), (width, height), interpolation=cv2.INTER_AREA)
     return np.asarray(np.clip(image * np.float32(rng.uniform(0.7, 1.4)), 0, 1))
 
@@ -137,16 +135,16 @@ def _scatter(theme: Theme, w: int, h: int, rng: np.random.Generator) -> _Leaves:
     angle = rng.uniform(0, 2 * np.pi, n)
     ridges = [_ridge(0.25 + 0.15 * i + rng.uniform(-0.08, 0.08), w, h, rng) for i in range(theme.ridges)]
     outlines = [*ridges, *(_outlines(kind, radius, angle, rng) + centre[:, None])]
-    shown = np.zeros((h, w), np.int32)
+    owner = np.zeros((h, w), np.int32)
     for number, outline in enumerate(outlines, start=1):
-        cv2.fillPoly(shown, [np.rint(outline * 16).astype(np.int32)], number, lineType=cv2.LINE_8, shift=4)
+        cv2.fillPoly(owner, [np.rint(outline * 16).astype(np.int32)], number, lineType=cv2.LINE_8, shift=4)
     before = 1 + len(ridges)
     return _Leaves(
-        shown.astype(np.intp),
-        np.concatenate([np.full(before, _RIDGE), kind]),
-        np.concatenate([np.full(before, side), radius]).astype(np.float32),
-        np.concatenate([np.zeros(before), angle]).astype(np.float32),
-        np.concatenate([np.full((before, 2), (w / 2, h / 2)), centre]).astype(np.float32),
+        owner=owner.astype(np.intp),
+        kind=np.concatenate([np.full(before, _RIDGE), kind]),
+        radius=np.concatenate([np.full(before, side), radius]).astype(np.float32),
+        angle=np.concatenate([np.zeros(before), angle]).astype(np.float32),
+        centre=np.concatenate([np.full((before, 2), (w / 2, h / 2)), centre]).astype(np.float32),
     )
 
 
@@ -194,14 +192,14 @@ def _albedo(theme: Theme, leaves: _Leaves, rng: np.random.Generator) -> np.ndarr
 
 def _shade(theme: Theme, leaves: _Leaves, rng: np.random.Generator) -> np.ndarray:
     """Brightness by the surface's slope, shape (h, w): discs and rocks are domes, blades folded, the rest is flat."""
-    n, (h, w) = len(leaves.kind), leaves.shown.shape
+    n, (h, w) = len(leaves.kind), leaves.owner.shape
     dome = np.isin(leaves.kind, (_DISC, _ROCK)) * rng.uniform(0.2, 1.0, n)
     fold = (leaves.kind == _BLADE) * rng.uniform(0.0, 0.35, n)
     slope = rng.normal(0, 0.25, (n, 2)) + 0.3 * np.array([np.cos(theme.light), np.sin(theme.light)])
     columns = (leaves.centre, 1 / leaves.radius[:, None], slope, dome[:, None], fold[:, None])
     across = np.stack([-np.sin(leaves.angle), np.cos(leaves.angle)], 1)
     table = np.concatenate([*columns, across], 1).astype(np.float32)  # (n, 9)
-    cx, cy, scale, sx, sy, dome_, fold_, ax, ay = np.take(table.T, leaves.shown, axis=1)  # each (h, w)
+    cx, cy, scale, sx, sy, dome_, fold_, ax, ay = np.take(table.T, leaves.owner, axis=1)  # each (h, w)
     dx = (np.arange(w, dtype=np.float32)[None] - cx) * scale
     dy = (np.arange(h, dtype=np.float32)[:, None] - cy) * scale
     shade = 1 + dx * sx + dy * sy + fold_ * np.tanh(6 * (dx * ax + dy * ay))
@@ -212,7 +210,7 @@ def _shade(theme: Theme, leaves: _Leaves, rng: np.random.Generator) -> np.ndarra
 
 def _texture(theme: Theme, leaves: _Leaves, rng: np.random.Generator) -> np.ndarray:
     """A relative change of brightness, shape (h, w): each leaf shows its own place of one of three 1/f fields."""
-    n, (h, w) = len(leaves.kind), leaves.shown.shape
+    n, (h, w) = len(leaves.kind), leaves.owner.shape
     f = np.hypot(np.fft.fftfreq(_TILE)[:, None], np.fft.rfftfreq(_TILE)[None])
     f[0, 0] = 1
     spectrum = np.fft.rfft2(rng.standard_normal((_TILE, _TILE), dtype=np.float32))
@@ -221,21 +219,21 @@ def _texture(theme: Theme, leaves: _Leaves, rng: np.random.Generator) -> np.ndar
     amplitude = (theme.texture * rng.gamma(2.0, 0.5, n)).astype(np.float32)
     place = np.stack([rng.integers(0, 3, n) * _TILE * _TILE, *rng.integers(0, _TILE, (2, n))], 1).astype(np.int32)
     place[0, 0], amplitude[0] = 2 * _TILE * _TILE, 0.5 * theme.texture  # the sky has soft clouds
-    field, row, column = np.take(place.T, leaves.shown, axis=1)  # each (h, w)
+    field, row, column = np.take(place.T, leaves.owner, axis=1)  # each (h, w)
     rows = (np.arange(h, dtype=np.int32)[:, None] + row) % _TILE
     columns = (np.arange(w, dtype=np.int32)[None] + column) % _TILE
-    return np.asarray(np.take(stack, field + rows * _TILE + columns) * np.take(amplitude, leaves.shown))
+    return np.asarray(np.take(stack, field + rows * _TILE + columns) * np.take(amplitude, leaves.owner))
 
 
 def _shadows(theme: Theme, leaves: _Leaves, rng: np.random.Generator) -> np.ndarray:
     """How much light reaches each pixel, shape (h, w): higher leaves cast soft shadows and darken the gaps."""
-    h, w = leaves.shown.shape
-    height = leaves.shown.astype(np.float32)
+    h, w = leaves.owner.shape
+    height = leaves.owner.astype(np.float32)
     reach = rng.uniform(0.01, 0.04) * w
     shift = np.array([[1, 0, -reach * np.cos(theme.light)], [0, 1, -reach * np.sin(theme.light)]], np.float32)
     caster = cv2.warpAffine(height, shift, (w, h), flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
-    reached = (caster > height) & (height > 0)
-    soft = cv2.GaussianBlur(reached.astype(np.float32), (0, 0), 0.3 * reach + 1)
+    shaded = (caster > height) & (height > 0)
+    soft = cv2.GaussianBlur(shaded.astype(np.float32), (0, 0), 0.3 * reach + 1)
     around = cv2.blur(height, (int(0.06 * w) | 1,) * 2)
     gaps = np.clip((around - height) / max(1.0, float(height.max())), 0, 1)
     gaps[height == 0] = 0
@@ -247,6 +245,6 @@ def _defocus(image: np.ndarray, leaves: _Leaves, rng: np.random.Generator) -> np
     n = len(leaves.kind)
     if rng.random() < 2 / 3 or n < 4:
         return image
-    behind = (leaves.shown < int(rng.uniform(0.2, 0.7) * n)).astype(np.float32)
+    behind = (leaves.owner < int(rng.uniform(0.2, 0.7) * n)).astype(np.float32)
     far = np.asarray(cv2.GaussianBlur(behind, (0, 0), 1.0))[..., None]
     return np.asarray(image * (1 - far) + cv2.GaussianBlur(image, (0, 0), rng.uniform(1.5, 4.0)) * far)

@@ -5,8 +5,6 @@ same theme that carries the trace of one kind of generator. All images of a reco
 quality, so that these tell nothing.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import os
@@ -32,9 +30,9 @@ from trainer.simulation.camera import photograph
 from trainer.simulation.fingerprints import GENERATORS, generate
 from trainer.simulation.scenes import draw_theme, render
 
-SEEN = ("sim-upconv", "sim-nearest", "sim-bilinear", "sim-latent")
-UNSEEN = ("sim-spectral",)
-COLUMNS = ("path", "label", "generator", "split", "source", "group")
+SEEN_GENERATORS = ("sim-upconv", "sim-nearest", "sim-bilinear", "sim-latent")
+UNSEEN_GENERATORS = ("sim-spectral",)
+MANIFEST_COLUMNS = ("path", "label", "generator", "split", "source", "group")
 
 # Other pictures under the same settings need another number.
 _VERSION = 1
@@ -78,7 +76,7 @@ def simulate(
         output: A new or empty folder.
         records: Three of ten are for the split `test`.
         size: Sides vary around this many pixels.
-        seed: Of everything.
+        seed: Decides everything.
         workers: Processes; by default one per core, none for a few records.
         progress: Whether to show how far it is on stderr.
 
@@ -93,8 +91,8 @@ def simulate(
             f"records is {records}, size {size}, seed {seed}; expected at least 1 record, 64 pixels and a seed from 0"
         )
     output, settings = Path(os.path.abspath(output)), _Settings(records, size, seed)  # noqa: PTH100 - keeps links
-    if (done := _existing(output, settings)) is not None:
-        return done
+    if (counts := _existing(output, settings)) is not None:
+        return counts
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.parent / f".{output.name}.{os.getpid()}.partial"
     aside.mkdir()
@@ -102,7 +100,7 @@ def simulate(
         rows = _draw(aside, settings, workers, progress)
         counts = dict(Counter(row["split"] for row in rows))
         with (aside / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            table = csv.DictWriter(file, MANIFEST_COLUMNS, lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
         (aside / "README.txt").write_text(_readme(settings), encoding="utf-8")
@@ -110,7 +108,7 @@ def simulate(
         try:
             aside.rename(output)
         except OSError as error:  # another process was faster
-            if (done := _existing(output, settings)) is None:
+            if (counts := _existing(output, settings)) is None:
                 raise SimulationError(f"cannot write {output} ({error.strerror})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -122,27 +120,25 @@ def _existing(output: Path, settings: _Settings) -> dict[str, int] | None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     try:
-        found: dict[str, Any] = json.loads((output / "simulation.json").read_text())
+        description: dict[str, Any] = json.loads((output / "simulation.json").read_text())
     except (OSError, ValueError) as error:
         raise SimulationError(f"{output} exists and is no simulation: choose another folder") from error
-    images: dict[str, int] = found.pop("images", {})
-    if found != asdict(settings):
-        given, there = (", ".join(f"{k} {v}" for k, v in s.items()) for s in (asdict(settings), found))
-        raise SimulationError(
-            f"{output} holds another simulation ({there}; asked: {given}): remove it, or choose another"
-        )
+    images: dict[str, int] = description.pop("images", {})
+    if description != asdict(settings):
+        new, old = (", ".join(f"{k} {v}" for k, v in s.items()) for s in (asdict(settings), description))
+        raise SimulationError(f"{output} holds another simulation ({old}; asked: {new}): remove it, or choose another")
     return images
 
 
 def _readme(settings: _Settings) -> str:
     texts = [f"{name}: {' '.join((draw.__doc__ or '').split())}" for name, draw in GENERATORS.items()]
     about = "\n\n".join(fill(text, 116, initial_indent="  ", subsequent_indent="    ") for text in texts)
-    return _README.format(generators=about, unseen=", ".join(UNSEEN), **asdict(settings))
+    return _README.format(generators=about, unseen=", ".join(UNSEEN_GENERATORS), **asdict(settings))
 
 
 def _draw(folder: Path, settings: _Settings, workers: int | None, progress: bool) -> list[dict[str, str]]:
     """Draw all records; the rows of the manifest, in order."""
-    for name in ("real", *(f"fake/{generator}" for generator in (*SEEN, *UNSEEN))):
+    for name in ("real", *(f"fake/{generator}" for generator in (*SEEN_GENERATORS, *UNSEEN_GENERATORS))):
         (folder / name).mkdir(parents=True)
     if workers is None:
         workers = 1 if settings.records < 16 else len(os.sched_getaffinity(0))
@@ -174,16 +170,16 @@ def _draw_record(folder: Path, settings: _Settings, record: int) -> list[dict[st
     width, height = (16 * round(settings.size * rng.uniform(0.8, 1.2) / 16) for _ in range(2))
     suffix, options = _draw_encoding(rng)
     rows = []
-    for number, generator in enumerate([None, *SEEN, *(UNSEEN if test else ())]):
-        own = np.random.default_rng([settings.seed, record, 1 + number])
-        scene = render(theme, width, height, own)
-        picture = photograph(scene, own) if generator is None else generate(generator, scene, own)
+    for number, generator in enumerate([None, *SEEN_GENERATORS, *(UNSEEN_GENERATORS if test else ())]):
+        image_rng = np.random.default_rng([settings.seed, record, 1 + number])
+        scene = render(theme, width, height, image_rng)
+        picture = photograph(scene, image_rng) if generator is None else generate(generator, scene, image_rng)
         path = f"fake/{generator}/{record:06d}{suffix}" if generator else f"real/{record:06d}{suffix}"
         Image.fromarray(np.rint(picture * 255).astype(np.uint8)).save(folder / path, **options)
-        split = "unseen" if generator in UNSEEN else "test" if test else "train"
+        split = "unseen" if generator in UNSEEN_GENERATORS else "test" if test else "train"
         label = "fake" if generator else "real"
         group = f"sim-{settings.seed}-{record:06d}"
-        rows.append(dict(zip(COLUMNS, (path, label, generator or "", split, "simulated", group), strict=True)))
+        rows.append(dict(zip(MANIFEST_COLUMNS, (path, label, generator or "", split, "simulated", group), strict=True)))
     return rows
 
 

@@ -200,7 +200,7 @@ def test_patch_subsets_keep_the_class_token_and_repeat_by_seed() -> None:
     subset = PatchSubset(most=3, prefix=1)
     tokens = torch.arange(2 * 9.0).view(2, 9, 1)
     assert subset(tokens) is tokens  # nothing is dropped outside of training
-    with subset.drawn_by(1):
+    with subset.seeded(1):
         kept, others = subset(tokens), subset(tokens)
         assert subset(tokens[:, :4]).shape == (2, 4, 1)
     assert kept.shape == (2, 4, 1)
@@ -209,9 +209,9 @@ def test_patch_subsets_keep_the_class_token_and_repeat_by_seed() -> None:
         assert len(set(row)) == 4
         assert set(row) <= set(all_of_it)
     assert not torch.equal(kept, others)
-    with subset.drawn_by(1):
+    with subset.seeded(1):
         assert torch.equal(subset(tokens), kept)
-    with subset.drawn_by(2):
+    with subset.seeded(2):
         assert not torch.equal(subset(tokens), kept)
     assert subset(tokens) is tokens
 

@@ -293,7 +293,7 @@ def test_early_stopping_keeps_the_best_epoch(tiny: FitSettings, monkeypatch: pyt
     capture = Run.capture
 
     def remember(self: Run) -> None:
-        weights.append({key: value.clone() for key, value in self.kept.backbone.state_dict().items()})
+        weights.append({key: value.clone() for key, value in self.result.backbone.state_dict().items()})
         capture(self)
 
     monkeypatch.setattr(LinearProbe, "score", score)
@@ -458,7 +458,7 @@ def one_update(settings: FitSettings) -> tuple[Run, dict[str, torch.Tensor]]:
 def test_the_average_moves_towards_the_weights_by_its_decay(tiny: FitSettings) -> None:
     run, before = one_update(replace(tiny, ema=0.9))
     assert run.average is not None
-    assert run.kept is run.average
+    assert run.result is run.average
     decay = min(0.9, 1 / 10)  # of the first update: a young average forgets its start sooner
     moved = 0
     for name, after in run.objective.state_dict().items():

@@ -18,7 +18,7 @@ from trainer.images import decode_image
 from trainer.simulation.camera import photograph, sharpen, tone
 from trainer.simulation.fingerprints import GENERATORS, generate
 from trainer.simulation.scenes import draw_theme, render
-from trainer.simulation.simulate import COLUMNS, SEEN, UNSEEN, SimulationError, simulate
+from trainer.simulation.simulate import MANIFEST_COLUMNS, SEEN_GENERATORS, UNSEEN_GENERATORS, SimulationError, simulate
 
 RECORDS = 30
 
@@ -42,7 +42,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 def test_a_record_is_one_real_image_and_one_of_each_generator(simulated: Path) -> None:
     table = rows(simulated)
-    assert tuple(table[0]) == COLUMNS
+    assert tuple(table[0]) == MANIFEST_COLUMNS
     records = defaultdict(list)
     for row in table:
         records[row["group"]].append(row)
@@ -50,13 +50,13 @@ def test_a_record_is_one_real_image_and_one_of_each_generator(simulated: Path) -
     for record in records.values():
         splits = {row["generator"]: row["split"] for row in record}
         assert splits in (
-            {"": "train"} | dict.fromkeys(SEEN, "train"),
-            {"": "test"} | dict.fromkeys(SEEN, "test") | dict.fromkeys(UNSEEN, "unseen"),
+            {"": "train"} | dict.fromkeys(SEEN_GENERATORS, "train"),
+            {"": "test"} | dict.fromkeys(SEEN_GENERATORS, "test") | dict.fromkeys(UNSEEN_GENERATORS, "unseen"),
         )
         assert {row["label"] for row in record if row["generator"]} == {"fake"}
     assert Counter(row["split"] for row in table) == {"train": 21 * 5, "test": 9 * 5, "unseen": 9}
-    assert len(SEEN) >= 4
-    assert set(GENERATORS) == {*SEEN, *UNSEEN}
+    assert len(SEEN_GENERATORS) >= 4
+    assert set(GENERATORS) == {*SEEN_GENERATORS, *UNSEEN_GENERATORS}
 
 
 def test_the_reader_takes_every_image(simulated: Path) -> None:
