@@ -100,11 +100,18 @@ class FileFacts:
     jpeg_quality: int | None
 
 
-def decode_image(data: bytes, *, max_pixels: int = 50_000_000) -> tuple[Image.Image, FileFacts]:
+def decode_image(
+    data: bytes, *, max_pixels: int = 50_000_000, sha256: str | None = None
+) -> tuple[Image.Image, FileFacts]:
     """Decode to an upright RGB image, checking the size in the header before any pixel is decompressed.
 
     Of an animation the first frame counts. Transparency is laid on white, 16 bits are scaled to 8, CMYK is converted
     without its colour profile. Names of files and bytes behind the end of the image mean nothing.
+
+    Args:
+        data: The file.
+        max_pixels: Width times height may be so many.
+        sha256: The hash of `data` in hexadecimal, where the caller knows it.
 
     Raises:
         UnsupportedFormat: Not an image, or of a format outside `FORMATS`.
@@ -134,7 +141,7 @@ def decode_image(data: bytes, *, max_pixels: int = 50_000_000) -> tuple[Image.Im
     except Exception as error:
         raise UnreadableImage(f"truncated or broken {name} file ({_reason(error)})") from error
     return rgb, FileFacts(
-        sha256=hashlib.sha256(data).hexdigest(),
+        sha256=sha256 or hashlib.sha256(data).hexdigest(),
         bytes=len(data),
         width=rgb.width,
         height=rgb.height,

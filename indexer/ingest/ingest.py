@@ -195,7 +195,7 @@ class _Reader:
             if not self._is_settled(entry, known.get((entry.uri, entry.size, entry.mtime))):
                 yield entry
 
-    def _without_known_hashes(self, read: Sequence[tuple[Entry, bytes, str]]) -> Iterator[tuple[Entry, bytes]]:
+    def _without_known_hashes(self, read: Sequence[tuple[Entry, bytes, str]]) -> Iterator[tuple[Entry, bytes, str]]:
         hashes = [sha256 for _, _, sha256 in read]
         known = self.store.references.known_hashes(hashes, self.embedder.id)
         blocked = self.store.references.blocked_hashes(hashes)
@@ -203,7 +203,7 @@ class _Reader:
             if sha256 in blocked:
                 self._reject(entry, UnreadableImage(FORGOTTEN))
             elif not self._is_settled(entry, known.get(sha256)):
-                yield entry, data
+                yield entry, data, sha256
 
     def _is_settled(self, entry: Entry, known: Known | None) -> bool:
         """Whether nothing is left to do for this entry, given the row of its bytes."""
@@ -227,10 +227,10 @@ class _Reader:
             return None
         return entry, data, hashlib.sha256(data).hexdigest()
 
-    def _decode(self, file: tuple[Entry, bytes]) -> Prepared | None:
-        entry, data = file
+    def _decode(self, file: tuple[Entry, bytes, str]) -> Prepared | None:
+        entry, data, sha256 = file
         try:
-            image, facts = decode_image(data, max_pixels=self.max_pixels)
+            image, facts = decode_image(data, max_pixels=self.max_pixels, sha256=sha256)
             pixels = self.embedder.preprocess([image])[0]  # (3, s, s)
             kept = data if self.keep_bytes else None
             return Prepared(entry, facts, thumbnail(image), fingerprint(image), pixels, kept)
@@ -307,7 +307,7 @@ def new_reference(prepared: Prepared, vector: np.ndarray) -> NewReference:
         label=entry.label,
         generator=entry.generator,
         source=entry.source,
-        group=entry.group,
+        group=entry.group or facts.sha256,
         uri=entry.uri if prepared.data is None else None,
         file_bytes=facts.bytes,
         mtime=entry.mtime,

@@ -33,6 +33,7 @@ class Entry:
     Attributes:
         key: Its place in the data set, such as the relative path.
         group: Images that must not be split apart share it: one record, one scene, one prompt.
+            Empty where equal bytes alone belong together, as in uploads.
         label: 0 real, 1 fake.
         generator: What made a fake; none for a real image.
         source: The data set or feed it came from.
