@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from shlex import quote
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
@@ -24,6 +23,8 @@ console = Console(stderr=True)
 TRAINING = "cv2 huggingface_hub joblib matplotlib scipy sklearn tensorboard timm torch torchvision webdataset"
 EXTRAS = dict.fromkeys(TRAINING.split(), "train") | dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export")
 """The extra that brings a library which serving does without."""
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 FIRST_BATCH = 32
 """Images after which the time for all of them is estimated."""
 
@@ -56,20 +57,28 @@ def expected_failures() -> Iterator[None]:
     raise typer.Exit(1)
 
 
+def report(as_json: bool, document: object, *lines: str) -> None:
+    """Print what a command did: as one JSON document on stdout, or in lines on stderr."""
+    if as_json:
+        print(json.dumps(document))
+        return
+    for line in lines:
+        tell(line)
+
+
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(help="Folder to write images and manifest.csv into.")],
     records: Annotated[int, typer.Option(min=1, help="Real images; each generator makes as many fakes in turn.")] = 240,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 42,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a set of SIMULATED photographs and generated images, for demonstrations and tests."""
     with expected_failures():
         from trainer.simulation.simulate import simulate as write_images
 
-        report = write_images(out, records=records, seed=seed)
-    if as_json:
-        print(json.dumps(report))
+        images = write_images(out, records=records, seed=seed)
+    report(as_json, images)
 
 
 def options_of(settings: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -99,7 +108,7 @@ def options_of(settings: type[Any]) -> Callable[[Callable[..., None]], Callable[
 def fit(
     *,
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint of other settings.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: Json = False,
     **options: Any,
 ) -> None:
     """Train the embedding and its heads. Interrupted, the same command resumes; finished, it changes nothing."""
@@ -115,13 +124,11 @@ def fit(
     if "checkpoint" not in metrics:
         return  # one of several processes, of which the first reports
     folder = settings.output
-    if as_json:
-        print(json.dumps({"output": str(folder)} | metrics))
-        return
-    if metrics.get("unreadable"):
-        console.print(f"left out {metrics['unreadable']} unreadable images, named in {folder / 'unreadable.csv'}")
     scores = ", ".join(f"{head} {values['auroc']:.3f}" for head, values in metrics["validation"].items())
-    tell(f"{'reused' if metrics['reused'] else 'wrote'} {folder}; validation AUROC: {scores or 'no images'}")
+    lines = [f"{'reused' if metrics['reused'] else 'wrote'} {folder}; validation AUROC: {scores or 'no images'}"]
+    if metrics.get("unreadable"):
+        lines.insert(0, f"left out {metrics['unreadable']} unreadable images, named in {folder / 'unreadable.csv'}")
+    report(as_json, {"output": str(folder)} | metrics, *lines)
 
 
 Checkpoint = Annotated[
@@ -138,8 +145,8 @@ def heads(
     views: Annotated[int, typer.Option(min=1, help="Embeddings per image, at most, the plain one included.")] = 8,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps the embeddings for the next call.")] = None,
     seed: Annotated[int, typer.Option(help="Of the augmentations.")] = 42,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Fit heads and calibration of a checkpoint again, from training and calibration images."""
     with expected_failures():
@@ -157,11 +164,10 @@ def heads(
                 cache=cache,
                 on_image=advance,
             )
-    report = {"heads": fitted.id, "images": fitted.settings["images"], "rejected": [asdict(r) for r in rejected]}
-    if as_json:
-        print(json.dumps(report))
-        return
-    tell(f"wrote heads {fitted.id} to {checkpoint}, fitted on {report['images']}; {len(rejected)} rejected")
+    counts = fitted.settings["images"]
+    document = {"heads": fitted.id, "images": counts, "rejected": [asdict(image) for image in rejected]}
+    line = f"wrote heads {fitted.id} to {checkpoint}, fitted on {counts}; {len(rejected)} rejected"
+    report(as_json, document, line)
 
 
 @app.command()
@@ -173,8 +179,8 @@ def evaluate(
     beside: Annotated[list[Path] | None, typer.Option(help="report.json of another checkpoint; repeatable.")] = None,
     published: Annotated[bool, typer.Option(help="Print the paper's figures: right on D3's test set only.")] = False,
     seed: Annotated[int, typer.Option(help="Fixes transforms and bootstraps.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Measure the checkpoint's own heads: plain, augmented, and with both labels recompressed alike.
 
@@ -215,21 +221,20 @@ def import_(
         Literal["center_crop", "resize_crop"], typer.Option(help="Of images; center_crop is the official inference.")
     ] = "center_crop",
     trust_pickles: Annotated[bool, typer.Option(help="Load pickled heads: they can run any code.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Turn weights in the hub's layout, the official ones among them, into a checkpoint."""
     with expected_failures():
+        from trainer.heads.calibration_set import refit_command
         from trainer.hub.importer import import_checkpoint
 
         imported = import_checkpoint(source, output, name=name, preprocess=preprocess, trust_pickles=trust_pickles)
-    if as_json:
-        print(json.dumps({"output": str(output)} | asdict(imported)))
-        return
-    tell(f"wrote checkpoint {imported.checkpoint} to {output}")
+    lines = [f"wrote checkpoint {imported.checkpoint} to {output}"]
     if imported.heads is None:
-        tell(f"no heads: fit them with `lineup train heads --checkpoint {quote(str(output))} --data IMAGES`")
+        lines.append(f"no heads: fit them with `{refit_command(output)}`")
     if imported.refused:
-        tell(f"left out pickled heads ({', '.join(imported.refused)}); --trust-pickles would run them")
+        lines.append(f"left out pickled heads ({', '.join(imported.refused)}); --trust-pickles would run them")
+    report(as_json, {"output": str(output)} | asdict(imported), *lines)
 
 
 @app.command()
@@ -237,7 +242,7 @@ def export(
     output: Annotated[Path, typer.Option(help="Folder to write; gets onnx/, openvino/ and hub/.")],
     checkpoint: Checkpoint,
     kinds: Annotated[str, typer.Option("--format", help="Comma list of onnx, openvino, hub.")] = "onnx,openvino,hub",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write the backbone for other runtimes."""
     formats = [kind.strip() for kind in kinds.split(",")]
@@ -249,10 +254,8 @@ def export(
         writers = {"onnx": export_onnx, "openvino": export_openvino, "hub": export_hub}
         for kind in formats:
             writers[kind](checkpoint, output / kind)
-    if as_json:
-        print(json.dumps({kind: str(output / kind) for kind in formats}))
-        return
-    tell(f"wrote {', '.join(str(output / kind) for kind in formats)}")
+    folders = {kind: str(output / kind) for kind in formats}
+    report(as_json, folders, f"wrote {', '.join(folders.values())}")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ the last hidden state at the CLS token. Their heads are pickles, which can run a
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ import numpy as np
 
 from trainer.heads.heads import Heads, LinearHead, NearestHead, OneClassHead, unit_length
 from trainer.hub.vit_names import HubError, architecture_args, from_transformers
-from trainer.images import Preprocess
 from trainer.model.checkpoint import CheckpointConfig, CheckpointError, save_checkpoint
 from trainer.model.embedder import Embedder
 from trainer.model.seen_images import SEEN_FILE
@@ -63,16 +62,15 @@ def import_checkpoint(
     origin = hub.get("lineup", {})
     tensors = from_transformers(_tensors(folder))
     image_size = int(origin.get("image_size") or hub.get("image_size", 224))
-    config = CheckpointConfig(
-        name=name or origin.get("name") or source.rstrip("/").rpartition("/")[2],
-        image_size=image_size,
-        dim=int(hub["hidden_size"]),
-        preprocess=_preprocess(origin, image_size, preprocess),
-        architecture_args=architecture_args(hub),
-        training=origin.get("training", {}),
-        provenance=origin.get("provenance", {"source": source, "revision": _revision(folder)}),
-        licence=origin.get("licence") or _licence(folder),
-    )
+    derived = {
+        "name": source.rstrip("/").rpartition("/")[2],
+        "preprocess": {"mode": preprocess, "image_size": image_size},
+        "provenance": {"source": source, "revision": _revision(folder)},
+        "licence": _licence(folder),
+    }
+    fixed = {"image_size": image_size, "dim": int(hub["hidden_size"]), "architecture_args": architecture_args(hub)}
+    fixed |= {"name": name} if name else {}
+    config = CheckpointConfig.from_json(derived | origin | fixed)
     try:
         identity = save_checkpoint(output, tensors, config)
         (output / SEEN_FILE).unlink(missing_ok=True)  # of another checkpoint that was here
@@ -128,13 +126,6 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
     except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError, EOFError, UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HubError(f"{path} holds no weights that can be loaded without running code in it: {reason}") from error
-
-
-def _preprocess(origin: Mapping[str, Any], image_size: int, mode: Literal["center_crop", "resize_crop"]) -> Preprocess:
-    if "preprocess" not in origin:
-        return Preprocess(mode=mode, image_size=image_size)
-    values = dict(origin["preprocess"])
-    return Preprocess(**(values | {key: tuple(values[key]) for key in ("mean", "std")}))
 
 
 def _json(path: Path) -> dict[str, Any]:
