@@ -1,8 +1,5 @@
 """Fill, inspect and repair the store of reference images."""
 
-from __future__ import annotations
-
-import json
 import signal
 from contextlib import suppress
 from dataclasses import asdict
@@ -18,7 +15,6 @@ from indexer.commands import (
     CheckpointFolder,
     Device,
     checkpoint_of,
-    console,
     expected_failures,
     fail,
     opened,
@@ -30,14 +26,18 @@ from indexer.settings import Settings
 from indexer.store.checkpoints import with_active_folder
 from indexer.store.generators import GeneratorExists
 from indexer.terminal import (
+    answer,
     image_progress,
+    note,
+    save_report,
     tell_added,
     tell_agreement,
+    tell_audit,
+    tell_evaluation,
     tell_imported,
     tell_rebuilt,
     tell_removed,
     tell_status,
-    write_report,
 )
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -54,6 +54,7 @@ def handle_termination() -> None:
 
 
 @app.command()
+@expected_failures()
 def add(
     path: Annotated[Path, typer.Argument(help="A folder, manifest, archive or image; every layout is understood.")],
     label: Annotated[str | None, typer.Option(help="real or fake: all of PATH is of this kind.")] = None,
@@ -73,65 +74,59 @@ def add(
 
     At the end it says what the enrolment changed, and warns where facts of the files tell the labels apart.
     """
-    facts = {"family": family, "vendor": vendor, "version": version}
-    facts_given: dict[str, Any] = {name: value for name, value in facts.items() if value is not None}
-    if released_on is not None:
-        facts_given["released_on"] = released_on.date()
-    if facts_given and (generator is None or "," in generator):
+    options: dict[str, Any] = {"family": family, "vendor": vendor, "version": version}
+    options["released_on"] = released_on and released_on.date()
+    facts = {name: value for name, value in options.items() if value is not None}
+    if facts and (generator is None or "," in generator):
         fail("--family, --vendor, --version and --released-on need --generator with one name", 2)
-    with expected_failures():
-        from indexer.ingest.ingest import ingest
-        from indexer.measure.enrolment_effect import consequences
-        from trainer.data.datasets import read_dataset
-        from trainer.model.embedder import Embedder
+    from indexer.ingest.ingest import ingest
+    from indexer.measure.enrolment_effect import consequences
+    from trainer.data.datasets import read_dataset
+    from trainer.model.embedder import Embedder
 
-        settings = Settings.read(checkpoint=checkpoint, device=device)
-        choice: dict[str, Any] = {"split": split, "label": label, "generator": generator, "source": source}
-        entries = read_dataset(path, **choice)
-        with opened(settings) as store:
-            named = settings.checkpoint is not None
-            settings = with_active_folder(settings, store.checkpoints)
-            embedder = Embedder.load(settings.checkpoint_folder, device=settings.device, engine=settings.engine)
-            if facts_given and not dry_run:
-                with suppress(GeneratorExists):
-                    store.generators.create(str(generator))
-                store.generators.update(str(generator), facts_given)
-            with image_progress(console, lambda: read_dataset(path, **choice)) as advance:
-                report = ingest(
-                    entries,
-                    embedder,
-                    store,
-                    max_pixels=settings.max_pixels,
-                    generator=generator,
-                    source=source,
-                    dry_run=dry_run,
-                    while_active=not named,
-                    on_image=advance,
-                )
-            if not dry_run:
-                follower = renew_snapshot(settings, store, embedder.id)
-                if report["enrolment"] is not None:
-                    report |= consequences(settings, follower, report["enrolment"])
-                    store.enrolments.finish(report["enrolment"], report)
-            active = store.checkpoints.active()
-        if (report["rejected"] or report["conflicts"]) and not dry_run:
-            report["report"] = str(write_report(settings.home, "add", report))
-    if as_json:
-        print(json.dumps(report))
-    else:
-        tell_added(console, report, dry_run)
+    settings = Settings.read(checkpoint=checkpoint, device=device)
+    choice: dict[str, Any] = {"split": split, "label": label, "generator": generator, "source": source}
+    entries = read_dataset(path, **choice)
+    with opened(settings) as store:
+        named = settings.checkpoint is not None
+        settings = with_active_folder(settings, store.checkpoints)
+        embedder = Embedder.load(settings.checkpoint_folder, device=settings.device, engine=settings.engine)
+        if facts and not dry_run:
+            with suppress(GeneratorExists):
+                store.generators.create(str(generator))
+            store.generators.update(str(generator), facts)
+        with image_progress(lambda: read_dataset(path, **choice)) as advance:
+            report = ingest(
+                entries,
+                embedder,
+                store,
+                max_pixels=settings.max_pixels,
+                generator=generator,
+                source=source,
+                dry_run=dry_run,
+                while_active=not named,
+                on_image=advance,
+            )
+        if not dry_run:
+            follower = renew_snapshot(settings, store, embedder.id, folder=embedder.folder)
+            if report["enrolment"] is not None:
+                report |= consequences(settings, follower, report["enrolment"])
+                store.enrolments.finish(report["enrolment"], report)
+        active = store.checkpoints.active()
+    if (report["rejected"] or report["conflicts"]) and not dry_run:
+        report["report"] = str(save_report(settings.home, "add", report))
+    answer(as_json, report, lambda: tell_added(report, dry_run))
     if not dry_run and active is not None and active.id != embedder.id:
-        console.print(
+        note(
             f"note: {embedder.name} ({embedder.id}) is not the active checkpoint: the searches of {active.name} "
-            f"({active.id}), which is, do not find these images until `lineup index rebuild --checkpoint` with it",
-            markup=False,
-            soft_wrap=True,
+            f"({active.id}), which is, do not find these images until `lineup index rebuild --checkpoint` with it"
         )
     if len(report["rejected"]) == report["images"]:
         raise typer.Exit(1)
 
 
 @app.command()
+@expected_failures()
 def remove(
     ids: Annotated[list[int] | None, typer.Option("--id", help="One reference; may be repeated.")] = None,
     generator: Annotated[str | None, typer.Option(help="The generator and all its references.")] = None,
@@ -142,65 +137,57 @@ def remove(
 ) -> None:
     """Remove references: rows, thumbnails, vectors, and from every index that follows."""
     criteria = {"ids": ids or None, "source": source, "enrolment": enrolment}
-    chosen: dict[str, Any] = {name: value for name, value in criteria.items() if value is not None}
-    if len(chosen) + (generator is not None) != 1:
+    given: dict[str, Any] = {name: value for name, value in criteria.items() if value is not None}
+    if len(given) + (generator is not None) != 1:
         fail("give one of --id, --generator, --source and --enrolment", 2)
-    with expected_failures():
-        settings = Settings.read()
-        with opened(settings) as store:
-            if generator is not None:
-                removed = store.generators.delete(generator, forget=forget)
-            else:
-                removed = store.references.remove(**chosen, forget=forget)
-            followers = [renew_snapshot(settings, store, checkpoint_id) for checkpoint_id in removed.revisions]
+    settings = Settings.read()
+    with opened(settings) as store:
+        if generator is not None:
+            removed = store.generators.delete(generator, forget=forget)
+        else:
+            removed = store.references.remove(**given, forget=forget)
+        followers = [renew_snapshot(settings, store, checkpoint_id) for checkpoint_id in removed.revisions]
     report = {"removed": removed.references, "revisions": removed.revisions, "forgotten": forget}
     report["indexes"] = [
         {"checkpoint": one.checkpoint_id, "removed": removed.vectors[one.checkpoint_id]}
         | {"size": len(one.index), "snapshot": one.saved_revision}
         for one in followers
     ]
-    if as_json:
-        print(json.dumps(report))
-    else:
-        tell_removed(report)
+    answer(as_json, report, lambda: tell_removed(report))
 
 
 @app.command()
+@expected_failures()
 def status(checkpoint: CheckpointFolder = None, device: Device = None, as_json: AsJson = False) -> None:
     """What the store holds, and how far the index is."""
-    with expected_failures():
-        from indexer.measure.status import store_status
+    from indexer.measure.status import store_status
 
-        settings = Settings.read(checkpoint=checkpoint, device=device)
-        with opened(settings) as store:
-            one = serving_checkpoint(settings, store) if checkpoint is None else checkpoint_of(checkpoint, store)
-            found = store_status(settings, store, one)
-    if as_json:
-        print(json.dumps(found, default=str))
-    else:
-        tell_status(found)
+    settings = Settings.read(checkpoint=checkpoint, device=device)
+    with opened(settings) as store:
+        one = serving_checkpoint(settings, store) if checkpoint is None else checkpoint_of(checkpoint, store)
+        report = store_status(settings, store, one)
+    answer(as_json, report, lambda: tell_status(report))
 
 
 @app.command()
+@expected_failures()
 def check(checkpoint: CheckpointFolder = None, device: Device = None, as_json: AsJson = False) -> None:
     """Compare rows, index and snapshot of every checkpoint (or of one); exit code 0 only where they agree."""
-    with expected_failures():
-        from indexer.measure.check import compare
+    from indexer.measure.check import compare
 
-        settings = Settings.read(checkpoint=checkpoint, device=device)
-        with opened(settings) as store:
-            which = store.checkpoints.list() if checkpoint is None else [checkpoint_of(checkpoint, store)]
-            results = [compare(settings, store, one) for one in which]
-        agree = not any(result.problems for result in results)
-    if as_json:
-        print(json.dumps({"agree": agree, "checkpoints": [asdict(result) for result in results]}))
-    else:
-        tell_agreement(results)
+    settings = Settings.read(checkpoint=checkpoint, device=device)
+    with opened(settings) as store:
+        checkpoints = store.checkpoints.list() if checkpoint is None else [checkpoint_of(checkpoint, store)]
+        results = [compare(settings, store, one) for one in checkpoints]
+    agree = not any(result.problems for result in results)
+    report = {"agree": agree, "checkpoints": [asdict(result) for result in results]}
+    answer(as_json, report, lambda: tell_agreement(results))
     if not agree:
         raise typer.Exit(1)
 
 
 @app.command()
+@expected_failures()
 def rebuild(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Embed everything with this checkpoint, then make it the active one.")
@@ -214,37 +201,33 @@ def rebuild(
     That one is then what every command uses, and what running services change to by themselves, unless
     LINEUP_CHECKPOINT names another.
     """
-    with expected_failures():
-        settings = Settings.read(checkpoint=checkpoint, device=device)
-        report: dict[str, Any] = {}
-        with opened(settings) as store:
-            if checkpoint is not None:
-                from indexer.ingest.reembed import reembed
-                from trainer.model.embedder import Embedder
+    settings = Settings.read(checkpoint=checkpoint, device=device)
+    report: dict[str, Any] = {}
+    with opened(settings) as store:
+        if checkpoint is not None:
+            from indexer.ingest.reembed import reembed
+            from trainer.model.embedder import Embedder
 
-                embedder = Embedder.load(checkpoint, device=settings.device, engine=settings.engine)
-                todo = sum(store.references.counts().values()) - len(store.changes.embedded_ids(embedder.id))
-                with image_progress(console, total=todo) as advance:
-                    report = reembed(embedder, store, max_pixels=settings.max_pixels, partial=partial, on_image=advance)
-                if report["unreadable"]:
-                    report["report"] = str(write_report(settings.home, "rebuild", report))
-            report["indexes"] = [
-                {"checkpoint": one.id, "size": len(renew_snapshot(settings, store, one.id, anew=True).index)}
-                for one in store.checkpoints.list()
-            ]
-    if as_json:
-        print(json.dumps(report))
-    else:
-        tell_rebuilt(console, report)
+            embedder = Embedder.load(checkpoint, device=settings.device, engine=settings.engine)
+            todo = sum(store.references.counts().values()) - len(store.changes.embedded_ids(embedder.id))
+            with image_progress(total=todo) as advance:
+                report = reembed(embedder, store, max_pixels=settings.max_pixels, partial=partial, on_image=advance)
+            if report["unreadable"]:
+                report["report"] = str(save_report(settings.home, "rebuild", report))
+        report["indexes"] = [
+            {"checkpoint": one.id, "size": len(renew_snapshot(settings, store, one.id, anew=True).index)}
+            for one in store.checkpoints.list()
+        ]
+    answer(as_json, report, lambda: tell_rebuilt(report))
     named = Settings.read().checkpoint
     if checkpoint is not None and named is not None and named.resolve() != checkpoint.resolve():
-        note = f"note: where LINEUP_CHECKPOINT is {named}, as it is here, that goes on being used"
-        console.print(note, markup=False, soft_wrap=True)
+        note(f"note: where LINEUP_CHECKPOINT is {named}, as it is here, that goes on being used")
     if checkpoint is not None and not report["active"]:
         raise typer.Exit(1)
 
 
 @app.command()
+@expected_failures()
 def evaluate(
     data: Annotated[Path, typer.Option(help="Data set of any layout.")],
     split: Annotated[str, typer.Option(help="Comma list of splits.")] = "test,unseen",
@@ -260,119 +243,98 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """The trainer's tables with the index's heads: knn, nn1, linear, svm and combined, with thresholds and coverage."""
-    with expected_failures():
-        from indexer.measure.cache import keep, kept, question
-        from indexer.measure.index_evaluation import EvaluationError
-        from indexer.measure.index_evaluation import evaluate as measure
-        from indexer.measure_tables import tell_evaluation
-        from trainer.model.embedder import Embedder
+    from indexer.follower import Follower
+    from indexer.measure.index_evaluation import evaluate as measure
+    from indexer.measure.index_evaluation import evaluate_once
+    from trainer.model.embedder import Embedder
 
-        settings = Settings.read(checkpoint=checkpoint, device=device)
-        with opened(settings) as store, image_progress(console) as advance:
-            settings = with_active_folder(settings, store.checkpoints)
-            embedder = Embedder.load(settings.checkpoint_folder, device=settings.device, engine=settings.engine)
-            follower = renew_snapshot(settings, store, embedder.id)
-            asked = question(settings, follower, embedder, data, split, seed) if output else {}
-            found = kept(output, asked) if output else None
-            reused = found is not None
-            if found is None:
-                try:
-                    found = measure(settings, follower, embedder, data, split=split, seed=seed, on_image=advance)
-                except EvaluationError as error:
-                    fail(str(error))
-                if output:
-                    keep(output, asked, found)
+    settings = Settings.read(checkpoint=checkpoint, device=device)
+    with opened(settings) as store, image_progress() as advance:
+        settings = with_active_folder(settings, store.checkpoints)
+        embedder = Embedder.load(settings.checkpoint_folder, device=settings.device, engine=settings.engine)
+        follower = Follower(settings, store, embedder.id, embedder.dim)
+        follower.load()
+        follower.save()
+        images: dict[str, Any] = {"data": data, "split": split, "seed": seed, "on_image": advance}
+        if output is None:
+            evaluation, reused = measure(settings, follower, embedder, **images), False
+        else:
+            evaluation, reused = evaluate_once(settings, follower, embedder, file=output, **images)
     if reused:
-        reused_line = f"reused {output}, measured with these images, this checkpoint and these references"
-        console.print(reused_line, markup=False, soft_wrap=True)
-    for rejected in found.rejected:
-        console.print(f"rejected {rejected.file}: {rejected.reason}", markup=False, soft_wrap=True)
-    if as_json:
-        print(json.dumps(asdict(found)))
-    else:
-        tell_evaluation(found)
+        note(f"reused {output}, measured with these images, this checkpoint and these references")
+    for rejected in evaluation.rejected:
+        note(f"rejected {rejected.file}: {rejected.reason}")
+    answer(as_json, asdict(evaluation), lambda: tell_evaluation(evaluation))
 
 
 @app.command()
+@expected_failures()
 def audit(as_json: AsJson = False) -> None:
     """Whether facts of the files alone tell real from fake references, and near duplicates across labels."""
-    with expected_failures():
-        from indexer.measure.audit import AuditError
-        from indexer.measure.audit import audit as examine
-        from indexer.measure_tables import tell_audit
+    from indexer.measure.audit import audit as examine
 
-        with opened(Settings.read()) as store:
-            try:
-                found = examine(store)
-            except AuditError as error:
-                fail(str(error))
-    if as_json:
-        print(json.dumps(found))
-    else:
-        tell_audit(found)
+    with opened(Settings.read()) as store:
+        report = examine(store)
+    answer(as_json, report, lambda: tell_audit(report))
 
 
 @app.command("export")
+@expected_failures()
 def export_command(
     file: Annotated[Path, typer.Argument(help="File to write; what is there is replaced.")], as_json: AsJson = False
 ) -> None:
     """Write all references with the vectors of every checkpoint to one checksummed file."""
-    with expected_failures():
-        from indexer.ingest.exchange import export_references
+    from indexer.ingest.exchange import export_references
 
-        with (
-            opened(Settings.read()) as store,
-            image_progress(console, total=sum(store.references.counts().values())) as advance,
-        ):
-            report = export_references(store, file, advance)
-    print(json.dumps(report) if as_json else f"wrote {report['references']:,} references to {file}")
+    with (
+        opened(Settings.read()) as store,
+        image_progress(total=sum(store.references.counts().values())) as advance,
+    ):
+        report = export_references(store, file, advance)
+    answer(as_json, report, lambda: print(f"wrote {report['references']:,} references to {file}"))
 
 
 @app.command("import")
+@expected_failures()
 def import_command(
     file: Annotated[Path, typer.Argument(help="What `export` has written.")], as_json: AsJson = False
 ) -> None:
     """Add the references of such a file; those that are known already stay as they are."""
-    with expected_failures():
-        from indexer.ingest.exchange import import_references
+    from indexer.ingest.exchange import import_references
 
-        settings = Settings.read()
-        with opened(settings) as store:
-            with image_progress(console) as advance:
-                report = import_references(store, file, advance)
-            for checkpoint_id in report["checkpoints"]:
-                renew_snapshot(settings, store, checkpoint_id)
-        if report["conflicts"]:
-            report["report"] = str(write_report(settings.home, "import", report))
-    if as_json:
-        print(json.dumps(report))
-    else:
-        tell_imported(console, report)
+    settings = Settings.read()
+    with opened(settings) as store:
+        with image_progress() as advance:
+            report = import_references(store, file, advance)
+        for checkpoint_id in report["checkpoints"]:
+            renew_snapshot(settings, store, checkpoint_id)
+    if report["conflicts"]:
+        report["report"] = str(save_report(settings.home, "import", report))
+    answer(as_json, report, lambda: tell_imported(report))
 
 
 @app.command("migrate")
+@expected_failures()
 def migrate_command(
     revision: Annotated[str, typer.Argument(help="Where to; `base` drops everything.")] = "head",
     as_json: AsJson = False,
 ) -> None:
     """Bring the database's tables to this version (the embedded database does so by itself)."""
-    with expected_failures(), opened(Settings.read(), check=False) as store:
+    with opened(Settings.read(), check=False) as store:
         migrate(store.engine, revision)
         with store.engine.connect() as connection:
             schema = schema_revision(connection)
-    print(json.dumps({"schema": schema}) if as_json else f"schema at {schema or 'nothing'}")
+    answer(as_json, {"schema": schema}, lambda: print(f"schema at {schema or 'nothing'}"))
 
 
 @app.command("stop")
+@expected_failures()
 def stop_command(as_json: AsJson = False) -> None:
     """Stop the embedded database of this home, whoever uses it."""
-    with expected_failures():
-        settings = Settings.read()
-        stopped = stop(settings)
-    if as_json:
-        print(json.dumps({"stopped": stopped}))
-    else:
-        print("stopped" if stopped else f"no embedded database runs in {settings.home}")
+    settings = Settings.read()
+    stopped = stop(settings)
+    outcome = "stopped" if stopped else f"no embedded database runs in {settings.home}"
+    answer(as_json, {"stopped": stopped}, lambda: print(outcome))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """What every command of the indexer shares: options, expected failures, the store it opens, the snapshot it leaves."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,13 +9,13 @@ from typing import Annotated, NoReturn
 import psycopg
 import typer
 from alembic.util import CommandError
-from rich.console import Console
 from sqlalchemy.exc import DBAPIError
 
 from indexer.database.connection import DatabaseBehind, DatabaseUnreachable, connect
 from indexer.database.embedded import EmbeddedFailure
 from indexer.follower import Follower
 from indexer.ingest.exchange import BadExport
+from indexer.measure import NothingToMeasure
 from indexer.measure.calibrate import recalibrate
 from indexer.settings import Settings, SettingsError
 from indexer.store import Store
@@ -27,8 +25,6 @@ from indexer.store.writing import BadVector
 from trainer.data.entry import DatasetError
 from trainer.model.checkpoint import CheckpointError, read_id
 
-console = Console(stderr=True, highlight=False)
-
 REFUSALS = (
     psycopg.errors.InsufficientPrivilege,
     psycopg.errors.ReadOnlySqlTransaction,
@@ -37,7 +33,7 @@ REFUSALS = (
     psycopg.errors.UndefinedColumn,
 )
 """What a database raises that is another one than was meant, or does not let its user in."""
-TRAINING = ("cv2", "sklearn")
+MEASURING_LIBRARIES = ("cv2", "sklearn")
 """Libraries of the extra `train` that `evaluate` and `audit` use."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -50,6 +46,8 @@ def expected_failures() -> Iterator[None]:
     """What can go wrong without a fault of the program ends as one line on stderr and exit code 1."""
     try:
         yield
+    except BrokenPipeError:  # of stdout, whose reader has had enough: no failure of ours
+        raise
     except (DBAPIError, psycopg.Error) as error:
         reason = error.orig if isinstance(error, DBAPIError) else error
         if isinstance(reason, psycopg.errors.LockNotAvailable):
@@ -61,7 +59,7 @@ def expected_failures() -> Iterator[None]:
         fail(f"the database cannot do that: {reason}")
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
-        if library not in TRAINING:
+        if library not in MEASURING_LIBRARIES:
             raise
         fail(f'this command needs {library}, which is not installed: pip install "lineup[train]"')
     except (
@@ -72,6 +70,7 @@ def expected_failures() -> Iterator[None]:
         DatasetError,
         CheckpointError,
         BadExport,
+        NothingToMeasure,
         BadGeneratorName,
         GeneratorExists,
         BadVector,
@@ -118,19 +117,20 @@ def serving_checkpoint(settings: Settings, store: Store) -> Checkpoint | None:
     return store.checkpoints.active()
 
 
-def renew_snapshot(settings: Settings, store: Store, checkpoint_id: str, *, anew: bool = False) -> Follower:
+def renew_snapshot(
+    settings: Settings, store: Store, checkpoint_id: str, *, folder: Path | None = None, anew: bool = False
+) -> Follower:
     """Write the snapshot and the calibration of the index as the rows are now, and return the index.
 
     Args:
         settings: Where it lies.
         store: The rows.
         checkpoint_id: Whose index.
+        folder: See `recalibrate`.
         anew: Do not trust the snapshot that is there.
     """
     follower = Follower(settings, store, checkpoint_id, store.checkpoints.require(checkpoint_id).dim)
-    if anew:
-        follower.forget_snapshot()
-    follower.load()
+    follower.load(anew=anew)
     follower.save()
-    recalibrate(settings, follower)
+    recalibrate(settings, follower, folder)
     return follower

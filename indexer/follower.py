@@ -49,7 +49,7 @@ class Follower:
 
     Attributes:
         index: The index; a reload replaces it, so ask for it anew each time.
-        revision: Of the store, up to which the index is complete.
+        revision: The store's revision up to which the index is complete.
         active: The store's active checkpoint, which may be another one than is followed here.
         degraded: Whether following failed last time, mostly for want of the database; searches go on from memory.
         generator_names: Names by id.
@@ -93,8 +93,11 @@ class Follower:
         """Revision of the snapshot as it was read or written here; None where there is no good one."""
         return None if self._saved is None else self._saved[1]
 
-    def load(self) -> int:
+    def load(self, *, anew: bool = False) -> int:
         """Read the snapshot where it is good, then the rest from Postgres; returns the revision reached.
+
+        Args:
+            anew: Read everything from Postgres, and have `save` replace the snapshot.
 
         Raises:
             sqlalchemy.exc.DBAPIError: The database cannot be reached.
@@ -103,6 +106,8 @@ class Follower:
         with self._following:
             self._store_id = self.store.id()
             try:
+                if anew:
+                    raise BadSnapshot("so it was asked for")
                 index, header = VectorIndex.load(self.snapshot, self.settings.device)
                 self._check(header, index)
                 self.index, self.revision, self._landmark = index, header["revision"], header["landmark"]
@@ -124,11 +129,6 @@ class Follower:
             except AWAY as error:
                 self._lose(error)
                 raise
-
-    def forget_snapshot(self) -> None:
-        """Delete the snapshot, so that the next `load` reads everything from Postgres."""
-        self._store_id = self.store.id()
-        self.snapshot.unlink(missing_ok=True)
 
     def save(self) -> None:
         """Write the snapshot if it is out of date; commands that change references end with it.
@@ -176,14 +176,14 @@ class Follower:
 
         Generators' names match in upper and lower case. A name that is not known finds nothing.
         """
-        found = self.index.search(
+        neighbours = self.index.search(
             vectors,
             k,
             label=label,
             generator=_number(self.generator_names, generator, str.casefold),
             source=_number(self.source_names, source, str),
         )
-        return self.neighbours(found)
+        return self.neighbours(neighbours)
 
     def voters(
         self,
@@ -206,10 +206,10 @@ class Follower:
             vectors, depths(k, reals, fakes), exclude_ids=exclude_ids, exclude_each=exclude_each
         )
 
-    def neighbours(self, found: Neighbours) -> list[list[Neighbour]]:
+    def neighbours(self, arrays: Neighbours) -> list[list[Neighbour]]:
         """What arrays from the index say, with names; padding is left out."""
         generators, sources = self.generator_names, self.source_names
-        columns = (found.ids, found.labels, found.generators, found.sources, found.similarities)
+        columns = (arrays.ids, arrays.labels, arrays.generators, arrays.sources, arrays.similarities)
         return [
             [
                 Neighbour(number, label, generators.get(generator), sources[source], similarity)
@@ -227,11 +227,12 @@ class Follower:
             raise BadSnapshot(f"{self.snapshot} is of another history: the database was restored from a backup")
 
     def _catch_up(self) -> int:
-        asked = time.monotonic()
+        start = time.monotonic()
         store_id = self.store.id()
         target = self.store.checkpoints.revision(self.checkpoint_id)  # first: what commits later is for the next time
         names, active = self.store.generators.names(), self.store.checkpoints.active()
-        if store_id != self._store_id or target < self.revision or (self.degraded and not self._stands()):
+        restored = self.degraded and not self.store.changes.stands(self.checkpoint_id, self._landmark)
+        if store_id != self._store_id or target < self.revision or restored:
             log.warning("the database is another one, or was restored from a backup: loading all of it")
             index = VectorIndex(self.dim, self.settings.device)
             self._apply(index, 0, target)
@@ -243,11 +244,8 @@ class Follower:
         if self.degraded:
             log.warning("the database is back")
         self.revision, self.generator_names, self.active = target, names, active
-        self._complete_at, self.degraded = asked, False
+        self._complete_at, self.degraded = start, False
         return target
-
-    def _stands(self) -> bool:
-        return self.store.changes.stands(self.checkpoint_id, self._landmark)
 
     def _apply(self, index: VectorIndex, seen: int, target: int) -> None:
         """Bring an index from one revision to another. Repeating it after a failure half-way does no harm."""

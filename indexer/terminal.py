@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -15,14 +15,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.table import Table
 from rich.text import Text
 
+from indexer.measure.audit import RINGS
 from indexer.measure.check import Agreement
+from indexer.measure.enrolment_effect import NEIGHBOUR_HEADS
 from indexer.store.generators import GENERATOR_FACTS
 from trainer.data.entry import DatasetError
 from trainer.progress import Bar
 
-SHOWN = 10
-HEADS = ("knn", "nn1")
+if TYPE_CHECKING:  # its module needs libraries that only measuring uses
+    from indexer.measure.index_evaluation import Evaluation
+
+console = Console(stderr=True, highlight=False)
+
+SKIPPED_LINES = 10
+"""Skipped images that are told one by one; the report has all of them."""
 WHEN = ("before", "after", "held_back")
+EVALUATED_HEADS = ("knn", "nn1", "linear", "svm", "combined")
+TRANSFORMS = {"none": "plain", "transformed": "transformed", "equalised": "both labels recompressed alike"}
 
 
 class Speed(ProgressColumn):
@@ -39,14 +48,26 @@ def results() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 150)
 
 
+def answer(as_json: bool, document: Any, tell: Callable[[], None]) -> None:
+    """Print the result of a command: one JSON document, or what `tell` prints for people."""
+    if as_json:
+        print(json.dumps(document, default=str))
+    else:
+        tell()
+
+
+def note(line: str) -> None:
+    """One line on stderr, unbroken, in which brackets are no markup."""
+    console.print(line, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def image_progress(
-    console: Console, again: Callable[[], Iterable[object]] | None = None, total: int | None = None
+    again: Callable[[], Iterable[object]] | None = None, total: int | None = None
 ) -> Iterator[Callable[[], None]]:
     """A bar, see `Bar`, that the given function advances by one image.
 
     Args:
-        console: On stderr.
         again: Gives the images anew, to be counted in the background while the first of them are added.
         total: How many there are, where that is known.
     """
@@ -63,7 +84,7 @@ def image_progress(
         yield lambda: bar.advance(task)
 
 
-def write_report(home: Path, command: str, report: Mapping[str, Any]) -> Path:
+def save_report(home: Path, command: str, report: Mapping[str, Any]) -> Path:
     """Keep a command's report with everything that was skipped; returns where."""
     path = home / "reports" / f"{command}-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,17 +92,15 @@ def write_report(home: Path, command: str, report: Mapping[str, Any]) -> Path:
     return path
 
 
-def tell_added(console: Console, report: Mapping[str, Any], dry_run: bool) -> None:
+def tell_added(report: Mapping[str, Any], dry_run: bool) -> None:
     """The result of `add`; what was skipped goes to stderr."""
-    _tell_skipped(console, report, [f"rejected {item['file']}: {item['reason']}" for item in report["rejected"]])
-    _tell_skipped(console, report, [_conflict(item["file"], item) for item in report["conflicts"]])
+    _tell_skipped(report, [f"rejected {item['file']}: {item['reason']}" for item in report["rejected"]])
+    _tell_skipped(report, [_conflict(item["file"], item) for item in report["conflicts"]])
     verb = "would add" if dry_run else "added"
     kinds = ", ".join(f"{count} {name}" for name, count in sorted(report["generators"].items()))
     print(f"{verb} {report['added']} of {report['images']} images" + (f" ({kinds})" if kinds else ""))
-    skipped = {key: report[key] for key in ("known", "embedded")} | {
-        key: len(report[key]) for key in ("conflicts", "rejected")
-    }
-    print(", ".join(f"{key} {count}" for key, count in skipped.items()))
+    conflicts, rejected = len(report["conflicts"]), len(report["rejected"])
+    print(f"known {report['known']}, embedded {report['embedded']}, conflicts {conflicts}, rejected {rejected}")
     if not dry_run:
         speed = report["images"] / max(report["seconds"], 1e-3)
         enrolment = "" if report["enrolment"] is None else f", enrolment {report['enrolment']}"
@@ -89,12 +108,12 @@ def tell_added(console: Console, report: Mapping[str, Any], dry_run: bool) -> No
     if report.get("effect"):
         tell_effect(report["effect"])
     for warning in report.get("warnings", []):
-        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+        note(f"warning: {warning}")
 
 
 def tell_effect(effect: Mapping[str, Any]) -> None:
     """What an enrolment changed, as a table."""
-    columns = [f"{head} {when}".replace("_", " ") for head in HEADS for when in WHEN]
+    columns = [f"{head} {when}".replace("_", " ") for head in NEIGHBOUR_HEADS for when in WHEN]
     table = Table("recall", "images", *columns, box=SIMPLE)
     for row in effect["recall"]:
         table.add_row(row["generator"], str(row["images"]), *_shares(row))
@@ -104,7 +123,7 @@ def tell_effect(effect: Mapping[str, Any]) -> None:
 
 
 def _shares(row: Mapping[str, Any]) -> list[str]:
-    return [_share(row[head].get(when)) for head in HEADS for when in WHEN]
+    return [_share(row[head].get(when)) for head in NEIGHBOUR_HEADS for when in WHEN]
 
 
 def _share(value: float | None) -> str:
@@ -115,63 +134,60 @@ def _conflict(name: str, item: Mapping[str, str]) -> str:
     return f"conflict {name}: stored as {item['has']}, not as {item['wants']}"
 
 
-def _tell_skipped(console: Console, report: Mapping[str, Any], lines: Sequence[str]) -> None:
+def _tell_skipped(report: Mapping[str, Any], lines: Sequence[str]) -> None:
     """The first of these, and where all of them are."""
-    for line in lines[:SHOWN]:
-        console.print(line, markup=False, soft_wrap=True)
-    if len(lines) > SHOWN:
-        console.print(f"... and {len(lines) - SHOWN} more, see {report['report']}", markup=False, soft_wrap=True)
+    for line in lines[:SKIPPED_LINES]:
+        note(line)
+    if len(lines) > SKIPPED_LINES:
+        note(f"... and {len(lines) - SKIPPED_LINES} more, see {report['report']}")
 
 
 def tell_status(status: Mapping[str, Any]) -> None:
     """The result of `status`, as tables."""
-    console = results()
+    stdout = results()
     if status["checkpoint"] is None:
-        console.print(f"database {status['database']}: nothing was added yet", markup=False, soft_wrap=True)
+        stdout.print(f"database {status['database']}: nothing was added yet", markup=False, soft_wrap=True)
         return
-    index, references = status["index"], status["references"]
+    index, references, calibration = status["index"], status["references"], status["calibration"]
     facts = Table(box=None, show_header=False)
     facts.add_row("database", status["database"])
-    others = [one for one in status["checkpoints"] if one["id"] != status["checkpoint"]]
     facts.add_row("checkpoint", _checkpoint(status["name"], status["checkpoint"], status["active"]))
-    for one in others:
-        facts.add_row("beside it", _checkpoint(one["name"], one["id"], one["active"]))
+    for one in status["checkpoints"]:
+        if one["id"] != status["checkpoint"]:
+            facts.add_row("beside it", _checkpoint(one["name"], one["id"], one["active"]))
     facts.add_row("references", f"{references['real']} real, {references['fake']} fake; revision {status['revision']}")
     if status["not_embedded"]:
         facts.add_row("not embedded", f"{status['not_embedded']} references, which its searches do not find")
-    facts.add_row(
-        "index",
-        f"{index['kind']} on {index['device']}, {index['size']} vectors, recall@20 {index['recall']:.4g}; "
-        f"revision {index['revision']}",
-    )
-    calibration = status["calibration"]
-    facts.add_row(
-        "calibration",
-        "none yet"
-        if calibration is None
-        else f"{calibration['real']} real, {calibration['fake']} fake; revision {calibration['revision']}",
-    )
-    console.print(facts)
+    vectors = f"{index['kind']} on {index['device']}, {index['size']} vectors, recall@20 {index['recall']:.4g}"
+    facts.add_row("index", f"{vectors}; revision {index['revision']}")
+    fitted = "none yet"
+    if calibration is not None:
+        fitted = f"{calibration['real']} real, {calibration['fake']} fake; revision {calibration['revision']}"
+    facts.add_row("calibration", fitted)
+    stdout.print(facts)
     if status["not_embedded"]:
-        console.print("to embed them, with its folder: lineup index rebuild --checkpoint FOLDER", soft_wrap=True)
+        stdout.print("to embed them, with its folder: lineup index rebuild --checkpoint FOLDER", soft_wrap=True)
     for kind in ("generator", "source"):
         if rows := status[f"{kind}s"]:
-            facts_of = [name for name in GENERATOR_FACTS[1:] if any(row.get(name) for row in rows)]
-            table = Table(kind, "references", *facts_of, title=f"{kind}s", title_justify="left", box=SIMPLE)
+            columns = [name for name in GENERATOR_FACTS[1:] if any(row.get(name) for row in rows)]
+            table = _table(f"{kind}s", kind, "references", *columns)
             for row in rows:
-                table.add_row(row["name"], f"{row['references']:,}", *(str(row[name] or "") for name in facts_of))
-            console.print(table)
+                table.add_row(row["name"], f"{row['references']:,}", *(str(row[name] or "") for name in columns))
+            stdout.print(table)
     if status["enrolments"]:
-        columns = ("id", "at", "added", "still there", "recall by knn")
-        table = Table(*columns, title="latest enrolments", title_justify="left", box=SIMPLE)
+        table = _table("latest enrolments", "id", "at", "added", "still there", "recall by knn")
         for row in status["enrolments"]:
             added = "unfinished" if row["added"] is None else f"{row['added']:,}"
-            recall = row["effect"]["recall"] if row["effect"] else []
             changes = [
-                f"{one['generator']} {_share(one['knn']['before'])} to {_share(one['knn']['after'])}" for one in recall
+                f"{one['generator']} {_share(one['knn']['before'])} to {_share(one['knn']['after'])}"
+                for one in (row["effect"] or {"recall": []})["recall"]
             ]
             table.add_row(str(row["id"]), row["at"], added, f"{row['references']:,}", ", ".join(changes))
-        console.print(table)
+        stdout.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    return Table(*columns, title=title, title_justify="left", box=SIMPLE)
 
 
 def _checkpoint(name: str, checkpoint_id: str, active: bool) -> str:
@@ -195,11 +211,11 @@ def tell_agreement(results: Sequence[Agreement]) -> None:
         print("nothing was added yet")
 
 
-def tell_rebuilt(console: Console, report: Mapping[str, Any]) -> None:
+def tell_rebuilt(report: Mapping[str, Any]) -> None:
     """The result of `rebuild`; what cannot be read any more goes to stderr."""
     unreadable = report.get("unreadable", [])
     lines = [f"cannot read {item['id']} {item['uri'] or ''}: {item['reason']}" for item in unreadable]
-    _tell_skipped(console, report, lines)
+    _tell_skipped(report, lines)
     if "checkpoint" in report:
         state = "it is the active one" if report["active"] else "the active one stays"
         print(f"embedded {report['embedded']:,} references with {report['checkpoint']}; {state}")
@@ -209,8 +225,75 @@ def tell_rebuilt(console: Console, report: Mapping[str, Any]) -> None:
         print(f"index of {index['checkpoint']}: {index['size']:,} vectors, snapshot written")
 
 
-def tell_imported(console: Console, report: Mapping[str, Any]) -> None:
+def tell_imported(report: Mapping[str, Any]) -> None:
     """The result of `import`; conflicts go to stderr."""
-    _tell_skipped(console, report, [_conflict(item["sha256"], item) for item in report["conflicts"]])
+    _tell_skipped(report, [_conflict(item["sha256"], item) for item in report["conflicts"]])
     print(f"added {report['added']:,} of {report['references']:,} references, {report['embeddings']:,} embeddings")
     print(f"conflicts {len(report['conflicts'])}, blocked {len(report['blocked'])}")
+
+
+def tell_evaluation(evaluation: "Evaluation") -> None:
+    """A table per split and transform: accuracy and AUROC of each head by generator, and the verdicts."""
+    stdout = results()
+    cells = {(row["split"], row["transform"], row["generator"], row["head"]): row for row in evaluation.rows}
+    verdicts = {(row["split"], row["transform"], row["generator"]): row for row in evaluation.verdicts}
+    for split, transform in dict.fromkeys((split, transform) for split, transform, _, _ in cells):
+        names = [name for at, how, name, _ in cells if (at, how) == (split, transform)]
+        heads = [head for head in EVALUATED_HEADS if any((split, transform, name, head) in cells for name in names)]
+        title = f"{split}, {TRANSFORMS.get(transform, transform)}: accuracy (AUROC), %"
+        table = _table(title, "generator", "images", *heads, "called fake", "called real", "uncertain")
+        for name in dict.fromkeys(names):
+            rows = [cells.get((split, transform, name, head)) for head in heads]
+            images = max(row["images"] for row in rows if row)
+            verdict = verdicts.get((split, transform, name))
+            shares = [_percent(verdict[key] if verdict else None) for key in ("fake", "real", "uncertain")]
+            table.add_row(name, str(images), *map(_cell, rows), *shares)
+        stdout.print(table)
+    if str(evaluation.left_out):
+        stdout.print(str(evaluation.left_out), soft_wrap=True)
+    thresholds = ", ".join(
+        f"{name} {'cannot be promised' if value is None else f'{value:.3f}'}"
+        for name, value in evaluation.thresholds.items()
+    )
+    stdout.print(f"index at revision {evaluation.revision}; thresholds of the combined score: {thresholds}")
+
+
+def tell_audit(report: Mapping[str, Any]) -> None:
+    """AUROC of all facts together and of each, by generator; then warnings and near duplicates."""
+    stdout = results()
+    facts = list(report["facts"])
+    title = f"how well files alone tell real from fake: AUROC, above {RINGS} rings"
+    table = _table(title, "fakes", "images", "all facts", *facts)
+    fakes = sum(row["images"] for row in report["generators"])
+    for row in ({**report, "name": "all", "images": fakes}, *report["generators"]):
+        areas = [row["auroc"], *(row["facts"].get(fact) for fact in facts)]
+        table.add_row(row["name"] or "(unnamed)", str(row["images"]), *map(_area, areas))
+    stdout.print(table)
+    for warning in report["warnings"]:
+        stdout.print(f"warning: {warning}", markup=False, soft_wrap=True)
+    duplicates = report["near_duplicates"]
+    print(f"{duplicates['count']} near duplicates across labels")
+    for pair in duplicates["listed"]:
+        line = f"  {_name(pair['real'])} and {_name(pair['fake'])}: {pair['bits']} bits apart"
+        stdout.print(line, markup=False, soft_wrap=True)
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return _percent(row["accuracy"]) + ("" if row["auroc"] is None else f" ({_percent(row['auroc'])})")
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _area(area: float | None) -> str:
+    if area is None:
+        return "-"
+    return f"[bold]{area:.2f}[/bold]" if area > RINGS else f"{area:.2f}"
+
+
+def _name(reference: Mapping[str, Any]) -> str:
+    kind = "real" if reference["generator"] is None else reference["generator"]
+    return f"{kind} {reference['id']}" + (f" {reference['uri']}" if reference["uri"] else "")

@@ -10,7 +10,7 @@ import numpy as np
 
 from api.schemas.verdicts import CalibrationFacts, Thresholds
 from indexer.follower import Follower
-from indexer.measure.calibrate import calibrate, kept
+from indexer.measure.calibrate import calibrate, saved_calibration
 from trainer.heads.calibration import MINIMUM, Calibration
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads
@@ -103,7 +103,8 @@ class Calibrator:
             revision = self._follower.revision
             if self.current.revision == revision:
                 return
-            start, calibration = time.perf_counter(), kept(self._follower, self._heads, revision, self._k)
+            start = time.perf_counter()
+            calibration = saved_calibration(self._follower, self._heads, revision, self._k)
             if calibration is None:
                 calibration = calibrate(self._follower, self._heads, self._images, self._k)
                 log.info("calibrated", extra={"revision": revision, "seconds": round(time.perf_counter() - start, 2)})

@@ -17,7 +17,7 @@ from trainer.cores import usable_cores
 log = logging.getLogger(__name__)
 
 FP16 = faiss.ScalarQuantizer.QT_fp16
-BLOCK = 65_536
+ROWS_PER_BLOCK = 65_536
 """Rows that are copied at a time, under one hold of a lock."""
 MAX_THREADS: int = min(faiss.omp_get_max_threads(), usable_cores())
 QUERIES_PER_THREAD = 4

@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from indexer.index.flat import BLOCK, Flat
-from indexer.index.inverted import QUERIES, TRAINING, Inverted, lists_for
+from indexer.index.flat import ROWS_PER_BLOCK, Flat
+from indexer.index.inverted import QUERIES, VECTORS_PER_LIST, Inverted, lists_for
 from indexer.index.label_index import LabelIndex
 from indexer.index.lock import ReadWriteLock
 
@@ -53,7 +53,9 @@ def _tune(lists: Inverted, lock: ReadWriteLock, step: Callable[[], None]) -> boo
         return lock.read()
 
     with lock.read():
-        queries = np.concatenate([vectors[:1] for _, vectors in lists.blocks(BLOCK)])[:QUERIES].astype(np.float32)
+        queries = np.concatenate([vectors[:1] for _, vectors in lists.blocks(ROWS_PER_BLOCK)])[:QUERIES].astype(
+            np.float32
+        )
     lists.tune(queries, hold)
     return True
 
@@ -73,10 +75,12 @@ def _invert(label_index: LabelIndex, flat: Flat, lock: ReadWriteLock, step: Call
         step()
         return nullcontext()  # nobody else knows of the lists yet
 
-    some = np.random.default_rng(n).permutation(n)[: max(QUERIES, TRAINING * lists_for(n))]
+    some = np.random.default_rng(n).permutation(n)[: max(QUERIES, VECTORS_PER_LIST * lists_for(n))]
     sample = take(some).astype(np.float32)
     lists = Inverted.trained(n, sample, step)
-    numbers = [lists.assign(take(slice(first, min(first + BLOCK, n)))) for first in range(0, n, BLOCK)]
+    numbers = [
+        lists.assign(take(slice(first, min(first + ROWS_PER_BLOCK, n)))) for first in range(0, n, ROWS_PER_BLOCK)
+    ]
     lists.fill(np.concatenate(numbers), take)
     lists.tune(sample[:QUERIES], hold)
     with lock.write():

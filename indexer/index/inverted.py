@@ -13,13 +13,13 @@ import numpy as np
 
 from indexer.index.flat import FP16, selector, use_threads_for
 
-TARGET = 0.995
+TARGET_RECALL = 0.995
 """Recall@20 that `tune` reaches on stored vectors, so that fresh queries, which lie a little off them, keep 0.99."""
-NEIGHBOURS = 20
+RECALL_AT = 20
 """Recall is measured among so many nearest."""
 QUERIES = 256
 """Stored vectors that recall is measured with."""
-TRAINING = 40
+VECTORS_PER_LIST = 40
 """Vectors per list that the clustering learns from."""
 ROUNDS = 8
 """Rounds of the clustering."""
@@ -49,7 +49,7 @@ class Inverted:
 
         Args:
             n: How many vectors there will be.
-            sample: Some of them, unit length, shape (m, d), float32; `TRAINING` for each list are enough.
+            sample: Some of them, unit length, shape (m, d), float32; `VECTORS_PER_LIST` for each list are enough.
             step: Called before each round of the clustering; what it raises ends that.
         """
         use_threads_for(len(sample) // 1_000)
@@ -106,7 +106,7 @@ class Inverted:
         return similarities, rows
 
     def tune(self, queries: np.ndarray, hold: Callable[[], AbstractContextManager[None]]) -> None:
-        """Look into as few lists as give `TARGET` recall; measured against all lists, which is exact.
+        """Look into as few lists as give `TARGET_RECALL` recall; measured against all lists, which is exact.
 
         Args:
             queries: Stored vectors, shape (q, d), float32.
@@ -118,12 +118,12 @@ class Inverted:
             with hold():
                 hits += self._hits(part, steps)
         recall = 1 - (hits[-1] - hits) / max(1, hits[-1])  # the last step is all lists
-        least = int(np.argmax(recall >= TARGET))
+        least = int(np.argmax(recall >= TARGET_RECALL))
         self.nprobe, self.recall, self.tuned_at = int(steps[least]), float(recall[least]), len(self)
 
     def _hits(self, queries: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """How many of the nearest but the query itself are found in so many lists, for each step, shape (s,)."""
-        k = min(NEIGHBOURS + 1, len(self))
+        k = min(RECALL_AT + 1, len(self))
         exact = self._search(queries, k, None, len(self.centroids))[1]  # (q, k)
         hits = np.full(len(steps), exact.size - len(exact), float)
         for step, nprobe in enumerate(steps[:-1].tolist()):
@@ -184,4 +184,4 @@ class Inverted:
 
 def lists_for(n: int) -> int:
     """How many lists suit n vectors: two square roots (four take as long to search and twice as long to fill)."""
-    return int(max(1, min(2 * np.sqrt(n), n // TRAINING)))
+    return int(max(1, min(2 * np.sqrt(n), n // VECTORS_PER_LIST)))

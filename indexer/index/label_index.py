@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from indexer.index.flat import BLOCK, Engine, Flat
+from indexer.index.flat import ROWS_PER_BLOCK, Engine, Flat
 from indexer.index.inverted import Inverted
 from indexer.index.snapshot import BadSnapshot
 
@@ -160,8 +160,8 @@ class LabelIndex:
             self.engine = Inverted.restored(values["lists"], arrays)
         elif isinstance(self.engine, Flat):
             vectors = self.engine.extend(values["count"])  # at once, so that it takes no more memory than it needs
-            for first in range(0, len(vectors), BLOCK):
-                vectors[first : first + BLOCK] = next(arrays)
+            for first in range(0, len(vectors), ROWS_PER_BLOCK):
+                vectors[first : first + ROWS_PER_BLOCK] = next(arrays)
         else:
             while len(self.engine) < values["count"]:
                 self.engine.add(next(arrays))

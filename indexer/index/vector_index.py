@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from indexer.index.flat import BLOCK, Engine, new_engine
+from indexer.index.flat import ROWS_PER_BLOCK, Engine, new_engine
 from indexer.index.growing import grow
 from indexer.index.label_index import LabelIndex, Neighbours
 from indexer.index.lock import ReadWriteLock
@@ -83,7 +83,7 @@ class VectorIndex:
         ids, vectors = [np.empty(0, np.int64)], [np.empty((0, self.dim), np.float16)]
         with self._lock.read():
             for one in self._labels:
-                for rows, block in one.engine.blocks(BLOCK):
+                for rows, block in one.engine.blocks(ROWS_PER_BLOCK):
                     ids.append(one.ids[rows])
                     vectors.append(block.copy())
         return np.concatenate(ids), np.concatenate(vectors)
@@ -208,7 +208,7 @@ class VectorIndex:
 
     def _blocks(self, engine: Engine, version: int) -> Iterator[np.ndarray]:
         """Copies of an engine's vectors, block by block, each made under the lock."""
-        blocks = engine.blocks(BLOCK)
+        blocks = engine.blocks(ROWS_PER_BLOCK)
         while True:
             with self._lock.read():
                 if self._version != version:

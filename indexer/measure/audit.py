@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy import text
 
+from indexer.measure import NothingToMeasure
 from indexer.measure.near_duplicates import all_fingerprints, near_duplicates
 from indexer.store import Store
 from trainer.evaluation.metrics import auroc
@@ -21,11 +22,11 @@ ENOUGH = 20
 SAMPLE_REAL = 10_000
 """Real references that are looked at, at most; the first by SHA-256, which is as good as random."""
 SAMPLE_FAKE = 2_000
-"""Likewise of each generator."""
-LISTED = 100
+"""Fake references of each generator that are looked at, at most; chosen in the same way."""
+LISTED_PAIRS = 100
 """Near duplicates that are listed, the nearest first; all are counted."""
 
-FACTS = text("""
+SAMPLED_FACTS = text("""
 select * from (
     select r.label, coalesce(g.name, '') as generator, r."group", encode(r.sha256, 'hex') as sha256,
            r.file_bytes, r.width, r.height, r.format, r.jpeg_quality,
@@ -37,10 +38,6 @@ order by sha256
 """)
 
 
-class AuditError(ValueError):
-    """There is nothing to audit; the message says what to do."""
-
-
 def audit(store: Store) -> dict[str, Any]:
     """What `lineup index audit --json` prints.
 
@@ -50,22 +47,21 @@ def audit(store: Store) -> dict[str, Any]:
         random forest on all facts together, cross-validated by group; null where a label has too few groups for that.
 
     Raises:
-        AuditError: References of one label are missing.
+        NothingToMeasure: References of one label are missing.
     """
     facts, labels, generators, groups = _sample(store)
     if len(np.unique(labels)) < 2:
-        raise AuditError("an audit compares real with fake references: add both first")
+        raise NothingToMeasure("an audit compares real with fake references: add both first")
     from trainer.evaluation.file_facts import file_fact_scores
 
     scores = file_fact_scores(facts, labels, groups)
-    names = sorted(set(generators[labels == 1].tolist()))
-    overall, *judged = [_judged(name, facts, labels, generators, scores) for name in (None, *names)]
+    overall, *rows = _generator_rows(facts, labels, generators, scores)
     return {
         "images": len(facts),
         "auroc": overall["auroc"],
         "facts": overall["facts"],
-        "generators": judged,
-        "warnings": _warnings([overall, *judged]),
+        "generators": rows,
+        "warnings": _warnings([overall, *rows]),
         "near_duplicates": near_duplicates_across(store),
     }
 
@@ -95,10 +91,7 @@ def fact_aurocs(facts: Sequence[FileFacts], labels: np.ndarray) -> dict[str, flo
 def fact_warnings(store: Store) -> list[str]:
     """Warnings about single facts, for the end of `lineup index add`; numpy only, seconds at a million references."""
     facts, labels, generators, _ = _sample(store)
-    if len(np.unique(labels)) < 2:
-        return []
-    names = sorted(set(generators[labels == 1].tolist()))
-    return _warnings([_judged(name, facts, labels, generators) for name in (None, *names)])
+    return _warnings(_generator_rows(facts, labels, generators)) if len(np.unique(labels)) == 2 else []
 
 
 def near_duplicates_across(store: Store) -> dict[str, Any]:
@@ -109,17 +102,14 @@ def near_duplicates_across(store: Store) -> dict[str, Any]:
     is_fake = np.isin(ids, fakes)
     real_ids, fake_ids = ids[~is_fake], ids[is_fake]
     pairs = near_duplicates(fingerprints[~is_fake], fingerprints[is_fake])
-    nearest = pairs[np.argsort(pairs[:, 2], kind="stable")[:LISTED]].tolist()
-    shown = [(int(real_ids[real]), int(fake_ids[fake]), bits) for real, fake, bits in nearest]
-    rows = store.references.get_many({number for real, fake, _ in shown for number in (real, fake)})
+    nearest = pairs[np.argsort(pairs[:, 2], kind="stable")[:LISTED_PAIRS]].tolist()
+    nearest = [(int(real_ids[real]), int(fake_ids[fake]), bits) for real, fake, bits in nearest]
+    rows = store.references.get_many({number for real, fake, _ in nearest for number in (real, fake)})
+    sides = {id: {"id": id, "uri": row.uri, "generator": row.generator} for id, row in rows.items()}
     listed = [
-        {
-            name: {"id": number, "uri": rows[number].uri, "generator": rows[number].generator}
-            for name, number in (("real", real), ("fake", fake))
-        }
-        | {"bits": bits}
-        for real, fake, bits in shown
-        if real in rows and fake in rows
+        {"real": sides[real], "fake": sides[fake], "bits": bits}
+        for real, fake, bits in nearest
+        if real in sides and fake in sides
     ]
     return {"count": len(pairs), "listed": listed}
 
@@ -127,41 +117,36 @@ def near_duplicates_across(store: Store) -> dict[str, Any]:
 def _sample(store: Store) -> tuple[list[FileFacts], np.ndarray, np.ndarray, list[str]]:
     """Facts, labels (n,), generators' names (n,) and groups of a sample of the references."""
     with store.engine.connect() as connection:
-        rows = connection.execute(FACTS, {"reals": SAMPLE_REAL, "fakes": SAMPLE_FAKE}).all()
+        rows = connection.execute(SAMPLED_FACTS, {"reals": SAMPLE_REAL, "fakes": SAMPLE_FAKE}).all()
     facts = [FileFacts(r.sha256, r.file_bytes, r.width, r.height, r.format, r.jpeg_quality) for r in rows]
     labels = np.array([row.label for row in rows], np.int64)
     return facts, labels, np.array([row.generator for row in rows], str), [row.group for row in rows]
 
 
-def _judged(
-    name: str | None,
-    facts: Sequence[FileFacts],
-    labels: np.ndarray,
-    generators: np.ndarray,
-    scores: np.ndarray | None = None,
-) -> dict[str, Any]:
-    """One generator (all when None) against all reals."""
-    chosen = np.ones(len(labels), bool) if name is None else (labels == 0) | (generators == name)
-    part = [fact for fact, use in zip(facts, chosen, strict=True) if use]
-    unknown = scores is None or np.isnan(scores).any()
-    return {
-        "name": name,
-        "images": int((labels[chosen] == 1).sum()),
-        "reals": int((labels == 0).sum()),
-        "auroc": None if unknown or scores is None else round(float(auroc(scores[chosen], labels[chosen])), 4),
-        "facts": fact_aurocs(part, labels[chosen]),
-    }
+def _generator_rows(
+    facts: Sequence[FileFacts], labels: np.ndarray, generators: np.ndarray, scores: np.ndarray | None = None
+) -> list[dict[str, Any]]:
+    """All fakes, then those of each generator, against all reals; `scores` are the random forest's, if there is one."""
+    rows = []
+    for name in (None, *sorted(set(generators[labels == 1].tolist()))):
+        at = np.flatnonzero((labels == 0) | (generators == name) if name is not None else labels >= 0)
+        judged = scores is not None and not np.isnan(scores).any()
+        row = {"name": name, "images": int((labels[at] == 1).sum()), "reals": int((labels == 0).sum())}
+        row["auroc"] = round(float(auroc(scores[at], labels[at])), 4) if judged and scores is not None else None
+        row["facts"] = fact_aurocs([facts[i] for i in at.tolist()], labels[at])
+        rows.append(row)
+    return rows
 
 
-def _warnings(judged: Sequence[dict[str, Any]]) -> list[str]:
-    found = []
-    for row in judged:
+def _warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
+    warnings = []
+    for row in rows:
         if min(row["images"], row["reals"]) < ENOUGH:
             continue
         who = {None: "the fakes", "": "the fakes of no named generator"}.get(row["name"], row["name"])
         best = max(row["facts"], key=row["facts"].__getitem__)
         if row["auroc"] is not None and row["auroc"] > RINGS:
-            found.append(f"file facts alone tell {who} from the real images (AUROC {row['auroc']:.2f})")
+            warnings.append(f"file facts alone tell {who} from the real images (AUROC {row['auroc']:.2f})")
         if row["facts"][best] > RINGS:
-            found.append(f"{best} alone tells {who} from the real images (AUROC {row['facts'][best]:.2f})")
-    return found
+            warnings.append(f"{best} alone tells {who} from the real images (AUROC {row['facts'][best]:.2f})")
+    return warnings

@@ -4,12 +4,13 @@ import logging
 from collections import Counter
 from collections.abc import Collection
 from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
 from sqlalchemy import text
 
 from indexer.follower import Follower
-from indexer.measure.near_duplicates import relatives
+from indexer.measure.near_duplicates import related_references
 from indexer.settings import Settings
 from trainer.heads.calibration import METHOD, MINIMUM, Calibration, fit_calibration
 from trainer.heads.calibration_set import CALIBRATION_FILE, CalibrationSet
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 COMPARISONS = 1_000_000_000
 """Calibration images times references that one fit may compare; about 12 s on one core."""
-LEAST = 500
+LEAST_IMAGES = 500
 """Calibration images that are always asked: a rate of 5 % needs 19 of each label, and more to be steady."""
 
 ENROLLED = text("""
@@ -39,15 +40,15 @@ def calibrate(follower: Follower, heads: Heads, images: CalibrationSet, k: int) 
 
     Args:
         follower: A loaded index.
-        heads: Of the same checkpoint.
+        heads: Those of the same checkpoint.
         images: The checkpoint's calibration set.
         k: Neighbours that vote, of the label with fewer references; kept in the parameters as `k`.
     """
     revision = follower.revision  # first: what comes in meanwhile makes the next calibration
     known = {name.casefold() for name in (*images.generators, *images.trained)}
     images = affordable(images, len(follower.index))
-    own, images = len(images), images.joined(newcomers(follower, images, known))
-    related = relatives(follower.store, images.sha256, images.groups)
+    of_checkpoint, images = len(images), images.joined(newcomers(follower, images, known))
+    related = related_references(follower.store, images.sha256, images.groups)
     real, fake = follower.voters(images.embeddings, k, exclude_each=related)
     votes = vote(real.similarities, fake.similarities, fake.generators, k)
     calibration = fit_calibration(
@@ -56,7 +57,7 @@ def calibrate(follower: Follower, heads: Heads, images: CalibrationSet, k: int) 
         nearest_fake=votes.nearest_fake,
         labels=images.labels,
         groups=images.groups,
-        enrolled=np.arange(len(images)) >= own,
+        enrolled=np.arange(len(images)) >= of_checkpoint,
     )
     params = calibration.to_json() | {"k": k, "method": METHOD}
     follower.store.calibrations.save(follower.checkpoint_id, heads.id, revision, params)
@@ -68,7 +69,7 @@ def affordable(images: CalibrationSet, references: int) -> CalibrationSet:
 
     Those with the smallest group hashes stay, so that the choice is the same each time and groups stay whole but one.
     """
-    most = max(LEAST, COMPARISONS // max(1, references))
+    most = max(LEAST_IMAGES, COMPARISONS // max(1, references))
     if len(images) <= most:
         return images
     order = sorted(range(len(images)), key=lambda row: blake2b(images.groups[row].encode()).digest())
@@ -92,12 +93,12 @@ def newcomers(follower: Follower, images: CalibrationSet, known: Collection[str]
     new = {number: name for number, name in follower.generator_names.items() if name.casefold() not in known}
     counts = Counter(name for name, label in zip(images.generators, images.labels, strict=True) if label)
     most = min(max(counts.values(), default=0), len(images) // max(1, len(new)))
-    found = images.take([])
+    enrolled = images.take([])
     with follower.store.engine.connect() as connection:
         for number, name in new.items():
             values = {"checkpoint": follower.checkpoint_id, "generator": number, "most": max(MINIMUM, most)}
             if rows := connection.execute(ENROLLED, values).all():
-                found = found.joined(
+                enrolled = enrolled.joined(
                     CalibrationSet(
                         embeddings=np.stack([np.frombuffer(row.vector, "<f4") for row in rows]),  # (n, d)
                         labels=np.ones(len(rows), images.labels.dtype),
@@ -107,16 +108,22 @@ def newcomers(follower: Follower, images: CalibrationSet, known: Collection[str]
                         groups=[row.group for row in rows],
                     )
                 )
-    return found
+    return enrolled
 
 
-def recalibrate(settings: Settings, follower: Follower) -> Calibration | None:
-    """`calibrate` with the folder of the follower's checkpoint, at the end of commands that change references.
+def recalibrate(settings: Settings, follower: Follower, folder: Path | None = None) -> Calibration | None:
+    """The calibration at the follower's revision: the saved one, else `calibrate` with what its checkpoint holds.
 
-    None where that is not on this machine, or its heads or calibration images are missing or broken: references have
-    been changed all the same, and whoever serves the checkpoint says what is wrong with it.
+    None where the checkpoint is not on this machine, or its heads or calibration images are missing or broken:
+    references have been changed all the same, and whoever serves the checkpoint says what is wrong with it.
+
+    Args:
+        settings: They hold k, and where checkpoints are looked for.
+        follower: A loaded index.
+        folder: The checkpoint's folder, where the caller has loaded it from there; None to look for it, which hashes
+            the weights that are found.
     """
-    folder = follower.store.checkpoints.require(follower.checkpoint_id).find(settings.checkpoint_folder)
+    folder = folder or follower.store.checkpoints.require(follower.checkpoint_id).find(settings.checkpoint_folder)
     if folder is None or not all((folder / name).exists() for name in (HEADS_FILE, CALIBRATION_FILE)):
         return None
     try:
@@ -124,11 +131,11 @@ def recalibrate(settings: Settings, follower: Follower) -> Calibration | None:
     except CheckpointError as error:
         log.warning("not calibrated: %s", error)
         return None
-    saved = kept(follower, heads, follower.revision, settings.k)
+    saved = saved_calibration(follower, heads, follower.revision, settings.k)
     return saved or (calibrate(follower, heads, images, settings.k) if len(images) else None)
 
 
-def kept(follower: Follower, heads: Heads, revision: int, k: int) -> Calibration | None:
+def saved_calibration(follower: Follower, heads: Heads, revision: int, k: int) -> Calibration | None:
     """What was fitted at that revision for the same k and by the same method."""
     saved = follower.store.calibrations.load(follower.checkpoint_id, heads.id, revision)
     if saved is None or (saved.params.get("k"), saved.params.get("method")) != (k, METHOD):

@@ -22,7 +22,7 @@ class Agreement:
     Attributes:
         checkpoint: Its id.
         name: Its name.
-        revision: Of the rows.
+        revision: The revision of the rows.
         rows: Embeddings in Postgres.
         index: Vectors in the index as a service would load it now: the snapshot, and what was written since.
         snapshot: Revision of the snapshot, None where there is none (which loses nothing).
@@ -63,21 +63,21 @@ def _differences(result: Agreement, follower: Follower, store: Store) -> list[st
     ids, vectors = follower.index.vectors()
     order = np.argsort(ids)
     ids, vectors = ids[order], vectors[order]
-    seen, wrong = 0, 0
+    rows, wrong = 0, 0
     missing: list[int] = []
     for page in store.changes.between(follower.checkpoint_id, 0, result.revision):
         if not isinstance(page, Additions):
             continue
-        seen += len(page.ids)
+        rows += len(page.ids)
         at = np.searchsorted(ids, page.ids).clip(max=max(len(ids) - 1, 0))
         there = ids[at] == page.ids if len(ids) else np.zeros(len(page.ids), bool)
         missing += page.ids[~there].tolist()
         wrong += int((~_equal(page, follower, vectors[at[there]], there)).sum())
-    result.rows, result.index = seen, len(ids)
+    result.rows, result.index = rows, len(ids)
     problems = []
     if missing:
         problems.append(f"{len(missing)} rows are not in the index, {missing[0]} for one")
-    if surplus := len(ids) - (seen - len(missing)):
+    if surplus := len(ids) - (rows - len(missing)):
         problems.append(f"{surplus} vectors of the index have no row")
     if wrong:
         problems.append(f"{wrong} vectors of the index differ from their rows")

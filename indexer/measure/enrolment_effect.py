@@ -9,13 +9,15 @@ from sqlalchemy import text
 
 from indexer.follower import Follower
 from indexer.measure.audit import fact_warnings
-from indexer.measure.near_duplicates import relatives
+from indexer.measure.near_duplicates import related_references
 from indexer.settings import Settings
 from indexer.store.columns import LABEL_NAMES
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.vote import vote
 from trainer.model.checkpoint import CheckpointError
 
+NEIGHBOUR_HEADS = ("knn", "nn1")
+"""Heads that answer from the references alone."""
 SAMPLE = 200
 """Images of each kind that are measured, at most; the first by SHA-256, which is as good as random."""
 HELD_BACK = 0.2
@@ -61,21 +63,21 @@ def effect(follower: Follower, enrolment: int, calibration: CalibrationSet | Non
     if not rows:
         return None
     ids = np.array([row.id for row in all_new], np.int64)
-    held = np.array([_is_held_back(row.group) for row in all_new], bool)
+    held_back = np.array([_is_held_back(row.group) for row in all_new], bool)
     labels = np.array([row.label for row in rows])
     names = np.array([row.generator or LABEL_NAMES[row.label] for row in rows])
     queries = np.stack([np.frombuffer(row.vector, "<f4") for row in rows])  # (n, d)
-    related = relatives(follower.store, [row.sha256 for row in rows], [row.group for row in rows])
-    out = np.array([_is_held_back(row.group) for row in rows])
-    masks = {"before": ids, "after": ids[:0], "held_back": ids[held]}
+    related = related_references(follower.store, [row.sha256 for row in rows], [row.group for row in rows])
+    in_held_back = np.array([_is_held_back(row.group) for row in rows])
+    masks = {"before": ids, "after": ids[:0], "held_back": ids[held_back]}
     called_fake = {name: _called_fake(follower, queries, k, related, mask) for name, mask in masks.items()}
     recall = []
     for name in sorted(set(names.tolist())):
         of_kind = names == name
-        row: dict[str, Any] = {"generator": name, "images": int((np.array(names) == name).sum())}
-        for head in ("knn", "nn1"):
+        row: dict[str, Any] = {"generator": name, "images": int(of_kind.sum())}
+        for head in NEIGHBOUR_HEADS:
             row[head] = {
-                when: _share(fakes[head], labels, of_kind & out if when == "held_back" else of_kind)
+                when: _share(fakes[head], labels, of_kind & in_held_back if when == "held_back" else of_kind)
                 for when, fakes in called_fake.items()
             }
         recall.append(row)
@@ -102,7 +104,7 @@ def _false_alarms(
     if not len(real):
         return None
     hashes, groups = ([column[row] for row in real] for column in (calibration.sha256, calibration.groups))
-    related = relatives(follower.store, hashes, groups)
+    related = related_references(follower.store, hashes, groups)
     report: dict[str, Any] = {"images": len(real)}
     for when, mask in (("before", new), ("after", new[:0])):
         for head, fakes in _called_fake(follower, calibration.embeddings[real], k, related, mask).items():

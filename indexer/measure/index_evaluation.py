@@ -1,29 +1,30 @@
 """The trainer's tables with the index's heads: what a service that follows this index would say of a data set."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from indexer.follower import Follower
+from indexer.measure import NothingToMeasure
 from indexer.measure.calibrate import recalibrate
-from indexer.measure.near_duplicates import relatives
+from indexer.measure.near_duplicates import related_references
 from indexer.settings import Settings
+from trainer.data.datasets import read_dataset
 from trainer.evaluation.embedded_set import EmbeddedSet, Rejected, embed_entries
 from trainer.evaluation.metrics import RESAMPLES
 from trainer.evaluation.splits import measure_splits, split_entries, split_mask
 from trainer.evaluation.transforms import table_transforms
-from trainer.heads.calibration import Calibration
+from trainer.files import write_atomically
+from trainer.heads.calibration import METHOD, Calibration
 from trainer.heads.heads import Heads
 from trainer.heads.vote import vote
 from trainer.model.embedder import Embedder
 from trainer.model.seen_images import LeftOut, SeenImages
-
-
-class EvaluationError(ValueError):
-    """There is nothing to evaluate; the message says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +32,10 @@ class Evaluation:
     """What was measured at one revision.
 
     Attributes:
-        revision: Of the index.
+        revision: The revision of the index.
         rows: See `trainer.evaluation.metrics.measure`; heads knn, nn1, linear, svm and combined.
         verdicts: {"split", "transform", "generator", "images", "fake", "real", "uncertain", "coverage"}, shares.
-        thresholds: Of the combined score, {"fake", "real"}; null where the rate cannot be promised.
+        thresholds: Those of the combined score, {"fake", "real"}; null where the rate cannot be promised.
         rejected: Images that could not be read.
         left_out: What the checkpoint saw, and so was not measured.
     """
@@ -45,6 +46,71 @@ class Evaluation:
     thresholds: dict[str, float | None]
     rejected: list[Rejected] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
+
+
+def evaluate_once(
+    settings: Settings,
+    follower: Follower,
+    embedder: Embedder,
+    data: Path,
+    *,
+    split: str,
+    seed: int,
+    file: Path,
+    on_image: Callable[[], None],
+) -> tuple[Evaluation, bool]:
+    """What `evaluate` gives, which is kept in a file, and whether the file held the answer to this very question."""
+    question = evaluation_question(settings, follower, embedder, data, split, seed)
+    if (answer := read_answer(file, question)) is not None:
+        return answer, True
+    evaluation = evaluate(settings, follower, embedder, data, split=split, seed=seed, on_image=on_image)
+    write_atomically(file, json.dumps({"question": question, "answer": asdict(evaluation)}).encode())
+    return evaluation, False
+
+
+def evaluation_question(
+    settings: Settings, follower: Follower, embedder: Embedder, data: Path, split: str, seed: int
+) -> dict[str, Any]:
+    """What an evaluation's figures depend on: two equal ones have one answer.
+
+    An image counts by its address, its size and the time of its last change, not by its bytes.
+
+    Raises:
+        CheckpointError: The heads are missing or broken.
+        DatasetError: The data cannot be read.
+    """
+    images = blake2b(digest_size=16)
+    for entry in read_dataset(data):
+        facts = (entry.uri, entry.size, entry.mtime, entry.label, entry.generator, entry.group, entry.split)
+        images.update(repr(facts).encode())
+    return {
+        "images": images.hexdigest(),
+        "method": METHOD,
+        "split": split,
+        "seed": seed,
+        "checkpoint": follower.checkpoint_id,
+        "engine": embedder.engine,
+        "heads": Heads.load(embedder.folder).id,
+        "seen": SeenImages.load(embedder.folder).digest,
+        "store": str(follower.store.id()),
+        "revision": follower.revision,
+        "k": settings.k,
+        "max_false_alarm": settings.max_false_alarm,
+        "max_miss": settings.max_miss,
+    }
+
+
+def read_answer(file: Path, question: Mapping[str, Any]) -> Evaluation | None:
+    """The answer that lies in a file; None where there is no file, or one of another question."""
+    try:
+        document = json.loads(file.read_text())
+        if document["question"] != question:
+            return None
+        answer = document["answer"]
+        rejected = [Rejected(**one) for one in answer["rejected"]]
+        return Evaluation(**answer | {"rejected": rejected, "left_out": LeftOut(**answer["left_out"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def evaluate(
@@ -64,48 +130,53 @@ def evaluate(
     References of an image's own group, its own bytes, or near duplicates of it do not answer for it.
 
     Args:
-        settings: For k, the promised rates, and the checkpoint's folder.
-        follower: A loaded index of the embedder's checkpoint.
-        embedder: Of the same checkpoint as the index.
+        settings: They hold k and the promised rates.
+        follower: A loaded index.
+        embedder: Its checkpoint is that of the index.
         data: A data set of any layout.
         split: Comma list. The unseen split borrows the real images of `test`, which are read even if not listed.
         seed: Fixes transforms and bootstraps.
-        resamples: Of the bootstraps.
+        resamples: How many the bootstraps draw.
         on_image: Called after each image.
 
     Raises:
         CheckpointError: The heads are missing or broken.
         DatasetError: The data cannot be read.
-        EvaluationError: No image could be read, or the index is empty.
+        NothingToMeasure: No image could be read, or the index is empty.
     """
     if not len(follower.index):
-        raise EvaluationError("the index is empty: add references first (lineup index add PATH)")
+        raise NothingToMeasure("the index is empty: add references first (lineup index add PATH)")
     splits = [part.strip() for part in split.split(",") if part.strip()]
-    heads = Heads.load(settings.checkpoint_folder)
-    calibration = recalibrate(settings, follower)
+    heads = Heads.load(embedder.folder)
+    calibration = recalibrate(settings, follower, embedder.folder)
     tables = table_transforms(embedder.preprocess.image_size)
-    left_out, leave_out = LeftOut.by(SeenImages.load(settings.checkpoint_folder))
+    left_out, leave_out = LeftOut.by(SeenImages.load(embedder.folder))
     work = split_entries(data, splits, tables, [], leave_out)
     sets, rejected = embed_entries(embedder, work, seed=seed, on_image=on_image)
     if not sets:
         reason = f" ({len(rejected)} unreadable, the first: {rejected[0].file})" if rejected else ""
         reason += f" ({left_out})" if left_out.images else ""
-        raise EvaluationError(f"{data} holds no readable image of split {split}{reason}: change --data or --split")
-    t_fake, t_real = (
-        calibration.thresholds(settings.max_false_alarm, settings.max_miss) if calibration else (None, None)
-    )
+        raise NothingToMeasure(f"{data} holds no readable image of split {split}{reason}: change --data or --split")
+    rates = settings.max_false_alarm, settings.max_miss
+    t_fake, t_real = calibration.thresholds(*rates) if calibration else (None, None)
     rows, verdicts = [], []
     for name, images in sets.items():  # not always the same images: D3's archive brings its own transformed ones
-        related = relatives(follower.store, [facts.sha256 for facts in images.facts], images.groups)
+        related = related_references(follower.store, [facts.sha256 for facts in images.facts], images.groups)
         scores = index_scores(images.embeddings, related, follower, heads, calibration, settings.k)
         rows += measure_splits(images, scores, splits, name, resamples, seed)
         if "combined" in scores:
             for part in splits:
-                chosen = np.flatnonzero(split_mask(images, part, splits[0]))
-                found = verdict_shares(images.take(chosen), scores["combined"][chosen], t_fake, t_real)
-                verdicts += [{"split": part, "transform": name} | row for row in found]
-    thresholds = {"fake": t_fake, "real": t_real}
-    return Evaluation(follower.revision, rows, verdicts, thresholds, rejected, left_out)
+                at = np.flatnonzero(split_mask(images, part, splits[0]))
+                shares = verdict_shares(images.take(at), scores["combined"][at], t_fake, t_real)
+                verdicts += [{"split": part, "transform": name} | row for row in shares]
+    return Evaluation(
+        revision=follower.revision,
+        rows=rows,
+        verdicts=verdicts,
+        thresholds={"fake": t_fake, "real": t_real},
+        rejected=rejected,
+        left_out=left_out,
+    )
 
 
 def index_scores(
@@ -125,8 +196,8 @@ def index_scores(
         embeddings: Raw, shape (n, d).
         related: Per image, ids that may not answer.
         follower: The index.
-        heads: Of its checkpoint.
-        calibration: Of its revision.
+        heads: Those of its checkpoint.
+        calibration: The one at its revision.
         k: Neighbours that vote, of the label with fewer references.
     """
     real, fake = follower.voters(embeddings, k, exclude_each=related)
@@ -143,7 +214,7 @@ def verdict_shares(
 
     Args:
         images: n of them.
-        scores: Combined, shape (n,).
+        scores: The combined scores, shape (n,).
         t_fake: `fake` from here up; None for never.
         t_real: `real` below, where it is not fake; None for never.
     """
@@ -152,10 +223,10 @@ def verdict_shares(
     names = np.array([name if label else "real" for name, label in zip(images.generators, images.labels, strict=True)])
     rows = []
     for name in ["real", *sorted(set(names.tolist()) - {"real"})]:
-        chosen = names == name
-        if chosen.any():
-            shares = {"fake": fake[chosen].mean(), "real": real[chosen].mean()}
-            shares |= {"uncertain": (~fake & ~real)[chosen].mean(), "coverage": (fake | real)[chosen].mean()}
-            row = {"generator": name, "images": int(chosen.sum())}
+        mask = names == name
+        if mask.any():
+            shares = {"fake": fake[mask].mean(), "real": real[mask].mean()}
+            shares |= {"uncertain": (~fake & ~real)[mask].mean(), "coverage": (fake | real)[mask].mean()}
+            row = {"generator": name, "images": int(mask.sum())}
             rows.append(row | {key: round(float(value), 6) for key, value in shares.items()})
     return rows

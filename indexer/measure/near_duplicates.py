@@ -13,10 +13,10 @@ from indexer.store import Store
 
 NEAR_BITS = 4
 """Images whose 64-bit difference hashes differ in at most this many bits are near duplicates."""
-PAGE = 100_000
+FINGERPRINTS_AT_ONCE = 100_000
 
 # Two look-ups, each by its own index.
-SAME = text("""
+SAME_GROUP_OR_BYTES = text("""
 select id, "group", encode(sha256, 'hex') as sha256, fingerprint from reference_image where sha256 = any(:hashes)
 union
 select id, "group", encode(sha256, 'hex') as sha256, fingerprint from reference_image
@@ -29,14 +29,14 @@ select string_agg(int8send(id), ''), string_agg(int8send(fingerprint), ''), max(
 """)
 
 
-def relatives(store: Store, sha256: Sequence[str], groups: Sequence[str]) -> list[np.ndarray]:
+def related_references(store: Store, sha256: Sequence[str], groups: Sequence[str]) -> list[np.ndarray]:
     """For each of n images, the ids of references of its group, with its bytes, or that are near duplicates of it.
 
     Near duplicates are found for images that are references themselves: for others there is no fingerprint to compare.
 
     Args:
         store: The references.
-        sha256: Of the images' bytes, hexadecimal.
+        sha256: Hashes of the images' bytes, hexadecimal.
         groups: The images' groups.
 
     Returns:
@@ -47,28 +47,29 @@ def relatives(store: Store, sha256: Sequence[str], groups: Sequence[str]) -> lis
     fingerprint: dict[str, int] = {}
     values: dict[str, Any] = {"groups": list(set(groups)), "hashes": [bytes.fromhex(one) for one in set(sha256)]}
     with store.engine.connect() as connection:
-        for row in connection.execute(SAME, values):
+        for row in connection.execute(SAME_GROUP_OR_BYTES, values):
             by_group[row.group].add(row.id)
             by_hash[row.sha256].add(row.id)
             if row.fingerprint is not None:
                 fingerprint[row.sha256] = row.fingerprint
-    related = [by_group[group] | by_hash[own] for own, group in zip(sha256, groups, strict=True)]
-    known = [number for number, own in enumerate(sha256) if own in fingerprint]
+    related = [by_group[group] | by_hash[digest] for digest, group in zip(sha256, groups, strict=True)]
+    known = [number for number, digest in enumerate(sha256) if digest in fingerprint]
     if known:
         ids, fingerprints = all_fingerprints(store)
-        own_fingerprints = np.array([fingerprint[sha256[number]] for number in known])
-        for reference, number, _ in near_duplicates(fingerprints, own_fingerprints).tolist():
-            related[known[number]].add(int(ids[reference]))
+        images = np.array([fingerprint[sha256[number]] for number in known])
+        for reference, image, _ in near_duplicates(fingerprints, images).tolist():
+            related[known[image]].add(int(ids[reference]))
     return [np.array(sorted(one), np.int64) for one in related]
 
 
 def all_fingerprints(store: Store) -> tuple[np.ndarray, np.ndarray]:
     """Ids and fingerprints of all references that have one, both shape (n,), int64."""
     ids, fingerprints = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    after, count = 0, PAGE
+    after, count = 0, FINGERPRINTS_AT_ONCE
     with store.engine.connect() as connection:
-        while count == PAGE:
-            page_ids, page, last, count = connection.execute(FINGERPRINTS, {"after": after, "page": PAGE}).one()
+        while count == FINGERPRINTS_AT_ONCE:
+            place = {"after": after, "page": FINGERPRINTS_AT_ONCE}
+            page_ids, page, last, count = connection.execute(FINGERPRINTS, place).one()
             if count:
                 after = last
                 ids.append(np.frombuffer(page_ids, ">i8").astype(np.int64))
@@ -94,8 +95,8 @@ def near_duplicates(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     table = faiss.IndexBinaryMultiHash(64, NEAR_BITS + 1, 64 // (NEAR_BITS + 1))
     table.add(_bytes(other[other_rows]))
     use_threads_for(1)
-    limits, bits, found = table.range_search(_bytes(one[rows]), NEAR_BITS + 1)  # nearer than that
-    pairs = [np.repeat(rows, np.diff(limits.astype(np.int64))), other_rows[found], bits.astype(np.int64)]
+    limits, bits, near = table.range_search(_bytes(one[rows]), NEAR_BITS + 1)  # nearer than that
+    pairs = [np.repeat(rows, np.diff(limits.astype(np.int64))), other_rows[near], bits.astype(np.int64)]
     unique: np.ndarray = np.unique(np.stack(pairs, axis=1), axis=0)  # (pairs, 3)
     return unique
 

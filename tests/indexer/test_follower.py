@@ -525,7 +525,7 @@ def test_stopping_does_not_wait_for_lists(
     store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     """The end that is set as a part of the work begins keeps its first step from being done."""
-    monkeypatch.setattr(growing, "BLOCK", 100)
+    monkeypatch.setattr(growing, "ROWS_PER_BLOCK", 100)
     follower = large(store, settings, monkeypatch)
     begun, done = [], getattr(Inverted, part)
 

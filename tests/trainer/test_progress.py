@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import pytest
 from rich.console import Console
 
+from indexer import terminal
 from indexer.terminal import image_progress
 from trainer import __main__ as trainer
 from trainer import progress
@@ -18,8 +19,8 @@ from trainer import progress
     [
         (lambda: trainer.counting_bar("embedding"), (), "embedding: 1\n"),
         (trainer.training_bar, (0.25, 7, 5.5, 90.0), "update 7, loss 5.500, 90.0 records/s: 25 %\n"),
-        (lambda: image_progress(trainer.console), (), "images: 1\n"),
-        (lambda: image_progress(trainer.console, total=4000), (), "images: 1 of 4,000, 0 %\n"),
+        (image_progress, (), "images: 1\n"),
+        (lambda: image_progress(total=4000), (), "images: 1 of 4,000, 0 %\n"),
     ],
 )
 def test_a_plain_line_each_period(
@@ -29,7 +30,8 @@ def test_a_plain_line_each_period(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     written = io.StringIO()
-    monkeypatch.setattr(trainer, "console", Console(file=written, width=20))
+    for module in (trainer, terminal):
+        monkeypatch.setattr(module, "console", Console(file=written, width=20))
     monkeypatch.setattr(progress, "PERIOD", 0.001)
     with show() as step:
         step(*advance)

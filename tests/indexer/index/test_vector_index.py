@@ -383,7 +383,7 @@ def test_lists_are_tuned_again_after_growth(large: VectorIndex) -> None:
         np.arange(4_000, 8_000), clustered(4_000, 9), np.ones(4_000, int), np.ones(4_000, int), np.zeros(4_000, int)
     )
     assert large.grow()
-    assert engine.recall >= inverted.TARGET
+    assert engine.recall >= inverted.TARGET_RECALL
     assert engine.nprobe > 1
 
 
@@ -562,7 +562,7 @@ class Comparison(RuleBasedStateMachine):
 
 def test_index_equals_a_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growing, "LARGE", 8)
-    monkeypatch.setattr(inverted, "TRAINING", 4)
+    monkeypatch.setattr(inverted, "VECTORS_PER_LIST", 4)
     Comparison.folder = str(tmp_path)
     run_state_machine_as_test(
         Comparison,

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from numbered import add_all, new, opened
 
+from indexer.measure import NothingToMeasure
 from indexer.measure import audit as module
-from indexer.measure.audit import AuditError, audit, fact_aurocs, fact_warnings, near_duplicates_across
+from indexer.measure.audit import audit, fact_aurocs, fact_warnings, near_duplicates_across
 from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.columns import NewReference
@@ -120,7 +121,7 @@ def test_near_duplicates_across_labels_are_listed(store: Store, monkeypatch: pyt
             },
         ],
     }
-    monkeypatch.setattr(module, "LISTED", 1)
+    monkeypatch.setattr(module, "LISTED_PAIRS", 1)
     shorter = near_duplicates_across(store)
     assert (shorter["count"], len(shorter["listed"])) == (2, 1)
 
@@ -144,7 +145,7 @@ def test_one_label_cannot_be_audited(store: Store) -> None:
         if batch:
             add_all(store, batch)
         assert fact_warnings(store) == []
-        with pytest.raises(AuditError, match="add both first"):
+        with pytest.raises(NothingToMeasure, match="add both first"):
             audit(store)
 
 

@@ -13,8 +13,8 @@ from numbered import CHECKPOINT, DIM, add_all, following, new, opened, sha256
 from safetensors.numpy import save_file
 
 from indexer.measure import calibrate as module
-from indexer.measure.calibrate import affordable, calibrate, kept, newcomers, recalibrate
-from indexer.measure.near_duplicates import NEAR_BITS, all_fingerprints, near_duplicates, relatives
+from indexer.measure.calibrate import affordable, calibrate, newcomers, recalibrate, saved_calibration
+from indexer.measure.near_duplicates import NEAR_BITS, all_fingerprints, near_duplicates, related_references
 from indexer.settings import Settings
 from indexer.store import Store
 from trainer.heads.calibration import Calibration
@@ -200,16 +200,16 @@ def test_what_another_method_fitted_is_fitted_anew(
     follower = following(store, settings)
     follower.load()
     calibrate(follower, heads(), images(range(1000, 1100)), K)
-    assert kept(follower, heads(), 1, K) is not None
-    assert kept(follower, heads(), 1, K + 1) is None
+    assert saved_calibration(follower, heads(), 1, K) is not None
+    assert saved_calibration(follower, heads(), 1, K + 1) is None
     monkeypatch.setattr(module, "METHOD", -1)
-    assert kept(follower, heads(), 1, K) is None
+    assert saved_calibration(follower, heads(), 1, K) is None
 
 
 def test_a_large_index_is_asked_by_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
     held = images(range(100))
     assert affordable(held, 10**9) is held
-    monkeypatch.setattr(module, "LEAST", 10)
+    monkeypatch.setattr(module, "LEAST_IMAGES", 10)
     monkeypatch.setattr(module, "COMPARISONS", 2_000)
     some = affordable(held, 100)
     assert (len(some), int(some.labels.sum())) == (20, 10)
@@ -234,15 +234,15 @@ def test_without_references_of_a_label_the_vote_is_left_out(store: Store, settin
 
 
 def test_relatives_of_images_that_are_no_references(store: Store) -> None:
-    assert [one.tolist() for one in relatives(store, [sha256(1)], ["group 1"])] == [[]]
+    assert [one.tolist() for one in related_references(store, [sha256(1)], ["group 1"])] == [[]]
     (first, second) = add_all(store, [reference(1), reference(2, group="group 1")])
-    found = relatives(store, [sha256(1), sha256(2), sha256(3)], ["group 9", "group 1", "group 8"])
+    found = related_references(store, [sha256(1), sha256(2), sha256(3)], ["group 9", "group 1", "group 8"])
     assert [one.tolist() for one in found] == [[first], [first, second], []]
-    assert relatives(store, [], []) == []
+    assert related_references(store, [], []) == []
 
 
 def test_all_fingerprints_come_in_pages(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("indexer.measure.near_duplicates.PAGE", 4)
+    monkeypatch.setattr("indexer.measure.near_duplicates.FINGERPRINTS_AT_ONCE", 4)
     rows = [reference(number, fingerprint=None if number == 3 else -number) for number in range(9)]
     ids = add_all(store, rows)
     found, fingerprints = all_fingerprints(store)

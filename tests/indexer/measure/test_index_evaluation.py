@@ -5,6 +5,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from typer.testing import CliRunner
 from indexer.__main__ import app
 from indexer.database.connection import connect
 from indexer.follower import Follower
-from indexer.measure.cache import question
+from indexer.measure import NothingToMeasure
 from indexer.measure.calibrate import recalibrate
-from indexer.measure.index_evaluation import EvaluationError, evaluate, index_scores, verdict_shares
+from indexer.measure.index_evaluation import evaluate, evaluation_question, index_scores, verdict_shares
 from indexer.settings import Settings
 from indexer.store import Store
 from trainer.data.datasets import read_dataset
@@ -65,14 +66,13 @@ def test_images_that_the_checkpoint_saw_are_left_out_and_counted(
     copied = shutil.copytree(populated.checkpoint_folder, tmp_path / "checkpoint")
     train, test = (list(read_dataset(image_folder, split=split)) for split in ("train", "test"))
     SeenImages.of([], (entry.group for entry in [*train, test[0]])).save(copied)
-    settings = populated.model_copy(update={"checkpoint": copied})
-    found = evaluate(settings, follower, embedder, image_folder, split=BOTH, resamples=5)
+    other = replace(embedder, folder=copied)
+    found = evaluate(populated, follower, other, image_folder, split=BOTH, resamples=5)
     assert found.left_out == LeftOut(len(train) + 1)
     plain = {row["split"]: row["images"] for row in found.rows if (row["head"], row["generator"]) == ("nn1", "all")}
     assert plain == {"test": len(test) - 1}
-    assert question(settings, follower, embedder, image_folder, "test", 0) != question(
-        populated, follower, embedder, image_folder, "test", 0
-    )
+    questions = [evaluation_question(populated, follower, by, image_folder, "test", 0) for by in (embedder, other)]
+    assert questions[0] != questions[1]
 
 
 def test_an_image_does_not_answer_for_itself(populated: Settings, follower: Follower) -> None:
@@ -115,7 +115,7 @@ def test_nothing_to_evaluate(settings: Settings, populated: Settings, embedder: 
     store.checkpoints.register(embedder.id, "tiny", embedder.dim, {})
     empty = Follower(settings, store, embedder.id, embedder.dim)
     empty.load()
-    with pytest.raises(EvaluationError, match="the index is empty"):
+    with pytest.raises(NothingToMeasure, match="the index is empty"):
         evaluate(populated, empty, embedder, image_folder)
     store.engine.dispose()
 
@@ -157,7 +157,7 @@ def test_a_question_changes_with_images_engine_and_method(
     shutil.copytree(image_folder, data)
 
     def asked(by: Embedder = embedder) -> dict[str, Any]:
-        return question(populated, follower, by, data, "test", 0)
+        return evaluation_question(populated, follower, by, data, "test", 0)
 
     first = asked()
     assert asked() == first
@@ -167,7 +167,7 @@ def test_a_question_changes_with_images_engine_and_method(
     seen.append(asked())
     changed.unlink()
     seen.append(asked())
-    monkeypatch.setattr("indexer.measure.cache.METHOD", -1)
+    monkeypatch.setattr("indexer.measure.index_evaluation.METHOD", -1)
     seen.append(asked())
     assert len({json.dumps(one) for one in seen}) == len(seen) == 5
 
