@@ -85,8 +85,9 @@ class Replica:
 
 
 def test_checkpoints_stand_side_by_side(store: Store) -> None:
-    store.checkpoints.register("d" * 32, "other", 8, {})
-    store.checkpoints.register("d" * 32, "other", 8, {})
+    first, again = (store.checkpoints.register("d" * 32, "other", 8, {"a": 1}) for _ in range(2))
+    assert first == again
+    assert (first.id, first.name, first.config, first.active) == ("d" * 32, "other", {"a": 1}, False)
     assert [(c.name, c.dim, c.active) for c in store.checkpoints.list()] == [("tiny", 4, True), ("other", 8, False)]
     assert store.checkpoints.activate("d" * 32)
     active = store.checkpoints.active()
@@ -349,8 +350,8 @@ def test_changes_come_in_pages_that_lose_nothing(store: Store) -> None:
 def test_generators(store: Store) -> None:
     made = store.generators.create("SD-XL", vendor="Stability AI", released_on=date(2023, 7, 26))
     assert (made.name, made.released_on, made.references) == ("SD-XL", date(2023, 7, 26), 0)
-    store.references.add([new(1, "sd-xl"), new(2, "Midjourney 6")], CHECKPOINT)
-    assert [(g.name, g.references) for g in store.generators.list()] == [("Midjourney 6", 1), ("SD-XL", 1)]
+    store.references.add([new(1, "sd-xl"), new(2, "Midjourney 6"), new(3, "Midjourney 6")], CHECKPOINT)
+    assert [(g.name, g.references) for g in store.generators.list()] == [("Midjourney 6", 2), ("SD-XL", 1)]
     with pytest.raises(GeneratorExists):
         store.generators.create("sd-XL")
     with pytest.raises(GeneratorExists):
@@ -454,6 +455,8 @@ def test_keys(store: Store) -> None:
     assert (key.name, key.scopes, key.expires_at, key.revoked_at) == ("ci", ["detect"], later, None)
     with pytest.raises(KeyExists):
         store.keys.create("ci", b"else", [])
+    with pytest.raises(IntegrityError):  # the same secret under another name
+        store.keys.create("other", b"hash", [])
     assert store.keys.find(b"hash") == key
     assert store.keys.find(b"none") is None
     assert store.keys.revoke("ci")
