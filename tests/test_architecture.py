@@ -96,7 +96,7 @@ for arguments, library in ((["evaluate", "--data", str(folder)], "cv2"), (["audi
 out, data = str(folder / "out"), ["--data", str(folder), "--split", "train"]
 for arguments, library in (
     (["simulate", out], "cv2"),
-    (["fit", *data, "--output", out], "torch"),
+    (["fit", *data, "--output", out], "cv2"),
     (["heads", *data], "cv2"),
     (["evaluate", *data], "cv2"),
     (["export", "--output", out], "torch"),
