@@ -1,7 +1,5 @@
 """One thread that works for many callers, so that concurrent requests share a forward pass, a search, a transaction."""
 
-from __future__ import annotations
-
 import queue
 import threading
 import time
@@ -51,15 +49,11 @@ class Batcher(Generic[Item, Result]):
         observe: Callable[[int], None] = lambda weight: None,
         name: str = "batcher",
     ) -> None:
-        self._work = work
-        self._max_batch = max_batch
-        self._max_wait = max_wait
-        self._capacity = capacity
-        self._observe = observe
+        self._work, self._observe = work, observe
+        self._max_batch, self._max_wait, self._capacity = max_batch, max_wait, capacity
         self._jobs: queue.SimpleQueue[Job[Item, Result] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._waiting = 0
-        self._closed = False
+        self._waiting, self._closed = 0, False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -140,7 +134,7 @@ class Batcher(Generic[Item, Result]):
     def _work_on(self, jobs: list[Job[Item, Result]]) -> None:
         """Set each job's result. What fails together is tried one by one: no item may spoil another's answer."""
         try:
-            answered = list(zip(jobs, self._work([job.item for job in jobs]), strict=True))
+            results = list(zip(jobs, self._work([job.item for job in jobs]), strict=True))
         except Exception as error:  # the caller gets it; the thread must live on
             if len(jobs) == 1:
                 jobs[0].future.set_exception(error)
@@ -148,5 +142,5 @@ class Batcher(Generic[Item, Result]):
                 for job in jobs:
                     self._work_on([job])
             return
-        for job, result in answered:
+        for job, result in results:
             job.future.set_result(result)

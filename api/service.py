@@ -5,7 +5,6 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import ParamSpec, TypeVar
 
 from prometheus_client import Gauge
@@ -14,10 +13,10 @@ from api.access import Caller, Keys, hide_paths
 from api.breaker import DATABASE_AWAY
 from api.enrolment import Batch, enrol
 from api.judge.detector import Detector
+from api.judge.evidence import SearchQuery
 from api.judge.loader import load_detector, load_successor
 from api.judge.uploads import Question, Upload
 from api.monitoring import Metrics
-from api.schemas import Label
 from api.schemas.problems import ApiError
 from api.schemas.resources import Added, Status
 from api.schemas.verdicts import Hits, Verdict
@@ -210,31 +209,14 @@ class Service:
         self.metrics.judged(results, final=question.record)
         return results
 
-    async def search(
-        self,
-        uploads: Sequence[Upload],
-        caller: Caller,
-        *,
-        label: Label | None,
-        generator: str | None,
-        source: str | None,
-        limit: int,
-        offset: int,
-    ) -> list[Hits | ApiError]:
+    async def search(self, uploads: Sequence[Upload], query: SearchQuery, caller: Caller) -> list[Hits | ApiError]:
         """The references nearest to each image of one request."""
         serving = self.serving
-        search = partial(
-            serving.detector.neighbourhood.search,
-            label=label,
-            generator=generator,
-            source=source,
-            limit=limit,
-            offset=offset,
-        )
+        search = serving.detector.neighbourhood.search
 
         async def one(upload: Upload) -> Hits:
             case = await serving.embed(upload)
-            neighbours, following = await run_in(self._askers, search, case.embeddings[0])
+            neighbours, following = await run_in(self._askers, search, case.embeddings[0], query)
             hide_paths(neighbours, caller)
             return Hits(file=upload.file, neighbours=neighbours, next=following)
 

@@ -1,7 +1,5 @@
 """A verdict as people read it in a terminal, in the page's words (`page/words.js`)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import product
@@ -14,7 +12,7 @@ from api.judge.judgement import decide
 from api.schemas.verdicts import KnnHead, Neighbour, Verdict
 
 HEADLINES = {"fake": "Probably generated", "real": "Probably a real photograph", "uncertain": "Cannot tell"}
-LABELS = {"fake": "generated", "real": "real", "uncertain": "cannot tell"}
+WORDS = {"fake": "generated", "real": "real", "uncertain": "cannot tell"}
 SPACE = "\N{NO-BREAK SPACE}"
 COLOURS = {"fake": "red", "real": "green", "uncertain": "yellow"}
 
@@ -71,12 +69,9 @@ def meaning(verdict: Verdict) -> str:
     if verdict.known:
         origin = "a generated image" if verdict.known.label == "fake" else "a real image"
         by = f" by {verdict.known.generator}" if verdict.known.generator else ""
-        alone = (
-            ""
-            if score is None
-            else f" On its score alone Lineup would say “{LABELS[decide(score, verdict.thresholds)]}”."
-        )
-        return f"This very file is in the reference set as {origin}{by}. It did not vote for itself.{alone}"
+        known = f"This very file is in the reference set as {origin}{by}. It did not vote for itself."
+        alone = WORDS[decide(score, verdict.thresholds)]
+        return known if score is None else f"{known} On its score alone Lineup would say “{alone}”."
     if score is None:
         return f"No score: {reason}." if reason else "No head could give a calibrated score."
     digits = precision([score], cuts(verdict))
@@ -121,12 +116,8 @@ def heads_table(verdict: Verdict) -> Table:
     table = Table("head", "label", "score", "probability", "contribution", "what it saw")
     heads, sum_ = verdict.heads, verdict.combination
     if knn := heads.knn:
-        table.add_row(
-            "knn",
-            knn.label,
-            *_figures(knn.score, 0.5, knn.probability, knn.contribution),
-            _votes(knn, verdict.neighbours),
-        )
+        figures = _figures(knn.score, 0.5, knn.probability, knn.contribution)
+        table.add_row("knn", knn.label, *figures, _votes(knn, verdict.neighbours))
     else:
         table.add_row("knn", *"----", "needs real and fake references")
     if nn1 := heads.nn1:
@@ -151,17 +142,18 @@ def heads_table(verdict: Verdict) -> Table:
 
 def _figures(score: float, cut: float, probability: float | None, contribution: float | None) -> list[str]:
     """A head's own score, told from its cut, its probability, told from a half, and its contribution."""
-    own = decimal(score, precision([score], [cut], 3))
-    calibrated = "-" if probability is None else decimal(probability, precision([probability], [0.5], 3))
-    return [own, calibrated, "-" if contribution is None else f"{contribution:+.2f}"]
+    figures = [
+        "-" if value is None else decimal(value, precision([value], [other], 3))
+        for value, other in ((score, cut), (probability, 0.5))
+    ]
+    return [*figures, "-" if contribution is None else f"{contribution:+.2f}"]
 
 
 def _votes(knn: KnnHead, neighbours: Sequence[Neighbour]) -> str:
     """How many of each label are among the nearest, and what they weigh: a single one may outweigh the rest."""
     count = knn.votes.fake + knn.votes.real
-    weights = [
-        sum(near.weight or 0 for near in neighbours[:count] if near.label == label) for label in ("fake", "real")
-    ]
+    voters = neighbours[:count]
+    weights = [sum(near.weight or 0 for near in voters if near.label == label) for label in ("fake", "real")]
     nearest, all_ = (f"{decimal(fake)} and {decimal(real)}" for fake, real in (weights, (knn.score, 1 - knn.score)))
     further = "" if nearest == all_ else f"; with those further down {all_}"
     return f"{knn.votes.fake} fake and {knn.votes.real} real of the {count} nearest weigh {nearest}{further}"
@@ -179,7 +171,7 @@ def neighbours_table(verdict: Verdict) -> Table:
             Text(near.generator or "-"),
             Text(near.source or "-"),
             f"{near.similarity:.3f}",
-            _number(near.weight),
+            "-" if near.weight is None else f"{near.weight:.3f}",
         )
     return table
 
@@ -227,7 +219,3 @@ def sentence(text: str) -> str:
     """A sentence from the service's words."""
     text = text.strip()
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?", "…")) or not text else ".")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -6,6 +6,7 @@ from typing import Annotated, TypeVar, cast
 from fastapi import File, Query, UploadFile
 
 from api.http.dependencies import MOST_ROWS, Detecting, Served, read_uploads, v1_router
+from api.judge.evidence import SearchQuery
 from api.judge.uploads import Question, Upload
 from api.schemas import Label, Text
 from api.schemas.problems import ApiError, FailedFile, documented
@@ -50,9 +51,8 @@ async def search(
 ) -> Searches:
     """The reference images nearest to each image sent, without a verdict."""
     uploads = await read_uploads(image, service.settings)
-    results = await service.search(
-        uploads, caller, label=label, generator=generator, source=source, limit=limit, offset=offset
-    )
+    query = SearchQuery(label=label, generator=generator, source=source, limit=limit, offset=offset)
+    results = await service.search(uploads, query, caller)
     return Searches(results=by_file(uploads, results))
 
 

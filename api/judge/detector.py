@@ -187,25 +187,26 @@ class Detector:
         index = IndexFacts(revision=self.follower.revision, size=len(self.follower.index))
         hashes = [case.prepared.image.sha256 for case in cases]
         evidence = self._gather(cases, fitted)
-        references = neighbourhood.references([shown for _, shown in evidence], hashes)
+        references = neighbourhood.references([display for _, display in evidence], hashes)
         by_hash = {reference.sha256: reference for reference in (references or {}).values()}
         known = [by_hash.get(sha256) for sha256 in hashes]
         # Unless the bytes can be compared, what looks just alike may be this very file.
         itself = [
-            own.twins if references is None else [reference.id] if reference else []
-            for (own, _), reference in zip(evidence, known, strict=True)
+            basis.twins if references is None else [reference.id] if reference else []
+            for (basis, _), reference in zip(evidence, known, strict=True)
         ]
         described = [references] * len(cases)
         again = [number for number, ids in enumerate(itself) if ids]
         if again:  # those that may not vote on themselves
             without = self._gather([cases[number] for number in again], fitted, [itself[number] for number in again])
             if references is not None:
-                references = neighbourhood.references([shown for _, shown in without])
+                references = neighbourhood.references([display for _, display in without])
             for number, pair in zip(again, without, strict=True):
                 evidence[number], described[number] = pair, references
+        columns = zip(cases, evidence, described, known, itself, strict=True)
         return [
-            self._verdict(case, own, shown, fitted, index, rows, reference, ids)
-            for case, (own, shown), rows, reference, ids in zip(cases, evidence, described, known, itself, strict=True)
+            self._verdict(case, *pair, fitted, index, references, reference, ids)
+            for case, pair, references, reference, ids in columns
         ]
 
     def _gather(
@@ -218,18 +219,18 @@ class Detector:
         parts = self.follower, self.heads, fitted.calibration
         pairs = []
         every = gather([case.embeddings for case in cases], self.settings.k, *parts, excluded)
-        for number, (case, own) in enumerate(zip(cases, every, strict=True)):
-            k, shown = case.question.k, own
-            if k not in (None, own.k):
-                [shown] = gather([case.embeddings[:1]], k, *parts, excluded and [excluded[number]])
-            pairs.append((own, shown))
+        for number, (case, basis) in enumerate(zip(cases, every, strict=True)):
+            k, display = case.question.k, basis
+            if k not in (None, basis.k):
+                [display] = gather([case.embeddings[:1]], k, *parts, excluded and [excluded[number]])
+            pairs.append((basis, display))
         return pairs
 
     def _verdict(
         self,
         case: Case,
         evidence: Evidence,
-        shown: Evidence,
+        display: Evidence,
         fitted: IndexCalibration,
         index: IndexFacts,
         references: Mapping[int, Reference] | None,
@@ -242,7 +243,7 @@ class Detector:
         terms = fitted.calibration.terms(evidence.first_logits)
         names = self.follower.generator_names
         times = {"decode": prepared.decode_ms, "embed": case.embed_ms}
-        times |= {"search": shown.search_ms, "heads": shown.heads_ms}
+        times |= {"search": display.search_ms, "heads": display.heads_ms}
         verdict = Verdict(
             id=str(uuid4()),
             file=prepared.file,
@@ -254,11 +255,11 @@ class Detector:
             reason=ruling.reason,
             thresholds=ruling.thresholds,
             combination=judgement.combination(terms),
-            heads=judgement.heads_side_by_side(shown, fitted, self.heads, settings, terms),
-            generators=judgement.shares(shown, names),
+            heads=judgement.heads_side_by_side(display, fitted, self.heads, settings, terms),
+            generators=judgement.shares(display, names),
             unknown_generator=ruling.unknown_generator,
             novelty=ruling.novelty,
-            neighbours=self.neighbourhood.voters(shown, references or {}),
+            neighbours=self.neighbourhood.voters(display, references or {}),
             provenance=prepared.provenance,
             image=prepared.image,
             model=self.model_facts,

@@ -83,10 +83,10 @@ def gather(
     start = time.perf_counter()
     real, fake = follower.voters(embeddings, k, exclude_each=exclude_each)  # (n, kr) and (n, kf), both at least k
     votes = vote(real.similarities, fake.similarities, fake.generators, k)
-    searched = time.perf_counter()
+    search_end = time.perf_counter()
     logits = {"knn": votes.logit} | (heads.logits(embeddings) if heads else {})
     scores = calibration.combine_many(logits)
-    search_ms, heads_ms = 1000 * (searched - start), 1000 * (time.perf_counter() - searched)
+    search_ms, heads_ms = 1000 * (search_end - start), 1000 * (time.perf_counter() - search_end)
     parts = [slice(end - length, end) for end, length in zip(accumulate(lengths), lengths, strict=True)]
     return [
         Evidence(
@@ -106,6 +106,20 @@ def gather(
 def _rows(arrays: Arrays, rows: slice) -> Arrays:
     """Those rows of every array of a dataclass of arrays."""
     return type(arrays)(*(getattr(arrays, column.name)[rows] for column in fields(arrays)))
+
+
+@dataclass(frozen=True, slots=True)
+class SearchQuery:
+    """Which references a search shows: `limit` of them after the `offset` nearest, None where all are asked.
+
+    A generator is named without regard to case.
+    """
+
+    label: Label | None = None
+    generator: str | None = None
+    source: str | None = None
+    limit: int = 10
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,26 +151,18 @@ class Neighbourhood:
     def search(
         self,
         embedding: np.ndarray,
-        *,
-        label: Label | None = None,
-        generator: str | None = None,
-        source: str | None = None,
-        limit: int = 10,
-        offset: int = 0,
+        query: SearchQuery,
     ) -> tuple[list[Neighbour], int | None]:
-        """The reference images nearest to one embedding, and the offset of the next page.
-
-        Args:
-            embedding: Raw, shape (d,).
-            label: Only these.
-            generator: Only of this generator, by name without regard to case.
-            source: Only from this source.
-            limit: Length of a page.
-            offset: Neighbours to pass over.
-        """
-        end, number = offset + limit, None if label is None else LABELS.index(label)
-        [nearest] = self.follower.search(embedding[None], end + 1, label=number, generator=generator, source=source)
-        page = nearest[offset:end]
+        """The reference images nearest to one raw embedding, shape (d,), and the offset of the next page."""
+        end, label = query.offset + query.limit, None if query.label is None else LABELS.index(query.label)
+        [nearest] = self.follower.search(
+            embedding[None],  # (1, d)
+            end + 1,
+            label=label,
+            generator=query.generator,
+            source=query.source,
+        )
+        page = nearest[query.offset : end]
         references = self._look_up({near.id for near in page}) or {}
         return [_described(near, references) for near in page], end if len(nearest) > end else None
 

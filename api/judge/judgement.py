@@ -8,23 +8,7 @@ import numpy as np
 from api.judge.calibrator import IndexCalibration
 from api.judge.evidence import Evidence
 from api.judge.regions import Box
-from api.schemas import LABELS, Label
-from api.schemas.verdicts import (
-    Combination,
-    Decision,
-    GeneratorShare,
-    HeadAnswers,
-    KnnHead,
-    LinearHead,
-    Nearest,
-    Nn1Head,
-    Region,
-    Stability,
-    SvmHead,
-    Thresholds,
-    Verdict,
-    Votes,
-)
+from api.schemas import LABELS, Label, verdicts
 from api.service_settings import ServiceSettings
 from trainer.heads.calibration import shift_prior
 from trainer.heads.heads import Heads
@@ -36,17 +20,17 @@ from trainer.heads.vote import generator_shares
 class Ruling:
     """What follows from the score of one image; without a score nothing does."""
 
-    verdict: Decision
+    verdict: verdicts.Decision
     reason: str | None
     score: float | None = None
     probability: float | None = None
     false_alarm: float | None = None
-    thresholds: Thresholds = field(default_factory=Thresholds)
+    thresholds: verdicts.Thresholds = field(default_factory=verdicts.Thresholds)
     novelty: float | None = None
     unknown_generator: bool = False
 
 
-def decide(score: float | None, thresholds: Thresholds) -> Decision:
+def decide(score: float | None, thresholds: verdicts.Thresholds) -> verdicts.Decision:
     """`fake` from the upper threshold on, else `real` below the lower one, else `uncertain`."""
     if score is None:
         return "uncertain"
@@ -94,9 +78,9 @@ def rule(
     )
 
 
-def combination(terms: Mapping[str, float]) -> Combination | None:
+def combination(terms: Mapping[str, float]) -> verdicts.Combination | None:
     """The sum that the terms of a score make."""
-    return Combination(bias=terms["bias"], logit=sum(terms.values())) if terms else None
+    return verdicts.Combination(bias=terms["bias"], logit=sum(terms.values())) if terms else None
 
 
 def heads_side_by_side(
@@ -105,7 +89,7 @@ def heads_side_by_side(
     heads: Heads | None,
     settings: ServiceSettings,
     terms: Mapping[str, float],
-) -> HeadAnswers:
+) -> verdicts.HeadAnswers:
     """Every head's own answer to the first embedding.
 
     Args:
@@ -115,7 +99,7 @@ def heads_side_by_side(
         settings: The calibrated k, and the prior of the probabilities.
         terms: What each head adds to the score's logit, see `Calibration.terms`.
     """
-    votes, logits, answers = evidence.votes, evidence.first_logits, HeadAnswers()
+    votes, logits, answers = evidence.votes, evidence.first_logits, verdicts.HeadAnswers()
 
     def probability(head: str) -> float | None:
         """Calibrated, at the operator's prior; linear's and svm's maps are the checkpoint's own."""
@@ -126,14 +110,14 @@ def heads_side_by_side(
         return None if np.isnan(value) else shift_prior(value, settings.prior)
 
     if not np.isnan(votes.score[0]):
-        answers.knn = KnnHead(
+        answers.knn = verdicts.KnnHead(
             score=clip(votes.score[0]),
             probability=probability("knn") if evidence.k == settings.k else None,
             contribution=terms.get("knn"),
             label=_label(logits["knn"] >= 0),
             k=evidence.k,
-            votes=Votes(real=int(votes.votes_real[0]), fake=int(votes.votes_fake[0])),
-            nearest=Nearest(real=none_if_nan(votes.nearest_real[0]), fake=none_if_nan(votes.nearest_fake[0])),
+            votes=verdicts.Votes(real=int(votes.votes_real[0]), fake=int(votes.votes_fake[0])),
+            nearest=verdicts.Nearest(real=none_if_nan(votes.nearest_real[0]), fake=none_if_nan(votes.nearest_fake[0])),
         )
     nearest = [
         (float(near.similarities[0, 0]), label, int(near.ids[0, 0]))
@@ -142,16 +126,16 @@ def heads_side_by_side(
     ]
     if nearest:
         similarity, label, reference = max(nearest)
-        answers.nn1 = Nn1Head(label=LABELS[label], id=reference, similarity=similarity)
+        answers.nn1 = verdicts.Nn1Head(label=LABELS[label], id=reference, similarity=similarity)
     if "linear" in logits:
-        answers.linear = LinearHead(
+        answers.linear = verdicts.LinearHead(
             score=clip(sigmoid(np.array(logits["linear"]))),
             probability=probability("linear"),
             contribution=terms.get("linear"),
             label=_label(logits["linear"] >= 0),
         )
     if "svm" in logits:
-        answers.svm = SvmHead(
+        answers.svm = verdicts.SvmHead(
             score=logits["svm"],
             probability=probability("svm"),
             contribution=terms.get("svm"),
@@ -160,29 +144,29 @@ def heads_side_by_side(
     return answers
 
 
-def shares(evidence: Evidence, names: Mapping[int, str]) -> list[GeneratorShare]:
+def shares(evidence: Evidence, names: Mapping[int, str]) -> list[verdicts.GeneratorShare]:
     """How the fakes' weight for the first embedding is divided between generators, largest first."""
     by_id = generator_shares(evidence.votes.weights_fake[0], evidence.fake.generators[0])
-    return [GeneratorShare(name=names.get(id, f"#{id}"), share=clip(share)) for id, share in by_id.items()]
+    return [verdicts.GeneratorShare(name=names.get(id, f"#{id}"), share=clip(share)) for id, share in by_id.items()]
 
 
-def regions(boxes: Sequence[Box], evidence: Evidence, names: Mapping[int, str]) -> list[Region]:
+def regions(boxes: Sequence[Box], evidence: Evidence, names: Mapping[int, str]) -> list[verdicts.Region]:
     """What each local crop says, whose embeddings follow the plain view's.
 
     The score is the combination, else the vote, else the linear head, else 0.5. Thresholds are those of whole images,
     so none is applied.
     """
-    verdicts = []
+    crops = []
     for row, box in enumerate(boxes, start=1):
         linear = sigmoid(evidence.logits["linear"][row]) if "linear" in evidence.logits else np.nan
         scores = (evidence.scores[row], evidence.votes.score[row], linear)
         by_id = generator_shares(evidence.votes.weights_fake[row], evidence.fake.generators[row])
         score = next((clip(score) for score in scores if not np.isnan(score)), 0.5)
-        verdicts.append(Region(box=box, score=score, generator=names.get(next(iter(by_id), -1))))
-    return verdicts
+        crops.append(verdicts.Region(box=box, score=score, generator=names.get(next(iter(by_id), -1))))
+    return crops
 
 
-def stability(names: Sequence[str], scores: np.ndarray, verdict: Verdict) -> Stability:
+def stability(names: Sequence[str], scores: np.ndarray, verdict: verdicts.Verdict) -> verdicts.Stability:
     """How a verdict by score fares under re-encodings.
 
     Args:
@@ -192,7 +176,7 @@ def stability(names: Sequence[str], scores: np.ndarray, verdict: Verdict) -> Sta
     """
     values = [none_if_nan(score) for score in scores]
     known = [value for value in (verdict.score, *values) if value is not None]
-    return Stability(
+    return verdicts.Stability(
         scores=dict(zip(names, values, strict=True)),
         spread=max(known) - min(known) if known else None,
         flips=any(decide(value, verdict.thresholds) != verdict.verdict for value in values),

@@ -4,14 +4,12 @@ Such statements are easily removed, and all but a valid signature easily forged,
 never enter the score. Nothing is fetched from the network, whatever links the file holds.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 from xml.etree.ElementTree import ParseError
 
 import c2pa
@@ -104,20 +102,18 @@ def _summary(store: dict[str, Any]) -> ContentCredentials:
                 actions.append(_short(action.get("action", "")))
                 if source_type := action.get("digitalSourceType"):
                     types.append(_short(str(source_type).rstrip("/").rsplit("/", 1)[-1]))
-    states = {"Trusted": "trusted", "Valid": "intact"}
+    states: dict[str, Literal["trusted", "intact"]] = {"Trusted": "trusted", "Valid": "intact"}
     generators = manifest.get("claim_generator_info") or [{}]
-    return ContentCredentials.model_validate(
-        {
-            "state": states.get(str(store.get("validation_state")), "invalid"),
-            "issues": [_short(status.get("code", "")) for status in store.get("validation_status") or []],
-            "generator": _short(generators[0].get("name") or manifest.get("claim_generator") or "") or None,
-            "signer": _short(signature.get("common_name") or signature.get("issuer") or "") or None,
-            "signed_at": _short(signature.get("time") or "") or None,
-            "title": _short(manifest.get("title") or "") or None,
-            "actions": actions,
-            "source_types": types,
-            "says_generated": any(kind in GENERATED_TYPES for kind in types),
-        }
+    return ContentCredentials(
+        state=states.get(str(store.get("validation_state")), "invalid"),
+        issues=[_short(status.get("code", "")) for status in store.get("validation_status") or []],
+        generator=_short(generators[0].get("name") or manifest.get("claim_generator") or "") or None,
+        signer=_short(signature.get("common_name") or signature.get("issuer") or "") or None,
+        signed_at=_short(signature.get("time") or "") or None,
+        title=_short(manifest.get("title") or "") or None,
+        actions=actions,
+        source_types=types,
+        says_generated=any(kind in GENERATED_TYPES for kind in types),
     )
 
 
@@ -126,17 +122,17 @@ def read_metadata(data: bytes) -> dict[str, str]:
 
     Text that a PNG holds behind its pixels is not looked for.
     """
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             for read in (_text_fields, _exif_fields, _xmp_fields, _iptc_fields):
                 try:
-                    found.update((name, value) for name, value in read(image) if value)
+                    texts.update((name, value) for name, value in read(image) if value)
                 except Exception:  # parsers fail in every way on bytes that were made to break them
-                    found[f"{read.__name__.split('_')[1]}:error"] = "could not be read"
+                    texts[f"{read.__name__.split('_')[1]}:error"] = "could not be read"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return {}
-    return found
+    return texts
 
 
 def _text_fields(image: Image.Image) -> Iterator[tuple[str, str]]:

@@ -1,11 +1,10 @@
 """Where in an image a verdict comes from (regions), and whether it survives re-encoding (stability)."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -49,31 +48,21 @@ def region_pixels(image: Image.Image, boxes: Sequence[Box], preprocess: Preproce
     return native([image.crop((x, y, x + w, y + h)) for x, y, w, h in boxes])
 
 
-def _encoded(**options: object) -> Callable[[Image.Image], Image.Image]:
-    def encode(image: Image.Image) -> Image.Image:
-        buffer = io.BytesIO()
-        image.save(buffer, **options)  # type: ignore[arg-type]
-        return Image.open(buffer).convert("RGB")
-
-    return encode
+def _encoded(image: Image.Image, format: str, quality: int) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, quality=quality)
+    return Image.open(buffer).convert("RGB")
 
 
-def _scaled(factor: float) -> Callable[[Image.Image], Image.Image]:
-    def scale(image: Image.Image) -> Image.Image:
-        size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-        return image.resize(size, Image.Resampling.BICUBIC)
-
-    return scale
+def _scaled(image: Image.Image, factor: float) -> Image.Image:
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 VARIANTS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "jpeg-90": _encoded(format="JPEG", quality=90),
-    "jpeg-70": _encoded(format="JPEG", quality=70),
-    "jpeg-50": _encoded(format="JPEG", quality=50),
-    "webp-80": _encoded(format="WEBP", quality=80),
-    "scale-0.5": _scaled(0.5),
-    "scale-0.75": _scaled(0.75),
-    "scale-1.25": _scaled(1.25),
+    **{f"jpeg-{quality}": partial(_encoded, format="JPEG", quality=quality) for quality in (90, 70, 50)},
+    "webp-80": partial(_encoded, format="WEBP", quality=80),
+    **{f"scale-{factor}": partial(_scaled, factor=factor) for factor in (0.5, 0.75, 1.25)},
 }
 """What platforms do to an image between its maker and its reader."""
 LARGEST_SIDE = 2048
@@ -83,7 +72,7 @@ LARGEST_SIDE = 2048
 def variant_pixels(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
     """The image after each of `VARIANTS`, in their order, as the backbone reads it, shape (n, 3, s, s)."""
     if max(image.size) > LARGEST_SIDE:
-        image = _scaled(LARGEST_SIDE / max(image.size))(image)
+        image = _scaled(image, LARGEST_SIDE / max(image.size))
     return preprocess([change(image) for change in VARIANTS.values()])
 
 

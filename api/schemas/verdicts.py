@@ -3,6 +3,8 @@
 Scores rise with "fake". Similarities are cosines, -1..1. Lists are best first.
 """
 
+import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -12,6 +14,7 @@ from api.schemas.problems import FailedFile
 
 Decision = Literal["fake", "real", "uncertain"]
 Explanation = Literal["regions", "stability"]
+EXAMPLE_VERDICT: dict[str, Any] = json.loads(Path(__file__).with_name("example_verdict.json").read_text())
 
 
 class Thresholds(Model):
@@ -203,59 +206,6 @@ class CalibrationFacts(Model):
     revision: int
     real: int
     fake: int
-
-
-EXAMPLE_VERDICT: dict[str, Any] = {
-    "id": "1c87a41d-0823-41f7-b39a-76d3d857e578",
-    "file": "a.jpg",
-    "verdict": "fake",
-    "basis": "score",
-    "score": 0.97,
-    "probability": 0.97,
-    "false_alarm": 0.004,
-    "reason": None,
-    "thresholds": {"fake": 0.71, "real": 0.22},
-    "known": None,
-    "combination": {"bias": -0.5, "logit": 3.5},
-    "heads": {
-        "knn": {
-            "score": 0.9,
-            "probability": 0.95,
-            "contribution": 1.2,
-            "label": "fake",
-            "k": 10,
-            "votes": {"real": 1, "fake": 9},
-            "nearest": {"real": 0.41, "fake": 0.93},
-        },
-        "nn1": {"label": "fake", "id": 123, "similarity": 0.93},
-        "linear": {"score": 0.98, "probability": 0.97, "contribution": 2.1, "label": "fake"},
-        "svm": {"score": 1.7, "probability": 0.8, "contribution": 0.7, "label": "fake"},
-    },
-    "generators": [{"name": "SD-XL", "share": 0.7}, {"name": "DF-IF", "share": 0.3}],
-    "unknown_generator": False,
-    "novelty": 0.42,
-    "neighbours": [
-        {
-            "id": 123,
-            "label": "fake",
-            "generator": "SD-XL",
-            "source": "d3",
-            "similarity": 0.93,
-            "weight": 0.18,
-            "thumbnail": "/v1/references/123/thumbnail",
-            "uri": None,
-            "attributes": {},
-        }
-    ],
-    "provenance": {},
-    "image": {"sha256": "9f86d081", "width": 1024, "height": 768, "format": "JPEG", "crop": [400, 272, 224, 224]},
-    "model": {"checkpoint": "0f3a", "heads": "77c1", "name": "code", "engine": "openvino-bf16"},
-    "index": {"revision": 4711, "size": 50000},
-    "calibration": {"revision": 4711, "real": 1000, "fake": 4000},
-    "degraded": False,
-    "recorded": True,
-    "timings_ms": {"decode": 3.1, "embed": 5.2, "search": 0.4, "heads": 0.2},
-}
 
 
 class Verdict(Model):

@@ -14,6 +14,7 @@ from sqlalchemy.exc import OperationalError
 
 from api import verdict_log
 from api.judge.detector import RECORD_VERSION, Case, Detector
+from api.judge.evidence import SearchQuery
 from api.judge.loader import load_detector
 from api.judge.regions import VARIANTS
 from api.judge.uploads import Question, Upload, file_name
@@ -461,21 +462,21 @@ def test_without_calibration_images_the_verdict_says_why(
 def test_search_filters_and_pages(detector: Detector) -> None:
     embedding = detector.embedder.embed_pixels(detector.prepare(query(9)).pixels)[0]
     search = detector.neighbourhood.search
-    everything, following = search(embedding, limit=100, offset=0)
+    everything, following = search(embedding, SearchQuery(limit=100, offset=0))
     assert (len(everything), following) == (100, 100)
-    rest, following = search(embedding, limit=100, offset=100)
+    rest, following = search(embedding, SearchQuery(limit=100, offset=100))
     assert (len(rest), following) == (20, None)
     ids = [n.id for n in everything + rest]
     assert len(set(ids)) == 120
-    paged, following = search(embedding, limit=7, offset=7)
+    paged, following = search(embedding, SearchQuery(limit=7, offset=7))
     assert ([n.id for n in paged], following) == (ids[7:14], 14)
-    only, _ = search(embedding, generator="GEN-B", limit=100)
+    only, _ = search(embedding, SearchQuery(generator="GEN-B", limit=100))
     assert {n.generator for n in only} == {"gen-b"}
     assert [n.id for n in only] == [n.id for n in everything + rest if n.generator == "gen-b"]
-    assert {n.label for n in search(embedding, label="real", limit=100)[0]} == {"real"}
-    assert len(search(embedding, source="tests", limit=100)[0]) == 100
-    assert search(embedding, source="elsewhere") == ([], None)
-    assert search(embedding, generator="nobody") == ([], None)
+    assert {n.label for n in search(embedding, SearchQuery(label="real", limit=100))[0]} == {"real"}
+    assert len(search(embedding, SearchQuery(source="tests", limit=100))[0]) == 100
+    assert search(embedding, SearchQuery(source="elsewhere")) == ([], None)
+    assert search(embedding, SearchQuery(generator="nobody")) == ([], None)
     assert {n.weight for n in everything} == {None}
 
 
