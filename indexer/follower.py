@@ -193,18 +193,16 @@ class Follower:
         exclude_ids: np.ndarray | None = None,
         exclude_each: Sequence[np.ndarray] | None = None,
     ) -> tuple[Neighbours, Neighbours]:
-        """The real and the fake references that vote on raw embeddings (q, dim): see `trainer.heads.vote.depths`.
+        """The real and the fake references that vote: as `VectorIndex.search_both`, as deep as `depths` says for k.
 
         Args:
-            vectors: See `VectorIndex.search_both`.
+            vectors: Raw embeddings, shape (q, dim).
             k: Neighbours of the label that has fewer references.
-            exclude_ids: See `VectorIndex.search_both`.
-            exclude_each: See `VectorIndex.search_both`.
+            exclude_ids: Ids that no query must find, shape (m,).
+            exclude_each: Ids that one query must not find though others may, q arrays of any length.
         """
-        reals, fakes = self.index.counts(exclude_ids)
-        return self.index.search_both(
-            vectors, depths(k, reals, fakes), exclude_ids=exclude_ids, exclude_each=exclude_each
-        )
+        each_label = depths(k, *self.index.counts(exclude_ids))
+        return self.index.search_both(vectors, each_label, exclude_ids=exclude_ids, exclude_each=exclude_each)
 
     def neighbours(self, arrays: Neighbours) -> list[list[Neighbour]]:
         """What arrays from the index say, with names; padding is left out."""

@@ -20,10 +20,11 @@ from indexer.measure.check import Agreement
 from indexer.measure.enrolment_effect import NEIGHBOUR_HEADS
 from indexer.store.generators import GENERATOR_FACTS
 from trainer.data.entry import DatasetError
+from trainer.files import write_atomically
 from trainer.progress import Bar
 
 if TYPE_CHECKING:  # its module needs libraries that only measuring uses
-    from indexer.measure.index_evaluation import Evaluation
+    from indexer.measure.index_evaluation import IndexEvaluation
 
 console = Console(stderr=True, highlight=False)
 
@@ -87,8 +88,7 @@ def image_progress(
 def save_report(home: Path, command: str, report: Mapping[str, Any]) -> Path:
     """Keep a command's report with everything that was skipped; returns where."""
     path = home / "reports" / f"{command}-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
     return path
 
 
@@ -232,7 +232,7 @@ def tell_imported(report: Mapping[str, Any]) -> None:
     print(f"conflicts {len(report['conflicts'])}, blocked {len(report['blocked'])}")
 
 
-def tell_evaluation(evaluation: "Evaluation") -> None:
+def tell_evaluation(evaluation: "IndexEvaluation") -> None:
     """A table per split and transform: accuracy and AUROC of each head by generator, and the verdicts."""
     stdout = results()
     cells = {(row["split"], row["transform"], row["generator"], row["head"]): row for row in evaluation.rows}

@@ -89,10 +89,8 @@ def consequences(settings: Settings, follower: Follower, enrolment: int) -> dict
     calibration = None
     with suppress(CheckpointError):  # missing or broken; the references are added all the same
         calibration = CalibrationSet.load(settings.checkpoint_folder)
-    return {
-        "effect": effect(follower, enrolment, calibration, settings.k),
-        "warnings": fact_warnings(follower.store),
-    }
+    change = effect(follower, enrolment, calibration, settings.k)
+    return {"effect": change, "warnings": fact_warnings(follower.store)}
 
 
 def _false_alarms(

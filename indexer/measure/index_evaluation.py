@@ -28,7 +28,7 @@ from trainer.model.seen_images import LeftOut, SeenImages
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class IndexEvaluation:
     """What was measured at one revision.
 
     Attributes:
@@ -58,7 +58,7 @@ def evaluate_once(
     seed: int,
     file: Path,
     on_image: Callable[[], None],
-) -> tuple[Evaluation, bool]:
+) -> tuple[IndexEvaluation, bool]:
     """What `evaluate` gives, which is kept in a file, and whether the file held the answer to this very question."""
     question = evaluation_question(settings, follower, embedder, data, split, seed)
     if (answer := read_answer(file, question)) is not None:
@@ -100,7 +100,7 @@ def evaluation_question(
     }
 
 
-def read_answer(file: Path, question: Mapping[str, Any]) -> Evaluation | None:
+def read_answer(file: Path, question: Mapping[str, Any]) -> IndexEvaluation | None:
     """The answer that lies in a file; None where there is no file, or one of another question."""
     try:
         document = json.loads(file.read_text())
@@ -108,7 +108,7 @@ def read_answer(file: Path, question: Mapping[str, Any]) -> Evaluation | None:
             return None
         answer = document["answer"]
         rejected = [Rejected(**one) for one in answer["rejected"]]
-        return Evaluation(**answer | {"rejected": rejected, "left_out": LeftOut(**answer["left_out"])})
+        return IndexEvaluation(**answer | {"rejected": rejected, "left_out": LeftOut(**answer["left_out"])})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -123,7 +123,7 @@ def evaluate(
     seed: int = 0,
     resamples: int = RESAMPLES,
     on_image: Callable[[], None] = lambda: None,
-) -> Evaluation:
+) -> IndexEvaluation:
     """Measure every head on every split, plain, augmented and with both labels recompressed alike.
 
     Images that trained, calibrated or chose the checkpoint, or whose group did, are left out.
@@ -169,7 +169,7 @@ def evaluate(
                 at = np.flatnonzero(split_mask(images, part, splits[0]))
                 shares = verdict_shares(images.take(at), scores["combined"][at], t_fake, t_real)
                 verdicts += [{"split": part, "transform": name} | row for row in shares]
-    return Evaluation(
+    return IndexEvaluation(
         revision=follower.revision,
         rows=rows,
         verdicts=verdicts,
