@@ -91,10 +91,18 @@ def _make_ready(engine: Engine, embedded: bool, check: bool) -> None:
         current = schema_revision(connection)
     if version < OLDEST_SERVER:
         raise DatabaseUnreachable(f"LINEUP_DATABASE_URL is PostgreSQL {version}; {OLDEST_SERVER} or newer is needed")
-    if embedded and (current is None or current in _older()):
+    head = ScriptDirectory.from_config(alembic_config()).get_current_head()
+    if current == head:
+        return
+    older = current is None or current in _lineage("heads")
+    if embedded and older:
         migrate(engine)
+    elif check and older:
+        raise DatabaseBehind(
+            f"the database is at schema {current or 'none'}, this version needs {head}: run lineup index migrate"
+        )
     elif check:
-        _require(current)
+        raise DatabaseBehind(f"the database is at schema {current}, which this version does not know: update Lineup")
 
 
 def migrate(engine: Engine, revision: str = "head") -> None:
@@ -124,21 +132,6 @@ def alembic_config() -> Config:
     config = Config()
     config.set_main_option("script_location", str(Path(migrations.__file__).parent).replace("%", "%%"))
     return config
-
-
-def _require(current: str | None) -> None:
-    head = ScriptDirectory.from_config(alembic_config()).get_current_head()
-    if current == head:
-        return
-    if current is None or current in _older():
-        raise DatabaseBehind(
-            f"the database is at schema {current or 'none'}, this version needs {head}: run lineup index migrate"
-        )
-    raise DatabaseBehind(f"the database is at schema {current}, which this version does not know: update Lineup")
-
-
-def _older() -> set[str]:
-    return _lineage("heads") - {str(ScriptDirectory.from_config(alembic_config()).get_current_head())}
 
 
 def _lineage(revision: str) -> set[str]:

@@ -4,24 +4,7 @@ from datetime import date, datetime
 from typing import Any, ClassVar
 from uuid import UUID
 
-from sqlalchemy import (
-    ARRAY,
-    BigInteger,
-    Boolean,
-    CheckConstraint,
-    DateTime,
-    Double,
-    ForeignKey,
-    Identity,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    SmallInteger,
-    Text,
-    func,
-    text,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -29,7 +12,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 class Base(DeclarativeBase):
     """Base of all tables; constraints get their names by rule, so that migrations can name them."""
 
-    metadata = MetaData(
+    metadata = sa.MetaData(
         naming_convention={
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",
             "uq": "uq_%(table_name)s_%(column_0_N_name)s",
@@ -39,13 +22,13 @@ class Base(DeclarativeBase):
         }
     )
     type_annotation_map: ClassVar = {
-        str: Text,
-        bytes: LargeBinary,
-        float: Double,
-        datetime: DateTime(timezone=True),
+        str: sa.Text,
+        bytes: sa.LargeBinary,
+        float: sa.Double,
+        datetime: sa.DateTime(timezone=True),
         dict[str, Any]: JSONB,
         dict[str, str]: JSONB,
-        list[str]: ARRAY(Text),
+        list[str]: sa.ARRAY(sa.Text),
     }
 
 
@@ -53,40 +36,40 @@ class StoreRow(Base):
     """One row: which store this is, so that a snapshot of another one is never mistaken for it."""
 
     __tablename__ = "store"
-    __table_args__ = (CheckConstraint("single", name="single"),)
+    __table_args__ = (sa.CheckConstraint("single", name="single"),)
 
-    id: Mapped[UUID] = mapped_column(primary_key=True, server_default=text("gen_random_uuid()"))
-    single: Mapped[bool] = mapped_column(Boolean, unique=True, server_default=text("true"))
+    id: Mapped[UUID] = mapped_column(primary_key=True, server_default=sa.text("gen_random_uuid()"))
+    single: Mapped[bool] = mapped_column(sa.Boolean, unique=True, server_default=sa.text("true"))
 
 
 class CheckpointRow(Base):
     """A checkpoint that has embeddings here; at most one is active."""
 
     __tablename__ = "checkpoint"
-    __table_args__ = (Index("uq_checkpoint_active", "active", unique=True, postgresql_where=text("active")),)
+    __table_args__ = (sa.Index("uq_checkpoint_active", "active", unique=True, postgresql_where=sa.text("active")),)
 
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]
     dim: Mapped[int]
     config: Mapped[dict[str, Any]]
-    active: Mapped[bool] = mapped_column(server_default=text("false"))
-    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    active: Mapped[bool] = mapped_column(server_default=sa.text("false"))
+    created_at: Mapped[datetime] = mapped_column(server_default=sa.func.now())
 
 
 class GeneratorRow(Base):
     """A named source of fake images."""
 
     __tablename__ = "generator"
-    __table_args__ = (Index("uq_generator_name", func.lower(text("name")), unique=True),)
+    __table_args__ = (sa.Index("uq_generator_name", sa.func.lower(sa.text("name")), unique=True),)
 
-    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    id: Mapped[int] = mapped_column(sa.BigInteger, sa.Identity(always=True), primary_key=True)
     name: Mapped[str]
     family: Mapped[str | None]
     vendor: Mapped[str | None]
     version: Mapped[str | None]
     released_on: Mapped[date | None]
     notes: Mapped[str | None]
-    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    created_at: Mapped[datetime] = mapped_column(server_default=sa.func.now())
 
 
 class EnrolmentRow(Base):
@@ -94,9 +77,9 @@ class EnrolmentRow(Base):
 
     __tablename__ = "enrolment"
 
-    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
-    at: Mapped[datetime] = mapped_column(server_default=func.now())
-    generator_id: Mapped[int | None] = mapped_column(ForeignKey("generator.id", ondelete="SET NULL"))
+    id: Mapped[int] = mapped_column(sa.BigInteger, sa.Identity(always=True), primary_key=True)
+    at: Mapped[datetime] = mapped_column(server_default=sa.func.now())
+    generator_id: Mapped[int | None] = mapped_column(sa.ForeignKey("generator.id", ondelete="SET NULL"))
     source: Mapped[str | None]
     report: Mapped[dict[str, Any] | None]
 
@@ -106,35 +89,35 @@ class ReferenceRow(Base):
 
     __tablename__ = "reference_image"
     __table_args__ = (
-        CheckConstraint("label in (0, 1)", name="label"),
-        CheckConstraint("label = 1 or generator_id is null", name="real_has_no_generator"),
-        Index(None, "label", "generator_id"),
-        Index(None, "generator_id", "id"),
-        Index(None, "source", "id"),
-        Index(None, "enrolment_id"),
+        sa.CheckConstraint("label in (0, 1)", name="label"),
+        sa.CheckConstraint("label = 1 or generator_id is null", name="real_has_no_generator"),
+        sa.Index(None, "label", "generator_id"),
+        sa.Index(None, "generator_id", "id"),
+        sa.Index(None, "source", "id"),
+        sa.Index(None, "enrolment_id"),
         # A path may be longer than a b-tree entry can be.
-        Index(None, "uri", postgresql_using="hash"),
-        Index(None, "group", postgresql_using="hash"),
+        sa.Index(None, "uri", postgresql_using="hash"),
+        sa.Index(None, "group", postgresql_using="hash"),
     )
 
-    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    id: Mapped[int] = mapped_column(sa.BigInteger, sa.Identity(always=True), primary_key=True)
     sha256: Mapped[bytes] = mapped_column(unique=True)
-    label: Mapped[int] = mapped_column(SmallInteger)
-    generator_id: Mapped[int | None] = mapped_column(ForeignKey("generator.id"))
+    label: Mapped[int] = mapped_column(sa.SmallInteger)
+    generator_id: Mapped[int | None] = mapped_column(sa.ForeignKey("generator.id"))
     source: Mapped[str]
     group: Mapped[str]
     uri: Mapped[str | None]
-    file_bytes: Mapped[int] = mapped_column(BigInteger)
+    file_bytes: Mapped[int] = mapped_column(sa.BigInteger)
     mtime: Mapped[float | None]
     width: Mapped[int]
     height: Mapped[int]
     format: Mapped[str]
-    jpeg_quality: Mapped[int | None] = mapped_column(SmallInteger)
-    fingerprint: Mapped[int | None] = mapped_column(BigInteger)
+    jpeg_quality: Mapped[int | None] = mapped_column(sa.SmallInteger)
+    fingerprint: Mapped[int | None] = mapped_column(sa.BigInteger)
     thumbnail: Mapped[bytes]
     attributes: Mapped[dict[str, str]]
-    enrolment_id: Mapped[int | None] = mapped_column(ForeignKey("enrolment.id", ondelete="SET NULL"))
-    added_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    enrolment_id: Mapped[int | None] = mapped_column(sa.ForeignKey("enrolment.id", ondelete="SET NULL"))
+    added_at: Mapped[datetime] = mapped_column(server_default=sa.func.now())
 
 
 class ReferenceFileRow(Base):
@@ -143,7 +126,7 @@ class ReferenceFileRow(Base):
     __tablename__ = "reference_file"
 
     image_id: Mapped[int] = mapped_column(
-        BigInteger, ForeignKey("reference_image.id", ondelete="CASCADE"), primary_key=True
+        sa.BigInteger, sa.ForeignKey("reference_image.id", ondelete="CASCADE"), primary_key=True
     )
     bytes: Mapped[bytes]
 
@@ -154,7 +137,7 @@ class BlockedHashRow(Base):
     __tablename__ = "blocked_hash"
 
     sha256: Mapped[bytes] = mapped_column(primary_key=True)
-    at: Mapped[datetime] = mapped_column(server_default=func.now())
+    at: Mapped[datetime] = mapped_column(server_default=sa.func.now())
 
 
 class RevisionRow(Base):
@@ -162,33 +145,33 @@ class RevisionRow(Base):
 
     __tablename__ = "index_revision"
 
-    checkpoint_id: Mapped[str] = mapped_column(ForeignKey("checkpoint.id", ondelete="CASCADE"), primary_key=True)
-    revision: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    checkpoint_id: Mapped[str] = mapped_column(sa.ForeignKey("checkpoint.id", ondelete="CASCADE"), primary_key=True)
+    revision: Mapped[int] = mapped_column(sa.BigInteger, server_default=sa.text("0"))
 
 
 class EmbeddingRow(Base):
     """What a checkpoint made of an image: raw float32, little-endian."""
 
     __tablename__ = "embedding"
-    __table_args__ = (Index(None, "checkpoint_id", "revision", "image_id"),)
+    __table_args__ = (sa.Index(None, "checkpoint_id", "revision", "image_id"),)
 
     image_id: Mapped[int] = mapped_column(
-        BigInteger, ForeignKey("reference_image.id", ondelete="CASCADE"), primary_key=True
+        sa.BigInteger, sa.ForeignKey("reference_image.id", ondelete="CASCADE"), primary_key=True
     )
-    checkpoint_id: Mapped[str] = mapped_column(ForeignKey("checkpoint.id", ondelete="CASCADE"), primary_key=True)
+    checkpoint_id: Mapped[str] = mapped_column(sa.ForeignKey("checkpoint.id", ondelete="CASCADE"), primary_key=True)
     vector: Mapped[bytes]
-    revision: Mapped[int] = mapped_column(BigInteger)
+    revision: Mapped[int] = mapped_column(sa.BigInteger)
 
 
 class RemovalRow(Base):
     """An image that a follower of this checkpoint has to drop. Never pruned: ids are never reused."""
 
     __tablename__ = "removal"
-    __table_args__ = (Index(None, "checkpoint_id", "revision"),)
+    __table_args__ = (sa.Index(None, "checkpoint_id", "revision"),)
 
-    checkpoint_id: Mapped[str] = mapped_column(ForeignKey("checkpoint.id", ondelete="CASCADE"), primary_key=True)
-    image_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
-    revision: Mapped[int] = mapped_column(BigInteger)
+    checkpoint_id: Mapped[str] = mapped_column(sa.ForeignKey("checkpoint.id", ondelete="CASCADE"), primary_key=True)
+    image_id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True)
+    revision: Mapped[int] = mapped_column(sa.BigInteger)
 
 
 class CalibrationRow(Base):
@@ -196,11 +179,11 @@ class CalibrationRow(Base):
 
     __tablename__ = "calibration"
 
-    checkpoint_id: Mapped[str] = mapped_column(ForeignKey("checkpoint.id", ondelete="CASCADE"), primary_key=True)
+    checkpoint_id: Mapped[str] = mapped_column(sa.ForeignKey("checkpoint.id", ondelete="CASCADE"), primary_key=True)
     heads_id: Mapped[str] = mapped_column(primary_key=True)
-    revision: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    revision: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True)
     params: Mapped[dict[str, Any]]
-    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    created_at: Mapped[datetime] = mapped_column(server_default=sa.func.now())
 
 
 class ApiKeyRow(Base):
@@ -208,11 +191,11 @@ class ApiKeyRow(Base):
 
     __tablename__ = "api_key"
 
-    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    id: Mapped[int] = mapped_column(sa.BigInteger, sa.Identity(always=True), primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
     hash: Mapped[bytes] = mapped_column(unique=True)
     scopes: Mapped[list[str]]
-    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    created_at: Mapped[datetime] = mapped_column(server_default=sa.func.now())
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
 
@@ -221,18 +204,18 @@ class DetectionRow(Base):
     """A verdict as it was given. It outlives the references and checkpoint it names, hence no foreign keys to them."""
 
     __tablename__ = "detection"
-    __table_args__ = (Index(None, "at", "id"), Index(None, "sha256"))
+    __table_args__ = (sa.Index(None, "at", "id"), sa.Index(None, "sha256"))
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
-    at: Mapped[datetime] = mapped_column(server_default=func.now())
+    at: Mapped[datetime] = mapped_column(server_default=sa.func.now())
     sha256: Mapped[bytes]
-    file_bytes: Mapped[int] = mapped_column(BigInteger)
-    width: Mapped[int] = mapped_column(Integer)
-    height: Mapped[int] = mapped_column(Integer)
+    file_bytes: Mapped[int] = mapped_column(sa.BigInteger)
+    width: Mapped[int] = mapped_column(sa.Integer)
+    height: Mapped[int] = mapped_column(sa.Integer)
     vector: Mapped[bytes]
     result: Mapped[dict[str, Any]]
     checkpoint_id: Mapped[str]
     heads_id: Mapped[str | None]
-    revision: Mapped[int] = mapped_column(BigInteger)
-    api_key_id: Mapped[int | None] = mapped_column(ForeignKey("api_key.id", ondelete="SET NULL"))
+    revision: Mapped[int] = mapped_column(sa.BigInteger)
+    api_key_id: Mapped[int | None] = mapped_column(sa.ForeignKey("api_key.id", ondelete="SET NULL"))
     feedback: Mapped[dict[str, Any] | None]

@@ -1,14 +1,15 @@
 """What every part of the store builds on: single reads, and short transactions that are repeated where others clash."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psycopg
-from sqlalchemy import Connection, Engine, Executable, RowMapping, func, select
+from sqlalchemy import Connection, Engine, Executable, RowMapping, Select, func, select
 from sqlalchemy.exc import DBAPIError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 TRANSACTION_IMAGES = 1000
 """Images that one transaction adds or removes at most: it holds a lock that others wait for."""
@@ -41,8 +42,8 @@ class Rows:
         """The first row of one statement; None where it has none."""
         return next(iter(self.read(query, values)), None)
 
-    def read_value(self, query: Executable) -> Any:
-        """The first column of the first row; None where there is none."""
+    def read_value(self, query: Select[tuple[Value]]) -> Value | None:
+        """The one column of the first row; None where there is none."""
         row = self.read_one(query)
         return None if row is None else next(iter(row.values()))
 

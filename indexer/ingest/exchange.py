@@ -19,11 +19,11 @@ import numpy as np
 from sqlalchemy import text
 
 from indexer.store import Store
-from indexer.store.columns import NewReference
+from indexer.store.columns import ImageFacts, NewReference
 from indexer.store.generators import GENERATOR_FACTS, GeneratorExists
 
 FORMAT = "lineup references 1"
-PAGE = 250
+EXPORT_PAGE = 250
 PAGE_BYTES = 64 * 1024 * 1024
 """A page ends before its thumbnails and kept uploads exceed this, unless it is a single reference."""
 ROWS = text("""
@@ -42,7 +42,7 @@ order by r.id
 """)
 VECTORS = text("select image_id, checkpoint_id, vector from embedding where image_id = any(:ids)")
 # What a row of `N.json` holds besides; the rest of it is where its bytes lie.
-COLUMNS = tuple(one.name for one in fields(NewReference) if one.name not in {"thumbnail", "vector", "data"})
+COLUMNS = tuple(column.name for column in fields(ImageFacts))
 
 
 class BadExport(ValueError):
@@ -57,9 +57,9 @@ def export_references(store: Store, path: Path, on_image: Callable[[], None] = l
     """
     about: dict[str, Any] = {"format": FORMAT, "pages": 0, "references": 0}
     about["checkpoints"] = [
-        {"id": one.id, "name": one.name, "dim": one.dim}
-        | {"config": {name: value for name, value in one.config.items() if name != "folder"}}  # of this machine
-        for one in store.checkpoints.list()
+        {"id": checkpoint.id, "name": checkpoint.name, "dim": checkpoint.dim}
+        | {"config": {name: value for name, value in checkpoint.config.items() if name != "folder"}}  # of this machine
+        for checkpoint in store.checkpoints.list()
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.part")
@@ -74,13 +74,13 @@ def export_references(store: Store, path: Path, on_image: Callable[[], None] = l
                 for _ in rows:
                     on_image()
             about["generators"] = [
-                {name: getattr(one, name) for name in GENERATOR_FACTS} for one in store.generators.list()
+                {name: getattr(generator, name) for name in GENERATOR_FACTS} for generator in store.generators.list()
             ]
             archive.writestr("about.json", json.dumps(about, default=str))
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-    checkpoints = [one["id"] for one in about["checkpoints"]]
+    checkpoints = [checkpoint["id"] for checkpoint in about["checkpoints"]]
     return {"file": str(path), "references": about["references"], "checkpoints": checkpoints}
 
 
@@ -96,13 +96,13 @@ def import_references(store: Store, path: Path, on_image: Callable[[], None] = l
     """
     about = _verified(path)
     with ZipFile(path) as archive:
-        for one in about["checkpoints"]:
-            store.checkpoints.register(one["id"], one["name"], one["dim"], one["config"])
-        for one in about["generators"]:
+        for checkpoint in about["checkpoints"]:
+            store.checkpoints.register(checkpoint["id"], checkpoint["name"], checkpoint["dim"], checkpoint["config"])
+        for generator in about["generators"]:
             with suppress(GeneratorExists):
-                released_on = one["released_on"] and date.fromisoformat(one["released_on"])
-                store.generators.create(**one | {"released_on": released_on})
-        checkpoints = [one["id"] for one in about["checkpoints"]]
+                released_on = generator["released_on"] and date.fromisoformat(generator["released_on"])
+                store.generators.create(**generator | {"released_on": released_on})
+        checkpoints = [checkpoint["id"] for checkpoint in about["checkpoints"]]
         report: dict[str, Any] = {"references": 0, "added": 0, "embeddings": 0, "conflicts": [], "blocked": []}
         report |= {"checkpoints": checkpoints, "enrolment": store.enrolments.open(None, f"import {path.name}")}
         for number in range(about["pages"]):
@@ -117,13 +117,9 @@ def import_references(store: Store, path: Path, on_image: Callable[[], None] = l
 def _pages(store: Store) -> Iterator[tuple[list[dict[str, Any]], bytes]]:
     """Pages of rows, and the bytes that they point into as [start, end]."""
     after = 0
-    while True:
-        with store.engine.connect() as connection:
-            found = connection.execute(ROWS, {"after": after, "page": PAGE, "bytes": PAGE_BYTES}).mappings().all()
-            if not found:
-                return
-            after = found[-1]["id"]
-            vectors = connection.execute(VECTORS, {"ids": [row["id"] for row in found]}).all()
+    while page := store.read(ROWS, {"after": after, "page": EXPORT_PAGE, "bytes": PAGE_BYTES}):
+        after = page[-1]["id"]
+        vectors = store.read(VECTORS, {"ids": [row["id"] for row in page]})
         data = bytearray()
 
         def place(part: bytes, data: bytearray = data) -> list[int]:
@@ -134,10 +130,10 @@ def _pages(store: Store) -> Iterator[tuple[list[dict[str, Any]], bytes]]:
             row["id"]: {name: row[name] for name in COLUMNS if name != "sha256"}
             | {"sha256": row["sha256"].hex(), "thumbnail": place(row["thumbnail"]), "vectors": {}}
             | {"data": None if row["bytes"] is None else place(row["bytes"])}
-            for row in found
+            for row in page
         }
-        for one in vectors:
-            rows[one.image_id]["vectors"][one.checkpoint_id] = place(one.vector)
+        for row in vectors:
+            rows[row["image_id"]]["vectors"][row["checkpoint_id"]] = place(row["vector"])
         yield list(rows.values()), bytes(data)
 
 
@@ -148,7 +144,7 @@ def _import_page(store: Store, rows: list[dict[str, Any]], data: bytes, report: 
     for checkpoint_id in report["checkpoints"]:
         batch = [
             NewReference(
-                **{name: row[name] for name in COLUMNS},
+                **{name: row[name] for name in COLUMNS if name in row},  # older exports lack newer columns
                 thumbnail=_slice(data, row["thumbnail"]),
                 data=None if row["data"] is None else _slice(data, row["data"]),
                 vector=np.frombuffer(_slice(data, row["vectors"][checkpoint_id]), "<f4"),
@@ -159,7 +155,8 @@ def _import_page(store: Store, rows: list[dict[str, Any]], data: bytes, report: 
         added = store.references.add(batch, checkpoint_id, report["enrolment"])
         report["added"] += added.added
         report["embeddings"] += added.added + added.embedded
-        conflicts |= {one.sha256: {"sha256": one.sha256, "has": one.has, "wants": one.wants} for one in added.conflicts}
+        for conflict in added.conflicts:
+            conflicts[conflict.sha256] = {name: getattr(conflict, name) for name in ("sha256", "has", "wants")}
         blocked |= set(added.blocked)
     report["conflicts"] += conflicts.values()
     report["blocked"] += sorted(blocked)

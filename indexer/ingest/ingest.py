@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from operator import itemgetter
 from typing import Any
@@ -19,12 +19,15 @@ from indexer.store.columns import LABEL_NAMES, NewReference, kind
 from indexer.store.references import Known
 from trainer.cores import usable_cores
 from trainer.data.entry import Entry
-from trainer.images import FileFacts, UnreadableImage, decode_image, thumbnail
+from trainer.images import UnreadableImage, decode_image, thumbnail
 from trainer.model.embedder import Embedder
 
 WRITE_IMAGES = 256
 WRITE_SECONDS = 2.0
 FORGOTTEN = "was removed with --forget"
+
+File = tuple[Entry, bytes, str]  # with its hash
+Embedded = tuple[Entry, NewReference]
 
 
 @dataclass(slots=True)
@@ -76,14 +79,11 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An entry that was read: its pixels for the backbone, shape (3, s, s), float32, and what the row keeps."""
+    """An entry that was read: its row, still without a vector, and its pixels, shape (3, s, s), float32."""
 
     entry: Entry
-    facts: FileFacts
-    thumbnail: bytes
-    fingerprint: int
+    reference: NewReference
     pixels: np.ndarray
-    data: bytes | None
 
 
 def ingest(
@@ -125,39 +125,32 @@ def ingest(
             embedded with that one too.
     """
     start = time.monotonic()
-    report = Report()
     workers = min(32, usable_cores())
     if not dry_run:
         register(embedder, store)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        reader = _Reader(
+        run = _Ingestion(
             embedder=embedder,
             store=store,
-            report=report,
             pool=pool,
+            chunk=16 * workers,
             max_pixels=max_pixels,
             keep_bytes=keep_bytes,
-            chunk=16 * workers,
+            generator=generator,
+            source=source,
+            while_active=while_active,
             on_image=on_image,
         )
-        prepared = prefetch(reader.prepared(entries), 2 * batch_size)
+        prepared = prefetch(run.prepare(entries), 2 * batch_size)
         if dry_run:
-            _count(prepared, store, report, on_image)
+            run.count(prepared)
         else:
-            writer = _Writer(
-                store=store,
-                checkpoint_id=embedder.id,
-                report=report,
-                generator=generator,
-                source=source,
-                while_active=while_active,
-                on_image=on_image,
-            )
-            with closing(prefetch(_embedded(prepared, embedder, batch_size), 4)) as embedded:
-                writer.write(embedded)
-            report.revision = store.checkpoints.revision(embedder.id)
-    report.images = reader.images
-    report.known += reader.known
+            with closing(prefetch(run.embed(prepared, batch_size), 4)) as embedded:
+                run.write(embedded)
+            run.report.revision = store.checkpoints.revision(embedder.id)
+    report = run.report
+    report.images = run.images
+    report.known += run.known
     report.rejected.sort(key=itemgetter("file"))
     report.seconds = round(time.monotonic() - start, 3)
     if report.enrolment is not None:
@@ -166,28 +159,34 @@ def ingest(
 
 
 @dataclass(slots=True, kw_only=True)
-class _Reader:
-    """Decides what has to be read, reads and decodes it. Counts on its own, because it runs in its own thread."""
+class _Ingestion:
+    """The stages of one call, each in a thread of its own: `prepare`, then `embed` and `write`, or `count`.
+
+    `prepare` counts in `images` and `known` and not in the report, whose numbers `write` changes meanwhile.
+    """
 
     embedder: Embedder
     store: Store
-    report: Report
     pool: Executor
+    chunk: int
     max_pixels: int
     keep_bytes: bool
-    chunk: int
+    generator: str | None
+    source: str | None
+    while_active: bool
     on_image: Callable[[], None]
+    report: Report = field(default_factory=Report)
     images: int = 0
     known: int = 0
 
-    def prepared(self, entries: Iterable[Entry]) -> Generator[Prepared, None, None]:
+    def prepare(self, entries: Iterable[Entry]) -> Generator[Prepared, None, None]:
         rest = iter(entries)
         while chunk := list(islice(rest, self.chunk)):
             self.images += len(chunk)
             unknown = list(self._without_known_files(chunk))
-            read = [file for file in self.pool.map(self._read, unknown) if file is not None]
-            fresh = list(self._without_known_hashes(read))
-            yield from (one for one in self.pool.map(self._decode, fresh) if one is not None)
+            files = [file for file in self.pool.map(self._read, unknown) if file is not None]
+            new_files = list(self._without_known_hashes(files))
+            yield from (prepared for prepared in self.pool.map(self._decode, new_files) if prepared is not None)
 
     def _without_known_files(self, chunk: Sequence[Entry]) -> Iterator[Entry]:
         known = self.store.references.known_files([entry.uri for entry in chunk if entry.uri], self.embedder.id)
@@ -195,11 +194,11 @@ class _Reader:
             if not self._is_settled(entry, known.get((entry.uri, entry.size, entry.mtime))):
                 yield entry
 
-    def _without_known_hashes(self, read: Sequence[tuple[Entry, bytes, str]]) -> Iterator[tuple[Entry, bytes, str]]:
-        hashes = [sha256 for _, _, sha256 in read]
+    def _without_known_hashes(self, files: Sequence[File]) -> Iterator[File]:
+        hashes = [sha256 for _, _, sha256 in files]
         known = self.store.references.known_hashes(hashes, self.embedder.id)
         blocked = self.store.references.blocked_hashes(hashes)
-        for entry, data, sha256 in read:
+        for entry, data, sha256 in files:
             if sha256 in blocked:
                 self._reject(entry, UnreadableImage(FORGOTTEN))
             elif not self._is_settled(entry, known.get(sha256)):
@@ -219,7 +218,7 @@ class _Reader:
         self.on_image()
         return True
 
-    def _read(self, entry: Entry) -> tuple[Entry, bytes, str] | None:
+    def _read(self, entry: Entry) -> File | None:
         try:
             data = entry.read()
         except (UnreadableImage, OSError) as error:
@@ -227,13 +226,30 @@ class _Reader:
             return None
         return entry, data, hashlib.sha256(data).hexdigest()
 
-    def _decode(self, file: tuple[Entry, bytes, str]) -> Prepared | None:
+    def _decode(self, file: File) -> Prepared | None:
         entry, data, sha256 = file
         try:
             image, facts = decode_image(data, max_pixels=self.max_pixels, sha256=sha256)
             pixels = self.embedder.preprocess([image])[0]  # (3, s, s)
-            kept = data if self.keep_bytes else None
-            return Prepared(entry, facts, thumbnail(image), fingerprint(image), pixels, kept)
+            reference = NewReference(
+                sha256=facts.sha256,
+                label=entry.label,
+                generator=entry.generator,
+                source=entry.source,
+                group=entry.group or facts.sha256,
+                uri=None if self.keep_bytes else entry.uri,
+                file_bytes=facts.bytes,
+                mtime=entry.mtime,
+                width=facts.width,
+                height=facts.height,
+                format=facts.format,
+                jpeg_quality=facts.jpeg_quality,
+                fingerprint=fingerprint(image),
+                thumbnail=thumbnail(image),
+                attributes=entry.attributes,
+                data=data if self.keep_bytes else None,
+            )
+            return Prepared(entry, reference, pixels)
         except (UnreadableImage, MemoryError) as error:
             self._reject(entry, error)
             return None
@@ -242,21 +258,20 @@ class _Reader:
         self.report.reject(entry.key, str(error) or type(error).__name__)
         self.on_image()
 
+    def embed(
+        self, prepared: Generator[Prepared, None, None], batch_size: int
+    ) -> Generator[list[Embedded], None, None]:
+        with closing(prepared):
+            while batch := list(islice(prepared, batch_size)):
+                vectors = self.embedder.embed_pixels(np.stack([item.pixels for item in batch]), batch_size)  # (n, d)
+                yield [
+                    (item.entry, replace(item.reference, vector=vector))
+                    for item, vector in zip(batch, vectors, strict=True)
+                ]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Writer:
-    """Collects what is embedded and writes it, a few hundred images or two seconds at a time."""
-
-    store: Store
-    checkpoint_id: str
-    report: Report
-    generator: str | None
-    source: str | None
-    while_active: bool
-    on_image: Callable[[], None]
-
-    def write(self, embedded: Iterable[Sequence[tuple[Prepared, np.ndarray]]]) -> None:
-        waiting: list[tuple[Prepared, np.ndarray]] = []
+    def write(self, embedded: Iterable[list[Embedded]]) -> None:
+        """Write a few hundred images or two seconds at a time; the first of them open an enrolment."""
+        waiting: list[Embedded] = []
         last = time.monotonic()
         for batch in embedded:
             waiting += batch
@@ -265,19 +280,13 @@ class _Writer:
                 waiting, last = [], time.monotonic()
         self._add(waiting)
 
-    def _add(self, batch: Sequence[tuple[Prepared, np.ndarray]]) -> None:
-        if not batch:
-            return
+    def _add(self, rows: Sequence[Embedded]) -> None:
         report = self.report
-        if report.enrolment is None:
+        if rows and report.enrolment is None:
             report.enrolment = self.store.enrolments.open(self.generator, self.source)
-        for start in range(0, len(batch), WRITE_IMAGES):
-            part = batch[start : start + WRITE_IMAGES]
-            rows = [new_reference(prepared, vector) for prepared, vector in part]
-            entries = [prepared.entry for prepared, _ in part]
-            added = self.store.references.add(
-                rows, self.checkpoint_id, report.enrolment, while_active=self.while_active
-            )
+        for start in range(0, len(rows), WRITE_IMAGES):
+            entries, batch = zip(*rows[start : start + WRITE_IMAGES], strict=True)
+            added = self.store.references.add(batch, self.embedder.id, report.enrolment, while_active=self.while_active)
             report.known += added.known
             report.embedded += added.embedded
             for position in added.new:
@@ -287,6 +296,21 @@ class _Writer:
             for entry, image_id in zip(entries, added.ids, strict=True):
                 if image_id is None:
                     report.reject(entry.key, FORGOTTEN)
+                self.on_image()
+
+    def count(self, prepared: Generator[Prepared, None, None]) -> None:
+        """Report what writing would add."""
+        hashes: set[str] = set()
+        with closing(prepared):
+            for item in prepared:
+                sha256 = item.reference.sha256
+                if sha256 in hashes:
+                    self.report.known += 1
+                elif self.store.references.find(sha256):
+                    self.report.embedded += 1
+                else:
+                    self.report.count_new(item.entry)
+                hashes.add(sha256)
                 self.on_image()
 
 
@@ -299,30 +323,6 @@ def register(embedder: Embedder, store: Store) -> None:
     store.checkpoints.register(embedder.id, embedder.name, embedder.dim, embedder.config.to_json(), embedder.folder)
 
 
-def new_reference(prepared: Prepared, vector: np.ndarray) -> NewReference:
-    """The row of a prepared entry with its embedding, shape (d,)."""
-    entry, facts = prepared.entry, prepared.facts
-    return NewReference(
-        sha256=facts.sha256,
-        label=entry.label,
-        generator=entry.generator,
-        source=entry.source,
-        group=entry.group or facts.sha256,
-        uri=entry.uri if prepared.data is None else None,
-        file_bytes=facts.bytes,
-        mtime=entry.mtime,
-        width=facts.width,
-        height=facts.height,
-        format=facts.format,
-        jpeg_quality=facts.jpeg_quality,
-        thumbnail=prepared.thumbnail,
-        attributes=entry.attributes,
-        vector=vector,
-        data=prepared.data,
-        fingerprint=prepared.fingerprint,
-    )
-
-
 def fingerprint(image: Image.Image) -> int:
     """64-bit difference hash of an RGB image, as a signed integer: near duplicates differ in few bits.
 
@@ -332,29 +332,3 @@ def fingerprint(image: Image.Image) -> int:
     grey = np.asarray(small, np.int16)  # (8, 9)
     bits = np.packbits(grey[:, :-1] < grey[:, 1:])  # (8,)
     return int(bits.view(">i8")[0])
-
-
-def _embedded(
-    prepared: Generator[Prepared, None, None], embedder: Embedder, batch_size: int
-) -> Generator[list[tuple[Prepared, np.ndarray]], None, None]:
-    with closing(prepared):
-        while batch := list(islice(prepared, batch_size)):
-            vectors = embedder.embed_pixels(np.stack([one.pixels for one in batch]), batch_size)  # (n, d)
-            yield list(zip(batch, vectors, strict=True))
-
-
-def _count(
-    prepared: Generator[Prepared, None, None], store: Store, report: Report, on_image: Callable[[], None]
-) -> None:
-    """What a dry run would add."""
-    seen: set[str] = set()
-    with closing(prepared):
-        for one in prepared:
-            if one.facts.sha256 in seen:
-                report.known += 1
-            elif store.references.find(one.facts.sha256):
-                report.embedded += 1
-            else:
-                report.count_new(one.entry)
-            seen.add(one.facts.sha256)
-            on_image()

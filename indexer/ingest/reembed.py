@@ -1,15 +1,14 @@
 """Embedding what is stored with another checkpoint, beside the one that serves, until nothing is missing."""
 
 import hashlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from sqlalchemy import text
+from sqlalchemy import RowMapping, text
 
 from indexer.ingest.ingest import register
 from indexer.ingest.prefetch import prefetch
@@ -19,20 +18,11 @@ from trainer.data.datasets import read_uri
 from trainer.images import UnreadableImage, decode_image
 from trainer.model.embedder import Embedder
 
-PAGE = 256
-MISSING = """select r.id, r.sha256, r.uri from reference_image r
+PAGE_REFERENCES = 256
+MISSING = text("""select r.id, r.sha256, r.uri from reference_image r
 where r.id > :after and not exists (
     select from embedding e where e.image_id = r.id and e.checkpoint_id = :checkpoint)
-order by r.id limit :page"""
-
-
-@dataclass(frozen=True, slots=True)
-class Missing:
-    """A reference without an embedding of the new checkpoint."""
-
-    id: int
-    sha256: str
-    uri: str | None
+order by r.id limit :page""")
 
 
 def reembed(
@@ -85,43 +75,37 @@ def reembed(
     }
 
 
-def missing(store: Store, checkpoint_id: str, after: int = 0) -> Sequence[Missing]:
-    """A page of references without an embedding of this checkpoint, ids above `after`, ascending."""
-    values = {"after": after, "checkpoint": checkpoint_id, "page": PAGE}
-    with store.engine.connect() as connection:
-        rows = connection.execute(text(MISSING), values).all()
-    return [Missing(row.id, row.sha256.hex(), row.uri) for row in rows]
-
-
 def _decoded(
     store: Store, embedder: Embedder, pool: ThreadPoolExecutor, max_pixels: int, unreadable: dict[int, dict[str, Any]]
 ) -> Generator[tuple[int, np.ndarray], None, None]:
-    def pixels(image: Missing) -> np.ndarray | None:
+    """Ids and pixels of the references without an embedding of this checkpoint, in order of id."""
+
+    def decode(row: RowMapping) -> np.ndarray | None:
         try:
-            picture, _ = decode_image(_read(store, image), max_pixels=max_pixels)
-            prepared: np.ndarray = embedder.preprocess([picture])[0]  # (3, s, s)
-            return prepared
+            image, _ = decode_image(_read(store, row), max_pixels=max_pixels, sha256=row["sha256"].hex())
+            pixels: np.ndarray = embedder.preprocess([image])[0]  # (3, s, s)
+            return pixels
         except (UnreadableImage, OSError) as error:
-            unreadable[image.id] = {"id": image.id, "uri": image.uri, "reason": str(error)}
+            unreadable[row["id"]] = {"id": row["id"], "uri": row["uri"], "reason": str(error)}
             return None
 
-    after = 0
-    while page := missing(store, embedder.id, after):
-        after = page[-1].id
-        todo = [image for image in page if image.id not in unreadable]
-        for image, made in zip(todo, pool.map(pixels, todo), strict=True):
-            if made is not None:
-                yield image.id, made
+    place = {"after": 0, "checkpoint": embedder.id, "page": PAGE_REFERENCES}
+    while page := store.read(MISSING, place):
+        place["after"] = page[-1]["id"]
+        rows = [row for row in page if row["id"] not in unreadable]
+        for row, pixels in zip(rows, pool.map(decode, rows), strict=True):
+            if pixels is not None:
+                yield row["id"], pixels
 
 
-def _read(store: Store, image: Missing) -> bytes:
+def _read(store: Store, row: RowMapping) -> bytes:
     """The bytes that were kept, or the file's."""
-    kept = store.references.file(image.id)
-    if kept is not None:
-        return kept
-    if image.uri is None:
+    file = store.references.file(row["id"])
+    if file is not None:
+        return file
+    if row["uri"] is None:
         raise UnreadableImage("its bytes were not kept")
-    data = read_uri(image.uri)
-    if hashlib.sha256(data).hexdigest() != image.sha256:
+    data = read_uri(row["uri"])
+    if hashlib.sha256(data).digest() != row["sha256"]:
         raise UnreadableImage("the file has changed since it was added")
     return data

@@ -159,11 +159,10 @@ class Checkpoints(Rows):
         Raises:
             UnknownCheckpoint: It was never registered.
         """
-        query = select(RevisionRow.revision).where(RevisionRow.checkpoint_id == checkpoint_id)
-        revision = self.read_value(query)
+        revision = self.read_value(select(RevisionRow.revision).where(RevisionRow.checkpoint_id == checkpoint_id))
         if revision is None:
             raise UnknownCheckpoint(f"the store has no embeddings of checkpoint {checkpoint_id}")
-        return int(revision)
+        return revision
 
     # Last in its class: below it, `list` would mean this method.
     def list(self) -> Sequence[Checkpoint]:

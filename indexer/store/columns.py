@@ -4,7 +4,7 @@ A column of `reference_image` is declared three times: in a migration, in `index
 `ImageFacts`. What copies, reads and exports references follows from these; `indexer.ingest.ingest` gives the value.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 import numpy as np
@@ -69,10 +69,10 @@ class NewReference(ImageFacts):
 
     Attributes:
         thumbnail: JPEG.
-        vector: Raw embedding, shape (d,), float32.
+        vector: Raw embedding, shape (d,), float32; empty until there is one.
         data: The file itself, to be kept (uploads).
     """
 
     thumbnail: bytes
-    vector: np.ndarray
+    vector: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     data: bytes | None = None

@@ -71,23 +71,15 @@ GENERATORS = (
 class Generators(Rows):
     """Generators are unique by name without regard to case."""
 
-    def create(
-        self,
-        name: str,
-        *,
-        family: str | None = None,
-        vendor: str | None = None,
-        version: str | None = None,
-        released_on: date | None = None,
-        notes: str | None = None,
-    ) -> Generator:
-        """Make a new generator.
+    def create(self, name: str, **facts: Any) -> Generator:
+        """Make a new generator; its facts are family, vendor, version, released_on and notes.
 
         Raises:
             BadGeneratorName: The name breaks the rule.
             GeneratorExists: It exists already.
+            ValueError: Another fact.
         """
-        facts = {"family": family, "vendor": vendor, "version": version, "released_on": released_on, "notes": notes}
+        _check_facts(facts)
         query = insert(GeneratorRow).values(name=check_generator_name(name), **facts).on_conflict_do_nothing()
         created = self.transaction(lambda connection: connection.scalar(query.returning(GeneratorRow.id)))
         if created is None:
@@ -112,10 +104,7 @@ class Generators(Rows):
             GeneratorExists: The new name is taken.
             ValueError: Another fact.
         """
-        if odd := facts.keys() - GENERATOR_FACTS:
-            raise ValueError(
-                f"a generator has no {', '.join(sorted(odd))}; it has {', '.join(sorted(GENERATOR_FACTS))}"
-            )
+        _check_facts(facts)
         new_name = check_generator_name(facts.get("name", name))
         generator = self.require(name)
 
@@ -148,13 +137,12 @@ class Generators(Rows):
             UnknownGenerator: No generator has this name.
         """
         generator_id = self.require(name).id
+        query = delete(GeneratorRow).where(GeneratorRow.id == generator_id)
         removed = Removed()
         while True:
             removed += remove_all(self, ReferenceRow.generator_id == generator_id, forget)
             try:
-                self.transaction(
-                    lambda connection: connection.execute(delete(GeneratorRow).where(GeneratorRow.id == generator_id))
-                )
+                self.transaction(lambda connection: connection.execute(query))
             except IntegrityError:  # someone added one meanwhile
                 continue
             return removed
@@ -163,6 +151,12 @@ class Generators(Rows):
     def list(self) -> Sequence[Generator]:
         """All generators with their numbers of references, by name."""
         return [Generator(**row) for row in self.read(GENERATORS)]
+
+
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    if unknown := facts.keys() - GENERATOR_FACTS:
+        names = ", ".join(sorted(GENERATOR_FACTS))
+        raise ValueError(f"a generator has no {', '.join(sorted(unknown))}; it has {names}")
 
 
 def generator_ids(connection: Connection, names: Iterable[str]) -> dict[str, int]:

@@ -70,14 +70,11 @@ class References(Rows):
 
     def thumbnail(self, image_id: int) -> bytes | None:
         """JPEG bytes, longest side at most 256."""
-        data: bytes | None = self.read_value(select(ReferenceRow.thumbnail).where(ReferenceRow.id == image_id))
-        return data
+        return self.read_value(select(ReferenceRow.thumbnail).where(ReferenceRow.id == image_id))
 
     def file(self, image_id: int) -> bytes | None:
         """The bytes of an image that came over HTTP, where they were kept."""
-        query = select(ReferenceFileRow.bytes).where(ReferenceFileRow.image_id == image_id)
-        data: bytes | None = self.read_value(query)
-        return data
+        return self.read_value(select(ReferenceFileRow.bytes).where(ReferenceFileRow.image_id == image_id))
 
     def counts(self) -> dict[str, int]:
         """How many references there are: {"real": n, "fake": n}."""

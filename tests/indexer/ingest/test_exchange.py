@@ -114,7 +114,7 @@ def test_pages_end_before_they_hold_too_many_bytes(
     assert sorted(len(page) for page in pages) == [2, 98, 100, 100]  # 98 with an upload of 8 bytes
     assert import_references(target, tmp_path / "set")["added"] == 300
     monkeypatch.setattr(exchange, "PAGE_BYTES", 1)
-    monkeypatch.setattr(exchange, "PAGE", 2)
+    monkeypatch.setattr(exchange, "EXPORT_PAGE", 2)
     source.references.remove(ids=[row.id for row in source.references.list(limit=1000)[3:]])
     assert export_references(source, tmp_path / "set")["references"] == 3
     assert import_references(target, tmp_path / "set")["references"] == 3
