@@ -42,7 +42,7 @@ class Rows:
         """The first row of one statement; None where it has none."""
         return next(iter(self.read(query, values)), None)
 
-    def read_value(self, query: Select[tuple[Value]]) -> Value | None:
+    def read_value(self, query: Select[Value]) -> Value | None:
         """The one column of the first row; None where there is none."""
         row = self.read_one(query)
         return None if row is None else next(iter(row.values()))

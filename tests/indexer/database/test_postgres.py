@@ -30,7 +30,7 @@ from pathlib import Path
 from indexer.database.connection import connect
 from indexer.settings import Settings
 from indexer.store import Store
-print(Store(connect(Settings(home=Path(sys.argv[1])))).store_id(), flush=True)
+print(Store(connect(Settings(home=Path(sys.argv[1])))).id(), flush=True)
 sys.stdin.readline()
 """
 
