@@ -20,9 +20,9 @@ from api.monitoring import Metrics
 from api.schemas.problems import ApiError
 from api.schemas.resources import Added, Status
 from api.schemas.verdicts import Hits, Verdict
+from api.served_checkpoint import Serving, run_in
 from api.service_settings import ServiceSettings
 from api.service_status import status
-from api.serving import Serving, run_in
 from indexer.database.connection import DatabaseBehind
 from indexer.store.checkpoints import CheckpointSwitched
 from trainer.cores import usable_cores

@@ -31,7 +31,7 @@ from indexer.follower import Follower
 from indexer.index.vector_index import VectorIndex
 from indexer.settings import Settings
 from indexer.store import Store
-from indexer.store.columns import NewReference
+from indexer.store.reference_facts import NewReference
 
 CHECKPOINT = "c" * 32
 PER_REVISION = 1_000

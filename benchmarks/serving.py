@@ -33,7 +33,7 @@ from api.judge.loader import load_detector
 from api.judge.uploads import Upload
 from api.service_settings import ServiceSettings
 from indexer.database.embedded import EmbeddedServer
-from indexer.store.columns import NewReference
+from indexer.store.reference_facts import NewReference
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import fit_heads
 from trainer.images import thumbnail

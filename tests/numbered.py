@@ -10,7 +10,7 @@ from indexer.database.connection import connect
 from indexer.follower import Follower
 from indexer.settings import Settings
 from indexer.store import Store
-from indexer.store.columns import NewReference
+from indexer.store.reference_facts import NewReference
 
 DIM = 6
 CHECKPOINT = "c" * 32

@@ -12,7 +12,7 @@ from api.http.dependencies import Enrolling, Id, Limit, Loaded, Reading, Served,
 from api.schemas import LABELS, Label, Text
 from api.schemas.problems import ApiError, documented
 from api.schemas.resources import Added, ReferenceImage, ReferencePage, Removed
-from indexer.store.columns import Reference
+from indexer.store.reference_facts import Reference
 
 router = v1_router("references")
 

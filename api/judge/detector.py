@@ -21,8 +21,8 @@ from api.service_settings import ServiceSettings
 from indexer.follower import Follower
 from indexer.store import Store
 from indexer.store.checkpoints import Checkpoint
-from indexer.store.columns import Reference
 from indexer.store.detections import Detection as Record
+from indexer.store.reference_facts import Reference
 from trainer.cores import usable_cores
 from trainer.heads.heads import Heads
 from trainer.model.embedder import Embedder

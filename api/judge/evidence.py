@@ -15,7 +15,7 @@ from indexer.follower import Follower
 from indexer.follower import Neighbour as IndexNeighbour
 from indexer.index.label_index import Neighbours
 from indexer.store import Store
-from indexer.store.columns import Reference
+from indexer.store.reference_facts import Reference
 from trainer.heads.calibration import Calibration
 from trainer.heads.heads import Heads
 from trainer.heads.vote import Votes, vote

@@ -5,7 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from indexer.index.flat import ROWS_PER_BLOCK, Flat
+from indexer.index.engine import ROWS_PER_BLOCK
+from indexer.index.flat import Flat
 from indexer.index.inverted import QUERIES, VECTORS_PER_LIST, Inverted, lists_for
 from indexer.index.label_index import LabelIndex
 from indexer.index.lock import ReadWriteLock

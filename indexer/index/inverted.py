@@ -11,7 +11,7 @@ from typing import Any, Self
 import faiss
 import numpy as np
 
-from indexer.index.flat import FP16, selector, use_threads_for
+from indexer.index.engine import FP16, selector, use_threads_for
 
 TARGET_RECALL = 0.995
 """Recall@20 that `tune` reaches on stored vectors, so that fresh queries, which lie a little off them, keep 0.99."""

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from indexer.index.flat import ROWS_PER_BLOCK, Engine, Flat
+from indexer.index.engine import ROWS_PER_BLOCK, Engine
+from indexer.index.flat import Flat
 from indexer.index.inverted import Inverted
 from indexer.index.snapshot import BadSnapshot
 

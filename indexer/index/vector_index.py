@@ -1,17 +1,23 @@
 """The vectors of one checkpoint in memory: nearest neighbours of each label by cosine similarity, exact by default."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
+import faiss
 import numpy as np
 
-from indexer.index.flat import ROWS_PER_BLOCK, Engine, new_engine
+from indexer.index.engine import ROWS_PER_BLOCK, Engine
+from indexer.index.flat import Flat
 from indexer.index.growing import grow
 from indexer.index.label_index import LabelIndex, Neighbours
 from indexer.index.lock import ReadWriteLock
 from indexer.index.snapshot import BadSnapshot, read_snapshot, write_snapshot
-from indexer.index.vectors import BadVectors, check_rows, unit_vectors
+from indexer.index.vector_checks import BadVectors, check_rows, unit_vectors
+
+log = logging.getLogger(__name__)
 
 PART = 32
 """Queries that are searched under one hold of the lock: changes, and searches that wait behind them, get their turn."""
@@ -250,3 +256,29 @@ class VectorIndex:
             raise BadVectors(f"k is {k}, must be at least 1")
         queries = unit_vectors(vectors, self.dim)
         return [(first, queries[first : first + PART]) for first in range(0, max(1, len(queries)), PART)]
+
+
+def new_engine(dim: int, device: str) -> Engine:
+    """An empty exact engine.
+
+    Args:
+        dim: Length of the vectors.
+        device: "cpu", "cuda", or "auto" for a GPU where FAISS sees one. Without one, "cuda" is "cpu", with a warning:
+            embedding may have a GPU that this build of FAISS cannot use.
+    """
+    if device != "cpu" and has_gpu():
+        from indexer.index.gpu import Gpu
+
+        return Gpu(dim)
+    if device == "cuda":
+        log.warning("searching on the CPU: this build of FAISS, or torch beside it, sees no GPU")
+    return Flat(dim)
+
+
+def has_gpu() -> bool:
+    """Whether FAISS sees a GPU and torch is there to hold its memory."""
+    if not faiss.get_num_gpus() or not find_spec("torch"):
+        return False
+    import torch
+
+    return torch.cuda.is_available()

@@ -19,8 +19,8 @@ import numpy as np
 from sqlalchemy import text
 
 from indexer.store import Store
-from indexer.store.columns import ImageFacts, NewReference
 from indexer.store.generators import GENERATOR_FACTS, GeneratorExists
+from indexer.store.reference_facts import ImageFacts, NewReference
 
 FORMAT = "lineup references 1"
 EXPORT_PAGE = 250

@@ -15,7 +15,7 @@ from PIL import Image
 
 from indexer.ingest.prefetch import prefetch
 from indexer.store import Store
-from indexer.store.columns import LABEL_NAMES, NewReference, kind
+from indexer.store.reference_facts import LABEL_NAMES, NewReference, kind
 from indexer.store.references import Known
 from trainer.cores import usable_cores
 from trainer.data.entry import Entry

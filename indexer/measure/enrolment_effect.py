@@ -11,7 +11,7 @@ from indexer.follower import Follower
 from indexer.measure.audit import fact_warnings
 from indexer.measure.near_duplicates import related_references
 from indexer.settings import Settings
-from indexer.store.columns import LABEL_NAMES
+from indexer.store.reference_facts import LABEL_NAMES
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.vote import vote
 from trainer.model.checkpoint import CheckpointError

@@ -8,7 +8,7 @@ import faiss
 import numpy as np
 from sqlalchemy import text
 
-from indexer.index.flat import use_threads_for
+from indexer.index.engine import use_threads_for
 from indexer.store import Store
 
 NEAR_BITS = 4

@@ -24,8 +24,8 @@ from indexer.database.tables import BlockedHashRow, EmbeddingRow, GeneratorRow, 
 from indexer.database.transactions import TRANSACTION_IMAGES, Rows
 from indexer.store import writing
 from indexer.store.checkpoints import Checkpoints
-from indexer.store.columns import LABEL_NAMES, NewReference, Reference
 from indexer.store.generators import Generators
+from indexer.store.reference_facts import LABEL_NAMES, NewReference, Reference
 from indexer.store.removing import Removed, remove_all
 
 

@@ -11,10 +11,10 @@ from sqlalchemy import Connection, make_url, text
 
 from indexer.database.tables import ReferenceRow
 from indexer.database.transactions import PassingConflict, notify
-from indexer.index.vectors import BadVectors, unit_vectors
+from indexer.index.vector_checks import BadVectors, unit_vectors
 from indexer.store.checkpoints import CheckpointSwitched
-from indexer.store.columns import NewReference, kind
 from indexer.store.generators import generator_ids
+from indexer.store.reference_facts import NewReference, kind
 
 POSTGRES = make_url("postgresql+psycopg://").get_dialect()()
 ROW_COLUMNS = [

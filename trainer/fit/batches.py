@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from trainer.fit.roles import Decoded, Pictures
+from trainer.fit.image_roles import Decoded, Pictures
 from trainer.images import UnreadableImage
 from trainer.views.augmentations import Pixels
 from trainer.views.views import Views

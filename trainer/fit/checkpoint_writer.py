@@ -12,7 +12,7 @@ from PIL import Image
 from trainer.data.entry import Entry, role
 from trainer.evaluation.embedded_set import embed_entries
 from trainer.fit.fit_heads import PLAIN, VIEWS, embed_for_heads, spread, write_heads
-from trainer.fit.roles import Roles
+from trainer.fit.image_roles import Roles
 from trainer.fit.run import Run
 from trainer.fit.state import SUMMARY_FILE, EpochSummary, state_folder, write_table
 from trainer.heads.calibration_set import CALIBRATION_IMAGES

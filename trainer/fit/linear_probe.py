@@ -6,7 +6,7 @@ from typing import Self
 
 import numpy as np
 
-from trainer.fit.roles import Pictures, Roles
+from trainer.fit.image_roles import Pictures, Roles
 from trainer.images import UnreadableImage
 from trainer.views.augmentations import Pixels
 from trainer.views.views import Views

@@ -18,9 +18,9 @@ from trainer.cores import usable_cores
 from trainer.fit.batches import Batch, EpochSampler, Pairs, collate
 from trainer.fit.checkpoint_writer import write_checkpoint
 from trainer.fit.fit_settings import FitError, FitSettings
+from trainer.fit.image_roles import Pictures, Roles, read_roles, shard_paths
 from trainer.fit.linear_probe import LinearProbe
 from trainer.fit.objective import make_objective
-from trainer.fit.roles import Pictures, Roles, read_roles, shard_paths
 from trainer.fit.run import Advance, Processes, Run
 from trainer.fit.state import EpochSummary, RunState, state_folder
 from trainer.fit.stream import ShardRecords

@@ -24,8 +24,8 @@ from api.service_settings import ServiceSettings
 from indexer import follower
 from indexer.follower import Neighbour
 from indexer.index.label_index import Neighbours
-from indexer.store.columns import Reference
 from indexer.store.detections import Detection
+from indexer.store.reference_facts import Reference
 from trainer.heads.heads import unit_length
 
 FIELDS = {

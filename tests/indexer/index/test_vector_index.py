@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from indexer.index import flat, growing, inverted
+from indexer.index import flat, growing, inverted, vector_index
 from indexer.index.inverted import Inverted
 from indexer.index.label_index import Neighbours
 from indexer.index.snapshot import BadSnapshot, write_snapshot
+from indexer.index.vector_checks import BadVectors
 from indexer.index.vector_index import IndexChanged, VectorIndex
-from indexer.index.vectors import BadVectors
 
 DIM = 8
 HALF = 2e-3  # two halves round each of 8 products
@@ -419,7 +419,7 @@ def test_a_removal_while_lists_are_made_ends_it(monkeypatch: pytest.MonkeyPatch,
 
 def test_making_lists_is_left_whenever_it_is_asked_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growing, "LARGE", 100)
-    monkeypatch.setattr(growing, "BLOCK", 500)
+    monkeypatch.setattr(growing, "ROWS_PER_BLOCK", 500)
     index = VectorIndex(32)
     index.add(np.arange(4_000), clustered(), np.ones(4_000, int), np.ones(4_000, int), np.zeros(4_000, int))
     asked = 0
@@ -455,7 +455,7 @@ def test_additions_while_lists_are_made_are_kept(monkeypatch: pytest.MonkeyPatch
 
 
 def test_cuda_without_a_gpu_is_the_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(flat, "has_gpu", lambda: False)
+    monkeypatch.setattr(vector_index, "has_gpu", lambda: False)
     assert VectorIndex(DIM, "auto").device == "cpu"
     assert not caplog.records
     assert VectorIndex(DIM, "cuda").device == "cpu"
@@ -573,7 +573,7 @@ def test_index_equals_a_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not flat.has_gpu(), reason="needs a GPU")
+@pytest.mark.skipif(not vector_index.has_gpu(), reason="needs a GPU")
 def test_gpu_and_cpu_agree() -> None:
     cpu, gpu = VectorIndex(DIM, "cpu"), VectorIndex(DIM, "cuda")
     assert (cpu.device, gpu.device) == ("cpu", "cuda")

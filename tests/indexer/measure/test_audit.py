@@ -12,7 +12,7 @@ from indexer.measure import audit as module
 from indexer.measure.audit import audit, fact_aurocs, fact_warnings, near_duplicates_across
 from indexer.settings import Settings
 from indexer.store import Store
-from indexer.store.columns import NewReference
+from indexer.store.reference_facts import NewReference
 from trainer.images import FileFacts
 
 

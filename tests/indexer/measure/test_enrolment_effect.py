@@ -11,7 +11,7 @@ from indexer.follower import Follower
 from indexer.measure.enrolment_effect import effect
 from indexer.settings import Settings
 from indexer.store import Store
-from indexer.store.columns import NewReference
+from indexer.store.reference_facts import NewReference
 from trainer.heads.calibration_set import CalibrationSet
 
 CHECKPOINT = "e" * 32

@@ -22,10 +22,10 @@ from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.changes import ADDITIONS, REMOVALS, Additions, Removals
 from indexer.store.checkpoints import CALIBRATIONS, CheckpointSwitched, UnknownCheckpoint
-from indexer.store.columns import NewReference
 from indexer.store.detections import Detection
 from indexer.store.generators import BadGeneratorName, GeneratorExists, UnknownGenerator
 from indexer.store.keys import KeyExists
+from indexer.store.reference_facts import NewReference
 from indexer.store.removing import STAMP, Removed
 from indexer.store.writing import BadVector
 from trainer.model.embedder import Embedder

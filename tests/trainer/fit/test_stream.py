@@ -20,7 +20,7 @@ from trainer.data.datasets import read_dataset
 from trainer.data.entry import default_split, role
 from trainer.fit.batches import Sample, collate
 from trainer.fit.fit_settings import FitError
-from trainer.fit.roles import shard_paths
+from trainer.fit.image_roles import shard_paths
 from trainer.fit.run import Run
 from trainer.fit.state import state_folder
 from trainer.fit.stream import ShardRecords, is_image_member

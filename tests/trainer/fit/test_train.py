@@ -22,9 +22,9 @@ from trainer.data.entry import default_split, role
 from trainer.fit.batches import EpochSampler, Pairs
 from trainer.fit.fit_heads import refit
 from trainer.fit.fit_settings import FitError, FitSettings, learning_rate
+from trainer.fit.image_roles import Pictures, read_roles
 from trainer.fit.linear_probe import LinearProbe
 from trainer.fit.objective import make_objective
-from trainer.fit.roles import Pictures, read_roles
 from trainer.fit.run import Processes, Run
 from trainer.fit.state import RunState, state_folder
 from trainer.fit.train import epoch_steps, finishing_seconds, fit
