@@ -23,6 +23,8 @@ from trainer.fit.state import RunState
 from trainer.model.seen_images import SeenImages
 from trainer.views.augmentations import Pixels
 
+PARAMETER_GROUPS = 2
+"""How many `parameter_groups` gives."""
 Advance = Callable[[float, int, float, float], None]
 """Told about each update: share of the schedule done, updates done, loss, records per second."""
 
@@ -209,6 +211,11 @@ class Run:
         if settings.max_minutes is None and settings.patience and idle >= settings.patience:
             return True
         return self.progress(state.seconds) >= 1
+
+
+def restorable(state: RunState) -> bool:
+    """Whether a state is as `Run.capture` leaves it; earlier versions had one group of parameters and no record."""
+    return "seen" in state.tensors and len(state.tensors["optimiser"]["param_groups"]) == PARAMETER_GROUPS
 
 
 def parameter_groups(objective: Objective, weight_decay: float) -> list[dict[str, Any]]:

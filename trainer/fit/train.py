@@ -21,7 +21,7 @@ from trainer.fit.fit_settings import FitError, FitSettings
 from trainer.fit.image_roles import Pictures, Roles, read_roles, shard_paths
 from trainer.fit.linear_probe import LinearProbe
 from trainer.fit.objective import make_objective
-from trainer.fit.run import Advance, Processes, Run
+from trainer.fit.run import Advance, Processes, Run, restorable
 from trainer.fit.state import EpochSummary, RunState, state_folder
 from trainer.fit.stream import ShardRecords
 from trainer.model.checkpoint import CheckpointError, read_config
@@ -136,10 +136,15 @@ def unfinished_run(settings: FitSettings) -> RunState | None:
     """The state of an interrupted run of these settings, or None where there is none.
 
     Raises:
-        FitError: It is of other settings.
+        FitError: It is of other settings, or of an earlier version.
     """
     folder = state_folder(settings.output)
     state = RunState.load(folder)
+    if state is not None and not restorable(state):
+        raise FitError(
+            f"{folder} holds an unfinished run begun by an earlier version: finish it there, "
+            "or start anew with --overwrite"
+        )
     if state is not None and (differs := differences(state.settings, settings.record())):
         raise FitError(f"{folder} holds an unfinished run of other settings ({differs}): finish it, or use --overwrite")
     return state

@@ -245,6 +245,28 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(
     assert_same_weights(tiny.output, whole[0].output)
 
 
+@pytest.mark.parametrize("part", ["seen", "optimiser"])
+def test_an_unfinished_run_of_an_earlier_version_is_refused_in_words(
+    tiny: FitSettings, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    capture = Run.capture
+
+    def stop_as_before(self: Run) -> None:
+        capture(self)
+        if part == "seen":
+            del self.state.tensors["seen"]
+        else:
+            self.state.tensors["optimiser"] = torch.optim.AdamW(self.objective.parameters()).state_dict()
+        self.state.save(state_folder(tiny.output))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "capture", stop_as_before)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny)
+    with pytest.raises(FitError, match="begun by an earlier version: finish it there, or start anew with --overwrite"):
+        fit(tiny)
+
+
 def test_a_stop_within_an_epoch_restarts_that_epoch(tiny: FitSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = replace(tiny, ema=0.9, patience=1, tokens=5)
     straight = replace(tiny, output=tiny.output.with_name("straight"))
