@@ -11,6 +11,7 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 
 from api.batcher import Batcher, BatcherFull, Item, Result
+from api.inflight import reservation_in_use
 from api.judge.detector import Case, Detector
 from api.judge.uploads import Question, Upload
 from api.monitoring import Metrics
@@ -22,8 +23,13 @@ T = TypeVar("T")
 
 
 async def run_in(pool: Executor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What `work` returns in a thread of the pool."""
-    return await asyncio.get_running_loop().run_in_executor(pool, partial(work, *args, **kwargs))
+    """What `work` returns in a thread of the pool, which holds the request's bytes until it has ended."""
+    calls = [partial(work, *args, **kwargs)]
+    future = pool.submit(lambda: calls.pop()())
+    future.add_done_callback(lambda _: calls.clear())  # the pool keeps what was cancelled until a thread is free
+    if reservation := reservation_in_use.get():
+        reservation.hold_until(future)
+    return await asyncio.wrap_future(future)
 
 
 class Serving:

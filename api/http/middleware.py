@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.access import Caller, RateLimit, bearer, check_loopback, check_token
+from api.inflight import Budget, Reservation, reservation_in_use
 from api.monitoring import Metrics
 from api.schemas.problems import ApiError
 from api.service import Service
@@ -66,14 +67,14 @@ class Envelope:
 
     def __init__(self, app: ASGIApp, metrics: Metrics, settings: ServiceSettings) -> None:
         self.app, self.metrics, self.settings = app, metrics, settings
-        self.inflight_bytes = 0  # of the bodies of all requests in work
+        self.budget = Budget(settings.max_inflight_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status, size, reserved = time.perf_counter(), 0, 0, 0
+        start, status, size, reservation = time.perf_counter(), 0, 0, Reservation(self.budget)
         headers = Headers(scope=scope)
         sent_id = headers.get("x-request-id", "")
         request_id = sent_id if REQUEST_ID.fullmatch(sent_id) else uuid4().hex
@@ -97,16 +98,18 @@ class Envelope:
             await problem_response(error, request_id)(scope, receive, send_with_headers)
 
         async def receive_counted() -> Message:
-            nonlocal size, reserved
+            nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
             if size > most:
                 raise http_exception(too_large(f"sent {size:,}", most))
-            if (needed := max(size, declared) - reserved) > 0:
-                self.reserve(needed)
-                reserved += needed
+            try:
+                reservation.grow(max(size, declared))
+            except ApiError as error:
+                raise http_exception(error) from None
             return message
 
+        in_use = reservation_in_use.set(reservation)
         try:
             if declared > most:
                 raise too_large(f"declares {declared:,}", most)
@@ -126,7 +129,8 @@ class Envelope:
                 raise
             await send_problem(ApiError("internal", "a bug; the log holds more under this request id"))
         finally:
-            self.inflight_bytes -= reserved
+            reservation_in_use.reset(in_use)
+            reservation.release()
             duration = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "none")
             self.metrics.requests.labels(scope["method"], route, str(status)).inc()
@@ -135,15 +139,6 @@ class Envelope:
             fields = {"request_id": request_id, "method": scope["method"], "route": route, "status": status}
             fields |= {"ms": round(1000 * duration, 1), "caller": caller.name if caller else None}
             log.info("request", extra=fields)
-
-    def reserve(self, size: int) -> None:
-        """Count so many bytes more until their request ends; raises not-ready where that exceeds the setting."""
-        inflight, most = self.inflight_bytes, self.settings.max_inflight_bytes
-        if inflight + size > most:
-            room = f"{most:,} are allowed (LINEUP_MAX_INFLIGHT_BYTES)"
-            detail = f"requests in work hold {inflight:,} bytes, {size:,} more came, and {room}; try again shortly"
-            raise http_exception(ApiError("not-ready", detail, retry_after=1))
-        self.inflight_bytes += size
 
 
 class Guard:

@@ -1,10 +1,13 @@
 """The HTTP interface, with its real detector and database: every call, and every error of the table."""
 
+import asyncio
+import gc
 import io
 import shutil
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -30,12 +33,14 @@ from api.__main__ import app as api
 from api.access import hash_secret, new_secret
 from api.http import server
 from api.http.app import create_app
+from api.inflight import Budget, Reservation, reservation_in_use
 from api.judge.calibrator import Calibrator
 from api.judge.detector import Detector
 from api.judge.loader import load_detector, load_successor
 from api.judge.regions import MOST_REGIONS, VARIANTS
 from api.judge.uploads import Prepared, Question, Upload
 from api.schemas.verdicts import Verdict
+from api.served_checkpoint import run_in
 from api.service import Service
 from api.service_settings import ServiceSettings
 from indexer import follower
@@ -504,6 +509,68 @@ def test_bodies_in_work_share_one_budget(populated: ServiceSettings, monkeypatch
             going.set()
         assert first.result().status_code == 200
         assert client.post("/v1/search", content=undeclared(), headers=form).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "owner", "name"), [("/v1/references", service, "enrol"), ("/v1/detect", Detector, "prepare")]
+)
+def test_bytes_count_until_the_threads_that_hold_them_end(
+    populated: ServiceSettings, monkeypatch: pytest.MonkeyPatch, path: str, owner: object, name: str
+) -> None:
+    image, going, ended, calls = png(), threading.Event(), threading.Event(), count()
+
+    def slow(*args: object) -> None:
+        assert not next(calls)
+        assert going.wait(60)
+        ended.set()
+        raise RuntimeError("late")
+
+    field = "images" if owner is service else "image"
+    sent: dict[str, Any] = {"data": {"label": "real"}, "files": files(image, field=field)}
+    budget = int(1.5 * len(image))
+    with connected(populated, max_inflight_bytes=budget, request_seconds=1.0) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, slow)
+            try:
+                answer = client.post(path, **sent)
+                assert "LINEUP_REQUEST_SECONDS" in problem(answer, 503, "not-ready")["detail"]
+                for _ in range(3):
+                    answer = client.post(path, **sent)
+                    assert "LINEUP_MAX_INFLIGHT_BYTES" in problem(answer, 503, "not-ready")["detail"]
+            finally:
+                going.set()
+            assert ended.wait(60)
+        wait_for(lambda: client.post("/v1/search", files=files(image)).status_code == 200)
+
+
+def test_a_cancelled_call_lets_its_bytes_go_though_no_thread_is_free() -> None:
+    class Payload:
+        pass
+
+    async def cancelled(pool: ThreadPoolExecutor, reservation: Reservation) -> None:
+        reservation_in_use.set(reservation)
+        reservation.grow(10)
+        payload = Payload()
+        kept, task = weakref.ref(payload), asyncio.create_task(run_in(pool, id, payload))
+        await asyncio.sleep(0)
+        task.cancel()
+        del payload
+        await asyncio.wait([task])
+        assert task.cancelled()
+        del task
+        gc.collect()  # of the exception's traceback
+        assert kept() is None
+        assert budget.held == 10
+        reservation.release()
+
+    going, budget = threading.Event(), Budget(15)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(going.wait, 60)
+        try:
+            asyncio.run(cancelled(pool, Reservation(budget)))
+        finally:
+            going.set()
+    assert budget.held == 0
 
 
 def test_a_bomb_is_refused_by_its_header(client: TestClient) -> None:
