@@ -3,7 +3,9 @@
 import os
 import re
 import secrets
+import sys
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, Self
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -15,6 +17,9 @@ ELSEWHERE = (
     *("LINEUP_TEST_DEBIAN", "LINEUP_SOAK_MINUTES", "LINEUP_SOAK_REPORT"),
 )
 """Variables that are no settings: docker's compose file reads the first, the tests the others."""
+CLOSE = 0.8
+"""Likeness, 0..1, from which on a name is a misspelt setting; those of a Service called lineup are below."""
+ADDRESS = re.compile(r"[a-z]+://")
 
 
 class ServiceSettings(Settings):
@@ -57,6 +62,14 @@ class ServiceSettings(Settings):
     cors_origins: str = ""
     """Origins of web pages that may call the API with a key, `https://a.example,https://b.example`; empty: none."""
 
+    @field_validator("port", mode="before")
+    @classmethod
+    def _is_no_address(cls, port: Any) -> Any:
+        if isinstance(port, str) and ADDRESS.match(port):
+            remedy = "rename the Service, or set enableServiceLinks: false for the pod"
+            raise ValueError(f"no port, 0..65535; Kubernetes sets it so for a Service called lineup: {remedy}")
+        return port
+
     @field_validator("max_inflight_bytes")
     @classmethod
     def _holds_the_largest_request(cls, most: int, info: ValidationInfo) -> int:
@@ -80,13 +93,23 @@ class ServiceSettings(Settings):
 
 
 def check_names() -> None:
-    """Refuse a misspelt variable, which would leave the default in force unseen.
+    """Refuse a misspelt variable, which would leave the default in force unseen, and warn of other unknown ones.
 
     Raises:
-        SettingsError: A variable `LINEUP_...` is no setting.
+        SettingsError: A variable `LINEUP_...` is no setting, and its name is close to one.
     """
     settings = {f"LINEUP_{name.upper()}" for name in ServiceSettings.model_fields}
-    for name in sorted(name for name in os.environ if name.upper().startswith("LINEUP_")):
-        if name.upper() not in settings.union(ELSEWHERE):
-            nearest = get_close_matches(name.upper(), settings, 1, 0)[0]
-            raise SettingsError(f"{name} is no setting; the nearest is {nearest}: correct its name, or unset it")
+    known, foreign = settings.union(ELSEWHERE), []
+    for name in sorted(name for name in os.environ if name.upper().startswith("LINEUP_") and name.upper() not in known):
+        nearest = get_close_matches(name.upper(), settings, 1, CLOSE)
+        if nearest and not ADDRESS.match(os.environ[name]):  # LINEUP_API_PORT=tcp://... is of a Service lineup-api
+            raise SettingsError(f"{name} is no setting; the nearest is {nearest[0]}: correct its name, or unset it")
+        foreign.append(name)
+    if foreign:
+        _warn_of(", ".join(foreign))
+
+
+@cache
+def _warn_of(names: str) -> None:
+    """Say once what is ignored."""
+    print(f"warning: ignored, as no settings of Lineup: {names}", file=sys.stderr)

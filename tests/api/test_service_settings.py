@@ -48,6 +48,8 @@ def test_environment_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "value", "part"),
     [
         ("PORT", "99999", "65535"),
+        ("PORT", "tcp://10.0.0.1:8000", "is 'tcp://10.0.0.1:8000': no port, 0..65535; Kubernetes sets it so"),
+        ("PORT", "tcp://10.0.0.1:8000", "rename the Service, or set enableServiceLinks: false"),
         ("K", "0", "greater than or equal to 1"),
         ("DEVICE", "tpu", "'auto', 'cpu' or 'cuda'"),
         ("PRIOR", "1", "less than 1"),
@@ -86,6 +88,19 @@ def test_a_misspelt_variable_is_one_line_with_the_nearest_setting(
     monkeypatch.setenv(name, "1")
     with pytest.raises(SettingsError, match=f"^{name} is no setting; the nearest is {nearest}: .*$"):
         ServiceSettings.read()
+
+
+def test_foreign_variables_are_one_warning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    address = "tcp://10.0.0.1:8000"
+    foreign = {"SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": "8000", "SERVICE_PORT_HTTP": "8000", "API_PORT": address}
+    for start in ("PORT_1_TCP", "PORT_80_TCP", "PORT_8000_TCP", "API_PORT_8000_TCP"):
+        foreign |= {start: address, f"{start}_PROTO": "tcp", f"{start}_PORT": "8000", f"{start}_ADDR": "10.0.0.1"}
+    for name, value in foreign.items():
+        monkeypatch.setenv(f"LINEUP_{name}", value)
+    assert ServiceSettings.read().port == ServiceSettings.read().port == 8000
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ")
+    assert {f"LINEUP_{name}" for name in foreign} == set(re.findall(r"LINEUP_\w+", line))
 
 
 def test_a_misspelt_variable_stops_training_too() -> None:
