@@ -19,7 +19,6 @@ DEMO := lineup-data/demo-$(shell printf %s '$(abspath $(DATA))' | sha256sum | cu
 IMAGES := $(DATA)
 endif
 demo: export LINEUP_HOME ?= $(DEMO)
-demo: export LINEUP_CHECKPOINT ?= $(DEMO)/checkpoint
 
 .PHONY: demo test check docs bench soak clean
 .DEFAULT_GOAL := help
@@ -46,12 +45,12 @@ demo: $(LINEUP)
 ifeq ($(DATA),)
 	$(LINEUP) train simulate $(IMAGES) --records $(RECORDS)
 endif
-	$(LINEUP) train fit --data $(IMAGES) --split train --output $(LINEUP_CHECKPOINT) --image-size 64 --max-minutes $(MINUTES)
+	$(LINEUP) train fit --data $(IMAGES) --split train --output $(or $(LINEUP_CHECKPOINT),$(LINEUP_HOME)/checkpoint) --image-size 64 --max-minutes $(MINUTES)
 	$(LINEUP) index add $(IMAGES) --split train
 	$(LINEUP) index evaluate --data $(IMAGES) --split test,unseen --output $(LINEUP_HOME)/evaluation.json
 	LINEUP_RECORD=false $(LINEUP) detect $(IMAGES) --split test,unseen --sample 2
 	@echo
-	@echo "For further commands:  . $(BIN)/activate; export LINEUP_HOME=$(LINEUP_HOME) LINEUP_CHECKPOINT=$(LINEUP_CHECKPOINT)"
+	@echo "For further commands:  . $(BIN)/activate; export LINEUP_HOME=$(LINEUP_HOME)"
 	@echo "To serve without torch, from a lean installation (pip install '.[cpu]'): the same, and  lineup serve"
 ifneq ($(SERVE),0)
 	@echo "Open the link to the page that comes next, and drop an image on it. $(UNSEEN)"

@@ -1,6 +1,8 @@
 """What the container files name exists: settings, commands, folders, and the order of services."""
 
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -69,3 +71,26 @@ def test_services_wait_for_each_other(services: dict[str, Any]) -> None:
     }
     assert services["api"]["init"] is True
     assert services["api"]["ports"] == ["127.0.0.1:8000:8000"]
+
+
+def test_the_checkpoint_lies_where_it_is_found_unnamed(services: dict[str, Any]) -> None:
+    [home] = re.findall(r"LINEUP_HOME=(\S+)", DOCKERFILE)
+    mounts = services["api"]["volumes"]
+    assert mounts == [
+        f"home:{home}",
+        f"${{LINEUP_CHECKPOINT_DIR:?the folder of a trained checkpoint}}:{home}/checkpoint:ro",
+    ]
+    named = [name for name, service in services.items() if "LINEUP_CHECKPOINT" in service.get("environment", {})]
+    assert (named, "LINEUP_CHECKPOINT" in DOCKERFILE) == ([], False)  # or no switch would be followed
+
+
+@pytest.mark.parametrize("named", ["", "elsewhere"])
+def test_the_demo_trains_the_checkpoint_that_its_home_serves(named: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LINEUP_", "MAKE"))}
+    environment |= {"LINEUP_CHECKPOINT": named} if named else {}
+    commands = subprocess.run(
+        ["make", "--dry-run", "demo"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert f"--output {named or 'lineup-data/demo/checkpoint'} " in commands
+    assert 'export LINEUP_HOME=lineup-data/demo"' in commands
+    assert "LINEUP_CHECKPOINT" not in commands
