@@ -15,9 +15,9 @@ from indexer.measure.calibrate import recalibrate
 from indexer.measure.near_duplicates import related_references
 from indexer.settings import Settings
 from trainer.data.datasets import read_dataset
-from trainer.evaluation.embedded_set import EmbeddedSet, Rejected, embed_entries
+from trainer.evaluation.embedded_set import EmbeddedSet, Rejected
 from trainer.evaluation.metrics import RESAMPLES
-from trainer.evaluation.splits import measure_splits, split_entries, split_mask
+from trainer.evaluation.splits import LEAVING_OUT, embed_splits, measure_splits, split_mask
 from trainer.evaluation.transforms import table_transforms
 from trainer.files import write_atomically
 from trainer.heads.calibration import METHOD, Calibration
@@ -91,6 +91,7 @@ def evaluation_question(
         "checkpoint": follower.checkpoint_id,
         "engine": embedder.engine,
         "heads": Heads.load(embedder.folder).id,
+        "leaving_out": LEAVING_OUT,
         "seen": SeenImages.load(embedder.folder).digest,
         "store": str(follower.store.id()),
         "revision": follower.revision,
@@ -150,9 +151,7 @@ def evaluate(
     heads = Heads.load(embedder.folder)
     calibration = recalibrate(settings, follower, embedder.folder)
     tables = table_transforms(embedder.preprocess.image_size)
-    left_out, leave_out = LeftOut.by(SeenImages.load(embedder.folder))
-    work = split_entries(data, splits, tables, [], leave_out)
-    sets, rejected = embed_entries(embedder, work, seed=seed, on_image=on_image)
+    sets, rejected, left_out = embed_splits(embedder, data, splits, tables, seed=seed, on_image=on_image)
     if not sets:
         reason = f" ({len(rejected)} unreadable, the first: {rejected[0].file})" if rejected else ""
         reason += f" ({left_out})" if left_out.images else ""

@@ -120,6 +120,7 @@ def embed_entries(
     *,
     seed: int,
     decode: Callable[[Entry], tuple[Image.Image, FileFacts]] = lambda entry: decode_image(entry.read()),
+    leave_out: Callable[[FileFacts], bool] = lambda _: False,
     on_image: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, EmbeddedSet], list[Rejected]]:
     """Embed entries under transforms, reading and decoding each once.
@@ -129,6 +130,7 @@ def embed_entries(
         work: Entries, each with its transforms; read as a stream.
         seed: Of the transforms.
         decode: Gives the image of an entry.
+        leave_out: Says of each image that was read whether to pass it over.
         on_image: Called after each image, read or not, for a progress bar.
 
     Returns:
@@ -154,6 +156,8 @@ def embed_entries(
             on_image()
             if isinstance(facts, str):
                 rejected.append(Rejected(entry.uri, facts))
+                continue
+            if leave_out(facts):
                 continue
             for name, values in pixels.items():
                 rows[name].append((entry, facts))

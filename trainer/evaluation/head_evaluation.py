@@ -7,11 +7,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from trainer.evaluation.embedded_set import EmbeddedSet, Rejected, embed_entries
+from trainer.evaluation.embedded_set import EmbeddedSet, Rejected
 from trainer.evaluation.enrolment_curve import knn_logits
 from trainer.evaluation.file_facts import file_fact_scores
 from trainer.evaluation.metrics import RESAMPLES, expected_calibration_error, interval, measure, resampled_weights
-from trainer.evaluation.splits import THRESHOLDS, measure_splits, split_entries, split_mask
+from trainer.evaluation.splits import THRESHOLDS, embed_splits, measure_splits, split_mask
 from trainer.evaluation.transforms import curve_transforms, table_transforms
 from trainer.heads.calibration import Calibration, fit_calibration
 from trainer.heads.calibration_set import CalibrationSet
@@ -19,7 +19,7 @@ from trainer.heads.heads import Heads
 from trainer.heads.logistic import balanced_weights, sigmoid
 from trainer.model.checkpoint import CheckpointError
 from trainer.model.embedder import Embedder
-from trainer.model.seen_images import LeftOut, SeenImages
+from trainer.model.seen_images import LeftOut
 
 PROMISED_RATE = 0.05
 """Promised false alarms and misses whose keeping is reported."""
@@ -140,9 +140,8 @@ def evaluate(
     tables = table_transforms(embedder.preprocess.image_size)
     points = curve_transforms() if with_curves else []
     strengths = {transform.name: {"curve": curve, "strength": strength} for curve, strength, transform in points}
-    left_out, leave_out = LeftOut.by(SeenImages.load(checkpoint))
-    work = split_entries(data, splits, tables, [transform for *_, transform in points], leave_out)
-    sets, rejected = embed_entries(embedder, work, seed=seed, on_image=on_image)
+    extra = [transform for *_, transform in points]
+    sets, rejected, left_out = embed_splits(embedder, data, splits, tables, extra, seed=seed, on_image=on_image)
     aside = f" ({left_out})" if left_out.images else ""
     if "none" not in sets:
         if rejected:

@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from trainer.data.entry import Entry
 from trainer.files import write_atomically
-from trainer.images import UnreadableImage
 from trainer.model.checkpoint import CheckpointError
 
 SEEN_FILE = "seen.safetensors"
@@ -24,7 +22,7 @@ class SeenImages:
     contents: np.ndarray
     """Hashes of their bytes, ascending, shape (n,), int64."""
     groups: np.ndarray
-    """Hashes of their groups, ascending, shape (m,), int64."""
+    """Hashes of their groups, ascending, shape (m,), int64; another data set may name its groups alike."""
     complete: bool = True
     """Whether those that trained the backbone are among them; not so for imported weights."""
 
@@ -42,15 +40,13 @@ class SeenImages:
         groups = np.unique(np.concatenate([part.groups for part in parts]))
         return cls(contents, groups, any(part.complete for part in parts))
 
-    def holds(self, entry: Entry) -> bool:
-        """Whether the checkpoint saw this image or another of its group; of an unreadable one its group decides."""
-        if _has(self.groups, _group_bits(entry.group)):
-            return True
-        try:
-            digest = hashlib.sha256(entry.read()).digest()
-        except (UnreadableImage, OSError):
-            return False
-        return _has(self.contents, _first_bits(digest))
+    def holds(self, sha256: str) -> bool:
+        """Whether the checkpoint saw the image of these bytes, by their hash in hex."""
+        return _has(self.contents, _first_bits(bytes.fromhex(sha256)))
+
+    def names(self, group: str) -> bool:
+        """Whether the checkpoint saw images of a group of this name, if only in another data set."""
+        return _has(self.groups, _group_bits(group))
 
     @property
     def digest(self) -> str:
@@ -95,18 +91,6 @@ class LeftOut:
     images: int = 0
     complete: bool = True
     """Whether the checkpoint's record tells all that it saw."""
-
-    @classmethod
-    def by(cls, seen: SeenImages) -> tuple[Self, Callable[[Entry], bool]]:
-        """A count, and a function that says of each image whether to leave it out, and counts those."""
-        left_out = cls(complete=seen.complete)
-
-        def leave_out(entry: Entry) -> bool:
-            is_seen = seen.holds(entry)
-            left_out.images += is_seen
-            return is_seen
-
-        return left_out, leave_out
 
     def __str__(self) -> str:
         """One sentence without its stop; empty where there is nothing to say."""

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def test_images_that_the_checkpoint_saw_are_left_out_and_counted(
     assert not evaluate(populated, follower, embedder, image_folder, split="test", resamples=5).left_out.complete
     copied = shutil.copytree(populated.checkpoint_folder, tmp_path / "checkpoint")
     train, test = (list(read_dataset(image_folder, split=split)) for split in ("train", "test"))
-    SeenImages.of([], (entry.group for entry in [*train, test[0]])).save(copied)
+    saw = [*train, test[0]]
+    SeenImages.of((sha256(entry.read()).hexdigest() for entry in saw), (entry.group for entry in saw)).save(copied)
     other = replace(embedder, folder=copied)
     found = evaluate(populated, follower, other, image_folder, split=BOTH, resamples=5)
     assert found.left_out == LeftOut(len(train) + 1)

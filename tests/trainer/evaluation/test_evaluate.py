@@ -1,11 +1,15 @@
 """Evaluation from images to the report: what is read, what is measured, what is written."""
 
 import csv
+import io
 import json
 import re
 import shutil
+import tarfile
 from collections.abc import Callable
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import replace
+from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import cast
@@ -19,7 +23,7 @@ from typer.testing import CliRunner
 
 from trainer.__main__ import app
 from trainer.data.datasets import read_dataset
-from trainer.data.entry import default_split, role
+from trainer.data.entry import Entry, default_split, role
 from trainer.evaluation.embedded_set import EmbeddedSet, embed_entries
 from trainer.evaluation.enrolment_curve import enrolment_curve, knn_logits
 from trainer.evaluation.file_facts import file_fact_scores
@@ -27,7 +31,7 @@ from trainer.evaluation.head_evaluation import Evaluation, EvaluationError, eval
 from trainer.evaluation.metrics import auroc
 from trainer.evaluation.report import write_report
 from trainer.evaluation.report_tables import NOT_DIFFUSION, Rows, report_tables, seen_table, unseen_tables
-from trainer.evaluation.splits import split_entries
+from trainer.evaluation.splits import seen_groups, split_entries
 from trainer.evaluation.transforms import Transform, curve_transforms, table_transforms
 from trainer.fit.fit_heads import refit
 from trainer.heads.heads import Heads, HeadsError, NearestHead, nearest_similarities, unit_length
@@ -188,9 +192,78 @@ def test_the_same_bytes_are_left_out_of_any_data_set(checkpoint: Path, data: Pat
         (tmp_path / "other" / label).mkdir(parents=True)
         for split in ("train", "test"):
             shutil.copy(data / f"{split}-{generator}-1.png", tmp_path / "other" / label / f"{split}.png")
-    read_again = partial(read_dataset, tmp_path / "other")
-    seen = SeenImages.load(checkpoint)
-    assert [seen.holds(entry) for entry in read_again()] == [Path(entry.key).stem == "train" for entry in read_again()]
+    found = evaluate(checkpoint, tmp_path / "other", split="train,test", resamples=5)
+    assert found.left_out == LeftOut(2, complete=False)
+    left = {
+        sha256((tmp_path / "other" / label / "test.png").read_bytes()).hexdigest() for label in ("real", "fake/gen")
+    }
+    assert {facts.sha256 for facts in found.sets["none"].facts} == left
+
+
+def hash_of(entry: Entry) -> str:
+    return sha256(entry.read()).hexdigest()
+
+
+def write_records(folder: Path, layout: str, seed: int) -> Path:
+    """40 records of a real image and two fakes, numbered from 0: a shard, or a folder `images`."""
+    rng = np.random.default_rng(seed)
+    folder = folder / ("train" if layout == "shards" else "images")
+    folder.mkdir(parents=True)
+    kinds = {"real": "real", "gen_0": "fake/gen-a", "gen_1": "fake/gen-b"}
+    with tarfile.open(folder / "0.tar", "w") if layout == "shards" else nullcontext() as archive:
+        for number in range(40):
+            for field, place in kinds.items():
+                data = io.BytesIO()
+                small_image(rng, "" if field == "real" else "gen-a").save(data, "PNG")
+                if archive is None:
+                    (folder / place).mkdir(parents=True, exist_ok=True)
+                    (folder / place / f"{number:06d}.png").write_bytes(data.getvalue())
+                else:
+                    info = tarfile.TarInfo(f"{number:06d}.{field}.png")
+                    info.size = len(data.getvalue())
+                    archive.addfile(info, io.BytesIO(data.getvalue()))
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["shards", "folders"])
+def test_groups_named_alike_in_another_data_set_are_measured(checkpoint: Path, tmp_path: Path, layout: str) -> None:
+    own, other = (write_records(tmp_path / name, layout, seed) for seed, name in enumerate(("own", "other")))
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    entries = list(read_dataset(own))
+    assert [entry.group for entry in entries] == [entry.group for entry in read_dataset(other)]
+    SeenImages.of(map(hash_of, entries), (entry.group for entry in entries)).save(copied)
+    found = evaluate(copied, other, split="train,test", resamples=5)
+    assert found.left_out == LeftOut(0)
+    assert len(found.sets["none"]) == 120
+    moved = Path(shutil.move(own, tmp_path / "moved" / own.name))
+    with pytest.raises(EvaluationError, match="120 images left out"):
+        evaluate(copied, moved, split="train,test", resamples=5)
+
+
+def test_the_siblings_of_an_image_that_was_seen_are_left_out(checkpoint: Path, tmp_path: Path) -> None:
+    """Of record 0 one fake was seen; record 1 is known by name alone."""
+    data = write_records(tmp_path, "shards", 2)
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    seen = SeenImages.of([hash_of(list(read_dataset(data))[1])], ["000000", "000001"])
+    seen.save(copied)
+    found = evaluate(copied, data, split="train,test", resamples=5)
+    assert found.left_out == LeftOut(3)
+    assert set(found.sets["none"].groups) == {f"{number:06d}" for number in range(1, 40)}
+
+
+def test_a_sibling_counts_in_whatever_split(data: Path, tmp_path: Path) -> None:
+    """Of a group that a manifest spreads over splits only the training images were seen."""
+    entries = list(read_dataset(data))
+    for entry in entries:
+        shutil.copy(data / entry.key, tmp_path)
+    with (tmp_path / "manifest.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "generator", "split", "group"])
+        writer.writerow([entries[0].key, "real", "", "train", "scene"])
+        writer.writerow([entries[-2].key, "fake", "gan-b", "test", "scene"])
+    seen = SeenImages.of([hash_of(entries[0])], ["scene"])
+    assert seen_groups(tmp_path, ["test"], seen) == {"scene"}
+    assert seen_groups(tmp_path, ["test"], replace(seen, contents=seen.contents[:0])) == set()
 
 
 def test_an_evaluation_says_what_it_cannot_know(
@@ -228,7 +301,10 @@ def test_heads_take_the_training_split_and_say_how_long_it_takes(checkpoint: Pat
     assert done.exit_code == 0, done.output
     seen = SeenImages.load(copied)
     roles = [(entry, default_split(entry.group), role(entry.group)) for entry in read_dataset(tmp_path)]
-    assert all(seen.holds(entry) == (split == "train" and of != "validation") for entry, split, of in roles)
+    assert all(
+        seen.holds(hash_of(entry)) == seen.names(entry.group) == (split == "train" and of != "validation")
+        for entry, split, of in roles
+    )
     count = sum(split == "train" and of != "validation" for _, split, of in roles)
     assert f"embedding {count} images: about 0.0 minutes in all" in done.stderr
 

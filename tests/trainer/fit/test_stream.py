@@ -175,6 +175,7 @@ def test_fit_trains_on_shards_and_resumes_nothing_when_finished(shards: Path, tm
     fit(replace(settings, output=tmp_path / "two"))
     seen = SeenImages.load(tmp_path / "one")
     for entry in read_dataset(shards):
-        assert seen.holds(entry) == (default_split(entry.group) == "train")
+        known = seen.holds(sha256(entry.read()).hexdigest()), seen.names(entry.group)
+        assert set(known) == {default_split(entry.group) == "train"}
     one, two = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
     assert all(np.array_equal(one[name], two[name]) for name in one)

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -185,13 +186,12 @@ def test_fit_writes_a_checkpoint_that_embeds_and_has_heads(whole: Whole) -> None
     assert [path.name for path in settings.output.parent.iterdir()] == ["checkpoint"]
 
 
-def test_a_checkpoint_remembers_what_it_saw(whole: Whole, image_folder: Path) -> None:
+def test_a_checkpoint_remembers_what_it_saw(whole: Whole) -> None:
     seen, settings = SeenImages.load(whole[0].output), whole[0]
     assert seen.complete
-    elsewhere = {entry.key: replace(entry, group="of another data set") for entry in read_dataset(image_folder)}
     for entry in read_dataset(settings.data):
-        assert seen.holds(entry) == seen.holds(elsewhere[entry.key]) == (default_split(entry.group) == "train")
-    assert not seen.holds(replace(entry, group="other", read=lambda: b"other"))
+        known = seen.holds(sha256(entry.read()).hexdigest()), seen.names(entry.group)
+        assert set(known) == {default_split(entry.group) == "train"}
 
 
 def test_fitting_the_heads_again_gives_the_same(whole: Whole, tmp_path: Path) -> None:
