@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import ParamSpec, TypeVar
 
+import psycopg
 from prometheus_client import Gauge
+from sqlalchemy.exc import SQLAlchemyError
 
 from api.access import Caller, Keys, hide_paths
 from api.breaker import DATABASE_AWAY
@@ -97,22 +99,28 @@ class Service:
             try:
                 await self.run(self.start)
             except (*DATABASE_AWAY, DatabaseBehind, ApiError) as error:
-                self.failure = " ".join(str(error).split())
-                log.warning("waiting for the database", extra={"reason": self.failure})
+                self.failure = _told(error)
+                log.warning("waiting for the database", extra={"reason": " ".join(str(error).split())})
                 await asyncio.sleep(RETRY)
             except Exception as error:
-                self.failure = " ".join(str(error).split())
+                self.failure = _told(error)
                 log.exception("loading failed")
                 return
 
     def start(self) -> None:
-        """Load and calibrate what is not yet, and begin to follow and compute. Blocks; raises what loading raises."""
+        """Load and calibrate what is not yet, and begin to follow and compute. Blocks; raises what loading raises.
+
+        Where calibrating fails, verdicts say that nothing is calibrated, and the calibrator goes on trying.
+        """
         if self._detector is None:
             self._detector = load_detector(self.settings)
         detector = self._detector
         self._keys = Keys(detector.store.keys, detector.breaker)
         self._keys.exist()
-        detector.calibrator.refresh()  # or the first verdicts would be uncertain, and nobody would know why
+        try:
+            detector.calibrator.refresh()  # or the first verdicts would be uncertain while it is being fitted
+        except Exception:
+            log.warning("the first calibration failed; serving without one, and trying again", exc_info=True)
         self._serving = Serving(detector, self._decoders, self.metrics)
         self._watch()
         self._ready = True
@@ -259,6 +267,14 @@ class Service:
         show(metrics.calibration, lambda now: now.detector.calibrator.current.revision or 0)
         show(metrics.index_size.labels("real"), lambda now: now.detector.follower.index.counts()[0])
         show(metrics.index_size.labels("fake"), lambda now: now.detector.follower.index.counts()[1])
+
+
+def _told(error: Exception) -> str:
+    """What a caller who may be anybody is told of a failure: one line, and no SQL."""
+    if isinstance(error, SQLAlchemyError | psycopg.Error):
+        away = isinstance(error, DATABASE_AWAY)
+        return "the database does not answer" if away else "the database refused a request; the log says which"
+    return " ".join(str(error).split())
 
 
 async def _each(

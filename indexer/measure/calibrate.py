@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
 
 from indexer.follower import Follower
 from indexer.measure.near_duplicates import related_references
@@ -35,6 +36,8 @@ where r.generator_id = :generator order by r.id limit :most
 def calibrate(follower: Follower, heads: Heads, images: CalibrationSet, k: int) -> Calibration:
     """Fit on the calibration images at the index's revision, and keep the result in the store under that revision.
 
+    Where the store refuses it, the log says so, and the result holds all the same.
+
     References of generators that these lack are asked as well (`newcomers`). Each image ignores references of its own
     group, of its own bytes, and near duplicates of it: it stands for images that the index has never seen.
 
@@ -60,7 +63,11 @@ def calibrate(follower: Follower, heads: Heads, images: CalibrationSet, k: int) 
         enrolled=np.arange(len(images)) >= of_checkpoint,
     )
     params = calibration.to_json() | {"k": k, "method": METHOD}
-    follower.store.calibrations.save(follower.checkpoint_id, heads.id, revision, params)
+    try:
+        follower.store.calibrations.save(follower.checkpoint_id, heads.id, revision, params)
+    except SQLAlchemyError as error:  # a standby, a role that may not write, a full disk: the fit holds all the same
+        reason = " ".join(str(getattr(error, "orig", error)).split())
+        log.warning("the calibration of revision %d is used and not kept: %s", revision, reason)
     return calibration
 
 

@@ -25,7 +25,7 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 from PIL import Image
 from sqlalchemy import text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 from typer.testing import CliRunner
 
 from api import access, service
@@ -47,6 +47,7 @@ from indexer import follower
 from indexer.__main__ import app as indexer
 from indexer.ingest.reembed import reembed
 from indexer.store import Store
+from indexer.store.checkpoints import Calibrations
 from indexer.store.keys import ApiKey
 from trainer.model.checkpoint import read_id
 from trainer.model.embedder import Embedder
@@ -971,6 +972,63 @@ def test_a_database_that_fails_while_starting_is_asked_again(
     with TestClient(create_app(populated, detector), base_url=BASE, client=("127.0.0.1", 1)) as client:
         wait_for(lambda: client.get("/health/ready").status_code == 200)
     assert failures == []
+
+
+def test_a_calibration_that_fails_at_first_keeps_nobody_waiting(
+    populated: ServiceSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healed, refresh = threading.Event(), Calibrator.refresh
+
+    def failing(calibrator: Calibrator) -> None:
+        if not healed.is_set():
+            raise ValueError("the fit does not converge")
+        refresh(calibrator)
+
+    monkeypatch.setattr(Calibrator, "refresh", failing)
+    with TestClient(create_app(populated), base_url=BASE, client=("127.0.0.1", 1)) as client:
+
+        def judged() -> dict[str, Any]:
+            return cast(dict[str, Any], client.post("/v1/detect", files=files(png())).json()["results"][0])
+
+        wait_for(lambda: client.get("/health/ready").status_code == 200)
+        verdict = judged()
+        assert (verdict["verdict"], verdict["score"], verdict["degraded"]) == ("uncertain", None, False)
+        assert "nothing is calibrated" in verdict["reason"]
+        healed.set()
+        wait_for(lambda: judged()["score"] is not None)
+
+
+def test_a_store_that_keeps_no_calibration_still_serves(
+    settings: ServiceSettings, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*row: object) -> None:
+        raise ProgrammingError("insert into calibration", {}, Exception("permission denied for table calibration"))
+
+    monkeypatch.setattr(Calibrations, "save", refused)
+    app = create_app(settings.model_copy(update={"checkpoint": tiny_checkpoint, "device": "cpu"}))
+    with TestClient(app, base_url=BASE, client=("127.0.0.1", 1)) as client:
+        wait_for(lambda: client.get("/health/ready").status_code == 200)
+        assert client.post("/v1/detect", files=files(png())).json()["results"][0]["score"] is not None
+
+
+@pytest.mark.parametrize("kind", [ProgrammingError, OperationalError])
+def test_what_keeps_it_from_loading_is_told_without_sql(
+    populated: ServiceSettings,
+    kind: type[DBAPIError],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def failing(settings: ServiceSettings) -> None:
+        raise kind("select secret from api_key", {}, Exception("permission denied"))
+
+    monkeypatch.setattr(service, "load_detector", failing)
+    with TestClient(create_app(populated), base_url=BASE, client=("127.0.0.1", 1)) as client:
+        wait_for(lambda: "being loaded" not in client.get("/health/ready").text)
+        detail = problem(client.get("/health/ready"), 503, "not-ready")["detail"]
+    assert "database" in detail
+    assert "select" not in detail
+    assert "permission" not in detail
+    assert "select secret" in "".join(str(vars(record)) for record in caplog.records)
 
 
 # Another checkpoint becomes the active one

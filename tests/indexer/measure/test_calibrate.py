@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numbered import CHECKPOINT, DIM, add_all, following, new, opened, sha256
 from safetensors.numpy import save_file
+from sqlalchemy.exc import InternalError
 
 from indexer.measure import calibrate as module
 from indexer.measure.calibrate import affordable, calibrate, newcomers, recalibrate, saved_calibration
@@ -79,6 +80,21 @@ def test_the_result_is_kept_under_its_revision(store: Store, settings: Settings)
     again = Calibration.from_json(saved.params)
     assert again.maps == fitted.maps
     assert again.thresholds(0.1, 0.1) == fitted.thresholds(0.1, 0.1)
+
+
+def test_what_cannot_be_kept_is_used_and_told(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read_only(*row: object) -> None:
+        raise InternalError("insert into calibration", {}, Exception("read-only\ntransaction"))
+
+    add_all(store, [reference(number) for number in range(100)])
+    follower = following(store, settings)
+    follower.load()
+    monkeypatch.setattr(store.calibrations, "save", read_only)
+    assert calibrate(follower, heads(), images(range(1000, 1100)), K).maps
+    [record] = [record for record in caplog.records if "not kept" in record.message]
+    assert record.message.endswith("used and not kept: read-only transaction")
 
 
 def test_a_new_revision_changes_what_depends_on_the_index(store: Store, settings: Settings) -> None:
