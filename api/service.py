@@ -159,7 +159,10 @@ class Service:
         self._retired = old
         while old.users:
             await asyncio.sleep(LOOK)
-        await self.run(old.stop)
+        try:
+            await self.run(old.stop)
+        except Exception:  # whatever ends it badly, the active checkpoint is to be followed
+            log.exception("the checkpoint that served before did not stop as it should")
         self._retired = None
 
     async def keep_house(self) -> None:

@@ -1112,6 +1112,26 @@ def test_a_service_changes_to_the_active_checkpoint_under_load(
     assert "lineup_checkpoint_inactive 0.0" in unnamed.get("/metrics").text
 
 
+def test_an_old_checkpoint_that_does_not_stop_keeps_no_later_one_away(
+    unnamed: TestClient, other_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = service_of(unnamed).serving
+    stop = old.stop
+
+    def broken() -> None:
+        stop()
+        raise OSError("no space left for the snapshot")
+
+    before, after = serving(unnamed), read_id(other_checkpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr(old, "stop", broken)
+        index("rebuild", "--checkpoint", other_checkpoint)
+        wait_for(lambda: serving(unnamed) == after)
+        wait_for(lambda: "did not stop" in caplog.text)
+    store_of(unnamed).checkpoints.activate(before)
+    wait_for(lambda: serving(unnamed) == before)
+
+
 def test_what_is_added_while_the_next_checkpoint_is_loaded_waits_for_it(
     unnamed: TestClient, other_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
