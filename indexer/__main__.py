@@ -198,8 +198,8 @@ def rebuild(
 ) -> None:
     """Make the snapshots anew from the rows; with --checkpoint, embed all references with another checkpoint first.
 
-    That one is then what every command uses, and what running services change to by themselves, unless
-    LINEUP_CHECKPOINT names another.
+    That one is then what `lineup index`, `detect` and `serve` use, and what running services change to by themselves,
+    unless LINEUP_CHECKPOINT names another.
     """
     settings = Settings.read(checkpoint=checkpoint, device=device)
     report: dict[str, Any] = {}

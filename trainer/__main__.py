@@ -131,8 +131,9 @@ def fit(
     report(as_json, {"output": str(folder)} | metrics, *lines)
 
 
+CHECKPOINT_HELP = "Checkpoint folder; unset: `checkpoint` in LINEUP_HOME, whichever is the active one."
 Checkpoint = Annotated[
-    Path, typer.Option(envvar="LINEUP_CHECKPOINT", default_factory=default_checkpoint, help="Checkpoint folder.")
+    Path, typer.Option(envvar="LINEUP_CHECKPOINT", default_factory=default_checkpoint, help=CHECKPOINT_HELP)
 ]
 
 

@@ -62,6 +62,7 @@ class Calibrator:
         heads: The checkpoint's heads, if it has any.
         images: The checkpoint's calibration images, if it has any.
         k: Neighbours that vote.
+        name: Of the checkpoint, for who is to mend it.
     """
 
     QUIET = 1.0
@@ -69,8 +70,10 @@ class Calibrator:
     LATEST = 15.0
     """Seconds after which a calibration is refitted even while changes go on."""
 
-    def __init__(self, follower: Follower, heads: Heads | None, images: CalibrationSet | None, k: int) -> None:
-        self._follower, self._heads, self._images, self._k = follower, heads, images, k
+    def __init__(
+        self, follower: Follower, heads: Heads | None, images: CalibrationSet | None, k: int, name: str
+    ) -> None:
+        self._follower, self._heads, self._images, self._k, self._name = follower, heads, images, k, name
         self._end = threading.Event()
         self._fitting = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -78,12 +81,13 @@ class Calibrator:
 
     @property
     def reason(self) -> str | None:
-        """Why there is no calibration; None where there is one."""
+        """Why there is no calibration; None where there is one. Callers read it: it names no folder of this machine."""
         if self.current.calibration.maps:
             return None
         if self._heads is None or self._images is None or len(self._images) == 0:
             lacking = "the checkpoint lacks heads or calibration images"
-            return f"nothing is calibrated: {lacking}: run `lineup train heads --data IMAGES`"
+            folder = f"--checkpoint and the folder of checkpoint {self._name} ({self._follower.checkpoint_id})"
+            return f"nothing is calibrated: {lacking}: run `lineup train heads --data IMAGES` with {folder}"
         fakes = int(self._images.labels.sum())
         reals = len(self._images) - fakes
         if min(fakes, reals) < MINIMUM:

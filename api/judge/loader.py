@@ -1,5 +1,6 @@
 """Loads a detector: the database, a checkpoint, the index that it follows. A calibration comes afterwards."""
 
+import logging
 from contextlib import suppress
 
 from api.breaker import Breaker
@@ -12,11 +13,12 @@ from indexer.follower import Follower
 from indexer.ingest.ingest import register
 from indexer.store import Store
 from indexer.store.checkpoints import with_active_folder
-from trainer.heads.calibration_set import CalibrationSet
+from trainer.heads.calibration_set import CalibrationSet, refit_command
 from trainer.heads.heads import HEADS_FILE, Heads
 from trainer.model.checkpoint import CONFIG_FILE, CheckpointError
 from trainer.model.embedder import Embedder
 
+log = logging.getLogger(__name__)
 STATEMENT_SECONDS = 60
 """After which the database ends a statement of the service."""
 
@@ -71,6 +73,8 @@ def _open(settings: ServiceSettings, store: Store, breaker: Breaker, status_brea
     images = None
     with suppress(CheckpointError):  # then nothing is calibrated, and every verdict says so
         images = CalibrationSet.load(folder)
+    if heads is None or not images:
+        log.warning("nothing is calibrated: run `%s`", refit_command(folder))
     try:
         register(embedder, store)
     except ValueError as error:
@@ -85,7 +89,7 @@ def _open(settings: ServiceSettings, store: Store, breaker: Breaker, status_brea
         embedder=embedder,
         heads=heads,
         follower=follower,
-        calibrator=Calibrator(follower, heads, images, settings.k),
+        calibrator=Calibrator(follower, heads, images, settings.k, embedder.name),
         # The id of the heads is a hash, which is not to be computed for each verdict.
         model_facts=ModelFacts(
             checkpoint=embedder.id, heads=heads.id if heads else None, name=embedder.name, engine=embedder.engine

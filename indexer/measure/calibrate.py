@@ -14,8 +14,8 @@ from indexer.follower import Follower
 from indexer.measure.near_duplicates import related_references
 from indexer.settings import Settings
 from trainer.heads.calibration import METHOD, MINIMUM, Calibration, fit_calibration
-from trainer.heads.calibration_set import CALIBRATION_FILE, CalibrationSet
-from trainer.heads.heads import HEADS_FILE, Heads
+from trainer.heads.calibration_set import CalibrationSet, refit_command
+from trainer.heads.heads import Heads
 from trainer.heads.vote import vote
 from trainer.model.checkpoint import CheckpointError
 
@@ -122,7 +122,7 @@ def recalibrate(settings: Settings, follower: Follower, folder: Path | None = No
     """The calibration at the follower's revision: the saved one, else `calibrate` with what its checkpoint holds.
 
     None where the checkpoint is not on this machine, or its heads or calibration images are missing or broken:
-    references have been changed all the same, and whoever serves the checkpoint says what is wrong with it.
+    references have been changed all the same, and a warning says what mends the checkpoint.
 
     Args:
         settings: They hold k, and where checkpoints are looked for.
@@ -131,7 +131,7 @@ def recalibrate(settings: Settings, follower: Follower, folder: Path | None = No
             the weights that are found.
     """
     folder = folder or follower.store.checkpoints.require(follower.checkpoint_id).find(settings.checkpoint_folder)
-    if folder is None or not all((folder / name).exists() for name in (HEADS_FILE, CALIBRATION_FILE)):
+    if folder is None:
         return None
     try:
         heads, images = Heads.load(folder), CalibrationSet.load(folder)
@@ -139,7 +139,10 @@ def recalibrate(settings: Settings, follower: Follower, folder: Path | None = No
         log.warning("not calibrated: %s", error)
         return None
     saved = saved_calibration(follower, heads, follower.revision, settings.k)
-    return saved or (calibrate(follower, heads, images, settings.k) if len(images) else None)
+    if saved is None and not images:
+        log.warning("not calibrated: %s holds no calibration images: run `%s`", folder, refit_command(folder))
+        return None
+    return saved or calibrate(follower, heads, images, settings.k)
 
 
 def saved_calibration(follower: Follower, heads: Heads, revision: int, k: int) -> Calibration | None:

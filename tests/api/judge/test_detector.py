@@ -26,6 +26,7 @@ from indexer.follower import Neighbour
 from indexer.index.label_index import Neighbours
 from indexer.store.detections import Detection
 from indexer.store.reference_facts import Reference
+from trainer.heads.calibration_set import refit_command
 from trainer.heads.heads import unit_length
 
 FIELDS = {
@@ -441,7 +442,7 @@ def test_an_empty_store_still_answers_from_the_heads(settings: ServiceSettings, 
 
 
 def test_without_calibration_images_the_verdict_says_why(
-    settings: ServiceSettings, tiny_checkpoint: Path, tmp_path: Path
+    settings: ServiceSettings, tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -456,6 +457,9 @@ def test_without_calibration_images_the_verdict_says_why(
     assert (verdict.verdict, verdict.score, verdict.calibration) == ("uncertain", None, None)
     assert verdict.reason is not None
     assert verdict.reason.startswith("nothing is calibrated: the checkpoint lacks heads or calibration images")
+    assert verdict.reason.endswith(f" with --checkpoint and the folder of checkpoint tiny ({verdict.model.checkpoint})")
+    assert str(bare) not in verdict.reason
+    assert f"run `{refit_command(bare)}`" in caplog.text
     assert verdict.heads.linear is None
 
 

@@ -53,7 +53,7 @@ def reference(number: int, **others: Any) -> Any:
 def images(numbers: range) -> CalibrationSet:
     """Calibration images with the same numbers, hashes and groups as references would have."""
     return CalibrationSet(
-        embeddings=np.stack([direction(number, number % 2 == 1) for number in numbers]),
+        embeddings=np.array([direction(number, number % 2 == 1) for number in numbers], np.float32).reshape(-1, DIM),
         labels=np.array([number % 2 for number in numbers], np.uint8),
         generators=[f"gen-{number % 3}" if number % 2 else "" for number in numbers],
         sources=["tests" for _ in numbers],
@@ -302,3 +302,19 @@ def test_recalibration_needs_the_same_checkpoint(store: Store, settings: Setting
     fitted = recalibrate(settings, follower)
     assert fitted is not None
     assert set(fitted.maps) == {"linear"}
+
+
+@pytest.mark.parametrize("lacking", ["heads.safetensors", "calibration.safetensors", "every image"])
+def test_a_checkpoint_that_lacks_something_is_named_with_the_command_for_it(
+    lacking: str, store: Store, settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "new one"
+    folder.mkdir()
+    write_config(folder, CheckpointConfig(dim=DIM).to_json())
+    images(range(1000, 1000 if lacking == "every image" else 1100)).save(folder)
+    heads().save(folder)
+    (folder / lacking).unlink(missing_ok=True)
+    follower = following(store, settings)
+    follower.load()
+    assert recalibrate(settings, follower, folder) is None
+    assert f"run `lineup train heads --checkpoint '{folder}' --data IMAGES`" in caplog.text
