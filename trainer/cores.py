@@ -2,28 +2,46 @@
 
 import math
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
 CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+"""Lines of `number:controllers:path`; version 2 names no controllers."""
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may use, at least 1: by its affinity, and by the quota of its container.
+    """CPU cores that this process may use, at least 1: by its affinity, and by the quotas of its control groups.
 
-    `os.cpu_count` tells those of the machine, whatever a container is allowed.
+    `os.cpu_count` tells those of the machine, whatever a container or a unit of systemd is allowed.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(cores, _quota())))
+    return max(1, math.ceil(min([cores, *map(_quota, _groups())])))
 
 
-def _quota() -> float:
-    """CPU seconds per second that the control group allows, by version 2 or 1; infinite where it sets no limit."""
-    two, one = CGROUPS / "cpu.max", CGROUPS / "cpu"
+def _groups() -> Iterator[Path]:
+    """Folders of this process's control groups, by version 2 and 1, each with those above it up to the root.
+
+    Each of them limits what is in it. Some may be out of sight, and are no folders then.
+    """
+    paths = {"": "/", "cpu": "/"}
+    with suppress(OSError, ValueError):  # no control groups
+        for line in MEMBERSHIP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            paths |= dict.fromkeys(controllers.split(","), path)
+    for root, path in ((CGROUPS, paths[""]), (CGROUPS / "cpu", paths["cpu"])):
+        group = PurePosixPath(path.lstrip("/"))
+        yield from (root / folder for folder in (group, *group.parents))
+
+
+def _quota(group: Path) -> float:
+    """CPU seconds per second that this control group allows; infinite where it sets no limit."""
     try:
-        if two.exists():
+        if (two := group / "cpu.max").exists():
             quota, period = two.read_text().split()
         else:
-            quota, period = ((one / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return int(quota) / int(period) if int(quota) > 0 else math.inf
-    except (OSError, ValueError):  # no control groups, or no limit ("max")
+    except (OSError, ValueError):  # no such group, or no limit ("max")
         return math.inf

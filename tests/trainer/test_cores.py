@@ -14,6 +14,11 @@ from trainer.cores import usable_cores
 ROOT = Path(__file__).parents[2]
 
 
+def v1(group: str, quota: int) -> dict[str, str]:
+    """The files of a control group of version 1."""
+    return {f"cpu/{group}/cpu.cfs_quota_us": f"{quota}\n", f"cpu/{group}/cpu.cfs_period_us": "100000\n"}
+
+
 @pytest.mark.parametrize(
     ("files", "count"),
     [
@@ -33,6 +38,35 @@ def test_cores_are_those_of_the_affinity_within_the_quota(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    assert usable_cores() == count
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "count"),
+    [
+        ("0::/a.slice/b.service", {"a.slice/b.service/cpu.max": "200000 100000\n"}, 2),
+        ("0::/a.slice/b.service", {"a.slice/b.service/cpu.max": "max 100000\n"}, 8),
+        ("0::/a.slice/b.service", {"a.slice/cpu.max": "300000 100000\n", "a.slice/b.service/cpu.max": "max 1\n"}, 3),
+        ("0::/a/b", {"cpu.max": "400000 100000\n", "a/b/cpu.max": "600000 100000\n"}, 4),
+        ("0::/a/b", {"c/cpu.max": "100000 100000\n"}, 8),
+        ("0::/out/of/sight", {"cpu.max": "400000 100000\n"}, 4),
+        ("3:cpu,cpuacct:/docker/f00\n0::/", v1("docker/f00", 200_000) | v1("docker", -1), 2),
+        ("3:cpu,cpuacct:/docker/f00\n0::/", v1("docker/f00", -1) | v1("docker", 500_000), 5),
+        ("4:cpuset:/docker\n3:cpu:/", v1("docker", 100_000), 8),
+        ("3:cpu:/out/of/sight", v1(".", 200_000), 2),
+        ("nonsense", {"cpu.max": "400000 100000\n"}, 4),
+    ],
+)
+def test_the_least_quota_on_the_way_to_the_root_counts(
+    membership: str, files: dict[str, str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "membership").write_text(f"{membership}\n")
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cores, "MEMBERSHIP", tmp_path / "membership")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     assert usable_cores() == count
 
