@@ -1,7 +1,7 @@
 /** The image that was judged: its frame of what the model saw, and the regions laid over it. */
 
 import { h, icon, s, table } from "./dom.js";
-import { decimal, labelWord, percent } from "./words.js";
+import { decimal, labelWord, percent, precision } from "./words.js";
 
 /** More regions than this are too small on the screen for a number in each. */
 const LABELLED = 30;
@@ -80,13 +80,18 @@ function regionBox(region) {
   return box;
 }
 
+/** The score of a region, told from the half at which it changes its side. */
+function told(score) {
+  return decimal(score, precision([score], [0.5]));
+}
+
 function regionNumber({ box: [x, y, width, height], score }) {
-  return s("text", { x: x + width / 2, y: y + height / 2, "font-size": Math.min(width, height) / 7 }, decimal(score));
+  return s("text", { x: x + width / 2, y: y + height / 2, "font-size": Math.min(width, height) / 7 }, told(score));
 }
 
 function regionInWords(region) {
   const likely = region.generator ? `, nearest to ${region.generator}` : "";
-  return `Score ${decimal(region.score)}${region.score >= 0.5 ? likely : ""}`;
+  return `Score ${told(region.score)}${region.score >= 0.5 ? likely : ""}`;
 }
 
 function marksInWords({ image, regions }) {
@@ -148,7 +153,7 @@ function regionTable(regions) {
     return [
       index + 1,
       `${width} × ${height} at ${x}, ${y}`,
-      decimal(region.score),
+      told(region.score),
       labelWord(region.score >= 0.5 ? "fake" : "real"),
       region.score >= 0.5 ? (region.generator ?? "–") : "–",
     ];

@@ -391,6 +391,19 @@ def test_a_score_that_surprises_is_explained(opens: Opens) -> None:
     )
 
 
+def test_regions_that_lean_to_either_side_show_different_scores(opens: Opens) -> None:
+    page = opens()
+    scores = {0.498: "0.498", 0.502: "0.502", 0.5: "0.50", 0.49996: "0.49996", 0.81: "0.81"}
+    regions = [{"box": [20 * n, 0, 20, 20], "score": score, "generator": "SD-XL"} for n, score in enumerate(scores)]
+    page.route("**/v1/detect*", fulfilled(json.dumps({"results": [ruled("fake", 0.9, regions=regions)]})))
+    found = judge(page).locator(".picture")
+    expect(found.locator(".numbers text")).to_have_text(list(scores.values()))
+    for box, score in zip(found.locator(".boxes title").all(), scores.values(), strict=True):
+        assert str(box.text_content()).startswith(f"Score {score}")
+    cells = found.locator(".region-list tbody td:nth-child(3)")
+    assert cells.all_text_contents() == list(scores.values())
+
+
 def test_the_strictness_asked_for_is_sent_and_told(opens: Opens) -> None:
     page = opens()
     page.get_by_label("Real photos called generated").select_option("0.1")
