@@ -18,11 +18,14 @@ COLOURS = {"fake": "red", "real": "green", "uncertain": "yellow"}
 
 
 def show(verdict: Verdict, console: Console) -> None:
-    """Print a verdict: a sentence, the heads side by side, and the neighbours."""
-    console.print(Text(verdict.file, style="bold"))
-    console.print(Text(in_words(verdict), style=COLOURS[verdict.verdict]))
+    """Print a verdict: a sentence, the heads side by side, and the neighbours.
+
+    Paths, and commands in a sentence, are left whole, so that they can be copied where the output is piped.
+    """
+    console.print(Text(verdict.file, style="bold"), soft_wrap=True)
+    console.print(Text(in_words(verdict), style=COLOURS[verdict.verdict]), soft_wrap=True)
     for note in notes(verdict):
-        console.print(Text(f"  {note}"))
+        console.print(Text(f"  {note}"), soft_wrap=True)
     console.print(heads_table(verdict))
     if verdict.neighbours:
         console.print(neighbours_table(verdict))

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 from conftest import small_image
+from rich.console import Console
 from sqlalchemy.exc import OperationalError
 from threadpoolctl import threadpool_info
 from typer.testing import CliRunner, Result
@@ -25,8 +27,9 @@ from api.__main__ import app
 from api.http import server
 from api.judge.detector import Detector
 from api.schemas.problems import FailedFile
-from api.schemas.verdicts import Verdict
+from api.schemas.verdicts import EXAMPLE_VERDICT, Verdict
 from api.service_settings import ServiceSettings
+from api.verdict_printer import show
 from indexer.store.keys import ApiKeys
 
 Call = Callable[..., Result]
@@ -81,6 +84,19 @@ def test_detect_shows_verdict_heads_and_neighbours(call: Call, queries: Path, im
     assert "in the reference set as a generated image by gen-a." in " ".join(second.split())
     assert "its bytes are reference image" in second
     assert done.stderr == ""
+
+
+def test_piped_sentences_are_not_wrapped() -> None:
+    command = "run `lineup train heads --data IMAGES` with --checkpoint and the folder of checkpoint a-long-name"
+    values = {"file": f"{'folder/' * 20}a.png", "score": None, "reason": f"nothing is calibrated: {command}"}
+    generators = [{"name": f"generator-of-a-long-name-{number}", "share": 0.25} for number in range(4)]
+    verdict = Verdict.model_validate(EXAMPLE_VERDICT | values | {"generators": generators})
+    written = StringIO()
+    show(verdict, Console(file=written, width=80))
+    lines = written.getvalue().splitlines()
+    assert lines[0] == values["file"]
+    assert lines[1].endswith(f"{command}.")
+    assert any(line.startswith("  closest generators: ") and line.count("long-name") == 4 for line in lines)
 
 
 def test_detect_json_is_one_line_per_image_and_folders_are_walked(call: Call, queries: Path) -> None:
