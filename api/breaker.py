@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+PROBE_SECONDS = 0.5
+"""To wait for the answer to a probe."""
+
 
 class DatabaseSlow(RuntimeError):
     """The database did not answer in time, or failed to a moment ago."""
@@ -33,16 +36,22 @@ class Breaker:
     """Runs calls to the store in threads of its own and gives up on them after a while.
 
     After a failure the database is not asked again for `pause` seconds, so that requests do not each wait in vain, and
-    hanging calls stay fewer than `threads`.
+    hanging calls stay fewer than `threads`. A call that takes too long is a failure of the database only where the
+    probe is not answered either; else it concerns nobody but who asked.
 
     Args:
+        probe: Asks the database something trivial; without one, every call that takes too long is a failure.
         seconds: To wait for one answer.
         pause: Seconds without asking after a failure.
         threads: Calls at the same time.
     """
 
-    def __init__(self, seconds: float = 2.0, pause: float = 2.0, threads: int = 16) -> None:
+    def __init__(
+        self, probe: Callable[[], object] | None = None, *, seconds: float = 2.0, pause: float = 2.0, threads: int = 16
+    ) -> None:
         self.seconds, self.pause = seconds, pause
+        self._probe = probe
+        self._prober = ThreadPoolExecutor(1, "probe")  # of its own: slow calls may hold all the other threads
         self._pool = ThreadPoolExecutor(threads, "database")
         self._free = threading.BoundedSemaphore(threads)
         self._resume = 0.0
@@ -71,8 +80,24 @@ class Breaker:
     def close(self) -> None:
         """Wait for no one: calls that hang end with the process or with the database's answer."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._prober.shutdown(wait=False, cancel_futures=True)
 
     def _slow(self) -> DatabaseSlow:
-        log.warning("the database is slow", extra={"waited": self.seconds, "asked_again_in": self.pause})
-        self._resume = time.monotonic() + self.pause
+        if self._answers():
+            log.warning("a call to the database is slow", extra={"waited": self.seconds})
+        else:
+            log.warning("the database is slow", extra={"waited": self.seconds, "asked_again_in": self.pause})
+            self._resume = time.monotonic() + self.pause
         return DatabaseSlow(f"the database did not answer within {self.seconds:g} seconds")
+
+    def _answers(self) -> bool:
+        """Whether the probe is answered at once."""
+        if self._probe is None:
+            return False
+        future = self._prober.submit(self._probe)
+        try:
+            future.result(PROBE_SECONDS)
+        except Exception:  # late, or whatever the database says instead
+            future.cancel()
+            return False
+        return True

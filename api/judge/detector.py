@@ -187,22 +187,24 @@ class Detector:
         index = IndexFacts(revision=self.follower.revision, size=len(self.follower.index))
         hashes = [case.prepared.image.sha256 for case in cases]
         evidence = self._gather(cases, fitted)
-        references = neighbourhood.references([display for _, display in evidence], hashes)
-        by_hash = {reference.sha256: reference for reference in (references or {}).values()}
-        known = [by_hash.get(sha256) for sha256 in hashes]
+        references, answered = neighbourhood.references([display for _, display in evidence], hashes)
+        by_hash = {reference.sha256: reference for reference in references.values()}
+        known = [by_hash.get(sha256) if told else None for sha256, told in zip(hashes, answered, strict=True)]
         # Unless the bytes can be compared, what looks just alike may be this very file.
         itself = [
-            basis.twins if references is None else [reference.id] if reference else []
-            for (basis, _), reference in zip(evidence, known, strict=True)
+            ([reference.id] if reference else []) if told else basis.twins
+            for (basis, _), reference, told in zip(evidence, known, answered, strict=True)
         ]
-        described = [references] * len(cases)
+        described = [references if told else None for told in answered]
         again = [number for number, ids in enumerate(itself) if ids]
         if again:  # those that may not vote on themselves
             without = self._gather([cases[number] for number in again], fitted, [itself[number] for number in again])
-            if references is not None:
-                references = neighbourhood.references([display for _, display in without])
             for number, pair in zip(again, without, strict=True):
-                evidence[number], described[number] = pair, references
+                evidence[number] = pair
+            told_again = [number for number in again if answered[number]]
+            references, answered = neighbourhood.references([evidence[number][1] for number in told_again])
+            for number, told in zip(told_again, answered, strict=True):
+                described[number] = references if told else None
         columns = zip(cases, evidence, described, known, itself, strict=True)
         return [
             self._verdict(case, *pair, fitted, index, references, reference, ids)

@@ -1,7 +1,7 @@
 """What index, heads and Postgres say of embeddings: neighbours of each label, their vote, and the combined score."""
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import TypeVar
@@ -21,6 +21,8 @@ from trainer.heads.heads import Heads
 from trainer.heads.vote import Votes, vote
 
 Arrays = TypeVar("Arrays", Neighbours, Votes)
+PAGE = 2000
+"""References that one look-up asks for at most, or those of one image: it has seconds to be answered."""
 SAME = 0.9995
 """Similarity from which on two images may be the same bytes: half precision and engines cost under 0.0001."""
 
@@ -130,13 +132,34 @@ class Neighbourhood:
     follower: Follower
     breaker: Breaker
 
-    def references(self, evidence: Iterable[Evidence], hashes: Sequence[str] = ()) -> dict[int, Reference] | None:
+    def references(
+        self, evidence: Sequence[Evidence], hashes: Sequence[str] = ()
+    ) -> tuple[dict[int, Reference], list[bool]]:
         """What Postgres says of the neighbours that `voters` shows, by id, and of the references with these bytes.
 
-        None while it is away.
+        Images with few neighbours are looked up first, a page of them together. The first page that is not answered is
+        the last one: who asks for more than others is not to have all of them wait again.
+
+        Args:
+            evidence: On each image.
+            hashes: Of each image; none to look for no bytes.
+
+        Returns:
+            The references, and for each image whether Postgres answered.
         """
-        ids = {int(id) for one in evidence for near in (one.real, one.fake) for id in near.ids[0, : one.k]}
-        return self._look_up(ids - {-1}, hashes)
+        asked = [
+            {int(id) for near in (one.real, one.fake) for id in near.ids[0, : one.k] if id >= 0} for one in evidence
+        ]
+        found, answered = dict[int, Reference](), [False] * len(asked)
+        for page in _pages([len(ids) for ids in asked]):
+            ids = set[int]().union(*(asked[number] for number in page))
+            references = self._look_up(ids, [hashes[number] for number in page] if hashes else ())
+            if references is None:
+                break
+            found |= references
+            for number in page:
+                answered[number] = True
+        return found, answered
 
     def voters(self, evidence: Evidence, references: Mapping[int, Reference]) -> list[Neighbour]:
         """Neighbours of the first embedding, both labels, nearest first, with what `references` gave."""
@@ -175,6 +198,18 @@ class Neighbourhood:
             return self.breaker.ask(self.store.references.get_many, ids, hashes)
         except DATABASE_AWAY:
             return None
+
+
+def _pages(lengths: Sequence[int]) -> list[list[int]]:
+    """The numbers of these lengths, shortest first, in pages of at most `PAGE` together; a longer one is alone."""
+    pages, room = list[list[int]](), -1
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if lengths[number] > room:
+            pages.append([])
+            room = PAGE
+        pages[-1].append(number)
+        room -= lengths[number]
+    return pages
 
 
 def _described(near: IndexNeighbour, references: Mapping[int, Reference], weight: float | None = None) -> Neighbour:

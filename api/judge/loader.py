@@ -2,6 +2,9 @@
 
 import logging
 from contextlib import suppress
+from functools import partial
+
+from sqlalchemy import text
 
 from api.breaker import Breaker
 from api.judge.calibrator import Calibrator
@@ -21,6 +24,8 @@ from trainer.model.embedder import Embedder
 log = logging.getLogger(__name__)
 STATEMENT_SECONDS = 60
 """After which the database ends a statement of the service."""
+PROBE = text("select 1 from reference_image where id = 0")
+"""No row has this id: it costs nothing, and waits where all look-ups wait, be it for a lock."""
 
 
 def load_detector(settings: ServiceSettings) -> Detector:
@@ -42,7 +47,8 @@ def load_detector(settings: ServiceSettings) -> Detector:
             if not (settings.checkpoint_folder / CONFIG_FILE).exists():
                 raise
             hindrance = str(error)
-        detector = _open(settings, store, Breaker(), Breaker(seconds=5.0, threads=2), named)
+        breaker = Breaker(partial(store.references.read, PROBE))
+        detector = _open(settings, store, breaker, Breaker(seconds=5.0, threads=2), named)
     except BaseException:
         store.engine.dispose()
         raise

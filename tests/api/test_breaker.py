@@ -6,6 +6,7 @@ import time
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from api import breaker as module
 from api.breaker import Breaker, DatabaseSlow
 
 
@@ -32,6 +33,38 @@ def test_a_hanging_call_is_given_up_and_others_do_not_wait(monkeypatch: pytest.M
     breaker._resume = time.monotonic()
     breaker.seconds = 20
     assert breaker.ask(int, "1") == 1
+    breaker.close()
+
+
+def test_a_slow_call_concerns_only_who_asked_while_the_database_answers() -> None:
+    opened = threading.Event()
+    breaker = Breaker(probe=lambda: None, seconds=0.05, pause=3600)
+    with pytest.raises(DatabaseSlow, match=r"within 0\.05 seconds"):
+        breaker.ask(opened.wait, 60)
+    breaker.seconds = 20
+    assert breaker.ask(int, "1") == 1
+    opened.set()
+    breaker.close()
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_where_nothing_trivial_is_answered_either_only_the_first_wait(
+    failing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = threading.Event()
+
+    def probe() -> None:
+        if failing:
+            raise OperationalError("select", {}, Exception("refused"))
+        opened.wait(60)
+
+    monkeypatch.setattr(module, "PROBE_SECONDS", 0.05)
+    breaker = Breaker(probe=probe, seconds=0.05, pause=3600)
+    with pytest.raises(DatabaseSlow, match="within"):
+        breaker.ask(opened.wait, 60)
+    with pytest.raises(DatabaseSlow, match="a moment ago"):
+        breaker.ask(int, "1")
+    opened.set()
     breaker.close()
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from uuid import UUID
@@ -13,6 +14,7 @@ from PIL import Image, PngImagePlugin
 from sqlalchemy.exc import OperationalError
 
 from api import verdict_log
+from api.judge import evidence
 from api.judge.detector import RECORD_VERSION, Case, Detector
 from api.judge.evidence import SearchQuery
 from api.judge.loader import load_detector
@@ -219,6 +221,34 @@ def test_only_what_is_shown_is_looked_up(detector: Detector, monkeypatch: pytest
     assert named == [(1, 5), (1, 5)]
     assert {n.id for n in verdict.neighbours} == asked[0]
     assert None not in {n.thumbnail for n in verdict.neighbours}
+
+
+def test_a_slow_look_up_degrades_only_who_asked_for_much(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, opened = list[int](), threading.Event()
+    get_many = detector.store.references.get_many
+
+    def slow(ids: set[int], hashes: Sequence[str] = ()) -> dict[int, Reference]:
+        asked.append(len(ids))
+        if len(ids) > 50:
+            opened.wait(60)
+        return get_many(ids, hashes)
+
+    monkeypatch.setattr(evidence, "PAGE", 50)
+    monkeypatch.setattr(detector.breaker, "seconds", 0.3)
+    monkeypatch.setattr(detector.store.references, "get_many", slow)
+    questions = [Question(k=k, record=False) for k in (1000, None, None, 1000)]
+    prepared = [detector.prepare(query(60 + number), question) for number, question in enumerate(questions)]
+    embeddings = detector.embedder.embed_stacks([item.pixels for item in prepared])
+    cases = [Case(*one) for one in zip(prepared, embeddings, questions, strict=True)]
+    together = detector.answer(cases)
+    after = judged(detector, query(66))
+    opened.set()
+    assert [verdict.degraded for verdict in together] == [True, False, False, True]
+    assert [len(verdict.neighbours) for verdict in together] == [120, 10, 10, 120]
+    assert (after.degraded, after.recorded) == (False, True)
+    assert asked[0] <= 20  # those that ask for little together, and first
+    assert asked[1] == 120  # and nobody waits for as much a second time
+    assert len(asked) == 3
 
 
 def test_the_prior_moves_probabilities_only(detector: Detector) -> None:
