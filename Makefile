@@ -27,6 +27,7 @@ help:
 	@echo "make demo         simulate, train, index, evaluate, detect, serve   (SERVE=0: end after printing, DATA=PATH: your images)"
 	@echo "make test         the whole test suite"
 	@echo "make check        lint, types, import contracts, migrations"
+	@echo "make docs         draw the imports in docs/architecture.md anew"
 	@echo "make bench        speed of search, training and serving;  make soak: the long tests"
 
 # The lock holds hashes of CUDA 13 packages whose version pins only a current pip can read.
@@ -51,7 +52,7 @@ endif
 	LINEUP_RECORD=false $(LINEUP) detect $(IMAGES) --split test,unseen --sample 2
 	@echo
 	@echo "For further commands:  . $(BIN)/activate; export LINEUP_HOME=$(LINEUP_HOME)"
-	@echo "To serve without torch, from a lean installation (pip install '.[cpu]'): the same, and  lineup serve"
+	@echo "Then lineup serve opens the page again; a lean installation without torch (pip install '.[cpu]') serves it too."
 ifneq ($(SERVE),0)
 	@echo "Open the link to the page that comes next, and drop an image on it. $(UNSEEN)"
 	$(LINEUP) serve

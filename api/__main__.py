@@ -90,12 +90,13 @@ def serve(
     device: Device = None,
 ) -> None:
     """Serve the HTTP interface and the page."""
-    from api.http.server import log_as_json, run
+    from api.http.server import check_address, log_as_json, run
 
     def load() -> tuple[Detector, str | None]:
         with expected_failures():
-            detector = load_detector(ServiceSettings.read(host=host, port=port, checkpoint=checkpoint, device=device))
-            settings = detector.settings
+            settings = ServiceSettings.read(host=host, port=port, checkpoint=checkpoint, device=device)
+            check_address(settings.host, settings.port)
+            detector = load_detector(settings)
             try:
                 keyed = Keys(detector.store.keys, detector.breaker).exist()
                 if not keyed and not is_loopback(settings.host):
@@ -213,6 +214,7 @@ def revoke(name: Annotated[str, typer.Argument(help="The key to end; within seco
             fail(f"no key in force is called {name!r}; see `lineup keys list`")
         now = datetime.now(UTC)
         keys_left = any(in_force(key, now) for key in store.keys.list())
+    print(f"revoked {name}")
     if not keys_left:
         advice = "`lineup keys create NAME --scope admin` makes another"
         print(f"no key is left, and without one nobody may call, this machine included: {advice}", file=sys.stderr)

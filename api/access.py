@@ -106,7 +106,8 @@ class Keys:
         """
         key = self._find(hash_secret(secret))
         if key is None or not in_force(key, datetime.now(UTC)):
-            raise ApiError("unauthorized", "this API key is unknown, revoked or expired")
+            detail = "this API key is unknown, revoked or expired; the token of the start ends with the first key"
+            raise ApiError("unauthorized", detail)
         return Caller(key.id, key.name, frozenset(key.scopes))
 
     def _find(self, digest: bytes) -> ApiKey | None:

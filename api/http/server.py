@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
-from socket import socket
+from socket import AF_INET, AF_INET6, create_server, socket
 from typing import Any
 
 import uvicorn
@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from api.http.app import create_app
 from api.judge.detector import Detector
+from indexer.settings import SettingsError
 
 log = logging.getLogger(__name__)
 HEAD_SECONDS = 10.0
@@ -119,6 +120,20 @@ def server(detector: Detector, token: str | None = None) -> Server:
         timeout_graceful_shutdown=math.ceil(settings.request_seconds),
     )
     return Server(config, token)
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened on before anything is loaded.
+
+    Raises:
+        SettingsError: Another program listens there, or this machine has no such address.
+    """
+    try:
+        create_server((host, port), family=AF_INET6 if ":" in host else AF_INET).close()
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on LINEUP_HOST {host}, LINEUP_PORT {port} ({error.strerror}): set another port, or 0 for any"
+        ) from error
 
 
 def run(load: Callable[[], tuple[Detector, str | None]]) -> None:

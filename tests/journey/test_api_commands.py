@@ -171,7 +171,7 @@ def test_keys_are_made_listed_and_revoked(own: Call) -> None:
     other = json.loads(own("keys", "create", "other", "--json").stdout)
     assert (other["name"], other["scopes"], other["expires_at"]) == ("other", ["detect"], None)
     revoked = own("keys", "revoke", "partner")
-    assert (revoked.exit_code, revoked.stderr) == (0, "")
+    assert (revoked.exit_code, revoked.stdout, revoked.stderr) == (0, "revoked partner\n", "")
     first, second = json.loads(own("keys", "list", "--json").stdout)["keys"]
     assert (first["name"], first["scopes"], first["revoked_at"] is None) == ("partner", ["detect", "enrol"], False)
     assert (second["name"], second["revoked_at"]) == ("other", None)
@@ -195,6 +195,15 @@ def begin_request(port: int, token: str) -> socket.socket:
     assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
     connection.sendall(part.encode())
     return connection
+
+
+def test_a_port_that_is_taken_is_one_line(own: Call) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = own("serve", "--port", str(port))
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"error: cannot listen on LINEUP_HOST 127.0.0.1, LINEUP_PORT {port} (")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_serve_answers_finishes_and_stops(
