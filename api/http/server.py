@@ -131,9 +131,8 @@ def check_address(host: str, port: int) -> None:
     try:
         create_server((host, port), family=AF_INET6 if ":" in host else AF_INET).close()
     except OSError as error:
-        raise SettingsError(
-            f"cannot listen on LINEUP_HOST {host}, LINEUP_PORT {port} ({error.strerror}): set another port, or 0 for any"
-        ) from error
+        place = f"LINEUP_HOST {host}, LINEUP_PORT {port}"
+        raise SettingsError(f"cannot listen on {place} ({error.strerror}): set another port, or 0 for any") from error
 
 
 def run(load: Callable[[], tuple[Detector, str | None]]) -> None:

@@ -669,9 +669,7 @@ def test_a_key_is_asked_for_kept_in_the_session_and_forgotten(opens: Opens, lock
     expect(dialog).to_contain_text("This service asks for a key")
     dialog.get_by_label("API key").fill("lineup_wrong")
     dialog.get_by_role("button", name="Use this key").click()
-    expect(dialog).to_contain_text(
-        "This API key is unknown, revoked or expired; the token of the start ends with the first key. Enter another one."
-    )
+    expect(dialog).to_contain_text("the token of the start ends with the first key. Enter another one.")
     dialog.get_by_label("API key").fill(secret)
     dialog.get_by_role("button", name="Use this key").click()
     expect(dialog).to_be_hidden()
