@@ -77,7 +77,7 @@ class FitSettings:
     max_minutes: Annotated[float | None, Option(help="Wall time, heads included, resumed or not.")] = None
     """A resumed run has what the finished epochs left of it."""
     seed: Annotated[int, Option()] = 42
-    precision: Annotated[Literal["bf16", "float32"], Option(help="bf16 or float32.")] = "bf16"
+    precision: Annotated[Literal["bf16", "float32"], Option(help="bf16 where the device has it, or float32.")] = "bf16"
     workers: Annotated[int | None, Option(help="Processes that make views.")] = None
     """By default half of the cores on a CPU, all but one beside a GPU."""
     device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto"

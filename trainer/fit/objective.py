@@ -78,11 +78,17 @@ class Objective(nn.Module):
     def embed(self, pixels: Tensor) -> Tensor:
         """Embeddings of uint8 pixels (m, s, s, 3), shape (m, d), float32."""
         normalised = (pixels.permute(0, 3, 1, 2).float() - self.mean) / self.std  # (m, 3, s, s)
-        bf16 = self.settings.precision == "bf16"
+        bf16 = self.settings.precision == "bf16" and multiplies_bf16(pixels.device)
         # Each weight is cast once per call, and a cache of casts would be shared by the threads of `Slices`.
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             embeddings: Tensor = self.backbone(normalised)
         return embeddings.float()
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16 itself: a CPU that emulates it was seen to train at a third of float32."""
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {"bf16": True}
+    return any(present for name, present in capabilities.items() if name.endswith("bf16"))
 
 
 class PatchSubset(nn.Module):

@@ -605,6 +605,17 @@ def test_tensorboard_gets_scalars(tiny: FitSettings, tmp_path: Path) -> None:
     assert b"epoch/accuracy" in content
 
 
+def test_bfloat16_is_left_where_the_processor_would_emulate_it(
+    tiny: FitSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = torch.randint(0, 256, (2, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    exact = make_objective(replace(tiny, precision="float32"), "cpu")[0].embed(pixels)
+    objective = make_objective(replace(tiny, precision="bf16"), "cpu")[0]
+    for present in (False, True):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda present=present: {"avx2": True, "amx_bf16": present})
+        assert torch.equal(objective.embed(pixels), exact) != present
+
+
 def test_training_learns(tiny: FitSettings) -> None:
     fit(replace(tiny, epoch_steps=80, batch_size=8, learning_rate=1e-2, warmup_epochs=0.2))
     rows = [line.split(",") for line in (tiny.output / "summary.csv").read_text().splitlines()]
