@@ -86,7 +86,7 @@ class Objective(nn.Module):
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies in bfloat16 itself: a CPU that emulates it was seen to train at a third of float32."""
+    """Whether a device multiplies in bfloat16 itself: a CPU that emulates it trains at a third of float32's speed."""
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {"bf16": True}
     return any(present for name, present in capabilities.items() if name.endswith("bf16"))
 
