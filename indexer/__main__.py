@@ -281,7 +281,11 @@ def audit(as_json: AsJson = False) -> None:
 @app.command("export")
 @expected_failures()
 def export_command(
-    file: Annotated[Path, typer.Argument(help="File to write; what is there is replaced.")], as_json: AsJson = False
+    file: Annotated[Path, typer.Argument(help="File to write; what is there is replaced.")],
+    without_pictures: Annotated[
+        bool, typer.Option(help="No thumbnails, uploads or paths: public addresses alone, vectors in half precision.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write all references with the vectors of every checkpoint to one checksummed file."""
     from indexer.ingest.exchange import export_references
@@ -290,7 +294,7 @@ def export_command(
         opened(Settings.read()) as store,
         image_progress(total=sum(store.references.counts().values())) as advance,
     ):
-        report = export_references(store, file, advance)
+        report = export_references(store, file, advance, pictures=not without_pictures)
     answer(as_json, report, lambda: print(f"wrote {report['references']:,} references to {file}"))
 
 

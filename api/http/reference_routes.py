@@ -26,7 +26,7 @@ def reference_image(row: Reference, caller: Caller) -> ReferenceImage:
     fields = asdict(row) | {
         "label": LABELS[row.label],
         "uri": caller.visible(row.uri or None),
-        "thumbnail": f"/v1/references/{row.id}/thumbnail",
+        "thumbnail": f"/v1/references/{row.id}/thumbnail" if row.pictured else None,
         "enrolment": row.enrolment_id,
     }
     return ReferenceImage.model_validate(fields, extra="ignore")
@@ -75,7 +75,12 @@ async def get_reference(service: Served, detector: Loaded, caller: Reading, id: 
 @router.get("/references/{id}/thumbnail", responses=documented("not-found"), response_class=Jpeg)
 async def get_thumbnail(service: Served, detector: Loaded, caller: Reading, id: Id) -> Response:
     """A reference image, its longest side at most 256 pixels."""
-    data = existing(await service.run(detector.store.references.thumbnail, id), f"reference {id}")
+    data = await service.run(detector.store.references.thumbnail, id)
+    if data is None:
+        existing(await service.run(detector.store.references.get, id), f"reference {id}")
+        raise ApiError(
+            "not-found", f"reference {id} has no picture here: `lineup index thumbnails` fetches public ones"
+        )
     return Jpeg(data, headers={"cache-control": "private, max-age=86400"})
 
 

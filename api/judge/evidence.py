@@ -222,7 +222,7 @@ def _described(near: IndexNeighbour, references: Mapping[int, Reference], weight
         source=near.source,
         similarity=near.similarity,
         weight=weight,
-        thumbnail=f"/v1/references/{near.id}/thumbnail" if reference else None,
+        thumbnail=f"/v1/references/{near.id}/thumbnail" if reference and reference.pictured else None,
         uri=(reference.uri or None) if reference else None,
         attributes=dict(reference.attributes) if reference else {},
     )

@@ -97,6 +97,12 @@ export function facts(pairs) {
   );
 }
 
+/** A link to a public address, which opens beside the page; null where it is none. */
+export function webLink(uri, text) {
+  if (!/^https:\/\//.test(uri ?? "")) return null;
+  return h("a", { href: uri, target: "_blank", rel: "noopener noreferrer" }, text);
+}
+
 /** A file's name as text: characters that cannot be seen, such as those that turn the direction, become `?`. */
 export function fileName(name) {
   return h("bdi", { class: "file" }, String(name).replace(/[\p{C}]/gu, "?"));

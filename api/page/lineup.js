@@ -1,29 +1,17 @@
 /** The line-up: reference images beside the one in question, each with where it is from and how alike it is. */
 
 import { ask, showThumbnail } from "./client.js";
-import { bar, confirmed, facts, fileName, h, icon, table } from "./dom.js";
+import { bar, confirmed, facts, fileName, h, icon, table, webLink } from "./dom.js";
 import { problemBox } from "./problems.js";
 import { bytes, count, decimal, labelWord, percent, when } from "./words.js";
 
 /** One reference image. `weight` is its part of the vote; a search gives none. */
 export function suspect(neighbour, heaviest = 1) {
   const name = neighbour.label === "fake" ? (neighbour.generator ?? "generator not named") : "real photo";
-  const picture = h("img", { alt: `Reference image ${neighbour.id}`, width: 128, height: 128 });
-  if (neighbour.thumbnail) showThumbnail(picture, neighbour.thumbnail);
-  else picture.classList.add("missing");
   return h(
     "li",
     { class: `suspect ${neighbour.label}` },
-    h(
-      "button",
-      {
-        type: "button",
-        class: "portrait",
-        "aria-label": `Reference image ${neighbour.id}: details`,
-        onclick: () => showReference(neighbour),
-      },
-      picture,
-    ),
+    portrait(neighbour),
     h("p", { class: "who" }, icon(neighbour.label), h("span", {}, name)),
     h("p", { class: "like" }, h("span", { class: "term" }, "alike "), decimal(neighbour.similarity, 3)),
     neighbour.weight === null || neighbour.weight === undefined
@@ -36,6 +24,21 @@ export function suspect(neighbour, heaviest = 1) {
         ),
     neighbour.source ? h("p", { class: "source" }, neighbour.source) : null,
   );
+}
+
+/** The picture, which opens the details; where it is not here, a link to it with the details below. */
+function portrait(neighbour) {
+  const details = {
+    type: "button",
+    "aria-label": `Reference image ${neighbour.id}: details`,
+    onclick: () => showReference(neighbour),
+  };
+  const link = neighbour.thumbnail ? null : webLink(neighbour.uri, "Picture on the web");
+  if (link) return h("div", { class: "absent" }, link, h("button", details, "Details"));
+  const picture = h("img", { alt: `Reference image ${neighbour.id}`, width: 128, height: 128 });
+  if (neighbour.thumbnail) showThumbnail(picture, neighbour.thumbnail);
+  else picture.classList.add("missing");
+  return h("button", { ...details, class: "portrait" }, picture);
 }
 
 /** Both rows of the line-up, the nearest first in each. */
@@ -73,8 +76,8 @@ export function lineUp(verdict) {
 /** Everything known of one reference image, in a dialog. */
 async function showReference(neighbour) {
   const dialog = document.getElementById("reference-dialog");
-  const picture = h("img", { alt: `Reference image ${neighbour.id}`, class: "large" });
-  if (neighbour.thumbnail) showThumbnail(picture, neighbour.thumbnail);
+  const picture = neighbour.thumbnail ? h("img", { alt: `Reference image ${neighbour.id}`, class: "large" }) : null;
+  if (picture) showThumbnail(picture, neighbour.thumbnail);
   const rest = h("div", { "aria-live": "polite" }, h("p", {}, "Looking it up…"));
   const buttons = h(
     "div",
@@ -84,7 +87,7 @@ async function showReference(neighbour) {
   const removal = h("button", { type: "button", onclick: () => remove(neighbour, rest, removal) }, "Remove");
   dialog.replaceChildren(
     h("h2", { id: "reference-title" }, `Reference image ${neighbour.id}`),
-    h("div", { class: "reference" }, picture, rest),
+    h("div", { class: "reference" }, picture ?? h("p", {}, "Its picture is not here."), rest),
     buttons,
   );
   dialog.showModal();
@@ -126,7 +129,7 @@ function referenceFacts(reference) {
       ["JPEG quality", reference.jpeg_quality === null ? null : `about ${reference.jpeg_quality}`],
       ["Added", when(reference.added_at)],
       ["Enrolment", reference.enrolment],
-      ["File", reference.uri && fileName(reference.uri)],
+      ["File", reference.uri && (webLink(reference.uri, reference.uri) ?? fileName(reference.uri))],
       ["SHA-256", h("code", {}, reference.sha256)],
     ]),
     attributes.length

@@ -52,7 +52,8 @@ class ReferenceImage(Model):
     height: int
     format: str
     jpeg_quality: int | None = None
-    thumbnail: str
+    thumbnail: str | None = None
+    """Path of a small JPEG, null where the picture is not here."""
     attributes: dict[str, Any] = Field(default_factory=dict)
     enrolment: int | None = None
     added_at: datetime

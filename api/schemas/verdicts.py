@@ -122,9 +122,10 @@ class Neighbour(Model):
     weight: Unit | None = None
     """Its part of the vote; 0 for one that is shown but does not vote, null in a search."""
     thumbnail: str | None = None
-    """Path of a small JPEG, null while the database is away."""
+    """Path of a small JPEG, null while the database is away or where the picture is not here."""
     uri: str | None = None
-    """Where it lies; null for what came over HTTP, and a path of the server for callers without the scope admin."""
+    """Where it lies; null for what came over HTTP, and a path of the server for callers without the scope admin.
+    With the attribute `window` (x,y,width,height) it is that part of what lies there."""
     attributes: dict[str, Any] = Field(default={})
 
 

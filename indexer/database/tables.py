@@ -114,7 +114,7 @@ class ReferenceRow(Base):
     format: Mapped[str]
     jpeg_quality: Mapped[int | None] = mapped_column(sa.SmallInteger)
     fingerprint: Mapped[int | None] = mapped_column(sa.BigInteger)
-    thumbnail: Mapped[bytes]
+    thumbnail: Mapped[bytes | None]
     attributes: Mapped[dict[str, str]]
     enrolment_id: Mapped[int | None] = mapped_column(sa.ForeignKey("enrolment.id", ondelete="SET NULL"))
     added_at: Mapped[datetime] = mapped_column(server_default=sa.func.now())

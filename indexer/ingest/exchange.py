@@ -2,7 +2,8 @@
 
 The file is a zip whose members carry checksums: for each page of references `N.json` with their facts and `N.bin` with
 the bytes that these point into, at the end `about.json`, which says how many there are. Nothing in it is specific to a
-database.
+database. Without pictures it is a set that may be published: public addresses in place of thumbnails, and vectors in
+half precision.
 """
 
 import json
@@ -13,7 +14,7 @@ from dataclasses import fields
 from datetime import date
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile
 
 import numpy as np
 from sqlalchemy import text
@@ -22,7 +23,9 @@ from indexer.store import Store
 from indexer.store.generators import GENERATOR_FACTS, GeneratorExists
 from indexer.store.reference_facts import ImageFacts, NewReference
 
-FORMAT = "lineup references 1"
+FORMAT = "lineup references 2"
+FORMATS = ("lineup references 1", FORMAT)
+"""What is read; the first has thumbnails always, and vectors in single precision."""
 EXPORT_PAGE = 250
 PAGE_BYTES = 64 * 1024 * 1024
 """A page ends before its thumbnails and kept uploads exceed this, unless it is a single reference."""
@@ -32,7 +35,7 @@ from reference_image r left join generator g on g.id = r.generator_id left join 
 where r.id > :after and r.id <= (
     select max(id) from (
         select id, row_number() over page as place,
-               sum(octet_length(thumbnail) + coalesce(octet_length(bytes), 0)) over page as total
+               sum(coalesce(octet_length(thumbnail), 0) + coalesce(octet_length(bytes), 0)) over page as total
         from (
             select p.id, p.thumbnail, pf.bytes from reference_image p left join reference_file pf on pf.image_id = p.id
             where p.id > :after order by p.id limit :page
@@ -49,13 +52,23 @@ class BadExport(ValueError):
     """The file is no export, or is damaged; the message is one line."""
 
 
-def export_references(store: Store, path: Path, on_image: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def export_references(
+    store: Store, path: Path, on_image: Callable[[], None] = lambda: None, *, pictures: bool = True
+) -> dict[str, Any]:
     """Write everything to a file, aside first; references that come or go meanwhile may be in it or not.
+
+    Args:
+        store: The references.
+        path: The file.
+        on_image: Called once for each reference.
+        pictures: Include thumbnails and kept uploads. Without them paths of this machine are left out too, and vectors
+            are rounded to half precision.
 
     Returns:
         {"file", "references", "checkpoints": [ids]}.
     """
-    about: dict[str, Any] = {"format": FORMAT, "pages": 0, "references": 0}
+    vector_type = "<f4" if pictures else "<f2"
+    about: dict[str, Any] = {"format": FORMAT, "pages": 0, "references": 0, "vectors": vector_type}
     about["checkpoints"] = [
         {"id": checkpoint.id, "name": checkpoint.name, "dim": checkpoint.dim}
         | {"config": {name: value for name, value in checkpoint.config.items() if name != "folder"}}  # of this machine
@@ -64,10 +77,10 @@ def export_references(store: Store, path: Path, on_image: Callable[[], None] = l
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.part")
     try:
-        # Stored as it is: thumbnails and vectors are as good as incompressible.
+        # Thumbnails and vectors are as good as incompressible.
         with ZipFile(aside, "w") as archive:
-            for rows, data in _pages(store):
-                archive.writestr(f"{about['pages']}.json", json.dumps(rows))
+            for rows, data in _pages(store, pictures, vector_type):
+                archive.writestr(f"{about['pages']}.json", json.dumps(rows), ZIP_DEFLATED)
                 archive.writestr(f"{about['pages']}.bin", data)
                 about["pages"] += 1
                 about["references"] += len(rows)
@@ -107,14 +120,14 @@ def import_references(store: Store, path: Path, on_image: Callable[[], None] = l
         report |= {"checkpoints": checkpoints, "enrolment": store.enrolments.open(None, f"import {path.name}")}
         for number in range(about["pages"]):
             rows = json.loads(archive.read(f"{number}.json"))
-            _import_page(store, rows, archive.read(f"{number}.bin"), report)
+            _import_page(store, rows, archive.read(f"{number}.bin"), about.get("vectors", "<f4"), report)
             for _ in rows:
                 on_image()
     store.enrolments.finish(report["enrolment"], report)
     return report
 
 
-def _pages(store: Store) -> Iterator[tuple[list[dict[str, Any]], bytes]]:
+def _pages(store: Store, pictures: bool, vector_type: str) -> Iterator[tuple[list[dict[str, Any]], bytes]]:
     """Pages of rows, and the bytes that they point into as [start, end]."""
     after = 0
     while page := store.read(ROWS, {"after": after, "page": EXPORT_PAGE, "bytes": PAGE_BYTES}):
@@ -122,22 +135,30 @@ def _pages(store: Store) -> Iterator[tuple[list[dict[str, Any]], bytes]]:
         vectors = store.read(VECTORS, {"ids": [row["id"] for row in page]})
         data = bytearray()
 
-        def place(part: bytes, data: bytearray = data) -> list[int]:
+        def place(part: bytes | None, data: bytearray = data) -> list[int] | None:
+            if part is None:
+                return None
             data += part
             return [len(data) - len(part), len(data)]
 
-        rows = {
-            row["id"]: {name: row[name] for name in COLUMNS if name != "sha256"}
-            | {"sha256": row["sha256"].hex(), "thumbnail": place(row["thumbnail"]), "vectors": {}}
-            | {"data": None if row["bytes"] is None else place(row["bytes"])}
-            for row in page
-        }
+        rows = {}
+        for row in page:
+            facts = {name: row[name] for name in COLUMNS} | {"sha256": row["sha256"].hex(), "vectors": {}}
+            if pictures:
+                facts |= {"thumbnail": place(row["thumbnail"]), "data": place(row["bytes"])}
+            else:
+                public = (row["uri"] or "").startswith("https://")
+                facts |= {"thumbnail": None, "data": None, "uri": row["uri"] if public else None, "mtime": None}
+            rows[row["id"]] = facts
         for row in vectors:
-            rows[row["image_id"]]["vectors"][row["checkpoint_id"]] = place(row["vector"])
+            vector = np.frombuffer(row["vector"], "<f4").astype(vector_type)  # (d,)
+            rows[row["image_id"]]["vectors"][row["checkpoint_id"]] = place(vector.tobytes())
         yield list(rows.values()), bytes(data)
 
 
-def _import_page(store: Store, rows: list[dict[str, Any]], data: bytes, report: dict[str, Any]) -> None:
+def _import_page(
+    store: Store, rows: list[dict[str, Any]], data: bytes, vector_type: str, report: dict[str, Any]
+) -> None:
     report["references"] += len(rows)
     conflicts: dict[str, dict[str, str]] = {}
     blocked: set[str] = set()
@@ -146,8 +167,8 @@ def _import_page(store: Store, rows: list[dict[str, Any]], data: bytes, report: 
             NewReference(
                 **{name: row[name] for name in COLUMNS if name in row},  # older exports lack newer columns
                 thumbnail=_slice(data, row["thumbnail"]),
-                data=None if row["data"] is None else _slice(data, row["data"]),
-                vector=np.frombuffer(_slice(data, row["vectors"][checkpoint_id]), "<f4"),
+                data=_slice(data, row["data"]),
+                vector=np.frombuffer(_slice(data, row["vectors"][checkpoint_id]) or b"", vector_type),
             )
             for row in rows
             if checkpoint_id in row["vectors"]
@@ -162,8 +183,8 @@ def _import_page(store: Store, rows: list[dict[str, Any]], data: bytes, report: 
     report["blocked"] += sorted(blocked)
 
 
-def _slice(data: bytes, place: list[int]) -> bytes:
-    return data[place[0] : place[1]]
+def _slice(data: bytes, place: list[int] | None) -> bytes | None:
+    return None if place is None else data[place[0] : place[1]]
 
 
 def _verified(path: Path) -> dict[str, Any]:
@@ -171,7 +192,7 @@ def _verified(path: Path) -> dict[str, Any]:
     try:
         with ZipFile(path) as archive:
             about: dict[str, Any] = json.loads(archive.read("about.json"))
-            known = about["format"] == FORMAT
+            known = about["format"] in FORMATS
             members = {"about.json", *(f"{n}.{kind}" for n in range(about.get("pages", 0)) for kind in ("json", "bin"))}
             damaged = archive.testzip() or ", ".join(sorted(members ^ set(archive.namelist())))
     except FileNotFoundError as error:
@@ -180,7 +201,7 @@ def _verified(path: Path) -> dict[str, Any]:
     except (BadZipFile, zlib.error, OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise BadExport(f"{path} is no export, or is damaged ({' '.join(str(error).split())})") from error
     if not known:
-        raise BadExport(f"{path} is {about['format']!r}, this version reads {FORMAT!r}")
+        raise BadExport(f"{path} is {about['format']!r}, this version reads {' and '.join(map(repr, FORMATS))}")
     if damaged:
         raise BadExport(f"{path} is damaged at {damaged}: export it again")
     return about

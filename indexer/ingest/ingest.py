@@ -102,7 +102,8 @@ def ingest(
 ) -> dict[str, Any]:
     """Add every entry that is not known yet; safe to end at any point and to run again.
 
-    Files known by uri, size and time are not opened; bytes known by their hash are not decoded.
+    Files known by uri, size and time are not opened; bytes known by their hash are not decoded. An image with a public
+    uri is stored with that one.
 
     Args:
         entries: Images to add; read, decoded and embedded a bounded number ahead.
@@ -189,6 +190,7 @@ class _Ingestion:
             yield from (prepared for prepared in self.pool.map(self._decode, new_files) if prepared is not None)
 
     def _without_known_files(self, chunk: Sequence[Entry]) -> Iterator[Entry]:
+        """Leave out entries whose own uri, size and time are a row's; a public uri may be that of several images."""
         known = self.store.references.known_files([entry.uri for entry in chunk if entry.uri], self.embedder.id)
         for entry in chunk:
             if not self._is_settled(entry, known.get((entry.uri, entry.size, entry.mtime))):
@@ -237,7 +239,7 @@ class _Ingestion:
                 generator=entry.generator,
                 source=entry.source,
                 group=entry.group or facts.sha256,
-                uri=None if self.keep_bytes else entry.uri,
+                uri=None if self.keep_bytes else entry.public_uri or entry.uri,
                 file_bytes=facts.bytes,
                 mtime=entry.mtime,
                 width=facts.width,

@@ -105,6 +105,8 @@ def _read(store: Store, row: RowMapping) -> bytes:
         return file
     if row["uri"] is None:
         raise UnreadableImage("its bytes were not kept")
+    if row["uri"].startswith("https://"):
+        raise UnreadableImage("its picture is not on this machine: add its data set with this checkpoint first")
     data = read_uri(row["uri"])
     if hashlib.sha256(data).digest() != row["sha256"]:
         raise UnreadableImage("the file has changed since it was added")

@@ -10,9 +10,8 @@ from sqlalchemy import text
 
 from indexer.index.engine import use_threads_for
 from indexer.store import Store
+from indexer.store.reference_facts import NEAR_BITS
 
-NEAR_BITS = 4
-"""Images whose 64-bit difference hashes differ in at most this many bits are near duplicates."""
 FINGERPRINTS_AT_ONCE = 100_000
 
 # Two look-ups, each by its own index.

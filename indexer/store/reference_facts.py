@@ -10,6 +10,8 @@ from datetime import datetime
 import numpy as np
 
 LABEL_NAMES = ("real", "fake")
+NEAR_BITS = 4
+"""Images whose 64-bit difference hashes differ in at most this many bits are near duplicates."""
 
 
 def kind(label: int, generator: str | None) -> str:
@@ -27,7 +29,7 @@ class ImageFacts:
         generator: Name, None for real images (and for fakes of which it is not known).
         source: The data set or feed it came from.
         group: Images that must not be split apart share it.
-        uri: Where the bytes can be read again; None for uploads.
+        uri: Where the bytes can be read again, by anybody where it is `https:`; None for uploads.
         file_bytes: Size of the file.
         mtime: Modification time of the file in seconds, for skipping it next time.
         width: Of the upright image, pixels.
@@ -35,7 +37,8 @@ class ImageFacts:
         format: As Pillow names it.
         jpeg_quality: Estimate 1..100, None for other formats.
         fingerprint: 64-bit difference hash of the pixels as a signed integer; near duplicates differ in few bits.
-        attributes: Anything else that is known.
+        attributes: Anything else that is known; with `window` (x,y,width,height in pixels as stored, not turned) the
+            image is that part of what lies at `uri`.
     """
 
     sha256: str
@@ -56,9 +59,10 @@ class ImageFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference(ImageFacts):
-    """A known image, without its thumbnail."""
+    """A known image, without its thumbnail; `pictured` says whether there is one."""
 
     id: int
+    pictured: bool
     enrolment_id: int | None
     added_at: datetime
 
@@ -68,11 +72,11 @@ class NewReference(ImageFacts):
     """An image with its embedding, ready to be stored; a generator that is new is created.
 
     Attributes:
-        thumbnail: JPEG.
+        thumbnail: JPEG; None where only the public uri has the picture.
         vector: Raw embedding, shape (d,), float32; empty until there is one.
         data: The file itself, to be kept (uploads).
     """
 
-    thumbnail: bytes
+    thumbnail: bytes | None
     vector: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     data: bytes | None = None

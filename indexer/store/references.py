@@ -43,6 +43,7 @@ class Known:
 REFERENCES = select(
     *(column for column in ReferenceRow.__table__.columns if column.name not in {"thumbnail", "generator_id"}),
     GeneratorRow.name.label("generator"),
+    ReferenceRow.thumbnail.is_not(None).label("pictured"),
 ).outerjoin(GeneratorRow, GeneratorRow.id == ReferenceRow.generator_id)
 
 
@@ -69,7 +70,7 @@ class References(Rows):
         return next(iter(self._references(REFERENCES.where(ReferenceRow.sha256 == bytes.fromhex(sha256)))), None)
 
     def thumbnail(self, image_id: int) -> bytes | None:
-        """JPEG bytes, longest side at most 256."""
+        """JPEG bytes, longest side at most 256; None where there is no such reference, or no picture of it."""
         return self.read_value(select(ReferenceRow.thumbnail).where(ReferenceRow.id == image_id))
 
     def file(self, image_id: int) -> bytes | None:

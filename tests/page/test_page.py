@@ -326,6 +326,20 @@ def test_a_verdict_of_nothing_but_nulls(opens: Opens) -> None:
         page.get_by_role("button", name="Clear").click()
 
 
+def test_a_reference_whose_picture_is_elsewhere_is_a_link(opens: Opens) -> None:
+    page = opens(axe=True)
+    public = {**NEIGHBOUR, "source": "who", "thumbnail": None, "uri": "https://example.org/a b.png", "attributes": {}}
+    other = public | {"id": 8, "uri": "javascript:globalThis.broken=1"}
+    page.route("**/v1/detect*", fulfilled(json.dumps({"results": [BARE | {"neighbours": [public, other]}]})))
+    verdict = judge(page)
+    link = verdict.locator(".suspect a")
+    expect(link).to_have_count(1)
+    expect(link).to_have_attribute("href", "https://example.org/a b.png")
+    assert violations(page) == []
+    verdict.get_by_role("button", name="Reference image 7: details").click()
+    expect(page.locator("#reference-dialog")).to_contain_text("Its picture is not here.")
+
+
 def ruled(verdict: str, score: float | None, false_alarm: float | None = 0.05, **changed: object) -> dict[str, Any]:
     thresholds = {"fake": 0.8479, "real": 0.14}
     return (

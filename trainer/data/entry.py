@@ -43,6 +43,7 @@ class Entry:
         mtime: Seconds since 1970, of the archive for a member.
         attributes: Whatever else the data set says of it.
         read: Gives its bytes, or raises `UnreadableImage`. Can be pickled.
+        public_uri: Where anybody can read it, or the file that it is a part of: `https://...`, if that is known.
     """
 
     key: str
@@ -56,6 +57,7 @@ class Entry:
     mtime: float | None
     attributes: dict[str, str]
     read: Callable[[], bytes] = field(compare=False)
+    public_uri: str | None = None
 
 
 def role(group: str) -> Role:
@@ -111,6 +113,7 @@ def file_entry(
     split: str | None = None,
     group: str | None = None,
     attributes: dict[str, str] | None = None,
+    public_uri: str | None = None,
 ) -> Entry:
     """The entry of one file, which need not exist: then its `read` says so.
 
@@ -124,6 +127,7 @@ def file_entry(
         split: None where the data set names none.
         group: By default each file is its own.
         attributes: Whatever else is known.
+        public_uri: See `Entry`.
     """
     try:
         status = path.stat()
@@ -142,6 +146,7 @@ def file_entry(
         mtime=mtime,
         attributes=attributes or {},
         read=partial(read_file, path),
+        public_uri=public_uri,
     )
 
 

@@ -1,16 +1,22 @@
-"""The data set as a table: a CSV with `path,label,generator,split[,source,group,...]`."""
+"""The data set as a table: a CSV with `path,label,generator,split[,source,group,...]`.
+
+Where the images were published is a column `uri`, or `source_repo,source_commit,source_path` of a file on GitHub.
+"""
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from urllib.parse import quote
 
 from trainer.data.entry import DatasetError, Entry, check_generator, file_entry, plain
 
 LABEL_CELLS = {"real": 0, "0": 0, "fake": 1, "1": 1}
 REQUIRED_COLUMNS = ("path", "label")
 MANIFEST_COLUMNS = (*REQUIRED_COLUMNS, "generator", "split", "source", "group")
+GITHUB_COLUMNS = ("source_repo", "source_commit", "source_path")
+"""Of a file on GitHub: owner and repository, commit, and the path in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +29,7 @@ class Row:
     split: str | None
     source: str | None
     group: str | None
+    public_uri: str | None
     attributes: dict[str, str]
 
 
@@ -62,6 +69,7 @@ def _row(cells: dict[str, str | None], where: str) -> Row:
         raise DatasetError(f"{where}: a real image has generator {generator!r}; leave the cell empty")
     if label == 1:
         check_generator(generator or "", where)
+    public_uri, columns = _public_uri(values)
     return Row(
         path=path,
         label=label,
@@ -69,8 +77,19 @@ def _row(cells: dict[str, str | None], where: str) -> Row:
         split=values.get("split"),
         source=values.get("source"),
         group=values.get("group"),
-        attributes={name: value for name, value in values.items() if name not in MANIFEST_COLUMNS},
+        public_uri=public_uri,
+        attributes={name: value for name, value in values.items() if name not in (*MANIFEST_COLUMNS, *columns)},
     )
+
+
+def _public_uri(values: dict[str, str]) -> tuple[str | None, Sequence[str]]:
+    """Where an image was published, and the columns that say so; an address that is not https is an attribute."""
+    if (uri := values.get("uri", "")).startswith("https://"):
+        return uri, ["uri"]
+    if all(name in values for name in GITHUB_COLUMNS):
+        place = "/".join(quote(values[name]) for name in GITHUB_COLUMNS)
+        return f"https://raw.githubusercontent.com/{place}", GITHUB_COLUMNS
+    return None, []
 
 
 def manifest_entries(manifest: Path) -> Iterator[Entry]:
@@ -88,4 +107,5 @@ def manifest_entries(manifest: Path) -> Iterator[Entry]:
             split=row.split,
             group=row.group,
             attributes=row.attributes,
+            public_uri=row.public_uri,
         )

@@ -229,6 +229,19 @@ def test_references_are_added_searched_shown_and_removed(own: TestClient) -> Non
     problem(own.get(f"/v1/references/{second['id']}/thumbnail"), 404, "not-found")
 
 
+def test_a_reference_without_a_picture_is_shown_by_its_address(own: TestClient, tmp_path: Path) -> None:
+    own.post("/v1/references", data={"label": "real"}, files=files(png(1), field="images"))
+    store = store_of(own)
+    uri = "https://example.org/a.png"
+    with store.engine.begin() as connection:
+        connection.execute(text("update reference_image set thumbnail = null, uri = :uri"), {"uri": uri})
+    (listed,) = own.get("/v1/references").json()["references"]
+    (near,) = own.post("/v1/search", files=files(png(2))).json()["results"][0]["neighbours"]
+    assert [(one["thumbnail"], one["uri"]) for one in (listed, near)] == [(None, uri)] * 2
+    answer = problem(own.get(f"/v1/references/{listed['id']}/thumbnail"), 404, "not-found")
+    assert "lineup index thumbnails" in answer["detail"]
+
+
 def test_conflicts_are_409_only_when_they_are_all_there_was(own: TestClient) -> None:
     own.post("/v1/references", data={"label": "real"}, files=files(png(1), field="images"))
     other = {"label": "fake", "generator": "a"}

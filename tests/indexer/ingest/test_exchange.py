@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
+import numpy as np
 import pytest
 from conftest import new_database
 from numbered import CHECKPOINT, new, opened, vector
@@ -92,6 +93,34 @@ def test_a_set_arrives_as_it_was(source: Store, target: Store, tmp_path: Path) -
     assert target.checkpoints.revision(CHECKPOINT) == 2  # two pages
 
 
+def test_a_set_without_pictures_holds_nothing_but_what_is_public(source: Store, target: Store, tmp_path: Path) -> None:
+    public = "https://raw.githubusercontent.com/who/what/c0ffee/a%20b.jpg"
+    source.references.add(
+        [
+            new(400, uri=public, thumbnail=b"a picture", fingerprint=7, mtime=1.5, attributes={"window": "0,0,64,48"}),
+            new(401, uri="file:///home/me/b.png", thumbnail=None),
+        ],
+        CHECKPOINT,
+    )
+    path = tmp_path / "public.lineup"
+    assert export_references(source, path, pictures=False)["references"] == 302
+    with ZipFile(path) as archive:
+        content = b"".join(map(archive.read, archive.namelist()))
+    assert not any(word in content for word in (b"a picture", b"the file", b"/home/me"))
+    assert import_references(target, path)["added"] == 302
+    without = {"thumbnail": None, "file": None, "pictured": False, "mtime": None}
+    expected = {sha256: row | without for sha256, row in rows(source).items()}
+    expected[new(401).sha256]["uri"] = None
+    assert rows(target) == expected
+    rounded, exact = vectors(target, CHECKPOINT), vectors(source, CHECKPOINT)
+    assert rounded == {sha256: np.asarray(vector, np.float16).tolist() for sha256, vector in exact.items()}
+    # Exported once more, with the pictures that there are: none.
+    export_references(target, tmp_path / "again", pictures=True)
+    target.references.remove(ids=[row.id for row in target.references.list(limit=1000)])
+    assert import_references(target, tmp_path / "again")["added"] == 302
+    assert rows(target) == expected
+
+
 def test_conflicts_and_blocked_images_are_told(source: Store, target: Store, tmp_path: Path) -> None:
     target.references.add([new(2), new(3)], CHECKPOINT)
     target.references.remove(
@@ -159,7 +188,7 @@ def test_damage_is_noticed_before_anything_is_added(source: Store, target: Store
         assert "\n" not in str(caught.value)
     with pytest.raises(BadExport, match="does not exist"):
         import_references(target, tmp_path / "none")
-    path.write_bytes(good.replace(b"lineup references 1", b"lineup references 9"))
+    path.write_bytes(good.replace(b"lineup references 2", b"lineup references 9"))
     with pytest.raises(BadExport):
         import_references(target, path)
     assert target.references.counts() == {"real": 0, "fake": 0}

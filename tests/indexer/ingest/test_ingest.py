@@ -87,6 +87,15 @@ def test_a_folder_becomes_rows(store: Store, folder: Path) -> None:
     np.testing.assert_array_equal(page.vectors[page.ids == row.id], embedder.embed_pixels(embedder.preprocess([image])))
 
 
+def test_a_public_address_takes_the_place_of_the_path(store: Store, folder: Path) -> None:
+    """Two windows of one public file are two references, and a second run adds neither again."""
+    uri = "https://example.org/whole.png"
+    entries = [replace(entry, public_uri=uri, size=1, mtime=2.0) for entry in list(read_dataset(folder))[:2]]
+    first, second = (ingest(entries, HashingEmbedder(), store) for _ in range(2))
+    assert ((first["added"], first["known"]), (second["added"], second["known"])) == ((2, 0), (0, 2))
+    assert [row.uri for row in store.references.list()] == [uri, uri]
+
+
 def test_a_second_run_opens_no_file(store: Store, folder: Path) -> None:
     first = ingest(read_dataset(folder), HashingEmbedder(), store)
 

@@ -216,6 +216,27 @@ def test_manifest_wins_over_the_shape_and_keeps_its_other_columns(tmp_path: Path
         read_dataset(root, generator="x")
 
 
+def test_a_manifest_says_where_its_images_were_published(tmp_path: Path) -> None:
+    place(tmp_path, "a.png", "b.png", "c.png", "d.png")
+    manifest(
+        tmp_path,
+        "path,label,uri,source_repo,source_commit,source_path,window\n"
+        'a.png,real,,who/what,c0ffee,"in/50 % off, Let\'s #1.png","8,0,256,224"\n'
+        "b.png,real,https://example.org/b.png,who/what,c0ffee,b.png,\n"
+        "c.png,real,ftp://example.org/c.png,,,,\n"
+        "d.png,real,,who/what,,d.png,\n",
+    )
+    github = "https://raw.githubusercontent.com/who/what/c0ffee/in/50%20%25%20off%2C%20Let%27s%20%231.png"
+    repository = {"source_repo": "who/what", "source_path": "b.png"}
+    assert facts(read_dataset(tmp_path), "public_uri", "attributes") == [
+        (github, {"window": "8,0,256,224"}),
+        ("https://example.org/b.png", repository | {"source_commit": "c0ffee"}),
+        (None, {"uri": "ftp://example.org/c.png"}),
+        (None, repository | {"source_path": "d.png"}),
+    ]
+    assert all(read_uri(entry.uri) == entry.read() for entry in read_dataset(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
