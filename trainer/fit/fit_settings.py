@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from trainer.images import Preprocess
 REFERENCE_BATCH = 1024
 """Records per step for which the learning rate is stated."""
 SPLIT_HELP = "Comma list; of 70 % of the groups where the data set names no splits. test and unseen are refused."
+TIMM_TEACHER = "timm/"
 Terms = Literal["both", "global", "multi-scale"]
 Anchors = Literal["both", "real"]
 
@@ -49,6 +51,12 @@ class FitSettings:
     tokens: Annotated[int | None, Option(help="Patches per view fed in training, at most; default all.")] = None
     """They are drawn at random; outside of training all are fed. Fewer make a step cheaper, and large images
     affordable."""
+    teacher: Annotated[
+        str | None, Option(help="Network to learn features from: a .tflite, .onnx or .xml file, or timm/NAME.")
+    ] = None
+    """A file holds a convolutional classifier, which is cut before its global pooling."""
+    teacher_weight: Annotated[float, Option(help="Of the distance to the teacher's features beside the loss.")] = 1.0
+    teacher_until: Annotated[float, Option(help="Share of the schedule, 0 to 1, in which the teacher teaches.")] = 1.0
     augmentations: Annotated[int, Option(help="At most so many per view.")] = 2
     recompress: Annotated[float, Option(help="Chance that an image is recompressed before its views.")] = 0.0
     batch_size: Annotated[int, Option(help="Records per step and process.")] = 32
@@ -108,6 +116,13 @@ class FitSettings:
             if value is not None and value <= 0:
                 raise FitError(f"{option} is {value}: set it above 0")
 
+        if not 0 < self.teacher_until <= 1:
+            raise FitError(f"--teacher-until is {self.teacher_until}: set it above 0 and to 1 at most")
+        if self.teacher and not self.teacher.startswith(TIMM_TEACHER) and not Path(self.teacher).is_file():
+            raise FitError(
+                f"--teacher {self.teacher} is no file: name one, or {TIMM_TEACHER}NAME for a network of timm"
+            )
+
     @property
     def timm_args(self) -> dict[str, Any]:
         """What `architecture_args` says."""
@@ -136,6 +151,9 @@ class FitSettings:
         irrelevant = {"output", "workers", "device", "cache_bytes", "architecture_args", "name", "tensorboard"}
         values = {key: value for key, value in asdict(self).items() if key not in irrelevant}
         values |= {"data": str(self.data), "local_size": self.local}
+        if self.teacher and not self.teacher.startswith(TIMM_TEACHER):
+            path = Path(self.teacher)
+            values["teacher"] = f"{path.name}, sha256 {sha256(path.read_bytes()).hexdigest()}"
         return values | ({"architecture_args": self.timm_args} if self.timm_args else {})
 
 
@@ -152,3 +170,8 @@ def learning_rate(settings: FitSettings, progress: float, processes: int = 1) ->
     if progress < warmup:
         return 1e-6 + (peak - 1e-6) * progress / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
+
+
+def teacher_weight(settings: FitSettings, progress: float) -> float:
+    """What the distance to the teacher's features counts at a share 0..1 of the training; 0 without a teacher."""
+    return settings.teacher_weight if settings.teacher and progress < settings.teacher_until else 0.0

@@ -1,9 +1,11 @@
 """What a training step differentiates: one forward pass over all views of a batch, and the loss on it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from trainer.fit.fit_settings import FitSettings
 from trainer.fit.loss import code_loss
+from trainer.fit.teacher import Distillation, load_teacher
 from trainer.model.checkpoint import CheckpointConfig, build_backbone
 
 
@@ -28,12 +31,13 @@ class Objective(nn.Module):
         preprocess = settings.preprocessing
         self.register_buffer("mean", 255 * torch.tensor(preprocess.mean).view(3, 1, 1), persistent=False)
         self.patches: PatchSubset | None = None
+        self.distillation: Distillation | None = None
         if settings.tokens:
             self.patches = PatchSubset(settings.tokens, int(getattr(backbone, "num_prefix_tokens", 1)))
             backbone.patch_drop = self.patches
         self.register_buffer("std", 255 * torch.tensor(preprocess.std).view(3, 1, 1), persistent=False)
 
-    def forward(self, whole: Tensor, local: Tensor, other: Tensor, seed: int = 0) -> Tensor:
+    def forward(self, whole: Tensor, local: Tensor, other: Tensor, seed: int = 0, teaching: float = 0.0) -> Tensor:
         """The loss of a batch of records, a scalar.
 
         Args:
@@ -41,8 +45,10 @@ class Objective(nn.Module):
             local: Local crops, shape (n, 2, l, l, 3), uint8.
             other: A derangement of the records, shape (n,).
             seed: Decides the patches that are fed, where not all are.
+            teaching: Weight of the distance to the teacher's features.
         """
-        return self.loss(self.embed_views(whole, local, seed), other)
+        embeddings, distance = self.embed_views(whole, local, seed, teach=teaching > 0)
+        return self.loss(embeddings, other) + teaching * distance
 
     def loss(self, embeddings: Tensor, other: Tensor) -> Tensor:
         """The loss of embeddings (4, 2, n, d) of plain, augmented, global and local views; real, fake."""
@@ -64,25 +70,49 @@ class Objective(nn.Module):
             gather=settings.gather,
         )
 
-    def embed_views(self, whole: Tensor, local: Tensor, seed: int = 0) -> Tensor:
-        """Embeddings of all views, shape (4, 2, n, d), float32: plain, augmented, global, local; real, fake."""
+    def embed_views(self, whole: Tensor, local: Tensor, seed: int = 0, *, teach: bool = False) -> tuple[Tensor, Tensor]:
+        """Embeddings of all views, shape (4, 2, n, d), float32: plain, augmented, global, local; real, fake.
+
+        Beside them stands the mean distance of their features to the teacher's, a scalar; 0 where it does not teach.
+        """
         whole = whole.permute(1, 2, 0, 3, 4, 5).flatten(0, 2)  # (3 * 2 * n, s, s, 3)
         local = local.transpose(0, 1).flatten(0, 1)  # (2 * n, l, l, 3)
+        stacks = [torch.cat([whole, local])] if local.shape[1:] == whole.shape[1:] else [whole, local]
         with self.patches.seeded(seed) if self.patches else nullcontext():
-            if local.shape[1:] == whole.shape[1:]:
-                embeddings = self.embed(torch.cat([whole, local]))
+            if teach:
+                parts, distances = zip(*map(self.compare, stacks), strict=True)
+                distance = torch.cat(distances).mean()
             else:
-                embeddings = torch.cat([self.embed(whole), self.embed(local)])
-        return embeddings.view(4, 2, -1, embeddings.shape[1])  # (4, 2, n, d)
+                parts, distance = tuple(map(self.embed, stacks)), self.mean.new_zeros(())
+        embeddings = torch.cat(parts)
+        return embeddings.view(4, 2, -1, embeddings.shape[1]), distance  # (4, 2, n, d), ()
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Embeddings of uint8 pixels (m, s, s, 3), shape (m, d), float32."""
-        normalised = (pixels.permute(0, 3, 1, 2).float() - self.mean) / self.std  # (m, 3, s, s)
-        bf16 = self.settings.precision == "bf16" and multiplies_bf16(pixels.device)
-        # Each weight is cast once per call, and a cache of casts would be shared by the threads of `Slices`.
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            embeddings: Tensor = self.backbone(normalised)
+        with self.autocast(pixels.device):
+            embeddings: Tensor = self.backbone(self.normalised(pixels))
         return embeddings.float()
+
+    def compare(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings of uint8 pixels (m, s, s, 3), shape (m, d), and the distances to the teacher's, shape (m,)."""
+        if self.distillation is None:
+            raise RuntimeError("there is no teacher to compare with")
+        backbone: Any = self.backbone
+        with self.autocast(pixels.device):
+            tokens = backbone.forward_features(self.normalised(pixels))  # (m, prefix + p, d)
+            embeddings = backbone.forward_head(tokens)
+        distances: Tensor = self.distillation(tokens.float(), pixels)
+        return embeddings.float(), distances
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """What the backbone reads of uint8 pixels (m, s, s, 3): shape (m, 3, s, s), float32."""
+        return (pixels.permute(0, 3, 1, 2).float() - self.mean) / self.std  # (m, 3, s, s)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The precision of products on a device."""
+        bf16 = self.settings.precision == "bf16" and multiplies_bf16(device)
+        # Each weight is cast once per call, and a cache of casts would be shared by the threads of `Slices`.
+        return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -136,23 +166,32 @@ class Slices:
         self.objective = objective
         self.threads = threads
         self.pool = ThreadPoolExecutor(threads)
-        self.parameters = [parameter for parameter in objective.backbone.parameters() if parameter.requires_grad]
+        self.backbone = [parameter for parameter in objective.backbone.parameters() if parameter.requires_grad]
 
-    def __call__(self, whole: Tensor, local: Tensor, other: Tensor, seed: int = 0) -> Tensor:
+    def __call__(self, whole: Tensor, local: Tensor, other: Tensor, seed: int = 0, teaching: float = 0.0) -> Tensor:
         """Set the gradients of all parameters; returns the loss. Arguments as `Objective.forward`."""
         wholes, locals_ = whole.chunk(self.threads), local.chunk(self.threads)
         slices = zip(wholes, locals_, range(seed, seed + len(wholes)), strict=True)
-        parts = list(self.pool.map(lambda views: self.objective.embed_views(*views), slices))  # (4, 2, n / threads, d)
-        leaves = [part.detach().requires_grad_() for part in parts]
+        embed = partial(self.objective.embed_views, teach=teaching > 0)
+        parts, distances = zip(*self.pool.map(lambda views: embed(*views), slices), strict=True)
+        leaves = [part.detach().requires_grad_() for part in parts]  # (4, 2, n / threads, d)
         loss = self.objective.loss(torch.cat(leaves, 2), other)
         torch.autograd.backward(loss)
-        gradients = self.pool.map(self._gradients, parts, leaves)
-        for parameter, *shares in zip(self.parameters, *gradients, strict=True):
-            parameter.grad = torch.stack(shares).sum(0)
-        return loss.detach()
+        weights = [teaching * len(slice_) / len(whole) for slice_ in wholes]  # of each slice's mean
+        parameters = [*self.backbone]
+        if teaching and self.objective.distillation is not None:
+            parameters += self.objective.distillation.parameters()
 
-    def _gradients(self, part: Tensor, leaf: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(part, self.parameters, leaf.grad)
+        def gradients(part: Tensor, leaf: Tensor, distance: Tensor, weight: float) -> Sequence[Tensor]:
+            if not weight:
+                return torch.autograd.grad(part, parameters, leaf.grad)
+            return torch.autograd.grad((part, distance), parameters, (leaf.grad, distance.new_tensor(weight)))
+
+        shares = self.pool.map(gradients, parts, leaves, distances, weights)
+        for parameter, *gradient in zip(parameters, *shares, strict=True):
+            parameter.grad = torch.stack(gradient).sum(0)
+        distance = torch.stack(distances).detach() @ loss.new_tensor(weights)
+        return loss.detach() + distance
 
 
 def plain_attention(backbone: nn.Module) -> nn.Module:
@@ -189,6 +228,13 @@ def make_objective(settings: FitSettings, device: str) -> tuple[Objective, Check
     if settings.pretrained:
         official = timm.create_model(settings.architecture, pretrained=True, num_classes=0, **args)
         objective.backbone.load_state_dict(official.state_dict())
+    if settings.teacher:
+        teacher = load_teacher(settings.teacher, device)
+        config.provenance["teacher"] = {"name": teacher.name, "sha256": teacher.sha256}
+        prefix = int(getattr(objective.backbone, "num_prefix_tokens", 1))
+        objective.distillation = Distillation(
+            teacher, config.dim, settings.image_size, prefix, dense=settings.tokens is None
+        )
     if device == "cpu":
         plain_attention(objective.backbone)
     return objective.to(device), config

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trainer.cores import usable_cores
 from trainer.fit.batches import Batch
-from trainer.fit.fit_settings import FitError, FitSettings, learning_rate
+from trainer.fit.fit_settings import FitError, FitSettings, learning_rate, teacher_weight
 from trainer.fit.loss import derangement
 from trainer.fit.objective import Objective, Slices
 from trainer.fit.state import RunState
@@ -87,7 +87,10 @@ class Run:
     def __post_init__(self) -> None:
         settings, world = self.settings, self.processes.world
         self.state = RunState(settings.record(), self.steps)
-        self.model = nn.parallel.DistributedDataParallel(self.objective) if world > 1 else self.objective
+        self.model = self.objective
+        if world > 1:  # the layers of a teacher that no longer teaches are not used
+            unused = settings.teacher is not None
+            self.model = nn.parallel.DistributedDataParallel(self.objective, find_unused_parameters=unused)
         groups = parameter_groups(self.objective, settings.weight_decay)
         self.optimiser = torch.optim.AdamW(groups, lr=1e-6, fused=True)
         if self.device == "cpu":
@@ -110,8 +113,15 @@ class Run:
             share = self.processes.agree(max(share, seconds / self.state.window))
         return min(1.0, share)
 
-    def step(self, batch: Batch, order: torch.Generator, rate: float) -> float:
-        """One update; returns the loss."""
+    def step(self, batch: Batch, order: torch.Generator, rate: float, teaching: float = 0.0) -> float:
+        """One update; returns the loss.
+
+        Args:
+            batch: Views.
+            order: Draws what is random.
+            rate: The learning rate.
+            teaching: Weight of the distance to the teacher's features.
+        """
         whole, local, unreadable, _ = batch
         self.unreadable.update({uri: reason for uri, _, reason in (line.partition("\t") for line in unreadable)})
         for group in self.optimiser.param_groups:
@@ -120,9 +130,9 @@ class Run:
         other = derangement(len(whole), order).to(self.device)
         seed = int(torch.randint(2**31, (), generator=order))
         if self.slices is not None:
-            loss = self.slices(whole, local, other, seed)
+            loss = self.slices(whole, local, other, seed, teaching)
         else:
-            loss = self.model(whole, local, other, seed)
+            loss = self.model(whole, local, other, seed, teaching)
             torch.autograd.backward(loss)
         if self.settings.clip:
             nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.clip)
@@ -151,7 +161,7 @@ class Run:
             if progress >= 1:
                 break
             rate = learning_rate(settings, progress, world)
-            losses.append(self.step(batch, order, rate))
+            losses.append(self.step(batch, order, rate, teacher_weight(settings, progress)))
             records.append(SeenImages.of((sha256 for sha256, _ in batch[3]), (group for _, group in batch[3])))
             if not math.isfinite(losses[-1]):
                 raise FitError(f"the loss became {losses[-1]} at update {state.updates}: lower --learning-rate")

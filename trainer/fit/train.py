@@ -5,12 +5,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cv2
+import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
@@ -78,6 +79,8 @@ def fit(
         say(f"resuming after epoch {state.epoch}, {state.updates} updates")
     batches = epoch_batches(settings, roles["training"], views, run)
     probe = LinearProbe.of(roles, views, settings.seed)
+    if objective.distillation is not None and state is None:
+        objective.distillation.measure(torch.from_numpy(probe.training).to(device))
     first = processes.rank == 0
     if first and not probe.usable:
         real, fake = (int((probe.validation_labels == label).sum()) // 2 for label in (0, 1))  # each is there twice
@@ -151,7 +154,8 @@ def unfinished_run(settings: FitSettings) -> RunState | None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The settings that differ, in words; empty where none does."""
+    """The settings that differ, in words; empty where none does. A setting that came later had its default then."""
+    old = {field.name: field.default for field in fields(FitSettings) if field.name in new} | old
     changed = [key for key in sorted(set(old) | set(new)) if old.get(key) != new.get(key)]
     return ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
 

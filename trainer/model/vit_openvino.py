@@ -128,7 +128,7 @@ def resized(positions: np.ndarray, side: int) -> np.ndarray:
 
 
 @cache
-def _core() -> openvino.Core:
+def openvino_core() -> openvino.Core:
     """One for the process, kept to its end.
 
     A core gives the thread that makes it a signal stack, and takes the memory back when it goes, perhaps in another
@@ -157,7 +157,7 @@ class CompiledGraph:
             settings["INFERENCE_PRECISION_HINT"] = precision
         one = graph.clone()
         one.reshape([1, *list(graph.inputs[0].partial_shape)[1:]])  # a fixed shape is a third faster
-        core = _core()
+        core = openvino_core()
         self._one = core.compile_model(one, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"})
         self._many = core.compile_model(graph, "CPU", settings | {"PERFORMANCE_HINT": "THROUGHPUT"})
         self._parts = int(self._many.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
