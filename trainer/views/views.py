@@ -116,13 +116,16 @@ class Views:
 
         Args:
             image: Decoded, shape (h, w, 3), uint8.
-            plain_view: Of the same image, shape (s, s, 3); made once per image as it does not change.
+            plain_view: Of the same image, shape (s, s, 3); made once per image as it does not change. At native
+                resolution a random window takes its place.
             rng: Decides.
 
         Returns:
             Plain, augmented and global crop, shape (3, s, s, 3), and the local crop, shape (l, l, 3); uint8.
         """
         size = self.preprocess.image_size
+        if self.scale == "native":
+            plain_view = random_window(image, size, rng)
         if self.recompress and rng.random() < self.recompress:
             image = jpeg(image, float(rng.uniform(60, 100)), rng)
         augmented, crop = self.augmented(image, rng), self.crop(image, size, GLOBAL_SCALE, rng)
