@@ -1,8 +1,9 @@
 """Batches of views: which real image is paired with which fake, and the views of both."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Self
 
 import numpy as np
 import torch
@@ -21,23 +22,61 @@ Sample = tuple[Pixels, Pixels, list[str], list[Origin]]
 """Whole views (3, 2, s, s, 3), local views (2, l, l, 3), the uris that could not be read, and what was read."""
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Images of a label, drawn so that neither a large source or generator nor a large group decides.
+
+    A source or generator of n images is drawn with a weight of sqrt(n), which lies between alike for all and by size;
+    of it any group, and of the group any image, alike often.
+    """
+
+    weights: np.ndarray
+    """Chance of each name; they add up to 1."""
+    groups: list[list[list[int]]]
+    """Places of the images of each group of each name."""
+
+    @classmethod
+    def of(cls, names: Mapping[int, tuple[str, str]]) -> Self:
+        """From the name (source or generator) and the group of the image at each place."""
+        tree: dict[str, dict[str, list[int]]] = {}
+        for place, (name, group) in names.items():
+            tree.setdefault(name, {}).setdefault(group, []).append(place)
+        weights = np.sqrt([sum(map(len, groups.values())) for groups in tree.values()])
+        return cls(weights / weights.sum(), [list(groups.values()) for groups in tree.values()])
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """The place of an image."""
+        groups = self.groups[rng.choice(len(self.groups), p=self.weights)]
+        group = groups[rng.integers(len(groups))]
+        return group[rng.integers(len(group))]
+
+
 @dataclass(slots=True)
 class Pairs(Dataset[Sample]):
     """Records of a set that is not paired: each real image in turn, with a fake drawn at random per epoch.
 
-    The generators are drawn alike often, however many images each has. Everything about record r of epoch e follows
-    from (seed, e, r), whichever process makes it.
+    The generators are drawn alike often, however many images each has. Balanced, real images are drawn at random too,
+    and both by `Share`. Everything about record r of epoch e follows from (seed, e, r), whichever process makes it.
     """
 
     pictures: Pictures
     views: Views
     seed: int
+    balance: bool = False
+    shares: list[Share] = field(init=False)
+    """Of real images by source and of fakes by generator."""
     reals: np.ndarray = field(init=False)
     fakes: list[np.ndarray] = field(init=False)
     """Places of the fakes of each generator."""
 
     def __post_init__(self) -> None:
-        labels = self.pictures.labels
+        labels, entries = self.pictures.labels, self.pictures.entries
+        self.shares = [
+            Share.of({place: (entry.source, entry.group) for place, entry in enumerate(entries) if not entry.label}),
+            Share.of(
+                {place: (entry.generator or "", entry.group) for place, entry in enumerate(entries) if entry.label}
+            ),
+        ]
         self.reals = np.flatnonzero(labels == 0)
         names = np.array([entry.generator or "" for entry in self.pictures.entries])
         self.fakes = [np.flatnonzero((names == name) & (labels == 1)) for name in sorted(set(names[labels == 1]))]
@@ -47,9 +86,11 @@ class Pairs(Dataset[Sample]):
 
     def pair(self, epoch: int, record: int) -> tuple[int, int, np.random.Generator]:
         """Places of the real image and of the fake, and the generator that decides the views."""
+        rng = np.random.default_rng((self.seed, epoch, record))
+        if self.balance:
+            return self.shares[0].draw(rng), self.shares[1].draw(rng), rng
         turn, place = divmod(record, len(self.reals))
         real = self.reals[_order(self.seed, epoch, turn, len(self.reals))[place]]
-        rng = np.random.default_rng((self.seed, epoch, record))
         return int(real), int(rng.choice(self.fakes[rng.integers(len(self.fakes))])), rng
 
     def __getitem__(self, index: tuple[int, int]) -> Sample:

@@ -59,6 +59,9 @@ class FitSettings:
     teacher_until: Annotated[float, Option(help="Share of the schedule, 0 to 1, in which the teacher teaches.")] = 1.0
     augmentations: Annotated[int, Option(help="At most so many per view.")] = 2
     recompress: Annotated[float, Option(help="Chance that an image is recompressed before its views.")] = 0.0
+    balance: Annotated[bool, Option(help="Draw sources and generators by the root of their size.")] = False
+    """By default each real image comes in turn, and the generators alike often. Within a source or a generator the
+    groups share alike."""
     batch_size: Annotated[int, Option(help="Records per step and process.")] = 32
     """The paper's is 1,024 over all GPUs."""
     epoch_steps: Annotated[int | None, Option(help="Updates per epoch; default 1,700 or fewer.")] = None

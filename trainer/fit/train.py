@@ -184,6 +184,10 @@ def epoch_batches(
         "pin_memory": run.device.startswith("cuda"),
     }
     if paths := shard_paths(settings.data):
+        if settings.balance:
+            raise FitError(
+                f"--balance cannot draw from the shards of {settings.data}, which are streamed: leave it out"
+            )
         records = ShardRecords(paths, views, settings.seed, settings.split, rank)
 
         def stream(epoch: int) -> Iterator[Batch]:
@@ -193,7 +197,10 @@ def epoch_batches(
         return stream
     sampler = EpochSampler(run.state.steps, settings.batch_size, rank, world)
     loader: DataLoader[Any] = DataLoader(
-        Pairs(training, views, settings.seed), batch_sampler=sampler, persistent_workers=workers > 0, **options
+        Pairs(training, views, settings.seed, settings.balance),
+        batch_sampler=sampler,
+        persistent_workers=workers > 0,
+        **options,
     )
 
     def pairs(epoch: int) -> Iterator[Batch]:

@@ -152,6 +152,23 @@ def test_each_real_image_comes_once_per_turn_with_generators_drawn_alike(tiny: F
     assert 0.4 < share < 0.6  # two images of the one generator, dozens of the other
 
 
+def test_balanced_pairs_follow_the_root_of_a_sources_size_and_share_alike_by_group(tiny: FitSettings) -> None:
+    training = read_roles(tiny)["training"]
+    reals, fakes = ([entry for entry in training.entries if entry.label == label] for label in (0, 1))
+    sources = [*[("large", "one")] * 8, *[("large", "two")] * 1, *[("small", "three")]]
+    named = [replace(real, source=source, group=group) for real, (source, group) in zip(reals, sources, strict=False)]
+    pictures = Pictures([*named, *fakes], tiny.preprocessing)
+    pairs = Pairs(pictures, Views(), 0, balance=True)
+    drawn = [pairs.pair(0, record) for record in range(3000)]
+    share = np.bincount([real for real, _, _ in drawn], minlength=10) / len(drawn)
+    expected = np.array([*[3 / 4 / 2 / 8] * 8, 3 / 4 / 2, 1 / 4])  # the roots of 9 and 1 are 3 and 1
+    np.testing.assert_allclose(share, expected, atol=0.03)
+    assert {fake for _, fake, _ in drawn} == set(range(10, len(pictures)))
+    again = Pairs(pictures, Views(), 0, balance=True)
+    assert [again.pair(0, record)[:2] for record in range(50)] == [pair[:2] for pair in drawn[:50]]
+    assert [again.pair(1, record)[:2] for record in range(50)] != [pair[:2] for pair in drawn[:50]]
+
+
 def test_processes_share_the_records_of_an_epoch() -> None:
     whole = list(EpochSampler(steps=2, batch_size=4, epoch=7))
     parts = [list(EpochSampler(2, 2, rank, 2, epoch=7)) for rank in (0, 1)]
@@ -544,6 +561,7 @@ def test_a_stop_while_the_checkpoint_is_written_leaves_none_and_the_next_run_end
         {"loss": "bce"},
         {"local_size": 32},
         {"precision": "float32"},
+        {"balance": True},
     ],
 )
 def test_ablations_train(tiny: FitSettings, change: dict[str, Any]) -> None:
