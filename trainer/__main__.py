@@ -178,6 +178,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Comma list of splits.")] = "test,unseen",
     output: Annotated[Path | None, typer.Option(help="Folder for the report, which adds curves and plots.")] = None,
     beside: Annotated[list[Path] | None, typer.Option(help="report.json of another checkpoint; repeatable.")] = None,
+    card: Annotated[bool, typer.Option(help="Put the figures into the checkpoint's README.md as well.")] = False,
     published: Annotated[bool, typer.Option(help="Print the paper's figures: right on D3's test set only.")] = False,
     seed: Annotated[int, typer.Option(help="Fixes transforms and bootstraps.")] = 0,
     device: Device = "auto",
@@ -188,8 +189,10 @@ def evaluate(
     Images that trained, calibrated or chose the checkpoint, or whose group did, are left out and counted.
     """
     with expected_failures():
+        from trainer.evaluation.head_evaluation import card_figures
         from trainer.evaluation.head_evaluation import evaluate as measure_heads
         from trainer.evaluation.report import print_summary, write_report
+        from trainer.model.model_card import add_evaluation
 
         with counting_bar("embedding") as advance:
             result = measure_heads(
@@ -203,6 +206,8 @@ def evaluate(
             )
         if output is not None:
             write_report(result, output, beside=beside or [], published=published)
+        if card:
+            add_evaluation(checkpoint, {"data": data.resolve().name} | card_figures(result))
     for rejected in result.rejected:
         tell(f"rejected {rejected.file}: {rejected.reason}")
     if as_json:

@@ -17,6 +17,7 @@ REQUIRED_COLUMNS = ("path", "label")
 MANIFEST_COLUMNS = (*REQUIRED_COLUMNS, "generator", "split", "source", "group")
 GITHUB_COLUMNS = ("source_repo", "source_commit", "source_path")
 """Of a file on GitHub: owner and repository, commit, and the path in it."""
+GITHUB = "https://raw.githubusercontent.com/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ def _public_uri(values: dict[str, str]) -> tuple[str | None, Sequence[str]]:
         return uri, ["uri"]
     if all(name in values for name in GITHUB_COLUMNS):
         place = "/".join(quote(values[name]) for name in GITHUB_COLUMNS)
-        return f"https://raw.githubusercontent.com/{place}", GITHUB_COLUMNS
+        return f"{GITHUB}{place}", GITHUB_COLUMNS
     return None, []
 
 

@@ -232,3 +232,17 @@ def source_accuracies(evaluation: Evaluation) -> dict[str, dict[str, float]]:
             head: float((values[mask] <= THRESHOLDS[head]).mean()) for head, values in evaluation.scores["none"].items()
         }
     return accuracies
+
+
+def card_figures(evaluation: Evaluation) -> dict[str, Any]:
+    """What the model card says of an evaluation: {"head", "rows", "sources", "left_out"}, of the best head there is."""
+    head = "combined" if "combined" in evaluation.scores["none"] else "linear"
+    columns = ("split", "transform", "generator", "images", "accuracy", "auroc", "auroc_low", "auroc_high")
+    rows = [row for row in evaluation.rows if row["head"] == head and row["transform"] in ("none", "equalised")]
+    shares = source_accuracies(evaluation).items()
+    return {
+        "head": head,
+        "rows": [{name: row[name] for name in columns} for row in rows],
+        "sources": {name: {"images": int(of["images"]), "accuracy": of[head]} for name, of in shares},
+        "left_out": evaluation.left_out.images,
+    }

@@ -3,14 +3,15 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from trainer.data.entry import Entry, role
-from trainer.evaluation.embedded_set import embed_entries
+from trainer.data.manifest import GITHUB
+from trainer.evaluation.embedded_set import EmbeddedSet, embed_entries
 from trainer.fit.fit_heads import PLAIN, VIEWS, embed_for_heads, spread, write_heads
 from trainer.fit.image_roles import Roles
 from trainer.fit.run import Run
@@ -20,6 +21,7 @@ from trainer.heads.heads import Heads, LinearHead
 from trainer.images import FileFacts
 from trainer.model.checkpoint import CheckpointConfig, save_checkpoint
 from trainer.model.embedder import Embedder
+from trainer.model.model_card import METRICS_FILE, write_card
 from trainer.model.seen_images import SeenImages
 
 
@@ -42,7 +44,7 @@ def write_checkpoint(run: Run, config: CheckpointConfig, roles: Roles, deadline:
     for leftover in (aside, old):  # of a run that was killed here
         shutil.rmtree(leftover, ignore_errors=True)
     backbone = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
-    save_checkpoint(aside, backbone, config)
+    save_checkpoint(aside, backbone, config, half=settings.half)
     embedder = Embedder.load(aside, device=run.device)
 
     def decode(entry: Entry) -> tuple[Image.Image, FileFacts]:
@@ -77,7 +79,9 @@ def write_checkpoint(run: Run, config: CheckpointConfig, roles: Roles, deadline:
             name: dict(sorted(Counter(entry.generator or "real" for entry in pictures.entries).items()))
             for name, pictures in roles.items()
         },
+        "sources": sources(entry for pictures in roles.values() for entry in pictures.entries),
         "validation": head_quality(heads, validation.embeddings, validation.labels) if validation else {},
+        "validation_groups": linear_quality(heads, validation) if validation else [],
         "training": {"updates": state.updates, "epochs": state.epoch, "seconds": round(state.seconds, 1)},
         "unreadable": len(unreadable),
     }
@@ -86,8 +90,8 @@ def write_checkpoint(run: Run, config: CheckpointConfig, roles: Roles, deadline:
     if unreadable:
         rows = [{"uri": uri, "reason": reason} for uri, reason in sorted(unreadable.items())]
         write_table(aside / "unreadable.csv", ["uri", "reason"], rows)
-    (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    (aside / "README.md").write_text(model_card(config, metrics))
+    (aside / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n")
+    write_card(aside)
     if folder.exists():
         folder.replace(old)
     aside.replace(folder)
@@ -118,46 +122,41 @@ def head_quality(heads: Heads, embeddings: np.ndarray, labels: np.ndarray) -> di
     }
 
 
-def model_card(config: CheckpointConfig, metrics: Mapping[str, Any]) -> str:
-    """README.md of a checkpoint, in the hub's form."""
-    counts = "\n".join(
-        f"| {role} | {sum(images.values())} | " + ", ".join(f"{name} {n}" for name, n in images.items()) + " |"
-        for role, images in metrics["images"].items()
-    )
-    quality = "\n".join(
-        f"| {head} | {values['accuracy']:.3f} | {values['auroc']:.3f} |"
-        for head, values in metrics["validation"].items()
-    )
-    settings = "\n".join(f"- `{key}`: {value}" for key, value in sorted(config.training.items()))
-    return f"""---
-license: {config.licence.lower()}
-library_name: lineup
-tags: [deepfake-detection, image-embedding]
----
-# {config.name}
+def linear_quality(heads: Heads, images: EmbeddedSet) -> list[dict[str, Any]]:
+    """How well the linear head judges each generator and each source.
 
-A CoDE embedding (Contrastive Deepfake Embeddings, ECCV 2024, arXiv 2407.20337): {config.architecture}, CLS token,
-{config.dim} dimensions, trained from {"pretrained weights" if config.training.get("pretrained") else "scratch"} by
-`lineup train fit`. It tells images made by generators from photographs by their neighbours and by three heads.
+    Returns:
+        {"generator", "source", "images", "accuracy", "auroc"}, one of the first two and the last null; the AUROC of a
+        generator is against all real images.
+    """
+    from sklearn.metrics import roc_auc_score
 
-Images are brought to {config.image_size} pixels by `{config.preprocess.mode}`.
+    logit, labels = heads.linear.logit(images.embeddings), images.labels
+    right = (logit > 0) == (labels == 1)
+    generators, source_names = np.array(images.generators), np.array(images.sources)
+    rows: list[dict[str, Any]] = []
+    for name in sorted({*images.generators} - {""}):
+        mask, pair = generators == name, (generators == name) | (labels == 0)
+        area = float(roc_auc_score(labels[pair], logit[pair])) if (labels == 0).any() else None
+        rows.append({"generator": name, "source": None, "auroc": area} | _share(right[mask]))
+    return rows + [
+        {"generator": None, "source": name, "auroc": None} | _share(right[source_names == name])
+        for name in sorted({*images.sources})
+    ]
 
-## Data
-| role | images | of |
-| --- | --- | --- |
-{counts}
 
-## On validation images
-Balanced accuracy and AUROC on images that trained neither embedding nor heads, but chose between them.
+def _share(right: np.ndarray) -> dict[str, Any]:
+    return {"images": len(right), "accuracy": float(right.mean())}
 
-| head | accuracy | AUROC |
-| --- | --- | --- |
-{quality}
 
-These are images of the generators it was trained on. An unknown generator is recognised less well; compression,
-resizing and content that differ between real and generated training images can be mistaken for the trace of a
-generator. A verdict is evidence, no proof.
-
-## Settings
-{settings}
-"""
+def sources(entries: Iterable[Entry]) -> list[dict[str, Any]]:
+    """What the data set says of each source: {"source", "real", "fake", "repositories", "licences"}, by name."""
+    rows: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        row = rows.setdefault(entry.source, {"real": 0, "fake": 0, "repositories": set(), "licences": set()})
+        row["fake" if entry.label else "real"] += 1
+        if entry.public_uri and entry.public_uri.startswith(GITHUB):
+            row["repositories"].add("/".join(entry.public_uri.removeprefix(GITHUB).split("/")[:2]))
+        row["licences"] |= {entry.attributes[name] for name in ("licence", "license") if name in entry.attributes}
+    texts = ("repositories", "licences")
+    return [{"source": name} | row | {key: sorted(row[key]) for key in texts} for name, row in sorted(rows.items())]

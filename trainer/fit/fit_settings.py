@@ -93,6 +93,8 @@ class FitSettings:
     """By default half of the cores on a CPU, all but one beside a GPU."""
     device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto"
     head_images: Annotated[int, Option(help="Views the heads are fitted on, at most.")] = 50_000
+    half: Annotated[bool, Option(help="Keep the weights in half precision: half the size.")] = False
+    """They are rounded before the heads are fitted, which so belong to exactly these weights."""
     tensorboard: Annotated[Path | None, Option(help="Folder for TensorBoard's event files.")] = None
     cache_bytes: int = 4 << 30
     """Decoded images are kept in memory up to this size."""
@@ -157,6 +159,8 @@ class FitSettings:
         if self.teacher and not self.teacher.startswith(TIMM_TEACHER):
             path = Path(self.teacher)
             values["teacher"] = f"{path.name}, sha256 {sha256(path.read_bytes()).hexdigest()}"
+        if not self.half:  # as in checkpoints of before it was a setting
+            del values["half"]
         return values | ({"architecture_args": self.timm_args} if self.timm_args else {})
 
 

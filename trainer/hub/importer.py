@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from shlex import quote
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from trainer.heads.heads import Heads, LinearHead, NearestHead, OneClassHead, un
 from trainer.hub.vit_names import HubError, architecture_args, from_transformers
 from trainer.model.checkpoint import CheckpointConfig, CheckpointError, save_checkpoint
 from trainer.model.embedder import Embedder
+from trainer.model.model_card import METRICS_FILE, write_card
 from trainer.model.seen_images import SEEN_FILE
 
 HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -57,7 +59,7 @@ def import_checkpoint(
     Raises:
         HubError: No such source, or not a ViT that fits.
     """
-    folder = _folder(source, trust_pickles)
+    folder = _folder(source, trust_pickles, output)
     hub = _json(folder / "config.json")
     origin = hub.get("lineup", {})
     tensors = from_transformers(_tensors(folder))
@@ -77,6 +79,8 @@ def import_checkpoint(
         Embedder.load(output, device="cpu")
     except CheckpointError as error:
         raise HubError(f"{source} is no ViT that this project can hold: {error}") from error
+    (output / METRICS_FILE).unlink(missing_ok=True)
+    write_card(output)
     pickles = sorted([*folder.glob("sklearn/*.sav"), *folder.glob("sklearn/*.joblib")])
     if not trust_pickles or not pickles:
         return Imported(identity, None, [str(path.relative_to(folder)) for path in pickles])
@@ -85,7 +89,7 @@ def import_checkpoint(
     return Imported(identity, heads.id, [])
 
 
-def _folder(source: str, trust_pickles: bool) -> Path:
+def _folder(source: str, trust_pickles: bool, output: Path) -> Path:
     """The source as a local folder, fetched from the hub where it is none."""
     if Path(source).is_dir():
         return Path(source)
@@ -99,7 +103,15 @@ def _folder(source: str, trust_pickles: bool) -> Path:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise HubError(f"{source} is no folder here, and the hub did not give it: {reason}") from error
+        folder = source.rpartition("/")[2]
+        files = " ".join(f"--include {quote(pattern)}" for pattern in patterns)
+        trust = "--trust-pickles " if trust_pickles else ""
+        raise HubError(
+            f"{source} is no folder here, and the hub did not give it ({reason}). On a machine with the network: "
+            f"`hf download {source} {files} --local-dir {folder}`, or save config.json, README.md and "
+            f"{HUB_WEIGHTS[0]} (where there is none {HUB_WEIGHTS[1]}) of https://huggingface.co/{source}/tree/main in "
+            f"a folder {folder}. Then, here: `lineup train import {folder} {trust}--output {quote(str(output))}`"
+        ) from error
 
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:

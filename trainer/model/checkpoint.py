@@ -105,25 +105,40 @@ def write_config(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def save_checkpoint(
-    folder: Path, backbone: nn.Module | Mapping[str, torch.Tensor] | Mapping[str, np.ndarray], config: CheckpointConfig
+    folder: Path,
+    backbone: nn.Module | Mapping[str, torch.Tensor] | Mapping[str, np.ndarray],
+    config: CheckpointConfig,
+    *,
+    half: bool = False,
 ) -> str:
     """Write weights and configuration into a folder, each file atomically, weights first.
+
+    With half precision the id is that of the rounded weights, which is what anybody loads.
 
     Args:
         folder: Made when missing; other files in it (heads, metrics) are left alone.
         backbone: The module, or its state dict, of tensors or arrays.
         config: What rebuilds it.
+        half: Store the weights in half precision, half the size.
 
     Returns:
         The checkpoint's id, 32 hex characters.
+
+    Raises:
+        CheckpointError: A weight is beyond half precision (65,504).
     """
     from safetensors.numpy import save
 
     state = backbone if isinstance(backbone, Mapping) else backbone.state_dict()
     arrays = {key: _float32(value) for key, value in state.items()}
+    if half:
+        limit = float(np.finfo(np.float16).max)
+        if large := [key for key, value in arrays.items() if np.abs(value).max(initial=0) > limit]:
+            raise CheckpointError(f"{large[0]} has weights beyond half precision ({limit:,.0f}): go without --half")
+        arrays = {key: value.astype(np.float16) for key, value in arrays.items()}
     write_atomically(folder / WEIGHTS_FILE, save(arrays))
     write_config(folder, config.to_json())
-    return checkpoint_id(arrays, config.preprocess)
+    return checkpoint_id({key: value.astype(np.float32) for key, value in arrays.items()}, config.preprocess)
 
 
 def _float32(values: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -132,7 +147,7 @@ def _float32(values: torch.Tensor | np.ndarray) -> np.ndarray:
 
 
 def checkpoint_id(tensors: Mapping[str, np.ndarray], preprocess: Preprocess) -> str:
-    """Hash of weights (names, shapes, values) and preprocessing, 32 hex characters."""
+    """Hash of weights (names, shapes, values as float32) and preprocessing, 32 hex characters."""
     digest = blake2b(json.dumps(asdict(preprocess), sort_keys=True).encode(), digest_size=16)
     for key in sorted(tensors):
         digest.update(f"{key}{tensors[key].shape}{tensors[key].dtype}".encode())
@@ -165,7 +180,7 @@ def read_config(folder: Path) -> CheckpointConfig:
 
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """The weights of a checkpoint folder by parameter name, float32.
+    """The weights of a checkpoint folder by parameter name, float32, whatever precision they are stored in.
 
     Raises:
         CheckpointError: The file is missing or broken.
@@ -180,7 +195,7 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path} is missing: restore it, or train or import again") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is broken ({error}): restore it, or train or import again") from error
-    return tensors
+    return {key: value.astype(np.float32, copy=False) for key, value in tensors.items()}
 
 
 def read_id(folder: Path) -> str:

@@ -27,7 +27,7 @@ from trainer.data.entry import Entry, default_split, role
 from trainer.evaluation.embedded_set import EmbeddedSet, embed_entries
 from trainer.evaluation.enrolment_curve import enrolment_curve, knn_logits
 from trainer.evaluation.file_facts import file_fact_scores
-from trainer.evaluation.head_evaluation import Evaluation, EvaluationError, evaluate
+from trainer.evaluation.head_evaluation import Evaluation, EvaluationError, card_figures, evaluate, source_accuracies
 from trainer.evaluation.metrics import auroc
 from trainer.evaluation.report import write_report
 from trainer.evaluation.report_tables import NOT_DIFFUSION, Rows, report_tables, seen_table, unseen_tables
@@ -38,6 +38,7 @@ from trainer.heads.heads import Heads, HeadsError, NearestHead, nearest_similari
 from trainer.images import FileFacts, Preprocess
 from trainer.model.checkpoint import CheckpointConfig, build_backbone, save_checkpoint
 from trainer.model.embedder import Embedder
+from trainer.model.model_card import add_evaluation
 from trainer.model.seen_images import LeftOut, SeenImages
 
 SIZE, DIM = 32, 24
@@ -279,7 +280,8 @@ def test_an_evaluation_says_what_it_cannot_know(
     assert without.exit_code == 0, without.output
     assert "keeps no record of what trained its embedding" in without.stderr
     assert "left out:" not in without.stderr
-    with_it = runner.invoke(app, ["evaluate", "--checkpoint", str(new), *arguments, "--output", str(tmp_path / "r")])
+    kept = ["--output", str(tmp_path / "r"), "--card"]
+    with_it = runner.invoke(app, ["evaluate", "--checkpoint", str(new), *arguments, *kept])
     assert with_it.exit_code == 0, with_it.output
     assert "120 images left out" in with_it.stderr
     assert "no record" not in with_it.stderr
@@ -287,6 +289,28 @@ def test_an_evaluation_says_what_it_cannot_know(
     assert "120 images left out" in (tmp_path / "r" / "report.md").read_text()
     (new / "seen.safetensors").write_bytes(b"nothing")
     assert "seen.safetensors is broken" in runner.invoke(app, ["evaluate", "--checkpoint", str(new), *arguments]).stderr
+
+
+def test_the_model_card_gets_the_figures_of_the_best_head(
+    evaluation: Evaluation, checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    add_evaluation(folder, {"data": "mine"} | card_figures(evaluation))
+    card = (folder / "README.md").read_text()
+    rows = {
+        (row["split"], row["generator"], row["transform"]): row for row in evaluation.rows if row["head"] == "combined"
+    }
+    for (split, generator, transform), recompressed in {
+        ("test", "gen-a", "none"): "no",
+        ("unseen", "gan-b", "equalised"): "yes",
+    }.items():
+        row = rows[split, generator, transform]
+        figures = f"{row['accuracy']:.3f} | {row['auroc']:.3f} | {row['auroc_low']:.3f} to {row['auroc_high']:.3f} |"
+        assert f"| {split} | {generator} | {row['images']} | {recompressed} | {figures}" in card
+    source, shares = next(iter(source_accuracies(evaluation).items()))
+    assert f"| {source} | {shares['images']:.0f} | {shares['combined']:.3f} |" in card
+    add_evaluation(folder, {"data": "again"} | card_figures(evaluation))
+    assert "`mine`" not in (folder / "README.md").read_text()
 
 
 def test_heads_take_the_training_split_and_say_how_long_it_takes(checkpoint: Path, tmp_path: Path) -> None:

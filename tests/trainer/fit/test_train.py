@@ -198,7 +198,11 @@ def test_fit_writes_a_checkpoint_that_embeds_and_has_heads(whole: Whole) -> None
         list(read_dataset(settings.data, split="train"))
     )
     assert json.loads((settings.output / "metrics.json").read_text())["checkpoint"] == embedder.id
-    assert "gen-a" in (settings.output / "README.md").read_text()
+    card = (settings.output / "README.md").read_text()
+    labels = [entry.label for entry in read_dataset(settings.data, split="train")]
+    for row in ("| gen-a | ", f"| {settings.data.name} | {labels.count(0)} | {labels.count(1)} |  |  |"):
+        assert row in card
+    assert str(settings.data.parent) not in card  # where the images lie is no reader's business
     assert len((settings.output / "summary.csv").read_text().splitlines()) == 3
     assert [path.name for path in settings.output.parent.iterdir()] == ["checkpoint"]
 
@@ -543,7 +547,7 @@ def test_a_stop_while_the_checkpoint_is_written_leaves_none_and_the_next_run_end
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("trainer.fit.checkpoint_writer.model_card", stop)
+        patched.setattr("trainer.fit.checkpoint_writer.write_card", stop)
         with pytest.raises(KeyboardInterrupt):
             fit(tiny)
     assert not tiny.output.exists()

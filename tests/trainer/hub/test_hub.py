@@ -10,6 +10,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -152,6 +153,41 @@ def test_sources_that_are_no_model_are_refused(source: Path, tmp_path: Path) -> 
     with pytest.raises(HubError, match="holds no weights"):
         import_checkpoint(str(tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_without_the_network_it_says_what_to_fetch_and_how_to_go_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*arguments: object, **options: object) -> str:
+        raise LocalEntryNotFoundError("the hub cannot be reached")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(HubError, match=r"the hub cannot be reached") as caught:
+        import_checkpoint("aimagelab/CoDE", tmp_path / "a b", trust_pickles=True)
+    message = str(caught.value)
+    assert "\n" not in message
+    fetch, command = (shlex.split(part) for part in message.split("`")[1::2])
+    assert fetch[:3] == ["hf", "download", "aimagelab/CoDE"]
+    assert {"config.json", "README.md", "model.safetensors", "pytorch_model.bin", "sklearn/*"} <= set(fetch)
+    # the folder that was fetched, here a stand-in, is imported by the command as it is printed
+    monkeypatch.chdir(tmp_path)
+    Path("CoDE").symlink_to(source)
+    assert fetch[-1] == "CoDE"
+    done = CliRunner().invoke(app, command[2:])
+    assert done.exit_code == 0, done.output
+    assert Embedder.load(tmp_path / "a b").name == "CoDE"
+
+
+def test_an_imported_checkpoint_has_a_model_card(with_pickles: tuple[Path, Heads], tmp_path: Path) -> None:
+    folder, _ = with_pickles
+    (folder / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Theirs\n")
+    output = tmp_path / "out"
+    import_checkpoint(str(folder), output, name="theirs", trust_pickles=True)
+    card = (output / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc-by-4.0\n")
+    assert "# theirs" in card
+    assert f"imported from {folder.name}. " in card
+    assert "lineup train evaluate --data IMAGES --card" in card
 
 
 def test_exported_hub_layout_comes_back_and_equals_transformers(

@@ -17,6 +17,7 @@ from trainer.model.checkpoint import (
     checkpoint_id,
     load_backbone,
     read_config,
+    read_id,
     read_weights,
     save_checkpoint,
 )
@@ -49,6 +50,26 @@ def test_a_saved_checkpoint_is_read_back(tmp_path: Path) -> None:
         assert torch.equal(again.state_dict()[name], value)
     assert {m.eps for m in again.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-12}
     assert sorted(path.name for path in (tmp_path / "deep" / "c").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_half_precision_is_one_checkpoint_however_it_is_read(tmp_path: Path) -> None:
+    args = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8}
+    config = CheckpointConfig(image_size=32, dim=48, preprocess=Preprocess(image_size=32), architecture_args=args)
+    state = {key: value.numpy() for key, value in build_backbone(config).state_dict().items()}
+    rounded = {key: value.astype(np.float16).astype(np.float32) for key, value in state.items()}
+    single = save_checkpoint(tmp_path / "single", state, config)
+    half = save_checkpoint(tmp_path, state, config, half=True)
+    assert half == save_checkpoint(tmp_path / "rounded", rounded, config) != single
+    weights = read_weights(tmp_path)
+    assert {value.dtype for value in weights.values()} == {np.dtype(np.float32)}
+    assert all(np.array_equal(weights[key], rounded[key]) for key in rounded)
+    loaded = [Embedder.load(tmp_path, device="cpu", engine=engine).id for engine in ("torch", "openvino-f32")]
+    assert [read_id(tmp_path), *loaded] == [half] * 3
+    size, whole = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("", "single"))
+    assert size < 0.55 * whole
+    with pytest.raises(CheckpointError, match=r"cls_token has weights beyond half precision .* go without --half"):
+        save_checkpoint(tmp_path, state | {"cls_token": state["cls_token"] + 1e5}, config, half=True)
+    assert read_id(tmp_path) == half
 
 
 def test_other_sizes_share_the_state_dict() -> None:
