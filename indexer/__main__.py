@@ -38,6 +38,7 @@ from indexer.terminal import (
     tell_rebuilt,
     tell_removed,
     tell_status,
+    tell_thumbnails,
 )
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -276,6 +277,30 @@ def audit(as_json: AsJson = False) -> None:
     with opened(Settings.read()) as store:
         report = examine(store)
     answer(as_json, report, lambda: tell_audit(report))
+
+
+@app.command()
+@expected_failures()
+def thumbnails(
+    max_bytes: Annotated[int, typer.Option(min=1, help="Largest file that is fetched.")] = 64 * 1024 * 1024,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch missing pictures from their public addresses, by https alone; run it again to try those that failed."""
+    from indexer.ingest.thumbnails import fetch_thumbnails, missing_thumbnails, public_client
+
+    settings = Settings.read()
+    sizes = {"max_bytes": max_bytes, "max_pixels": settings.max_pixels}
+    with (
+        opened(settings) as store,
+        public_client() as client,
+        image_progress(total=missing_thumbnails(store)) as advance,
+    ):
+        report = fetch_thumbnails(store, client, **sizes, on_image=advance)
+    if report["failed"]:
+        report["report"] = str(save_report(settings.home, "thumbnails", report))
+    answer(as_json, report, lambda: tell_thumbnails(report))
+    if report["failed"] and not report["fetched"]:
+        raise typer.Exit(1)
 
 
 @app.command("export")

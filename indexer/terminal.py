@@ -232,6 +232,14 @@ def tell_imported(report: Mapping[str, Any]) -> None:
     print(f"conflicts {len(report['conflicts'])}, blocked {len(report['blocked'])}")
 
 
+def tell_thumbnails(report: Mapping[str, Any]) -> None:
+    """The result of `thumbnails`; which ones failed goes to stderr."""
+    _tell_skipped(report, [f"failed {one['id']} {one['uri'] or ''}: {one['reason']}" for one in report["failed"]])
+    print(f"fetched {report['fetched']:,} of {report['missing']:,} missing pictures")
+    for reason, count in report["reasons"].items():
+        print(f"  {count:,} failed: {reason}")
+
+
 def tell_evaluation(evaluation: "IndexEvaluation") -> None:
     """A table per split and transform: accuracy and AUROC of each head by generator, and the verdicts."""
     stdout = results()

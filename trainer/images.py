@@ -101,7 +101,7 @@ class FileFacts:
 
 
 def decode_image(
-    data: bytes, *, max_pixels: int = 50_000_000, sha256: str | None = None
+    data: bytes, *, max_pixels: int = 50_000_000, sha256: str | None = None, upright: bool = True
 ) -> tuple[Image.Image, FileFacts]:
     """Decode to an upright RGB image, checking the size in the header before any pixel is decompressed.
 
@@ -112,6 +112,7 @@ def decode_image(
         data: The file.
         max_pixels: Width times height may be so many.
         sha256: The hash of `data` in hexadecimal, where the caller knows it.
+        upright: Turn the image as its metadata ask; otherwise it and the facts are as the pixels are stored.
 
     Raises:
         UnsupportedFormat: Not an image, or of a format outside `FORMATS`.
@@ -137,7 +138,7 @@ def decode_image(
     _check_size(size, max_pixels)
     try:
         image.load()
-        rgb = _rgb(_upright(image))
+        rgb = _rgb(_upright(image) if upright else image)
     except Exception as error:
         raise UnreadableImage(f"truncated or broken {name} file ({_reason(error)})") from error
     return rgb, FileFacts(

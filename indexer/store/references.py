@@ -18,6 +18,7 @@ from sqlalchemy import (
     func,
     literal,
     select,
+    update,
 )
 
 from indexer.database.tables import BlockedHashRow, EmbeddingRow, GeneratorRow, ReferenceFileRow, ReferenceRow
@@ -72,6 +73,12 @@ class References(Rows):
     def thumbnail(self, image_id: int) -> bytes | None:
         """JPEG bytes, longest side at most 256; None where there is no such reference, or no picture of it."""
         return self.read_value(select(ReferenceRow.thumbnail).where(ReferenceRow.id == image_id))
+
+    def add_thumbnail(self, image_id: int, thumbnail: bytes) -> None:
+        """Keep the thumbnail of a reference that has none."""
+        missing = (ReferenceRow.id == image_id) & ReferenceRow.thumbnail.is_(None)
+        query = update(ReferenceRow).where(missing).values(thumbnail=thumbnail)
+        self.transaction(lambda connection: connection.execute(query))
 
     def file(self, image_id: int) -> bytes | None:
         """The bytes of an image that came over HTTP, where they were kept."""

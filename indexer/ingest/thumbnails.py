@@ -1,0 +1,176 @@
+"""Thumbnails of references that came without: fetched from their public addresses, and checked to be the ones meant."""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
+from socket import SOCK_STREAM, getaddrinfo
+from ssl import SSLContext
+from typing import Any
+
+from httpx2 import Client, HTTPError, InvalidURL, Request, TimeoutException, TooManyRedirects
+from PIL import Image
+from sqlalchemy import RowMapping, text
+
+from indexer.ingest.ingest import fingerprint
+from indexer.store import Store
+from indexer.store.reference_facts import NEAR_BITS
+from trainer.images import UnreadableImage, decode_image, thumbnail
+
+MAX_BYTES = 64 * 1024 * 1024
+"""Largest file that is fetched."""
+CONNECTIONS = 8
+"""Files that are fetched at a time."""
+REDIRECTS = 5
+SILENCE_SECONDS = 20.0
+FILE_SECONDS = 120.0
+PAGE_REFERENCES = 64
+MISSING = text("""select id, encode(sha256, 'hex') as sha256, uri, width, height, fingerprint, attributes
+from reference_image where thumbnail is null and id > :after order by id limit :page""")
+MISSING_COUNT = text("select count(*) as images from reference_image where thumbnail is null")
+
+
+class Refused(ValueError):
+    """What an address gives is not taken; the message is the reason, the same for every address with that fault."""
+
+
+def missing_thumbnails(store: Store) -> int:
+    """How many references have no thumbnail."""
+    return int(store.read(MISSING_COUNT)[0]["images"])
+
+
+def fetch_thumbnails(
+    store: Store,
+    client: Client,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = 50_000_000,
+    on_image: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Fetch the pictures of references without a thumbnail; safe to end at any point and to run again.
+
+    A file that is the reference itself must have its hash; of one that the reference is a window of, the window must
+    have its size, and a difference hash within `NEAR_BITS` bits of it.
+
+    Args:
+        store: The references.
+        client: See `public_client`.
+        max_bytes: Larger files are refused.
+        max_pixels: Larger images are refused.
+        on_image: Called once for each reference.
+
+    Returns:
+        {"missing", "fetched", "failed": [{"id", "uri", "reason"}], "reasons": {reason: count}}.
+    """
+
+    def fetch(row: RowMapping) -> bytes | str:
+        try:
+            if row["uri"] is None:
+                raise Refused("no public address")
+            return _checked_thumbnail(row, download(client, row["uri"], max_bytes), max_pixels)
+        except Refused as error:
+            return str(error)
+
+    fetched = 0
+    failed: list[dict[str, Any]] = []
+    place = {"after": 0, "page": PAGE_REFERENCES}
+    with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="fetch") as pool:
+        while page := store.read(MISSING, place):
+            place["after"] = page[-1]["id"]
+            for row, outcome in zip(page, pool.map(fetch, page), strict=True):
+                if isinstance(outcome, bytes):
+                    store.references.add_thumbnail(row["id"], outcome)
+                    fetched += 1
+                else:
+                    failed.append({"id": row["id"], "uri": row["uri"], "reason": outcome})
+                on_image()
+    reasons = dict(Counter(one["reason"] for one in failed).most_common())
+    return {"missing": fetched + len(failed), "fetched": fetched, "failed": failed, "reasons": reasons}
+
+
+def public_client(verify: SSLContext | bool = True) -> Client:
+    """A client that asks nothing but public servers over https, also where it is redirected."""
+    return Client(
+        verify=verify,
+        follow_redirects=True,
+        max_redirects=REDIRECTS,
+        timeout=SILENCE_SECONDS,
+        headers={"accept-encoding": "identity"},
+        event_hooks={"request": [refuse_private]},
+    )
+
+
+def refuse_private(request: Request) -> None:
+    """Refuse a request before it is sent unless it goes to public addresses over https.
+
+    A name that leads elsewhere a moment later gains nothing: that server would need a certificate for the name.
+
+    Raises:
+        Refused: It is not https, or the name has an address that is not public, or none.
+    """
+    if request.url.scheme != "https":
+        raise Refused("not https")
+    try:
+        addresses = {str(found[4][0]) for found in getaddrinfo(request.url.host, None, type=SOCK_STREAM)}
+    except OSError as error:
+        raise Refused("unreachable") from error
+    if not all(ip_address(address).is_global for address in addresses):
+        raise Refused("not a public server")
+
+
+def download(client: Client, uri: str, max_bytes: int = MAX_BYTES) -> bytes:
+    """What lies at an address.
+
+    Raises:
+        Refused: It cannot be had, takes too long or is too large.
+    """
+    data, deadline = bytearray(), time.monotonic() + FILE_SECONDS
+    try:
+        with client.stream("GET", uri) as response:
+            if response.status_code != 200:
+                raise Refused(f"HTTP {response.status_code}")
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) > max_bytes:
+                    raise Refused(f"more than {max_bytes:,} bytes")
+                if time.monotonic() > deadline:
+                    raise Refused("too slow")
+    except TooManyRedirects as error:
+        raise Refused(f"more than {REDIRECTS} redirects") from error
+    except TimeoutException as error:
+        raise Refused("too slow") from error
+    except (HTTPError, InvalidURL) as error:
+        raise Refused("unreachable") from error
+    return bytes(data)
+
+
+def _checked_thumbnail(row: RowMapping, data: bytes, max_pixels: int) -> bytes:
+    """The thumbnail of a reference from the bytes of its public file; windows are cut from pixels as stored."""
+    window = row["attributes"].get("window")
+    if window is None and hashlib.sha256(data).hexdigest() != row["sha256"]:
+        raise Refused("another file: its hash differs")
+    try:
+        image, _ = decode_image(data, max_pixels=max_pixels, upright=window is None)
+    except UnreadableImage as error:
+        raise Refused("no readable image") from error
+    if window is not None:
+        image = _cut(image, window)
+        if image.size != (row["width"], row["height"]):
+            raise Refused("another picture: its size differs")
+        if row["fingerprint"] is None:
+            raise Refused("no difference hash to check it by")
+        if (fingerprint(image) ^ row["fingerprint"]).bit_count() > NEAR_BITS:
+            raise Refused("another picture: its difference hash differs")
+    return thumbnail(image)
+
+
+def _cut(image: Image.Image, window: str) -> Image.Image:
+    try:
+        x, y, width, height = map(int, window.split(","))
+    except ValueError as error:
+        raise Refused("its window is not x,y,width,height") from error
+    if min(x, y, width - 1, height - 1) < 0 or x + width > image.width or y + height > image.height:
+        raise Refused("another picture: its window lies outside")
+    return image.crop((x, y, x + width, y + height))

@@ -1,0 +1,232 @@
+"""Missing pictures come from where they were published, and from nowhere else."""
+
+import hashlib
+import io
+import ssl
+import threading
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from httpx2 import Client, MockTransport, Request, Response
+from numbered import CHECKPOINT, add_all, new, opened
+from PIL import Image
+from typer.testing import CliRunner
+
+from indexer.__main__ import app
+from indexer.ingest import thumbnails
+from indexer.ingest.ingest import fingerprint
+from indexer.ingest.thumbnails import Refused, download, fetch_thumbnails, public_client, refuse_private
+from indexer.settings import Settings
+from indexer.store import Store
+
+PUBLIC = "140.82.112.3"
+
+
+def noise(seed: int, width: int = 96, height: int = 64) -> Image.Image:
+    blobs = np.random.default_rng(seed).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    return Image.fromarray(blobs).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Key and certificate of localhost, signed by itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")]), datetime(2020, 1, 1)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now).not_valid_after(now + timedelta(days=36500))
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+    path = tmp_path_factory.mktemp("certificate") / "both.pem"
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path.write_bytes(key.private_bytes(*form) + builder.sign(key, hashes.SHA256()).public_bytes(form[0]))
+    return path
+
+
+@pytest.fixture
+def files(certificate: Path) -> Iterator[tuple[str, dict[str, bytes | str], list[str]]]:
+    """An https server of this machine: its address, what it serves by path (text redirects), and what was asked."""
+    served: dict[str, bytes | str] = {}
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            content = served.get(self.path)
+            self.send_response(404 if content is None else 302 if isinstance(content, str) else 200)
+            if isinstance(content, str):
+                self.send_header("location", content)
+            body = content if isinstance(content, bytes) else b""
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            """Stay silent."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield f"https://localhost:{server.server_port}", served, asked
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def client(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    """Trusts the server, and takes `localhost` for a public name; other names are looked up as ever."""
+
+    def look_up(host: str, *arguments: Any, **options: Any) -> list[tuple[Any, ...]]:
+        return [(0, 0, 0, "", (PUBLIC if host == "localhost" else host, 0))]
+
+    monkeypatch.setattr(thumbnails, "getaddrinfo", look_up)
+    with public_client(ssl.create_default_context(cafile=str(certificate))) as one:
+        yield one
+
+
+@pytest.fixture
+def store(settings: Settings) -> Iterator[Store]:
+    one = opened(settings)
+    yield one
+    one.engine.dispose()
+
+
+def test_pictures_come_checked_and_a_second_run_fetches_what_failed(
+    store: Store, client: Client, files: tuple[str, dict[str, bytes | str], list[str]]
+) -> None:
+    base, served, asked = files
+    whole = noise(1)
+    window = whole.crop((16, 8, 64, 40))
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a quarter: windows are of the pixels as stored
+    turned = encoded(whole, "JPEG", quality=95, exif=exif.tobytes())
+    own = encoded(noise(2))
+    part = {"fingerprint": fingerprint(window), "width": 48, "height": 32, "thumbnail": None}
+    at = {"window": "16,8,48,32"}
+    ids = add_all(
+        store,
+        [
+            new(1, uri=f"{base}/own.png", sha256=hashlib.sha256(own).hexdigest(), thumbnail=None),
+            new(2, uri=f"{base}/turned.jpg", attributes=at, **part),
+            new(3, uri=f"{base}/moved", attributes=at, **part),
+            new(4, uri=f"{base}/other.png", attributes=at, **part),
+            new(5, uri=f"{base}/own.png", thumbnail=None),
+            new(6, uri=f"{base}/turned.jpg", attributes={"window": "60,8,48,32"}, **part),
+            new(7, uri=f"{base}/text", attributes=at, **part),
+            new(8, uri=f"{base}/later.png", attributes=at, **part),
+            new(9, uri=base.replace("https", "http") + "/own.png", thumbnail=None),
+            new(10, uri=None, thumbnail=None),
+            new(11, uri=f"{base}/to-http", thumbnail=None),
+            new(12, uri=f"{base}/to-private", thumbnail=None),
+            new(13, uri=f"{base}/own.png", thumbnail=b"there"),
+            new(14, uri=f"{base}/large", thumbnail=None),
+        ],
+    )
+    served |= {"/own.png": own, "/turned.jpg": turned, "/other.png": encoded(noise(3)), "/text": b"<html>"}
+    served |= {"/moved": "/turned.jpg", "/large": bytes(100_001)}
+    served |= {"/to-http": "http://localhost/own.png", "/to-private": "https://10.0.0.1/own.png"}
+    ticks: list[int] = []
+    report = fetch_thumbnails(store, client, max_bytes=100_000, on_image=lambda: ticks.append(1))
+    assert (report["missing"], report["fetched"], len(ticks)) == (13, 3, 13)
+    assert {one["id"]: one["reason"] for one in report["failed"]} == {
+        ids[3]: "another picture: its difference hash differs",
+        ids[4]: "another file: its hash differs",
+        ids[5]: "another picture: its window lies outside",
+        ids[6]: "no readable image",
+        ids[7]: "HTTP 404",
+        ids[8]: "not https",
+        ids[9]: "no public address",
+        ids[10]: "not https",
+        ids[11]: "not a public server",
+        ids[13]: "more than 100,000 bytes",
+    }
+    assert report["reasons"]["not https"] == 2
+    kept = store.references.thumbnail(ids[1])
+    assert kept is not None
+    picture = Image.open(io.BytesIO(kept))
+    assert picture.size == (48, 32)
+    assert np.abs(np.asarray(picture, int) - np.asarray(window, int)).mean() < 8
+    assert store.references.thumbnail(ids[12]) == b"there"
+    asked.clear()
+    served["/later.png"] = encoded(whole)
+    again = fetch_thumbnails(store, client)
+    assert (again["missing"], again["fetched"]) == (10, 1)
+    assert "/moved" not in asked
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://140.82.112.3/a", "not https"),
+        ("ftp://140.82.112.3/a", "not https"),
+        ("https://127.0.0.1/a", "not a public server"),
+        ("https://10.1.2.3/a", "not a public server"),
+        ("https://169.254.169.254/latest/meta-data", "not a public server"),
+        ("https://[::1]/a", "not a public server"),
+        ("https://[::ffff:127.0.0.1]/a", "not a public server"),
+        ("https://[fe80::1]/a", "not a public server"),
+        ("https://localhost/a", "not a public server"),
+        ("https://nowhere.invalid/a", "unreachable"),
+    ],
+)
+def test_only_public_servers_are_asked_and_only_over_https(url: str, reason: str) -> None:
+    with pytest.raises(Refused, match=reason):
+        refuse_private(Request("GET", url))
+
+
+def test_a_public_server_may_be_asked() -> None:
+    refuse_private(Request("GET", f"https://{PUBLIC}/a.png"))
+    assert ip_address(PUBLIC).is_global
+
+
+def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [(0, 0, 0, "", (address, 0)) for address in (PUBLIC, "192.168.0.1")]
+    monkeypatch.setattr(thumbnails, "getaddrinfo", lambda *arguments, **options: both)
+    with pytest.raises(Refused, match="not a public server"):
+        refuse_private(Request("GET", "https://both.example/a"))
+
+
+def test_endless_redirects_and_slow_files_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def around(request: Request) -> Response:
+        return Response(302, headers={"location": "/again"})
+
+    client = Client(transport=MockTransport(around), follow_redirects=True, max_redirects=3)
+    with client, pytest.raises(Refused, match="redirects"):
+        download(client, "https://example.org/a")
+    monkeypatch.setattr(thumbnails, "FILE_SECONDS", -1.0)
+    client = Client(transport=MockTransport(lambda request: Response(200, content=b"slow")))
+    with client, pytest.raises(Refused, match="too slow"):
+        download(client, "https://example.org/a")
+
+
+def test_the_command_reports_and_fails_only_where_nothing_came(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert settings.database_url is not None
+    monkeypatch.setenv("LINEUP_HOME", str(settings.home))
+    monkeypatch.setenv("LINEUP_DATABASE_URL", settings.database_url)
+    nothing = CliRunner().invoke(app, ["thumbnails"])
+    assert (nothing.exit_code, nothing.stdout) == (0, "fetched 0 of 0 missing pictures\n")
+    store.references.add([new(1, uri="https://127.0.0.1/a.png", thumbnail=None)], CHECKPOINT)
+    failed = CliRunner().invoke(app, ["thumbnails"])
+    assert failed.exit_code == 1
+    assert failed.stdout.splitlines()[1] == "  1 failed: not a public server"
+    assert "failed 1 https://127.0.0.1/a.png: not a public server" in failed.stderr
