@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 class BatcherFull(RuntimeError):
-    """More images wait than the batcher takes; try again shortly."""
+    """More waits than the batcher takes; try again shortly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,10 @@ class Batcher(Generic[Item, Result]):
 
         Args:
             item: What `work` gets.
-            weight: Images in it.
+            weight: What of it is worked on: windows to embed, embeddings to judge.
 
         Raises:
-            BatcherFull: Too many images wait already, or the batcher is closed.
+            BatcherFull: Too much waits already, or the batcher is closed.
         """
         job: Job[Item, Result] = Job(item, weight)
         with self._lock:

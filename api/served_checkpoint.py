@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import ParamSpec, TypeVar
 
@@ -18,6 +19,11 @@ from api.monitoring import Metrics
 from api.schemas.problems import ApiError
 from api.schemas.verdicts import Verdict
 
+CAPACITY, CAPACITY_PER_WINDOW = 512, 48
+"""Windows that may wait to be embedded, and how many more for each window beyond the first of an image.
+
+The explained images of one request, three at a time, fill half of it at most.
+"""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -46,8 +52,11 @@ class Serving:
 
     def __init__(self, detector: Detector, decoders: Executor, metrics: Metrics) -> None:
         self.detector, self.users, self._decoders = detector, 0, decoders
-        self.embedding: Batcher[np.ndarray, np.ndarray]
-        self.embedding = Batcher(detector.embedder.embed_stacks, observe=metrics.batch.observe, name="embed")
+        self.embedding: Batcher[Sequence[np.ndarray], np.ndarray]
+        capacity = CAPACITY + CAPACITY_PER_WINDOW * (detector.embedder.preprocess.windows - 1)
+        self.embedding = Batcher(
+            detector.embedder.embed_stacks, capacity=capacity, observe=metrics.batch.observe, name="embed"
+        )
         self.judging: Batcher[Case, Verdict] = Batcher(detector.answer, max_wait=0, name="judge")
         detector.start()
 
@@ -68,7 +77,9 @@ class Serving:
         """
         prepared = await run_in(self._decoders, self.detector.prepare, upload, question)
         start = time.perf_counter()
-        embeddings = await _join(self.embedding, prepared.pixels, len(prepared.pixels))
+        windows = sum(map(len, prepared.views))  # each weighs: a pass has room for so many, and memory
+        embeddings = await _join(self.embedding, prepared.views, windows)
+        prepared = replace(prepared, views=[])  # the largest part of a case, which may wait to be judged
         return Case(prepared, embeddings, question, 1000 * (time.perf_counter() - start), api_key_id)
 
     async def judge(self, case: Case) -> Verdict:

@@ -9,12 +9,10 @@ from dataclasses import asdict
 from typing import Any
 from uuid import UUID
 
-import numpy as np
-
 from api.access import Caller, hide_paths
 from api.judge.detector import FLIPS, Case, Detector
 from api.judge.regions import overlay
-from api.judge.uploads import Prepared, Question
+from api.judge.uploads import Prepared, Question, shown_windows
 from api.schemas.problems import ApiError
 from api.schemas.resources import Asked, Change, Detection, DetectionPage, DetectionSummary, Feedback, Replay
 from api.schemas.verdicts import ImageFacts, Region, Verdict
@@ -101,20 +99,20 @@ def replay(detector: Detector, row: DetectionRow, caller: Caller) -> Replay:
     if row.checkpoint_id != detector.embedder.id:
         detail = f"detection {row.id} was embedded by checkpoint {row.checkpoint_id}; serving {detector.embedder.id}"
         raise ApiError("conflict", detail)
-    record = detection(row, caller)
+    record, preprocess = detection(row, caller), detector.embedder.preprocess
     before, question = record.result, record.question
     image = ImageFacts(
         sha256=row.sha256,
         width=row.width,
         height=row.height,
         format=_at(before, "image.format") or "unknown",
-        crop=detector.embedder.preprocess.box(row.width, row.height),
+        crop=preprocess.box(row.width, row.height),
+        windows=shown_windows(preprocess, row.width, row.height),
     )
     prepared = Prepared(
         file=before.get("file", "unnamed"),
         file_bytes=row.file_bytes,
         image=image,
-        pixels=np.empty((0, 3, 0, 0), np.float32),
     )
     case = Case(prepared, row.vector[None], Question(question.k, question.max_false_alarm))  # (1, d)
     [after] = detector.judge([case])

@@ -5,6 +5,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from trainer.data.datasets import read_dataset
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import fit_heads
 from trainer.images import Preprocess
-from trainer.model.checkpoint import CheckpointConfig, build_backbone, save_checkpoint
+from trainer.model.checkpoint import CheckpointConfig, build_backbone, read_config, read_weights, save_checkpoint
 from trainer.model.embedder import Embedder
 
 # A busy machine is no failure: hypothesis fails examples that take over 200 ms otherwise.
@@ -64,6 +65,15 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random ViT of depth 2 for 32 pixels, dimension 48, with heads and 60 calibration images of each label."""
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), "tiny", 0)
+
+
+@pytest.fixture(scope="session")
+def windowed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Embedder:
+    """The backbone of `tiny_checkpoint`, which judges images by five windows."""
+    folder, config = tmp_path_factory.mktemp("windowed"), read_config(tiny_checkpoint)
+    preprocess = Preprocess(mode="center_crop", image_size=32, windows=5)
+    save_checkpoint(folder, read_weights(tiny_checkpoint), replace(config, preprocess=preprocess))
+    return Embedder.load(folder, device="cpu", engine="openvino-f32")
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ import io
 import re
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -255,9 +256,31 @@ def thumbnail(image: Image.Image, size: int = 256) -> bytes:
     return out.getvalue()
 
 
-def _offset(length: int, side: int) -> int:
-    """Where a centred window of `side` pixels begins; negative where it is the longer one."""
-    return round((length - side) / 2) if length >= side else -((side - length) // 2)
+Box = tuple[int, int, int, int]
+"""x, y, width, height in pixels of the upright image."""
+
+
+def _offset(length: int, side: int, share: float = 0.5) -> int:
+    """Where a window of `side` pixels begins that leaves this share of the room before it.
+
+    One that is longer than the image is centred, and begins before it.
+    """
+    return round((length - side) * share) if length >= side else -((side - length) // 2)
+
+
+def _spread(count: int) -> list[tuple[float, float]]:
+    """The shares of the room, to the left and above, that so many windows leave: each is followed by its opposite.
+
+    The centre is first, the corners follow, then what grids of 3, 5, 9 and so on a side add.
+    """
+    shares = {(0.5, 0.5): None}  # a dict keeps the order
+    steps = 1
+    while len(shares) < count:
+        for row, column in product(range(steps + 1), repeat=2):
+            x, y = column / steps, row / steps
+            shares |= {(x, y): None, (1 - x, 1 - y): None}
+        steps *= 2
+    return list(shares)[:count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,63 +289,101 @@ class Preprocess:
 
     `resize_crop` brings the shorter side to round(image_size * 248 / 224) bicubic and takes the centre. `center_crop`
     takes the centre as it is, with black around smaller images. Both round as torchvision does.
+
+    With `windows` above 1 an image is judged by so many windows at native resolution, spread over it: the centre, the
+    corners, then ever finer grids. Those that coincide count once, so that an image no larger than a window has one.
     """
 
     mode: Literal["center_crop", "resize_crop"] = "resize_crop"
     image_size: int = 224
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    windows: int = 1
 
     def __post_init__(self) -> None:
         if self.mode not in ("center_crop", "resize_crop"):
             raise ValueError(f"preprocessing mode is {self.mode!r}; expected center_crop or resize_crop")
         if self.image_size < 1:
             raise ValueError(f"image_size is {self.image_size}; expected at least 1 pixel")
+        if self.windows < 1 or (self.windows > 1 and self.mode != "center_crop"):
+            raise ValueError(f"windows is {self.windows} with {self.mode}; expected 1, or more with center_crop")
         for name in ("mean", "std"):  # JSON gives lists
             values = tuple(float(value) for value in getattr(self, name))
             if len(values) != 3 or (name == "std" and min(values) <= 0):
                 raise ValueError(f"preprocessing {name} is {values}; expected three numbers, std above 0")
             object.__setattr__(self, name, values)
 
-    def _source(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of the square to take, in pixels of the image; may lie outside of it."""
+    def _sources(self, width: int, height: int) -> list[tuple[float, float, float, float]]:
+        """Left, top, right and bottom of the squares to take, in pixels of the image; may lie outside of it."""
         s = self.image_size
         if self.mode == "center_crop":
-            left, top = _offset(width, s), _offset(height, s)
-            return left, top, left + s, top + s
+            corners = ((_offset(width, s, x), _offset(height, s, y)) for x, y in _spread(self.windows))
+            return [(left, top, left + s, top + s) for left, top in dict.fromkeys(corners)]
         shorter, side = min(width, height), round(s * 248 / 224)
         wide, high = side * width // shorter, side * height // shorter  # the size after the resize
         left, top = _offset(wide, s), _offset(high, s)
         x, y = width / wide, height / high
-        return left * x, top * y, min((left + s) * x, width), min((top + s) * y, height)
+        return [(left * x, top * y, min((left + s) * x, width), min((top + s) * y, height))]
 
-    def box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """What is judged of an image of this size: x, y, width, height in its pixels, at least one of each."""
-        left, top, right, bottom = self._source(width, height)
-        x, y = min(max(0, round(left)), width - 1), min(max(0, round(top)), height - 1)
-        return x, y, max(1, min(round(right), width) - x), max(1, min(round(bottom), height) - y)
+    def boxes(self, width: int, height: int) -> list[Box]:
+        """The windows of an image of this size, the centre's first, each at least one pixel wide and high."""
+        boxes = []
+        for left, top, right, bottom in self._sources(width, height):
+            x, y = min(max(0, round(left)), width - 1), min(max(0, round(top)), height - 1)
+            boxes.append((x, y, max(1, min(round(right), width) - x), max(1, min(round(bottom), height) - y)))
+        return boxes
 
-    def crop(self, image: Image.Image) -> Image.Image:
-        """What is judged, as an image of `image_size` by `image_size` pixels.
+    def box(self, width: int, height: int) -> Box:
+        """The box that encloses all windows of an image of this size."""
+        boxes = self.boxes(width, height)
+        left, top = min(x for x, *_ in boxes), min(y for _, y, *_ in boxes)
+        return left, top, max(x + w for x, _, w, _ in boxes) - left, max(y + h for _, y, _, h in boxes) - top
+
+    def crops(self, image: Image.Image) -> list[Image.Image]:
+        """The windows of an image, the centre's first, as images of `image_size` by `image_size` pixels.
 
         The resize reads only what the crop needs: a picture one pixel high would otherwise swell to gigabytes.
         """
         if image.mode != "RGB":
             raise ValueError(f"image mode is {image.mode}; expected RGB, as decode_image gives it")
-        left, top, right, bottom = self._source(*image.size)
         if self.mode == "center_crop":
-            return image.crop((int(left), int(top), int(right), int(bottom)))
-        side = (self.image_size, self.image_size)
-        return image.resize(side, Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+            return [image.crop((int(a), int(b), int(c), int(d))) for a, b, c, d in self._sources(*image.size)]
+        [source], side = self._sources(*image.size), (self.image_size, self.image_size)
+        return [image.resize(side, Image.Resampling.BICUBIC, box=source)]
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """The first of `crops`, which trains the embedding."""
+        return replace(self, windows=1).crops(image)[0]
 
     def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Normalised pixels, shape (n, 3, s, s), float32."""
-        s = self.image_size
-        pixels = np.empty((len(images), 3, s, s), np.float32)
+        """Normalised pixels of all windows of the images, one after another, shape (n, 3, s, s), float32."""
+        s, crops = self.image_size, [crop for image in images for crop in self.crops(image)]
+        pixels = np.empty((len(crops), 3, s, s), np.float32)
         std = np.array(self.std, np.float32)[:, None, None]  # (3, 1, 1)
         scale, shift = np.float32(1 / 255) / std, np.array(self.mean, np.float32)[:, None, None] / std
-        for row, image in zip(pixels, images, strict=True):
-            row[:] = np.asarray(self.crop(image)).transpose(2, 0, 1)  # (3, s, s)
+        for row, crop in zip(pixels, crops, strict=True):
+            row[:] = np.asarray(crop).transpose(2, 0, 1)  # (3, s, s)
             row *= scale
             row -= shift
         return pixels
+
+    def joined(self, embeddings: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+        """One embedding for each image from those of its windows: the one place where windows become an image.
+
+        With `windows` above 1 it is the mean of unit vectors. Images are compared by the cosine, which knows the
+        direction alone, and the product of such a mean with a reference is the mean of the windows' cosines: each has
+        the same say. The length of an embedding says nothing of the image, and would let one window outweigh others.
+        With one window it is the embedding as the backbone made it, of any length.
+
+        Args:
+            embeddings: Of all windows, one after another, shape (m, d), float32.
+            counts: Windows of each image, n numbers above 0 that add up to m.
+
+        Returns:
+            Shape (n, d), float32; of at most length 1 where windows were joined.
+        """
+        if self.windows == 1:
+            return embeddings
+        units = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)  # (m, d)
+        ends = np.cumsum(counts)[:-1]
+        return np.stack([part.mean(0) for part in np.split(units, ends)])  # (n, d)

@@ -40,7 +40,7 @@ class Case:
 
     Attributes:
         prepared: What `Detector.prepare` made.
-        embeddings: Of `prepared.pixels`, shape (1 + regions + variants, d), the plain view's first.
+        embeddings: Of `prepared.views`, shape (1 + regions + variants, d), the plain view's first.
         question: As given to `prepare`.
         embed_ms: How long embedding took.
         api_key_id: Who asks.
@@ -145,7 +145,7 @@ class Detector:
                 results = list(pool.map(prepared_or_failed, chunk))
                 images = [result for result in results if isinstance(result, Prepared)]
                 start = time.perf_counter()
-                stacks = self.embedder.embed_stacks([image.pixels for image in images])
+                stacks = self.embedder.embed_stacks([image.views for image in images])
                 share = 1000 * (time.perf_counter() - start) / max(1, len(images))
                 cases = [Case(image, stack, question, share) for image, stack in zip(images, stacks, strict=True)]
                 verdicts = iter(self.answer(cases))

@@ -7,13 +7,13 @@ import numpy as np
 
 from api.judge.calibrator import IndexCalibration
 from api.judge.evidence import Evidence
-from api.judge.regions import Box
 from api.schemas import LABELS, Label, verdicts
 from api.service_settings import ServiceSettings
 from trainer.heads.calibration import shift_prior
 from trainer.heads.heads import Heads
 from trainer.heads.logistic import sigmoid
 from trainer.heads.vote import generator_shares
+from trainer.images import Box
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,11 @@ import numpy as np
 from PIL import Image
 
 from api.schemas.verdicts import Region
-from trainer.images import Preprocess
+from trainer.images import Box, Preprocess
 
 MOST_REGIONS = 64
 FAKE, REAL, STRONGEST = (214, 39, 40), (31, 119, 180), 170
 """Colours of an overlay, and its alpha where a score is 0 or 1."""
-Box = tuple[int, int, int, int]
 
 
 def grid(width: int, height: int, size: int, most: int = MOST_REGIONS) -> list[Box]:
@@ -43,7 +42,7 @@ def _starts(length: int, size: int, count: int) -> list[int]:
 
 
 def region_pixels(image: Image.Image, boxes: Sequence[Box], preprocess: Preprocess) -> np.ndarray:
-    """The boxes' pixels at native resolution as the backbone reads them, shape (n, 3, s, s)."""
+    """The boxes' pixels at native resolution as the backbone reads them, one window each, shape (n, 3, s, s)."""
     native = replace(preprocess, mode="center_crop")
     return native([image.crop((x, y, x + w, y + h)) for x, y, w, h in boxes])
 
@@ -69,11 +68,11 @@ LARGEST_SIDE = 2048
 """Pixels; a larger image is scaled down to this first, as platforms do, which also bounds the work."""
 
 
-def variant_pixels(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
-    """The image after each of `VARIANTS`, in their order, as the backbone reads it, shape (n, 3, s, s)."""
+def variant_windows(image: Image.Image, preprocess: Preprocess) -> list[np.ndarray]:
+    """The windows of the image after each of `VARIANTS`, in their order, each of shape (w, 3, s, s)."""
     if max(image.size) > LARGEST_SIDE:
         image = _scaled(image, LARGEST_SIDE / max(image.size))
-    return preprocess([change(image) for change in VARIANTS.values()])
+    return [preprocess([change(image)]) for change in VARIANTS.values()]
 
 
 def overlay(width: int, height: int, regions: Sequence[Region], side: int = LARGEST_SIDE) -> bytes:

@@ -7,11 +7,11 @@ import numpy as np
 from PIL import Image
 
 from api.judge.provenance import read_provenance
-from api.judge.regions import VARIANTS, Box, grid, region_pixels, variant_pixels
+from api.judge.regions import VARIANTS, grid, region_pixels, variant_windows
 from api.schemas.problems import ApiError, Kind
 from api.schemas.verdicts import Explanation, ImageFacts, Provenance
 from api.service_settings import ServiceSettings
-from trainer.images import FileFacts, ImageTooLarge, Preprocess, UnreadableImage, UnsupportedFormat, decode_image
+from trainer.images import Box, FileFacts, ImageTooLarge, Preprocess, UnreadableImage, UnsupportedFormat, decode_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class Prepared:
     file: str
     file_bytes: int
     image: ImageFacts
-    pixels: np.ndarray
-    """What is embedded, shape (1 + regions + variants, 3, s, s), the plain view first."""
+    views: list[np.ndarray] = field(default_factory=list)
+    """What is embedded: the windows of the image, of its regions and of its variants, each of shape (w, 3, s, s)."""
     boxes: list[Box] = field(default_factory=list)
     """Of the regions."""
     variants: tuple[str, ...] = ()
@@ -80,6 +80,12 @@ def decode(upload: Upload, settings: ServiceSettings) -> tuple[Image.Image, File
         raise ApiError(kinds.get(type(error), "unreadable"), f"{upload.file}: {error}") from error
 
 
+def shown_windows(preprocess: Preprocess, width: int, height: int) -> list[Box] | None:
+    """The windows of an image of this size where it has more than one, for a verdict to name."""
+    boxes = preprocess.boxes(width, height)
+    return boxes if len(boxes) > 1 else None
+
+
 def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings: ServiceSettings) -> Prepared:
     """Check, decode and preprocess one upload, with the views that the question's explanations need.
 
@@ -90,11 +96,9 @@ def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings
     image, facts = decode(upload, settings)
     boxes = grid(image.width, image.height, preprocess.image_size) if "regions" in question.explain else []
     variants = tuple(VARIANTS) if "stability" in question.explain else ()
-    stacks = [preprocess([image])]
-    if boxes:
-        stacks.append(region_pixels(image, boxes, preprocess))
+    views = [preprocess([image]), *region_pixels(image, boxes, preprocess)[:, None]]  # (w, 3, s, s), (1, 3, s, s) ...
     if variants:
-        stacks.append(variant_pixels(image, preprocess))
+        views += variant_windows(image, preprocess)
     return Prepared(
         file=upload.file,
         file_bytes=len(upload.data),
@@ -104,8 +108,9 @@ def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings
             height=facts.height,
             format=facts.format,
             crop=preprocess.box(facts.width, facts.height),
+            windows=shown_windows(preprocess, facts.width, facts.height),
         ),
-        pixels=np.concatenate(stacks),  # (1 + regions + variants, 3, s, s)
+        views=views,
         boxes=boxes,
         variants=variants,
         provenance=read_provenance(upload.data, facts.format),

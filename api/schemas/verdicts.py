@@ -186,7 +186,9 @@ class ImageFacts(Model):
     height: int
     format: str
     crop: tuple[int, int, int, int]
-    """x, y, width, height of what the model saw, in pixels of the upright image."""
+    """x, y, width, height of what the model saw, in pixels of the upright image; encloses all windows."""
+    windows: Annotated[list[tuple[int, int, int, int]] | None, Field(exclude_if=absent)] = None
+    """Each window that the model saw, as `crop`, the centre's first; absent where there was one."""
 
 
 class ModelFacts(Model):

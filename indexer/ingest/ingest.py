@@ -79,11 +79,11 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An entry that was read: its row, still without a vector, and its pixels, shape (3, s, s), float32."""
+    """An entry that was read: its row, still without a vector, and its windows, shape (w, 3, s, s), float32."""
 
     entry: Entry
     reference: NewReference
-    pixels: np.ndarray
+    windows: np.ndarray
 
 
 def ingest(
@@ -232,7 +232,7 @@ class _Ingestion:
         entry, data, sha256 = file
         try:
             image, facts = decode_image(data, max_pixels=self.max_pixels, sha256=sha256)
-            pixels = self.embedder.preprocess([image])[0]  # (3, s, s)
+            windows = self.embedder.preprocess([image])  # (w, 3, s, s)
             reference = NewReference(
                 sha256=facts.sha256,
                 label=entry.label,
@@ -251,7 +251,7 @@ class _Ingestion:
                 attributes=entry.attributes,
                 data=data if self.keep_bytes else None,
             )
-            return Prepared(entry, reference, pixels)
+            return Prepared(entry, reference, windows)
         except (UnreadableImage, MemoryError) as error:
             self._reject(entry, error)
             return None
@@ -265,7 +265,7 @@ class _Ingestion:
     ) -> Generator[list[Embedded], None, None]:
         with closing(prepared):
             while batch := list(islice(prepared, batch_size)):
-                vectors = self.embedder.embed_pixels(np.stack([item.pixels for item in batch]), batch_size)  # (n, d)
+                vectors = self.embedder.embed_windows([item.windows for item in batch], batch_size)  # (n, d)
                 yield [
                     (item.entry, replace(item.reference, vector=vector))
                     for item, vector in zip(batch, vectors, strict=True)

@@ -60,7 +60,7 @@ def reembed(
             closing(prefetch(_decoded(store, embedder, pool, max_pixels, unreadable), 2 * batch_size)) as decoded,
         ):
             while batch := list(islice(decoded, batch_size)):
-                vectors = embedder.embed_pixels(np.stack([pixels for _, pixels in batch]), batch_size)  # (n, d)
+                vectors = embedder.embed_windows([windows for _, windows in batch], batch_size)  # (n, d)
                 embedded += store.references.embed([image_id for image_id, _ in batch], vectors, embedder.id)
                 for _ in batch:
                     on_image()
@@ -78,13 +78,12 @@ def reembed(
 def _decoded(
     store: Store, embedder: Embedder, pool: ThreadPoolExecutor, max_pixels: int, unreadable: dict[int, dict[str, Any]]
 ) -> Generator[tuple[int, np.ndarray], None, None]:
-    """Ids and pixels of the references without an embedding of this checkpoint, in order of id."""
+    """Ids and windows of the references without an embedding of this checkpoint, in order of id."""
 
     def decode(row: RowMapping) -> np.ndarray | None:
         try:
             image, _ = decode_image(_read(store, row), max_pixels=max_pixels, sha256=row["sha256"].hex())
-            pixels: np.ndarray = embedder.preprocess([image])[0]  # (3, s, s)
-            return pixels
+            return embedder.preprocess([image])  # (w, 3, s, s)
         except (UnreadableImage, OSError) as error:
             unreadable[row["id"]] = {"id": row["id"], "uri": row["uri"], "reason": str(error)}
             return None
@@ -93,9 +92,9 @@ def _decoded(
     while page := store.read(MISSING, place):
         place["after"] = page[-1]["id"]
         rows = [row for row in page if row["id"] not in unreadable]
-        for row, pixels in zip(rows, pool.map(decode, rows), strict=True):
-            if pixels is not None:
-                yield row["id"], pixels
+        for row, windows in zip(rows, pool.map(decode, rows), strict=True):
+            if windows is not None:
+                yield row["id"], windows
 
 
 def _read(store: Store, row: RowMapping) -> bytes:

@@ -332,6 +332,60 @@ def test_pixels_are_normalised_by_channel() -> None:
     assert preprocess([]).shape == (0, 3, 8, 8)
 
 
+@pytest.mark.parametrize(
+    ("windows", "size", "corners"),
+    [
+        (1, (101, 64), [(34, 16)]),
+        (3, (101, 64), [(34, 16), (0, 0), (69, 32)]),
+        (5, (101, 64), [(34, 16), (0, 0), (69, 32), (69, 0), (0, 32)]),
+        (9, (96, 96), [(32, 32), (0, 0), (64, 64), (64, 0), (0, 64), (32, 0), (32, 64), (0, 32), (64, 32)]),
+        (9, (96, 20), [(32, 0), (0, 0), (64, 0)]),
+        (9, (32, 32), [(0, 0)]),
+        (9, (7, 20), [(0, 0)]),
+    ],
+)
+def test_windows_are_the_centre_the_corners_and_what_lies_between(
+    windows: int, size: tuple[int, int], corners: list[tuple[int, int]]
+) -> None:
+    preprocess = Preprocess(mode="center_crop", image_size=32, windows=windows)
+    boxes = preprocess.boxes(*size)
+    assert boxes == [(x, y, min(32, size[0]), min(32, size[1])) for x, y in corners]
+    image = noise(*size)
+    pixels = preprocess([image, image])
+    assert len(pixels) == 2 * len(boxes)
+    single = Preprocess(mode="center_crop", image_size=32)
+    for (x, y, w, h), window, crop in zip(boxes, pixels, preprocess.crops(image), strict=False):
+        alone = image.crop((x, y, x + w, y + h))
+        np.testing.assert_array_equal(window, single([alone])[0])
+        assert crop.tobytes() == single.crop(alone).tobytes()
+    assert preprocess.crop(image).tobytes() == single.crop(image).tobytes()
+
+
+@given(width=st.integers(1, 300), height=st.integers(1, 300), windows=st.integers(1, 30))
+def test_the_box_encloses_all_windows(width: int, height: int, windows: int) -> None:
+    preprocess = Preprocess(mode="center_crop", image_size=32, windows=windows)
+    boxes = preprocess.boxes(width, height)
+    assert len(set(boxes)) == len(boxes) <= windows
+    if min(width, height) >= 128:  # there is room for all
+        assert len(boxes) == windows
+    inside = np.zeros((height, width), bool)
+    for x, y, w, h in boxes:
+        assert 0 <= x < x + w <= width
+        assert 0 <= y < y + h <= height
+        inside[y : y + h, x : x + w] = True
+    rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+    x, y, w, h = preprocess.box(width, height)
+    assert (x, y, x + w - 1, y + h - 1) == (columns[0], rows[0], columns[-1], rows[-1])
+
+
+def test_windows_are_joined_by_the_mean_of_unit_vectors() -> None:
+    embeddings = np.array([[3, 4], [0, 0.1], [5, 0]], np.float32)
+    joined = Preprocess(mode="center_crop", windows=5).joined(embeddings, [2, 1])
+    np.testing.assert_allclose(joined, [[0.3, 0.9], [1.0, 0.0]], rtol=1e-6)
+    assert joined.dtype == np.float32
+    np.testing.assert_array_equal(Preprocess().joined(embeddings, [1, 1, 1]), embeddings)
+
+
 def test_preprocess_survives_json_and_refuses_nonsense() -> None:
     preprocess = Preprocess(mode="center_crop", image_size=32)
     assert Preprocess(**json.loads(json.dumps(asdict(preprocess)))) == preprocess
@@ -339,6 +393,9 @@ def test_preprocess_survives_json_and_refuses_nonsense() -> None:
         Preprocess(mode="stretch")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="image_size is 0"):
         Preprocess(image_size=0)
+    for preprocessing in ({"mode": "center_crop", "windows": 0}, {"mode": "resize_crop", "windows": 2}):
+        with pytest.raises(ValueError, match=r"windows is . with .*; expected 1, or more with center_crop"):
+            Preprocess(**preprocessing)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="std"):
         Preprocess(std=(1.0, 0.0, 1.0))
     with pytest.raises(ValueError, match="mode is L"):

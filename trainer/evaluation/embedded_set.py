@@ -27,7 +27,7 @@ DECODING_THREADS = max(4, usable_cores())
 LISTS = ("generators", "sources", "groups", "splits", "facts")
 """Columns of an `EmbeddedSet` that are lists."""
 Prepared = tuple[Entry, FileFacts | str, dict[str, np.ndarray]]
-"""An entry, its facts or why it could not be read, and its pixels (3, s, s) by transform."""
+"""An entry, its facts or why it could not be read, and its windows (w, 3, s, s) by transform."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ def embed_entries(
         return entry, facts, {t.name: _pixels(embedder.preprocess, t, t(image, seed, facts.sha256)) for t in transforms}
 
     def embed(name: str) -> None:
-        embeddings[name].append(embedder.embed_pixels(np.stack(waiting.pop(name)), FORWARD_BATCH))  # (n, d)
+        embeddings[name].append(embedder.embed_windows(waiting.pop(name), FORWARD_BATCH))  # (n, d)
 
     with ThreadPoolExecutor(DECODING_THREADS) as pool:
         for entry, facts, pixels in _results(pool.submit(prepare, *item) for item in work):
@@ -170,11 +170,10 @@ def embed_entries(
 
 
 def _pixels(preprocess: Preprocess, transform: Transform, image: Image.Image) -> np.ndarray:
-    """What the backbone reads, shape (3, s, s), float32."""
+    """What the backbone reads, shape (w, 3, s, s), float32."""
     if transform.finished:
         preprocess = replace(preprocess, mode="center_crop")  # leaves an image of size s as it is
-    pixels: np.ndarray = preprocess([image])[0]
-    return pixels
+    return preprocess([image])
 
 
 def _results(futures: Iterator[Future[Prepared]]) -> Iterator[Prepared]:

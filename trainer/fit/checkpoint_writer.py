@@ -61,7 +61,7 @@ def write_checkpoint(run: Run, config: CheckpointConfig, roles: Roles, deadline:
         deadline=deadline,
     )
     classifier = None
-    if "classifier.weight" in weights:
+    if "classifier.weight" in weights and settings.windows == 1:  # it knows no embeddings of several windows
         weight, bias = weights["classifier.weight"].cpu(), weights["classifier.bias"].cpu()
         classifier = LinearHead(weight[0].double().numpy(), float(bias[0]))
     generators = {entry.generator or "" for entry in roles["training"].entries}

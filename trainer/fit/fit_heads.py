@@ -168,6 +168,8 @@ def write_heads(
 def training_views(config: CheckpointConfig, count: int) -> list[Transform]:
     """What an image's embeddings for the heads are made of: the plain image, then augmented views as in training.
 
+    Where an image is judged by several windows, it is augmented as a whole, and then cut into them.
+
     Args:
         config: Of the checkpoint; its training settings decide the views.
         count: How many, the plain one included.
@@ -182,9 +184,10 @@ def training_views(config: CheckpointConfig, count: int) -> list[Transform]:
     )
 
     def augmented(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        return Image.fromarray(views.augmented(np.asarray(image), rng))
+        return Image.fromarray(views.judged(np.asarray(image), rng))
 
-    copies = [Transform(f"augmented-{i}", augmented, finished=True) for i in range(1, count)]
+    finished = config.preprocess.windows == 1
+    copies = [Transform(f"augmented-{i}", augmented, finished=finished) for i in range(1, count)]
     return [Transform("plain", unchanged), *copies]
 
 

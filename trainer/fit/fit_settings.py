@@ -45,6 +45,10 @@ class FitSettings:
         Literal["center_crop", "resize_crop"], Option(help="resize_crop, or center_crop at native resolution.")
     ] = "resize_crop"
     """How images are brought to size in validation, heads, index and API."""
+    windows: Annotated[
+        int, Option(help="Windows that an image is judged by; more than 1 with center_crop, such as 5 or 9.")
+    ] = 1
+    """The embedding trains on single windows all the same."""
     scale: Annotated[Literal["resized", "native"], Option(help="Crops: resized (the paper) or native windows.")] = (
         "resized"
     )
@@ -112,7 +116,10 @@ class FitSettings:
         for size, option in ((self.image_size, "--image-size"), (self.local, "--local-size")):
             if size < self.patch or size % self.patch:
                 raise FitError(f"{size} pixels are not whole patches of {self.patch}: change {option}")
+        if self.windows > 1 and self.preprocess != "center_crop":
+            raise FitError(f"--windows is {self.windows} with {self.preprocess}: add --preprocess center_crop")
         for value, option in (
+            (self.windows, "--windows"),
             (self.epochs, "--epochs"),
             (self.max_minutes, "--max-minutes"),
             (self.epoch_steps, "--epoch-steps"),
@@ -149,7 +156,7 @@ class FitSettings:
     @property
     def preprocessing(self) -> Preprocess:
         """The checkpoint's preprocessing."""
-        return Preprocess(mode=self.preprocess, image_size=self.image_size)
+        return Preprocess(mode=self.preprocess, image_size=self.image_size, windows=self.windows)
 
     def record(self) -> dict[str, Any]:
         """What the checkpoint says of its training: every setting that can change the weights, as JSON types."""

@@ -23,7 +23,7 @@ class Decoded(NamedTuple):
     image: Pixels
     """Shape (h, w, 3), uint8."""
     plain: Pixels
-    """Shape (s, s, 3), uint8."""
+    """The middle window where an image has several, shape (s, s, 3), uint8."""
     facts: FileFacts
 
 

@@ -1,13 +1,14 @@
 """How good the embedding is so far: a linear head fitted on training images, judged on validation images."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import numpy as np
+from PIL import Image
 
 from trainer.fit.image_roles import Pictures, Roles
-from trainer.images import UnreadableImage
+from trainer.images import Preprocess, UnreadableImage
 from trainer.views.augmentations import Pixels
 from trainer.views.views import Views
 
@@ -15,29 +16,38 @@ PROBE_IMAGES = 1024
 """The most images of a role that are looked at."""
 
 
+class FixedViews(NamedTuple):
+    """n views of images, cut into the windows that an image is judged by."""
+
+    pixels: Pixels
+    """Of all windows, shape (m, s, s, 3), uint8."""
+    counts: list[int]
+    """Windows of each view, n numbers."""
+    labels: np.ndarray
+    """0 real, 1 fake, shape (n,)."""
+
+
 @dataclass(frozen=True, slots=True)
 class LinearProbe:
     """Fixed views of training and of validation images, each plain and once augmented."""
 
-    training: Pixels
-    training_labels: np.ndarray
-    validation: Pixels
-    validation_labels: np.ndarray
+    training: FixedViews
+    validation: FixedViews
+    preprocess: Preprocess
 
     @classmethod
     def of(cls, roles: Roles, views: Views, seed: int) -> Self:
         """Draw the images and their views, which the seed decides."""
-        training, training_labels = fixed_views(roles["training"], views, seed)
-        validation, validation_labels = fixed_views(roles["validation"], views, seed)
-        return cls(training, training_labels, validation, validation_labels)
+        training, validation = (fixed_views(roles[name], views, seed) for name in ("training", "validation"))
+        return cls(training, validation, views.preprocess)
 
     @property
     def usable(self) -> bool:
         """Whether there are validation images of both labels."""
-        return len(set(self.validation_labels.tolist())) == 2
+        return len(set(self.validation.labels.tolist())) == 2
 
     def __len__(self) -> int:
-        return len(self.training) + len(self.validation)
+        return len(self.training.pixels) + len(self.validation.pixels)
 
     def score(self, embed: Callable[[Pixels], np.ndarray]) -> tuple[float, float]:
         """Balanced accuracy and AUROC on the validation images, 0..1; NaN where there are not both labels.
@@ -53,18 +63,22 @@ class LinearProbe:
         from sklearn.preprocessing import StandardScaler
 
         head = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=2000))
-        head.fit(embed(self.training), self.training_labels)
-        logits = head.decision_function(embed(self.validation))
-        accuracy = balanced_accuracy_score(self.validation_labels, logits > 0)
-        return float(accuracy), float(roc_auc_score(self.validation_labels, logits))
+        training, validation = (
+            self.preprocess.joined(embed(part.pixels), part.counts) for part in (self.training, self.validation)
+        )
+        head.fit(training, self.training.labels)
+        logits = head.decision_function(validation)
+        accuracy = balanced_accuracy_score(self.validation.labels, logits > 0)
+        return float(accuracy), float(roc_auc_score(self.validation.labels, logits))
 
 
-def fixed_views(pictures: Pictures, views: Views, seed: int) -> tuple[Pixels, np.ndarray]:
-    """The plain views of some pictures, then their augmented ones; unreadable images are left out.
+def fixed_views(pictures: Pictures, views: Views, seed: int) -> FixedViews:
+    """The plain views of some pictures, then their augmented ones; unreadable images are left out."""
+    native = replace(views.preprocess, mode="center_crop")  # leaves an image of one window as it is
 
-    Returns:
-        Pixels (n, s, s, 3) uint8, and labels (n,).
-    """
+    def cut(image: Pixels) -> list[Pixels]:
+        return [np.asarray(crop) for crop in native.crops(Image.fromarray(image))]
+
     plain, augmented, labels = [], [], []
     for place in np.sort(np.random.default_rng(seed).permutation(len(pictures))[:PROBE_IMAGES]).tolist():
         entry = pictures.entries[place]
@@ -72,8 +86,13 @@ def fixed_views(pictures: Pictures, views: Views, seed: int) -> tuple[Pixels, np
             decoded = pictures.read(entry)
         except UnreadableImage:
             continue
-        plain.append(decoded.plain)
-        augmented.append(views.augmented(decoded.image, np.random.default_rng((seed, place))))
+        plain.append(cut(decoded.plain if native.windows == 1 else decoded.image))
+        augmented.append(cut(views.judged(decoded.image, np.random.default_rng((seed, place)))))
         labels.append(entry.label)
     size = views.preprocess.image_size
-    return np.array(plain + augmented, np.uint8).reshape(-1, size, size, 3), np.array(labels + labels, np.uint8)
+    windows = [window for view in plain + augmented for window in view]
+    return FixedViews(
+        pixels=np.array(windows, np.uint8).reshape(-1, size, size, 3),
+        counts=[len(view) for view in plain + augmented],
+        labels=np.array(labels + labels, np.uint8),
+    )

@@ -83,7 +83,7 @@ def fit(
         objective.distillation.measure(torch.from_numpy(probe.training).to(device))
     first = processes.rank == 0
     if first and not probe.usable:
-        real, fake = (int((probe.validation_labels == label).sum()) // 2 for label in (0, 1))  # each is there twice
+        real, fake = (int((probe.validation.labels == label).sum()) // 2 for label in (0, 1))  # each is there twice
         say(
             f"{real} real and {fake} generated validation images: accuracy is not measured, --patience has no effect, "
             "and the last weights are kept"
@@ -252,15 +252,16 @@ def finishing_seconds(run: Run, probe: LinearProbe, roles: Roles) -> float:
     At most a third of all time.
     """
     settings = run.settings
-    sample = probe.training[:128]
+    sample = probe.training.pixels[:128]
     started = time.monotonic()
     run.embed(sample)
-    per_view = (time.monotonic() - started) / len(sample)
+    per_window = (time.monotonic() - started) / len(sample)
     images = min(3 * len(roles["training"]), settings.head_images)
     images += len(roles["calibration"]) + len(roles["validation"])
+    windows = settings.windows * images
     # Heads embed by torch in float32 on a GPU; on a CPU by OpenVINO, which takes no longer than bf16 in training.
     slower = 1 if run.device == "cpu" else 3
-    return min(6 + per_view * (len(probe) + slower * images), 20 * (settings.max_minutes or math.inf))
+    return min(6 + per_window * (len(probe) + slower * windows), 20 * (settings.max_minutes or math.inf))
 
 
 class TensorBoard:

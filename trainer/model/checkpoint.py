@@ -148,7 +148,10 @@ def _float32(values: torch.Tensor | np.ndarray) -> np.ndarray:
 
 def checkpoint_id(tensors: Mapping[str, np.ndarray], preprocess: Preprocess) -> str:
     """Hash of weights (names, shapes, values as float32) and preprocessing, 32 hex characters."""
-    digest = blake2b(json.dumps(asdict(preprocess), sort_keys=True).encode(), digest_size=16)
+    values = asdict(preprocess)
+    if preprocess.windows == 1:  # checkpoints from before there were more keep their id
+        del values["windows"]
+    digest = blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16)
     for key in sorted(tensors):
         digest.update(f"{key}{tensors[key].shape}{tensors[key].dtype}".encode())
         digest.update(np.ascontiguousarray(tensors[key]).tobytes())

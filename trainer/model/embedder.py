@@ -88,22 +88,33 @@ class Embedder:
     def embed(self, images: Sequence[Image.Image], batch_size: int = 32) -> np.ndarray:
         """Embeddings of RGB images of any size, shape (n, d), float32, as the backbone made them (any length).
 
-        The way in for other programs: ours preprocess in threads and call `embed_pixels`.
+        The way in for other programs: ours preprocess in threads and call `embed_windows`.
         """
         chunks = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-        embeddings = [self.forward(self.preprocess(chunk)) for chunk in chunks]
+        embeddings = [self.embed_windows([self.preprocess([image]) for image in chunk], batch_size) for chunk in chunks]
         return np.concatenate(embeddings) if embeddings else np.empty((0, self.dim), np.float32)  # (n, d)
 
     def embed_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray:
-        """Embeddings, shape (n, d), float32, of pixels (n, 3, s, s), float32, normalised as `preprocess` does."""
+        """Embeddings, shape (n, d), float32, of windows (n, 3, s, s), float32, normalised as `preprocess` does."""
         chunks = [pixels[start : start + batch_size] for start in range(0, len(pixels), batch_size)]
         embeddings = [self.forward(chunk) for chunk in chunks]
         return np.concatenate(embeddings) if embeddings else np.empty((0, self.dim), np.float32)  # (n, d)
 
-    def embed_stacks(self, stacks: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Embeddings of several stacks of preprocessed images, each (n, 3, s, s), in one pass: each (n, d), float32."""
+    def embed_windows(self, images: Sequence[np.ndarray], batch_size: int = 32) -> np.ndarray:
+        """Embeddings of images, shape (n, d), float32, each given by its windows (w, 3, s, s), float32.
+
+        A pass has `batch_size` windows, of however many images.
+        """
+        if not images:
+            return np.empty((0, self.dim), np.float32)
+        embeddings = self.embed_pixels(np.concatenate(images), batch_size)  # (windows of all, d)
+        return self.preprocess.joined(embeddings, [len(windows) for windows in images])
+
+    def embed_stacks(self, stacks: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+        """Embeddings of several stacks of n images, given as to `embed_windows`, in one go: each (n, d), float32."""
         ends = np.cumsum([len(stack) for stack in stacks])
-        return np.split(self.embed_pixels(np.concatenate(stacks)), ends[:-1]) if stacks else []
+        embeddings = self.embed_windows([windows for stack in stacks for windows in stack])
+        return np.split(embeddings, ends[:-1]) if stacks else []
 
 
 def _start(

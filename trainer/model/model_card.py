@@ -53,12 +53,14 @@ def add_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
 def model_card(config: CheckpointConfig, metrics: Mapping[str, Any]) -> str:
     """The card; a section of which nothing is known is left out, or says how to measure it."""
     trained = bool(config.training)
+    windows = config.preprocess.windows
+    several = f", in up to {windows} windows whose embeddings are averaged" if windows > 1 else ""
     parts = [
         f"---\nlicense: {config.licence.lower()}\nlibrary_name: lineup\n"
         "tags: [deepfake-detection, image-embedding]\n---",
         f"# {config.name}",
         _origin(config),
-        f"It reads {config.image_size} pixels a side, to which `{config.preprocess.mode}` brings images.",
+        f"It reads {config.image_size} pixels a side, to which `{config.preprocess.mode}` brings images{several}.",
     ]
     if images := metrics.get("images"):
         rows = [(role, sum(of.values()), ", ".join(f"{k} {n}" for k, n in of.items())) for role, of in images.items()]

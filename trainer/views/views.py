@@ -104,6 +104,12 @@ class Views:
             return random_window(self.augmenter(image, rng), size, rng)
         return finish(self.augmenter(image, rng), size)
 
+    def judged(self, image: Pixels, rng: np.random.Generator) -> Pixels:
+        """An augmented image as heads see it: `augmented`, or whole where an image is judged by several windows."""
+        if self.preprocess.windows == 1:
+            return self.augmented(image, rng)
+        return np.ascontiguousarray(self.augmenter(image, rng))
+
     def crop(self, image: Pixels, size: int, scale: tuple[float, float], rng: np.random.Generator) -> Pixels:
         """An augmented random crop, shape (size, size, 3)."""
         if self.scale == "native":

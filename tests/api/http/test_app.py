@@ -40,7 +40,7 @@ from api.judge.loader import load_detector, load_successor
 from api.judge.regions import MOST_REGIONS, VARIANTS
 from api.judge.uploads import Prepared, Question, Upload
 from api.schemas.verdicts import Verdict
-from api.served_checkpoint import run_in
+from api.served_checkpoint import CAPACITY_PER_WINDOW, run_in
 from api.service import Service
 from api.service_settings import ServiceSettings
 from indexer import follower
@@ -169,9 +169,10 @@ def test_one_request_of_many_explained_images_does_not_fill_the_queue(
         batcher = service_of(client).serving.embedding
         work, images = batcher._work, files(*[png(1, size=32)] * 12)
         assert service.EXPLAINED_AT_ONCE * (1 + MOST_REGIONS + len(VARIANTS)) <= batcher._capacity / 2
+        assert service.EXPLAINED_AT_ONCE * (1 + len(VARIANTS)) <= CAPACITY_PER_WINDOW / 2
         monkeypatch.setattr(batcher, "_capacity", 3 * 9)  # each image is itself, one region, and seven variants
 
-        def slow(stacks: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        def slow(stacks: Sequence[Sequence[np.ndarray]]) -> Sequence[np.ndarray]:
             time.sleep(0.1)
             return work(stacks)
 

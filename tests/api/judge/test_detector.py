@@ -238,7 +238,7 @@ def test_a_slow_look_up_degrades_only_who_asked_for_much(detector: Detector, mon
     monkeypatch.setattr(detector.store.references, "get_many", slow)
     questions = [Question(k=k, record=False) for k in (1000, None, None, 1000)]
     prepared = [detector.prepare(query(60 + number), question) for number, question in enumerate(questions)]
-    embeddings = detector.embedder.embed_stacks([item.pixels for item in prepared])
+    embeddings = detector.embedder.embed_stacks([item.views for item in prepared])
     cases = [Case(*one) for one in zip(prepared, embeddings, questions, strict=True)]
     together = detector.answer(cases)
     after = judged(detector, query(66))
@@ -272,9 +272,9 @@ def test_the_prior_moves_probabilities_only(detector: Detector) -> None:
 
 def test_an_answer_does_not_depend_on_its_batch(detector: Detector) -> None:
     prepared = [detector.prepare(query(seed)) for seed in range(7)]
-    together = detector.embedder.embed_pixels(np.concatenate([item.pixels for item in prepared]))
+    together = detector.embedder.embed_windows([item.views[0] for item in prepared])
     for item, vector in zip(prepared, together, strict=True):
-        alone = detector.embedder.embed_pixels(item.pixels)[0]
+        alone = detector.embedder.embed_windows(item.views)[0]
         assert float(unit_length(alone[None])[0] @ unit_length(vector[None])[0]) > 0.9999
         first, second = detector.judge([Case(item, v[None]) for v in (alone, vector)])
         assert first.score == pytest.approx(second.score, abs=1e-3)
@@ -291,7 +291,7 @@ def test_cases_judged_together_are_judged_as_each_alone(detector: Detector) -> N
         (familiar, Question(k=4)),
     ]
     prepared = [detector.prepare(*one) for one in asked]
-    embeddings = detector.embedder.embed_stacks([item.pixels for item in prepared])
+    embeddings = detector.embedder.embed_stacks([item.views for item in prepared])
     cases = [Case(*one) for one in zip(prepared, embeddings, [question for _, question in asked], strict=True)]
     together, alone = detector.judge(cases), [detector.judge([case])[0] for case in cases]
     assert [verdict.basis for verdict in together] == ["score", "score", "known", "score", "known"]
@@ -317,7 +317,7 @@ def test_each_case_is_recorded_as_it_asks(detector: Detector, monkeypatch: pytes
     kept: list[Detection] = []
     monkeypatch.setattr(detector.store.detections, "add", kept.extend)
     prepared = [detector.prepare(query(seed)) for seed in range(4, 8)]
-    embeddings = detector.embedder.embed_stacks([item.pixels for item in prepared])
+    embeddings = detector.embedder.embed_stacks([item.views for item in prepared])
     asked = [Question(), Question(record=False), Question(k=2), Question()]
     cases = [
         Case(item, own, question, api_key_id=number)
@@ -494,7 +494,7 @@ def test_without_calibration_images_the_verdict_says_why(
 
 
 def test_search_filters_and_pages(detector: Detector) -> None:
-    embedding = detector.embedder.embed_pixels(detector.prepare(query(9)).pixels)[0]
+    embedding = detector.embedder.embed_windows(detector.prepare(query(9)).views)[0]
     search = detector.neighbourhood.search
     everything, following = search(embedding, SearchQuery(limit=100, offset=0))
     assert (len(everything), following) == (100, 100)

@@ -8,9 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from api.judge.regions import FAKE, REAL, STRONGEST, VARIANTS, grid, overlay, region_pixels, variant_pixels
+from api.judge.regions import FAKE, REAL, STRONGEST, VARIANTS, grid, overlay, region_pixels, variant_windows
+from api.judge.uploads import Question, Upload, prepare
 from api.schemas.verdicts import Region
+from api.service_settings import ServiceSettings
 from trainer.images import Preprocess
+from trainer.model.embedder import Embedder
 
 SIDES = st.integers(1, 5000)
 
@@ -54,10 +57,25 @@ def test_every_variant_changes_the_image_a_little() -> None:
     image = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
     preprocess = Preprocess(image_size=32)
     plain = preprocess([image])[0]
-    variants = variant_pixels(image, preprocess)
-    assert variants.shape == (len(VARIANTS), 3, 32, 32)
+    variants = variant_windows(image, preprocess)
+    assert [variant.shape for variant in variants] == [(1, 3, 32, 32)] * len(VARIANTS)
     for variant in variants:
         assert 0 < np.abs(variant - plain).mean() < 1
+
+
+def test_an_upload_is_embedded_as_everywhere(windowed: Embedder) -> None:
+    """Congruence of what is served with `Embedder.embed`: the image, its regions and its variants, by their windows."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    question = Question(explain=frozenset({"regions", "stability"}))
+    prepared = prepare(Upload("a.png", file.getvalue()), question, windowed.preprocess, ServiceSettings())
+    assert prepared.image.crop == (0, 0, 70, 40)
+    assert prepared.image.windows == [(19, 4, 32, 32), (0, 0, 32, 32), (38, 8, 32, 32), (38, 0, 32, 32), (0, 8, 32, 32)]
+    regions = [image.crop((x, y, x + w, y + h)) for x, y, w, h in prepared.boxes]
+    [embeddings] = windowed.embed_stacks([prepared.views])
+    variants = [change(image) for change in VARIANTS.values()]
+    np.testing.assert_allclose(embeddings, windowed.embed([image, *regions, *variants]), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(64, 32), (8000, 4000)])

@@ -1,5 +1,6 @@
 """Adding data sets: overlapped, resumable, and honest about what was skipped."""
 
+import hashlib
 import io
 import shutil
 import threading
@@ -15,12 +16,14 @@ from PIL import Image
 from indexer.database.connection import connect
 from indexer.ingest.ingest import fingerprint, ingest
 from indexer.ingest.prefetch import prefetch
+from indexer.ingest.reembed import reembed
 from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.changes import Additions
 from trainer.data.datasets import read_dataset
 from trainer.data.entry import Entry
 from trainer.images import decode_image
+from trainer.model.embedder import Embedder
 
 
 @pytest.fixture
@@ -94,6 +97,26 @@ def test_a_public_address_takes_the_place_of_the_path(store: Store, folder: Path
     first, second = (ingest(entries, HashingEmbedder(), store) for _ in range(2))
     assert ((first["added"], first["known"]), (second["added"], second["known"])) == ((2, 0), (0, 2))
     assert [row.uri for row in store.references.list()] == [uri, uri]
+
+
+def test_a_reference_of_several_windows_has_the_embedding_of_everywhere(
+    store: Store, folder: Path, windowed: Embedder
+) -> None:
+    """Congruence of adding and of embedding again with `Embedder.embed`."""
+    entries = list(read_dataset(folder))[:7]
+    hashes = {hashlib.sha256(entry.read()).hexdigest(): decode_image(entry.read())[0] for entry in entries}
+    ingest(entries[:4], windowed, store, batch_size=3)
+    ingest(entries[4:], HashingEmbedder(), store)
+    reembed(windowed, store, batch_size=3)
+    vectors: dict[int, np.ndarray] = {}
+    for page in store.changes.between(windowed.id, 0, store.checkpoints.revision(windowed.id)):
+        assert isinstance(page, Additions)
+        vectors |= dict(zip(page.ids.tolist(), page.vectors, strict=True))
+    assert len(vectors) == 7
+    for sha256, image in hashes.items():
+        row = store.references.find(sha256)
+        assert row is not None
+        np.testing.assert_allclose(vectors[row.id], windowed.embed([image])[0], atol=2e-3)  # kept in half precision
 
 
 def test_a_second_run_opens_no_file(store: Store, folder: Path) -> None:

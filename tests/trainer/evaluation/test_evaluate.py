@@ -368,9 +368,9 @@ class Mirror:
 
     preprocess = Preprocess(image_size=SIZE)
 
-    def embed_pixels(self, pixels: np.ndarray, batch_size: int) -> np.ndarray:
-        assert len(pixels) <= batch_size
-        return pixels.reshape(len(pixels), -1)
+    def embed_windows(self, images: list[np.ndarray], batch_size: int) -> np.ndarray:
+        assert len(images) <= batch_size
+        return np.concatenate(images).reshape(len(images), -1)
 
 
 def test_a_finished_transform_is_only_normalised(data: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from tiny import TINY, tiny_settings
 from typer.testing import CliRunner
 
@@ -21,7 +22,7 @@ from trainer.__main__ import app
 from trainer.data.datasets import read_dataset
 from trainer.data.entry import default_split, role
 from trainer.fit.batches import EpochSampler, Pairs
-from trainer.fit.fit_heads import refit
+from trainer.fit.fit_heads import embed_for_heads, refit
 from trainer.fit.fit_settings import FitError, FitSettings, learning_rate
 from trainer.fit.image_roles import Pictures, read_roles
 from trainer.fit.linear_probe import LinearProbe
@@ -29,10 +30,13 @@ from trainer.fit.objective import make_objective
 from trainer.fit.run import Processes, Run
 from trainer.fit.state import RunState, state_folder
 from trainer.fit.train import epoch_steps, finishing_seconds, fit
+from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads
+from trainer.images import Preprocess
 from trainer.model.checkpoint import read_config, read_weights
 from trainer.model.embedder import Embedder
 from trainer.model.seen_images import SeenImages
+from trainer.views.augmentations import Augmenter
 from trainer.views.views import Views
 
 
@@ -469,6 +473,57 @@ def test_files_that_go_while_training_cost_no_training(
         assert all(f"{key},no such file" in listed.read_text() for key in gone)
 
 
+def test_heads_and_probe_see_images_as_they_are_served(tiny: FitSettings, windowed: Embedder) -> None:
+    """Several windows: an augmented view of which no augmentation was drawn is embedded as the image itself."""
+    settings = replace(tiny, preprocess="center_crop", windows=5, augmentations=0)
+    roles = read_roles(settings)
+    embedder = replace(windowed, config=replace(windowed.config, training=settings.record()))
+    entries = [entry for name in ("training", "calibration") for entry in roles[name].entries]
+    training, calibration, _ = embed_for_heads(embedder, entries, images=1000, seed=0, views=2)
+    for part, name, copies in ((training, "training", 2), (calibration, "calibration", 1)):
+        images = [Image.fromarray(roles[name].read(entry).image) for entry in roles[name].entries]
+        np.testing.assert_allclose(part.embeddings, np.tile(windowed.embed(images), (copies, 1)), atol=1e-5)
+
+    views = Views(settings.preprocessing, settings.local, Augmenter(32, most=0))
+    probe = LinearProbe.of(roles, views, 0)
+    images = [Image.fromarray(roles["validation"].read(entry).image) for entry in roles["validation"].entries]
+    crops = [np.asarray(crop) for image in images for crop in settings.preprocessing.crops(image)]
+    np.testing.assert_array_equal(probe.validation.pixels, crops * 2)
+    assert probe.validation.counts == [5] * 2 * len(images)
+    assert probe.score(lambda pixels: pixels.reshape(len(pixels), -1)[:, :48].astype(np.float32))[1] >= 0
+
+
+def test_a_checkpoint_of_several_windows_is_written_with_heads_of_its_own(
+    tiny: FitSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The classifier that training with `bce` makes knows single windows, and is no head here."""
+    trained: dict[str, torch.Tensor] = {}
+    weights = Run.weights
+
+    def noted(run: Run) -> dict[str, torch.Tensor]:
+        trained.update(weights(run))
+        return trained
+
+    monkeypatch.setattr(Run, "weights", noted)
+    settings = replace(tiny, preprocess="center_crop", windows=5, loss="bce", epochs=1, epoch_steps=1)
+    fit(settings)
+    embedder, heads = Embedder.load(settings.output, device="cpu"), Heads.load(settings.output)
+    assert embedder.preprocess == Preprocess("center_crop", 32, windows=5)
+    calibration, roles = CalibrationSet.load(settings.output), read_roles(settings)
+    assert calibration is not None
+    images = [Image.fromarray(roles["calibration"].read(entry).image) for entry in roles["calibration"].entries]
+    np.testing.assert_allclose(calibration.embeddings, embedder.embed(images), atol=1e-2)
+    assert not np.array_equal(heads.linear.weight, trained["classifier.weight"][0].double().numpy())
+    assert "in up to 5 windows whose embeddings are averaged" in (settings.output / "README.md").read_text()
+
+
+def test_windows_need_the_native_resolution(tiny: FitSettings) -> None:
+    with pytest.raises(FitError, match="--windows is 5 with resize_crop: add --preprocess center_crop"):
+        replace(tiny, windows=5)
+    with pytest.raises(FitError, match="--windows is 0: set it above 0"):
+        replace(tiny, windows=0)
+
+
 @pytest.mark.parametrize(("device", "slower"), [("cpu", 1), ("cuda", 3)])
 def test_time_kept_for_the_heads_follows_from_what_will_embed_them(
     tiny: FitSettings, monkeypatch: pytest.MonkeyPatch, device: str, slower: int
@@ -480,10 +535,13 @@ def test_time_kept_for_the_heads_follows_from_what_will_embed_them(
     run = Run(tiny, Processes(), "cpu", make_objective(tiny, "cpu")[0], 1)
     run.device = device
     monkeypatch.setattr(Run, "embed", lambda *_: None)
-    clock = iter([0.0, float(len(probe.training[:128]))])
+    clock = iter([0.0, float(len(probe.training.pixels[:128]))])
     monkeypatch.setattr("trainer.fit.train.time.monotonic", lambda: next(clock))
     heads = min(3 * len(roles["training"]), tiny.head_images) + len(roles["calibration"]) + len(roles["validation"])
-    assert finishing_seconds(run, probe, roles) == 6 + len(probe) + slower * heads
+    expected = 6 + len(probe) + slower * heads
+    assert finishing_seconds(run, probe, roles) == expected
+    run.settings, clock = replace(tiny, preprocess="center_crop", windows=5), iter([0.0, 128.0])
+    assert finishing_seconds(run, probe, roles) == expected + 4 * slower * heads
 
 
 def one_update(settings: FitSettings) -> tuple[Run, dict[str, torch.Tensor]]:

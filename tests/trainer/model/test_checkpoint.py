@@ -86,11 +86,12 @@ def test_the_id_follows_weights_and_preprocessing() -> None:
     assert plain == checkpoint_id(dict(reversed(weights.items())), Preprocess())
     changed = [
         checkpoint_id(weights, Preprocess(mode="center_crop")),
+        checkpoint_id(weights, Preprocess(mode="center_crop", windows=5)),
         checkpoint_id(weights | {"b": np.array([1, 1, 2], np.float32)}, Preprocess()),
         checkpoint_id(weights | {"a": np.zeros((3, 2), np.float32)}, Preprocess()),
         checkpoint_id({"a": weights["a"], "c": weights["b"]}, Preprocess()),
     ]
-    assert len({plain, *changed}) == 5
+    assert len({plain, *changed}) == 6
 
 
 def test_keys_of_others_in_the_configuration_are_left_alone(tiny_checkpoint: Path) -> None:

@@ -60,6 +60,25 @@ def test_batches_and_threads_do_not_change_embeddings(embedder: Embedder) -> Non
             np.testing.assert_allclose(x, whole, rtol=1e-4, atol=1e-5)
 
 
+def test_an_image_of_several_windows_has_one_embedding(windowed: Embedder) -> None:
+    """Every way gives the mean of its windows' unit vectors, whatever other images share the pass."""
+    images = [*pictures(4), small_image(3, False).resize((32, 20))]
+    expected, single = [], Preprocess("center_crop", 32)
+    for image in images:
+        crops = [image.crop((x, y, x + w, y + h)) for x, y, w, h in windowed.preprocess.boxes(*image.size)]
+        units = [vector / np.linalg.norm(vector) for crop in crops for vector in windowed.embed_pixels(single([crop]))]
+        expected.append(sum(units) / len(units))
+    windows = [windowed.preprocess([image]) for image in images]
+    assert [len(stack) for stack in windows] == [5, 5, 5, 5, 1]
+    np.testing.assert_allclose(windowed.embed(images, batch_size=2), expected, atol=1e-5)
+    np.testing.assert_allclose(windowed.embed_windows(windows, batch_size=3), expected, atol=1e-5)
+    stacks = windowed.embed_stacks([windows[:1], windows[1:4], windows[4:]])
+    assert [len(stack) for stack in stacks] == [1, 3, 1]
+    np.testing.assert_allclose(np.concatenate(stacks), expected, atol=1e-5)
+    by_torch = Embedder.load(windowed.folder, device="cpu", engine="torch")
+    np.testing.assert_allclose(by_torch.embed(images), expected, atol=1e-4)
+
+
 def test_no_images_give_no_embeddings(embedder: Embedder) -> None:
     assert embedder.embed_pixels(np.empty((0, 3, 32, 32), np.float32)).shape == embedder.embed([]).shape == (0, 48)
 
