@@ -57,7 +57,9 @@ def handle_termination() -> None:
 @app.command()
 @expected_failures()
 def add(
-    path: Annotated[Path, typer.Argument(help="A folder, manifest, archive or image; every layout is understood.")],
+    path: Annotated[
+        Path, typer.Argument(help="A folder, manifest, archive, image, or hf://datasets/OWNER/NAME[/FILES].")
+    ],
     label: Annotated[str | None, typer.Option(help="real or fake: all of PATH is of this kind.")] = None,
     generator: Annotated[str | None, typer.Option(help="What made the fakes; created if new.")] = None,
     source: Annotated[str | None, typer.Option(help="Where the images came from; default: the folder's name.")] = None,
@@ -83,6 +85,7 @@ def add(
     from indexer.ingest.ingest import ingest
     from indexer.measure.enrolment_effect import consequences
     from trainer.data.datasets import read_dataset
+    from trainer.data.hub_files import on_hub
     from trainer.model.embedder import Embedder
 
     settings = Settings.read(checkpoint=checkpoint, device=device)
@@ -96,7 +99,7 @@ def add(
             with suppress(GeneratorExists):
                 store.generators.create(str(generator))
             store.generators.update(str(generator), facts)
-        with image_progress(lambda: read_dataset(path, **choice)) as advance:
+        with image_progress(None if on_hub(path) else lambda: read_dataset(path, **choice)) as advance:
             report = ingest(
                 entries,
                 embedder,

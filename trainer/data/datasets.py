@@ -9,6 +9,7 @@
 | D3 test | `{augm,no_augm}/{real,gen_0,...}/**`, or one of the two |
 | D3 shards | `*.tar`, WebDataset records of `real.jpg`, `gen_0.jpg`, ..., `caption.txt`, `url.txt` |
 | hub parquet | `*.parquet` with `image_gen0`, `model_gen0`, ... (extra `datasets`) |
+| the hub | `hf://datasets/OWNER/NAME[@REVISION][/FILES]`, of such parquet files, read in place |
 | one kind | a folder or file with `label` and, for fakes, `generator` |
 """
 
@@ -31,6 +32,7 @@ from trainer.data.folders import (
     one_kind,
     real_and_fake,
 )
+from trainer.data.hub_files import hub_parquets, hub_uri, on_hub
 from trainer.data.manifest import manifest_entries, manifest_rows
 from trainer.data.shards import parquet_entries, read_cell, read_member, tar_entries
 from trainer.images import UnreadableImage
@@ -64,9 +66,10 @@ def read_dataset(
     Raises:
         DatasetError: No such layout, no images, or names and labels that cannot be; one line that says what to do.
     """
-    path = Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve would follow links and so rename the images
-    if not path.exists():
-        raise DatasetError(f"{path} does not exist")
+    if not on_hub(path):
+        path = Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve would follow links and so rename the images
+        if not path.exists():
+            raise DatasetError(f"{path} does not exist")
     entries, has_splits = _open_layout(path, label, generator)
     if source is not None:
         entries = (replace(entry, source=source) for entry in entries)
@@ -92,14 +95,20 @@ def read_uri(uri: str) -> bytes:
         UnreadableImage: They are no longer there, or the address is of another kind.
     """
     parts = urlsplit(uri)
+    inside = unquote(parts.fragment, errors="surrogateescape")
+    if parts.scheme == "hf":
+        return _read_cell(PurePath("hf:", parts.netloc, *parts.path.split("/")), inside, uri)
     if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
         raise UnreadableImage(f"cannot read {uri!r}; expected file:///path, file:///x.tar#member or a parquet cell")
     path = Path(unquote(parts.path, errors="surrogateescape"))
-    inside = unquote(parts.fragment, errors="surrogateescape")
     if not inside:
         return read_file(path)
     if path.suffix.lower() != ".parquet":
         return read_member(path, inside)
+    return _read_cell(path, inside, uri)
+
+
+def _read_cell(path: PurePath, inside: str, uri: str) -> bytes:
     column, _, row = inside.partition("/")
     if not row.isdecimal():
         raise UnreadableImage(f"cannot read {uri!r}; expected a column and a row after #")
@@ -118,6 +127,11 @@ def _select(entries: Iterator[Entry], splits: set[str], has_splits: bool, others
 
 def _open_layout(path: Path, label: str | None, generator: str | None) -> tuple[Iterator[Entry], bool]:
     """The entries of a path, and whether its layout names splits."""
+    if on_hub(path):
+        if label is not None:
+            raise DatasetError(f"{hub_uri(path)} says itself what is real and fake: drop --label")
+        names = d3_names(generator) if generator else None
+        return chain.from_iterable(parquet_entries(one, names=names) for one in hub_parquets(path)), False
     kind = path.suffix.lower() if path.is_file() else ""
     if label is not None:
         if kind in (".csv", ".tar", ".parquet"):

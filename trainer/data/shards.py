@@ -7,17 +7,20 @@ import re
 import tarfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache, partial
 from itertools import accumulate, groupby
-from pathlib import Path
+from pathlib import Path, PurePath
+from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 from trainer.data.entry import DatasetError, Entry, check_generator, plain
+from trainer.data.hub_files import hub_failures, hub_uri, on_hub, open_on_hub
 from trainer.images import UnreadableImage
 
 if TYPE_CHECKING:
+    from pyarrow import RecordBatch
     from pyarrow.parquet import ParquetFile
 
 # The order of gen_0 to gen_3 in D3 (arXiv 2407.20337, section 3).
@@ -27,6 +30,8 @@ MAX_TEXT_BYTES = 65_536
 _log = logging.getLogger(__name__)
 _FIELD = re.compile(r"gen_(\d+)")
 _COLUMN = re.compile(r"image_gen(\d+)")
+_reading = Lock()
+"""Held while a column is read: several threads would read the same one."""
 
 
 class Member(NamedTuple):
@@ -150,19 +155,19 @@ def _members(path: Path, version: int) -> dict[str, Member]:
     return {member.name: member for member in tar_members(path)}
 
 
-def parquet_entries(path: Path, *, names: Sequence[str] | None = None) -> Iterator[Entry]:
+def parquet_entries(path: PurePath, *, names: Sequence[str] | None = None) -> Iterator[Entry]:
     """The generated images of a parquet file with D3's columns; the real image is only an address there.
 
     Other columns with text or numbers become attributes, those of one generator (`..._gen0`) only of its image.
 
     Args:
-        path: Absolute.
+        path: Absolute, or of the hub.
         names: Of the generators; by default `model_gen<i>` says, or D3's usual order.
 
     Raises:
         DatasetError: pyarrow is missing, or the columns are others.
     """
-    file = _open_parquet(path)
+    file, hub = _open_parquet(path), on_hub(path)
     columns = {int(match[1]): name for name in file.schema_arrow.names if (match := _COLUMN.fullmatch(name))}
     if not columns:
         names_there = ", ".join(file.schema_arrow.names[:10])
@@ -170,8 +175,9 @@ def parquet_entries(path: Path, *, names: Sequence[str] | None = None) -> Iterat
             f"{path} has columns {names_there}; expected image_gen0, image_gen1, ... and model_gen0, ..."
         )
     texts = [field.name for field in file.schema_arrow if _is_scalar(str(field.type))]
-    mtime, row = path.stat().st_mtime, 0
-    for batch in file.iter_batches(batch_size=1024, columns=texts):
+    uri, mtime, row = (hub_uri(path), None, 0) if hub else (Path(path).as_uri(), Path(path).stat().st_mtime, 0)
+    source = path.parts[3].partition("@")[0] if hub else path.parent.name
+    for batch in _batches(path, file, texts):
         for values in batch.to_pylist():
             cells = {name: str(value) for name, value in values.items() if value is not None}
             group = cells.get("id") or f"{path.stem}/{row}"
@@ -184,8 +190,8 @@ def parquet_entries(path: Path, *, names: Sequence[str] | None = None) -> Iterat
                     group=plain(group),
                     label=1,
                     generator=name,
-                    source=plain(path.parent.name),
-                    uri=f"{path.as_uri()}#{column}/{row}",
+                    source=plain(source),
+                    uri=f"{uri}#{column}/{row}",
                     split=None,
                     size=None,
                     mtime=mtime,
@@ -214,31 +220,42 @@ def _hub_name(model: str, where: str) -> str:
     return check_generator(re.sub(r"[^A-Za-z0-9 ._+-]", "-", model.strip("/ ").rpartition("/")[2]), where)
 
 
-def _open_parquet(path: Path) -> ParquetFile:
+def _open_parquet(path: PurePath) -> ParquetFile:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise DatasetError(f"{path.name} needs pyarrow; install the extra: pip install 'lineup[datasets]'") from error
     try:
-        return pq.ParquetFile(path)
+        with _reaching(path):
+            return pq.ParquetFile(open_on_hub(path) if on_hub(path) else path)
     except (OSError, pa.ArrowException) as error:
         raise DatasetError(f"{path} is no parquet file ({' '.join(str(error).split())[:200]})") from error
 
 
-def read_cell(path: Path, column: str, row: int) -> bytes:
+def _reaching(path: PurePath) -> AbstractContextManager[None]:
+    return hub_failures(path) if on_hub(path) else nullcontext()
+
+
+def _batches(path: PurePath, file: ParquetFile, columns: Sequence[str]) -> Iterator[RecordBatch]:
+    with _reaching(path):
+        yield from file.iter_batches(batch_size=1024, columns=columns)
+
+
+def read_cell(path: PurePath, column: str, row: int) -> bytes:
     """The image bytes in one cell: a binary value, or the hub's pair of `bytes` and `path`.
 
     Raises:
         UnreadableImage: There is no such cell, or no image in it.
     """
     try:
-        file = _open_parquet(path)
-        ends = list(accumulate(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)))
+        version = 0 if on_hub(path) else Path(path).stat().st_mtime_ns  # a path of the hub names its commit
+        ends = _row_group_ends(path, version)
         group = bisect_right(ends, row)
         if group == len(ends):
             raise UnreadableImage(f"{path.name} has no row {row}")
-        cells = _column(path, path.stat().st_mtime_ns, column, group)
+        with _reading:
+            cells = _column(path, version, column, group)
     except (OSError, KeyError, DatasetError) as error:
         raise UnreadableImage(f"{path.name} has no readable cell {column}/{row} ({error})") from error
     data: bytes | None = cells[row - ends[group]]  # counted from the end of the row group
@@ -247,9 +264,18 @@ def read_cell(path: Path, column: str, row: int) -> bytes:
     return data
 
 
+@lru_cache(maxsize=8)
+def _row_group_ends(path: PurePath, version: int) -> list[int]:
+    """For each row group the number of the row that follows it."""
+    del version
+    file = _open_parquet(path)
+    return list(accumulate(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)))
+
+
 @lru_cache(maxsize=4)
-def _column(path: Path, version: int, column: str, group: int) -> list[bytes | None]:
+def _column(path: PurePath, version: int, column: str, group: int) -> list[bytes | None]:
     """One column of one row group, as a reader of all images goes through them: a generator's next to another's."""
     del version
-    cells = _open_parquet(path).read_row_group(group, columns=[column])[column].to_pylist()
+    with _reaching(path):
+        cells = _open_parquet(path).read_row_group(group, columns=[column])[column].to_pylist()
     return [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
