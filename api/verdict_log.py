@@ -83,7 +83,8 @@ def regions_png(row: DetectionRow) -> bytes:
     """
     regions = row.result.get("regions")
     if regions is None:
-        raise ApiError("not-found", f"detection {row.id} has no regions; detect with explain=regions")
+        detail = f"detection {row.id} has no regions; detect with explain=regions, which leaves flat ones out"
+        raise ApiError("not-found", detail)
     return overlay(row.width, row.height, [Region.model_validate(region, extra="ignore") for region in regions])
 
 
@@ -91,7 +92,7 @@ def replay(detector: Detector, row: DetectionRow, caller: Caller) -> Replay:
     """Vote and heads again on the embedding that was kept, against the index and the calibration of now.
 
     The question is the one that was asked then. Regions and stability would need the image, which was not kept; where
-    a flip made the verdict uncertain, it does so still.
+    a flip made the verdict uncertain, it does so still, and what was too little to judge is that still.
 
     Raises:
         ApiError: conflict, when another checkpoint made the embedding.
@@ -108,6 +109,7 @@ def replay(detector: Detector, row: DetectionRow, caller: Caller) -> Replay:
         format=_at(before, "image.format") or "unknown",
         crop=preprocess.box(row.width, row.height),
         windows=shown_windows(preprocess, row.width, row.height),
+        shortfall=_at(before, "image.shortfall"),
     )
     prepared = Prepared(
         file=before.get("file", "unnamed"),

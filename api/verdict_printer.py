@@ -75,6 +75,8 @@ def meaning(verdict: Verdict) -> str:
         known = f"This very file is in the reference set as {origin}{by}. It did not vote for itself."
         alone = WORDS[decide(score, verdict.thresholds)]
         return known if score is None else f"{known} On its score alone Lineup would say “{alone}”."
+    if verdict.image.shortfall:
+        return f"{sentence(verdict.image.shortfall)} Lineup says nothing rather than guess."
     if score is None:
         return f"No score: {reason}." if reason else "No head could give a calibrated score."
     digits = precision([score], cuts(verdict))

@@ -241,8 +241,11 @@ class Detector:
     ) -> Verdict:
         """The verdict on one image; `known` has its bytes, and those that are or may be `itself` did not vote."""
         prepared, question, settings = case.prepared, case.question, self.settings
-        ruling = judgement.rule(evidence, fitted, self.calibrator.reason, settings, question.max_false_alarm)
-        terms = fitted.calibration.terms(evidence.first_logits)
+        if shortfall := prepared.image.shortfall:
+            ruling, terms = judgement.Ruling("uncertain", shortfall), dict[str, float]()
+        else:
+            ruling = judgement.rule(evidence, fitted, self.calibrator.reason, settings, question.max_false_alarm)
+            terms = fitted.calibration.terms(evidence.first_logits)
         names = self.follower.generator_names
         times = {"decode": prepared.decode_ms, "embed": case.embed_ms}
         times |= {"search": display.search_ms, "heads": display.heads_ms}

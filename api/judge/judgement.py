@@ -18,7 +18,7 @@ from trainer.images import Box
 
 @dataclass(frozen=True, slots=True)
 class Ruling:
-    """What follows from the score of one image; without a score nothing does."""
+    """What follows from the score of one image; without one, as where there is too little to judge, nothing does."""
 
     verdict: verdicts.Decision
     reason: str | None

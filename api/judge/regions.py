@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
+from api.judge.detail import shortfall
 from api.schemas.verdicts import Region
 from trainer.images import Box, Preprocess
 
@@ -39,6 +40,17 @@ def _starts(length: int, size: int, count: int) -> list[int]:
     """First pixels of `count` intervals of `size`, the first at the start and the last at the end; one is centred."""
     room = max(0, length - size)
     return [room // 2] if count == 1 else [round(i * room / (count - 1)) for i in range(count)]
+
+
+def judged_boxes(image: Image.Image, preprocess: Preprocess) -> list[Box]:
+    """The boxes of the grid that hold enough to be judged."""
+    native = replace(preprocess, mode="center_crop")
+    boxes = []
+    for x, y, w, h in grid(image.width, image.height, preprocess.image_size):
+        part = image.crop((x, y, x + w, y + h))
+        if shortfall(part.size, native.crops(part), native) is None:
+            boxes.append((x, y, w, h))
+    return boxes
 
 
 def region_pixels(image: Image.Image, boxes: Sequence[Box], preprocess: Preprocess) -> np.ndarray:

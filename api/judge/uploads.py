@@ -1,13 +1,14 @@
 """Uploads: checked against the limits, decoded, and turned into what the model reads."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
 
+from api.judge.detail import shortfall
 from api.judge.provenance import read_provenance
-from api.judge.regions import VARIANTS, grid, region_pixels, variant_windows
+from api.judge.regions import VARIANTS, judged_boxes, region_pixels, variant_windows
 from api.schemas.problems import ApiError, Kind
 from api.schemas.verdicts import Explanation, ImageFacts, Provenance
 from api.service_settings import ServiceSettings
@@ -89,14 +90,19 @@ def shown_windows(preprocess: Preprocess, width: int, height: int) -> list[Box] 
 def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings: ServiceSettings) -> Prepared:
     """Check, decode and preprocess one upload, with the views that the question's explanations need.
 
+    Of an image with too little to judge no variants are made: there is no score that could hold or change.
+
     Raises:
         ApiError: too-large, not-an-image or unreadable.
     """
     start = time.perf_counter()
     image, facts = decode(upload, settings)
-    boxes = grid(image.width, image.height, preprocess.image_size) if "regions" in question.explain else []
-    variants = tuple(VARIANTS) if "stability" in question.explain else ()
-    views = [preprocess([image]), *region_pixels(image, boxes, preprocess)[:, None]]  # (w, 3, s, s), (1, 3, s, s) ...
+    windows = preprocess.crops(image)
+    shortage = shortfall(image.size, windows, preprocess)
+    boxes = judged_boxes(image, preprocess) if "regions" in question.explain else []
+    variants = tuple(VARIANTS) if "stability" in question.explain and not shortage else ()
+    as_they_are = replace(preprocess, mode="center_crop", windows=1)  # for images that have the size already
+    views = [as_they_are(windows), *region_pixels(image, boxes, preprocess)[:, None]]  # (w, 3, s, s), (1, 3, s, s) ...
     if variants:
         views += variant_windows(image, preprocess)
     return Prepared(
@@ -109,6 +115,7 @@ def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings
             format=facts.format,
             crop=preprocess.box(facts.width, facts.height),
             windows=shown_windows(preprocess, facts.width, facts.height),
+            shortfall=shortage,
         ),
         views=views,
         boxes=boxes,

@@ -30,7 +30,8 @@ export function evidence(verdict, at, level) {
         "p",
         { class: "lead" },
         `The most alike of ${indexWords(verdict)}. Alike in the traces that the model compares, not in what they ` +
-          "show: 1 is the same, 0 is nothing in common.",
+          "show: 1 is the same, 0 is nothing in common." +
+          (verdict.image.shortfall ? " With so little to see, that says nothing here." : ""),
       ),
       lineUp(verdict),
     ),
@@ -95,7 +96,8 @@ function probabilityWords({ label, probability }) {
   return `${words}: this way alone says “${labelWord(label)}” of too many others to be trusted here.`;
 }
 
-function joinedWords({ score, calibration }) {
+function joinedWords({ score, calibration, image }) {
+  if (image.shortfall) return "Each by itself, and none can be trusted with so little to see.";
   if (score === null) return "Each by itself.";
   const learned = calibration
     ? `, learned from ${count(calibration.real)} real and ${count(calibration.fake)} generated images of known origin`

@@ -110,13 +110,14 @@ export function rarity(verdict) {
 
 /** What decided, in a sentence or two after the numbers: the cuts, the known file, or why there is no answer. */
 export function meaning(verdict) {
-  const { score, thresholds, reason } = verdict;
+  const { score, thresholds, reason, image } = verdict;
   if (verdict.basis === "known") {
     const origin = verdict.known.label === "fake" ? "a generated image" : "a real image";
     const by = verdict.known.generator ? ` by ${verdict.known.generator}` : "";
     const alone = score === null ? "" : ` On its score alone Lineup would say “${scoreWord(score, thresholds)}”.`;
     return `This very file is in the reference set as ${origin}${by}. It did not vote for itself.${alone}`;
   }
+  if (image.shortfall) return `${sentence(image.shortfall)} Lineup says nothing rather than guess.`;
   if (score === null) return reason ? `No score: ${reason}.` : "No head could give a calibrated score.";
   const digits = precision([score], [thresholds.fake, thresholds.real]);
   const [fake, real] = [decimal(thresholds.fake, digits), decimal(thresholds.real, digits)];

@@ -189,6 +189,8 @@ class ImageFacts(Model):
     """x, y, width, height of what the model saw, in pixels of the upright image; encloses all windows."""
     windows: Annotated[list[tuple[int, int, int, int]] | None, Field(exclude_if=absent)] = None
     """Each window that the model saw, as `crop`, the centre's first; absent where there was one."""
+    shortfall: str | None = None
+    """Why what the model saw is too little to judge; null where it suffices."""
 
 
 class ModelFacts(Model):
@@ -224,7 +226,8 @@ class Verdict(Model):
     verdict: Decision
     basis: Literal["score", "known"]
     score: Unit | None = None
-    """Calibrated combination of the heads, prior 0.5; null where nothing is calibrated (see `reason`)."""
+    """Calibrated combination of the heads, prior 0.5; null where nothing is calibrated or there is too little to
+    judge (see `reason`); then nothing that follows from a score is given."""
     probability: Unit | None = None
     """The score moved to the operator's prior (`LINEUP_PRIOR`), as the heads' probabilities are."""
     false_alarm: Unit | None = None
@@ -243,7 +246,9 @@ class Verdict(Model):
     """Conformal p-value of the nearest similarity: small means unlike everything known. Null below 50 images."""
     neighbours: list[Neighbour] = Field(default=[])
     regions: Annotated[list[Region] | None, Field(exclude_if=absent)] = None
+    """If asked for: those with enough to judge; absent where there is none."""
     stability: Annotated[Stability | None, Field(exclude_if=absent)] = None
+    """If asked for; absent where there is too little to judge."""
     provenance: Provenance = Provenance()
     image: ImageFacts
     model: ModelFacts

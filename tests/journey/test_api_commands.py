@@ -113,6 +113,15 @@ def test_detect_json_is_one_line_per_image_and_folders_are_walked(call: Call, qu
     assert "Traceback" not in done.stderr
 
 
+def test_detect_says_why_there_is_no_verdict(call: Call, tmp_path: Path) -> None:
+    small = tmp_path / "small.png"
+    small_image(70_003, True, 64).crop((0, 0, 64, 12)).save(small)
+    reason = "oo small to judge: 64x12 pixels, where 16 a side are needed"
+    assert f"Cannot tell. T{reason}. Lineup says nothing rather than guess." in call("detect", small).stdout
+    verdict = json.loads(call("detect", small, "--json").stdout)
+    assert (verdict["verdict"], verdict["score"], verdict["reason"]) == ("uncertain", None, f"t{reason}")
+
+
 def test_detect_explains(call: Call, queries: Path) -> None:
     done = call("detect", queries / "b.png", "--explain", "regions,stability")
     assert "4 regions" in done.stdout

@@ -1,5 +1,6 @@
 """The page in a real browser: every journey, an error of each kind, hostile input, and accessibility."""
 
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 from browsing import AXE, PATIENCE, Watch, chromium, huge, other_file, picture, served
+from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, Route, ViewportSize, expect
 
 from api import verdict_printer as terminal
@@ -350,6 +352,7 @@ def ruled(verdict: str, score: float | None, false_alarm: float | None = 0.05, *
 
 
 BETWEEN = "the score lies between the thresholds"
+SMALL = "too small to judge: 60x40 pixels, where 112 a side are needed"
 RULED = [
     ruled("uncertain", 0.8478, reason=BETWEEN),
     ruled("uncertain", 0.1402, 0.6, reason=BETWEEN),
@@ -361,6 +364,7 @@ RULED = [
     ruled("uncertain", 0.5, reason="a miss rate of 0.01 needs 40 more fake calibration images"),
     ruled("uncertain", None, None, reason="nothing is calibrated"),
     ruled("uncertain", None, None),
+    ruled("uncertain", None, None, reason=SMALL, image=EXAMPLE_VERDICT["image"] | {"shortfall": SMALL}),
     ruled("fake", 0.5, basis="known", known={"id": 7, "label": "fake", "generator": "SD-XL"}),
     ruled("real", None, None, basis="known", known={"id": 7, "label": "real", "generator": None}),
 ]
@@ -416,6 +420,22 @@ def test_regions_that_lean_to_either_side_show_different_scores(opens: Opens) ->
         assert str(box.text_content()).startswith(f"Score {score}")
     cells = found.locator(".region-list tbody td:nth-child(3)")
     assert cells.all_text_contents() == list(scores.values())
+
+
+def test_a_black_image_gets_no_verdict_and_the_reason(opens: Opens) -> None:
+    page = opens()
+    buffer = io.BytesIO()
+    Image.new("RGB", (96, 96)).save(buffer, format="PNG")
+    verdict = judge(page, other_file("black.png", buffer.getvalue()))
+    why = "Too flat to judge: brightness varies by 0.0 of 255, where 3 are needed."
+    for _ in ("at once", "from its record"):
+        expect(verdict.get_by_role("heading", level=2)).to_have_text("Cannot tell")
+        expect(verdict.locator(".meaning")).to_have_text(f"{why} Lineup says nothing rather than guess.")
+        expect(verdict.locator(".heads .lead")).to_contain_text("none can be trusted with so little to see")
+        expect(verdict.locator(".score, .scale, .heads .sum, .stability, .regions")).to_have_count(0)
+        if (link := verdict.get_by_role("link", name="Record")).count():
+            link.click()
+            verdict = page.locator("#view-record .verdict")
 
 
 def test_the_strictness_asked_for_is_sent_and_told(opens: Opens) -> None:

@@ -415,6 +415,21 @@ def test_a_replay_asks_what_was_asked(client: TestClient) -> None:
     assert again["after"]["thresholds"] == given["thresholds"]
 
 
+def test_too_little_to_judge_is_uncertain_unless_it_is_known(own: TestClient) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, format="PNG")
+    for known, decided in ((False, ("uncertain", "score")), (True, ("real", "known"))):
+        if known:
+            own.post("/v1/references", data={"label": "real"}, files=files(buffer.getvalue(), field="images"))
+        given = own.post("/v1/detect", files=files(buffer.getvalue())).json()["results"][0]
+        assert (given["verdict"], given["basis"], given["score"]) == (*decided, None)
+        shortfall = given["image"]["shortfall"]
+        assert shortfall.startswith("too flat to judge: ")
+        assert given["reason"] == (None if known else shortfall)
+        again = own.post(f"/v1/detections/{given['id']}/replay").json()["after"]
+        assert (again["verdict"], again["basis"], again["reason"]) == (*decided, given["reason"])
+
+
 def test_a_replay_remembers_that_the_verdict_flipped(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     detector = detector_of(client)
     changes = {"flip_uncertain": True, "unknown": 1.1}  # every fake is of an unknown generator

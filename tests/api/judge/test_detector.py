@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin
 from sqlalchemy.exc import OperationalError
 
 from api import verdict_log
+from api.access import Caller
 from api.judge import evidence
 from api.judge.detector import RECORD_VERSION, Case, Detector
 from api.judge.evidence import SearchQuery
@@ -86,6 +87,7 @@ def test_a_verdict_has_the_fields_of_the_contract(detector: Detector) -> None:
         "height": 64,
         "format": "PNG",
         "crop": list(detector.embedder.preprocess.box(64, 64)),
+        "shortfall": None,
     }
     assert shown["index"] == {"revision": detector.follower.revision, "size": 120}
     # 60 of each, and the 30 references of the generator that is not among them
@@ -332,6 +334,29 @@ def test_each_case_is_recorded_as_it_asks(detector: Detector, monkeypatch: pytes
     ]
     for row, case in zip(kept, [cases[0], *cases[2:]], strict=True):
         np.testing.assert_array_equal(row.vector, case.embeddings[0])
+
+
+def test_too_little_to_judge_is_uncertain_whatever_the_heads_say(detector: Detector) -> None:
+    rash = with_settings(detector, max_false_alarm=0.9, max_miss=0.9, unknown=0.99, flip_uncertain=True)
+    flat = "too flat to judge: brightness varies by 0.0 of 255, where 3 are needed"
+    small = "too small to judge: 15x64 pixels, where 16 a side are needed"
+    for size, reason in (((64, 64), flat), ((15, 64), small)):
+        upload = Upload("black.png", png(Image.new("RGB", size)))
+        verdict = judged(rash, upload, Question(explain=frozenset({"regions", "stability"})))
+        assert (verdict.verdict, verdict.basis, verdict.reason) == ("uncertain", "score", reason)
+        assert verdict.image.shortfall == reason
+        derived = (verdict.score, verdict.probability, verdict.false_alarm, verdict.novelty, verdict.combination)
+        assert derived == (None,) * 5
+        assert not verdict.unknown_generator
+        assert not {"regions", "stability"} & set(verdict.model_dump())
+        heads = verdict.heads  # the evidence is shown all the same
+        assert heads.knn is not None
+        assert heads.linear is not None
+        assert (heads.knn.contribution, heads.linear.contribution) == (None, None)
+        assert len(verdict.neighbours) == 10
+        row = detector.store.detections.get(UUID(verdict.id))
+        assert row is not None
+        assert verdict_log.replay(rash, row, Caller()).changed == []
 
 
 def test_regions_and_stability_come_when_asked_for(detector: Detector) -> None:
