@@ -12,13 +12,14 @@ from api.judge.detector import Detector
 from api.schemas.verdicts import ModelFacts
 from api.service_settings import ServiceSettings
 from indexer.database.connection import connect
+from indexer.database.embedded import EmbeddedServer
 from indexer.follower import Follower
 from indexer.ingest.ingest import register
 from indexer.store import Store
 from indexer.store.checkpoints import with_active_folder
 from trainer.heads.calibration_set import CalibrationSet, refit_command
 from trainer.heads.heads import HEADS_FILE, Heads
-from trainer.model.checkpoint import CONFIG_FILE, CheckpointError
+from trainer.model.checkpoint import CONFIG_FILE, CheckpointError, read_sections
 from trainer.model.embedder import Embedder
 
 log = logging.getLogger(__name__)
@@ -31,13 +32,17 @@ PROBE = text("select 1 from reference_image where id = 0")
 def load_detector(settings: ServiceSettings) -> Detector:
     """Reach the database, load the checkpoint, follow its index.
 
-    Where the active checkpoint is not on this machine, the home's stands in, and `Detector.inactive` says so.
+    Where the active checkpoint is not on this machine, the home's stands in, and `Detector.inactive` says so. That
+    there is none is found out before an embedded database is made.
 
     Raises:
         CheckpointError: The checkpoint is missing, broken, or known to the database with another dimension.
         DatabaseUnreachable: No database answers.
         DatabaseBehind: Its schema is another one.
     """
+    no_database = settings.database_url is None and not EmbeddedServer(settings.home).data.exists()
+    if no_database or settings.checkpoint is not None:  # no other can be the active one, or none is asked for
+        read_sections(settings.checkpoint_folder)
     store = Store(connect(settings, statement_seconds=STATEMENT_SECONDS))
     named, hindrance = settings.checkpoint is not None, None
     try:

@@ -157,6 +157,12 @@ def test_what_goes_wrong_is_one_line(
     assert "Traceback" not in done.stderr
 
 
+def test_without_a_checkpoint_no_database_is_made(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["detect", "x.png"], env={"LINEUP_HOME": str(tmp_path / "home")})
+    assert (done.exit_code, done.stderr.startswith("error: no checkpoint at")) == (1, True)
+    assert not (tmp_path / "home").exists()
+
+
 def test_serving_to_others_ends_in_one_line_when_no_key_can_be_looked_up(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
