@@ -102,7 +102,7 @@ def import_references(store: Store, path: Path, on_image: Callable[[], None] = l
 
     Returns:
         {"references", "added", "embeddings", "conflicts": [{"sha256", "has", "wants"}], "blocked": [hashes],
-        "checkpoints": [ids], "enrolment"}.
+        "checkpoints": [ids], "enrolment": its id, null where everything was known or blocked}.
 
     Raises:
         BadExport: The file is no export, or damaged; nothing was added.
@@ -117,13 +117,16 @@ def import_references(store: Store, path: Path, on_image: Callable[[], None] = l
                 store.generators.create(**generator | {"released_on": released_on})
         checkpoints = [checkpoint["id"] for checkpoint in about["checkpoints"]]
         report: dict[str, Any] = {"references": 0, "added": 0, "embeddings": 0, "conflicts": [], "blocked": []}
-        report |= {"checkpoints": checkpoints, "enrolment": store.enrolments.open(None, f"import {path.name}")}
+        report |= {"checkpoints": checkpoints, "enrolment": None}
         for number in range(about["pages"]):
             rows = json.loads(archive.read(f"{number}.json"))
+            if report["enrolment"] is None and _has_new(store, rows):
+                report["enrolment"] = store.enrolments.open(None, f"import {path.name}")
             _import_page(store, rows, archive.read(f"{number}.bin"), about.get("vectors", "<f4"), report)
             for _ in rows:
                 on_image()
-    store.enrolments.finish(report["enrolment"], report)
+    if report["enrolment"] is not None:
+        store.enrolments.finish(report["enrolment"], report)
     return report
 
 
@@ -154,6 +157,12 @@ def _pages(store: Store, pictures: bool, vector_type: str) -> Iterator[tuple[lis
             vector = np.frombuffer(row["vector"], "<f4").astype(vector_type)  # (d,)
             rows[row["image_id"]]["vectors"][row["checkpoint_id"]] = place(vector.tobytes())
         yield list(rows.values()), bytes(data)
+
+
+def _has_new(store: Store, rows: list[dict[str, Any]]) -> bool:
+    """Whether any row of a page is neither known nor blocked; one without a vector is not added."""
+    hashes = [row["sha256"] for row in rows if row["vectors"]]
+    return len(store.references.get_many((), hashes)) + len(store.references.blocked_hashes(hashes)) < len(hashes)
 
 
 def _import_page(

@@ -89,7 +89,8 @@ def test_a_set_arrives_as_it_was(source: Store, target: Store, tmp_path: Path) -
     assert enrolment.report == imported
     assert target.checkpoints.require(OTHER).config == {"image_size": 8}  # its folder is no other machine's business
     again = import_references(target, path)
-    assert (again["added"], again["embeddings"]) == (0, 0)
+    assert (again["added"], again["embeddings"], again["enrolment"]) == (0, 0, None)
+    assert len(target.enrolments.list()) == 1
     assert target.checkpoints.revision(CHECKPOINT) == 2  # two pages
 
 
