@@ -338,8 +338,16 @@ def import_command(
     with opened(settings) as store:
         with image_progress() as advance:
             report = import_references(store, file, advance)
-        for checkpoint_id in report["checkpoints"]:
-            renew_snapshot(settings, store, checkpoint_id)
+        for checkpoint in store.checkpoints.list():
+            if checkpoint.id not in report["checkpoints"]:
+                continue
+            renew_snapshot(settings, store, checkpoint.id)
+            if checkpoint.find(settings.checkpoint_folder) is None:
+                note(
+                    f"warning: checkpoint {checkpoint.name} ({checkpoint.id}), which made vectors of this file, is not "
+                    f"here: nothing can be compared with them until its folder is at {settings.checkpoint_folder} or "
+                    "LINEUP_CHECKPOINT names it"
+                )
     if report["conflicts"]:
         report["report"] = str(save_report(settings.home, "import", report))
     answer(as_json, report, lambda: tell_imported(report))

@@ -265,14 +265,18 @@ def test_a_broken_calibration_loses_no_enrolment(run: Run, images: Path, setting
     assert enrolment.report["effect"] == report["effect"]
 
 
-def test_export_and_import(run: Run, images: Path, tmp_path: Path) -> None:
+def test_export_and_import(run: Run, images: Path, tmp_path: Path, settings: Settings) -> None:
     run("add", images)
     assert run("export", tmp_path / "set").stdout == f"wrote 16 references to {tmp_path / 'set'}\n"
     run("remove", "--source", "images")
     report = document(run("import", tmp_path / "set", "--json"))
     assert (report["added"], report["embeddings"]) == (16, 16)
     assert document(run("check", "--json"))["agree"] is True
-    assert "added 0 of 16 references" in run("import", tmp_path / "set").stdout
+    again = run("import", tmp_path / "set")
+    assert "added 0 of 16 references" in again.stdout
+    [absent] = again.stderr.splitlines()[-1:]
+    assert absent.startswith("warning: checkpoint hashing (")
+    assert absent.endswith(f"until its folder is at {settings.home / 'hashing'} or LINEUP_CHECKPOINT names it")
     damaged = run("import", images / "real/000.jpg")
     assert (damaged.exit_code, len(damaged.stderr.splitlines())) == (1, 1)
 
