@@ -281,6 +281,33 @@ def test_export_and_import(run: Run, images: Path, tmp_path: Path, settings: Set
     assert (damaged.exit_code, len(damaged.stderr.splitlines())) == (1, 1)
 
 
+def test_references_without_pictures_serve_every_command(
+    run: Run, images: Path, settings: Settings, tmp_path: Path
+) -> None:
+    kinds = {"real/": "real,", "fake/gen-a/": "fake,gen-a", "fake/gen-b/": "fake,gen-b"}
+    lines = [
+        f"{folder}{path.name},{kind},who/what,c0ffee,{folder}{path.name}"
+        for folder, kind in kinds.items()
+        for path in sorted((images / folder).iterdir())
+    ]
+    header = "path,label,generator,source_repo,source_commit,source_path"
+    (images / "manifest.csv").write_text("\n".join([header, *lines]) + "\n")
+    run("add", images)
+    assert run("export", tmp_path / "set", "--without-pictures").exit_code == 0
+    run("remove", "--source", "images")
+    assert document(run("import", tmp_path / "set", "--json"))["added"] == 16
+    assert document(run("check", "--json"))["agree"] is True
+    rebuilt = run("rebuild", "--checkpoint", settings.home / "newer", "--json")
+    unreadable = json.loads(rebuilt.stdout)["unreadable"]
+    assert (rebuilt.exit_code, len(unreadable)) == (1, 16)
+    assert {one["uri"].partition("/c0ffee/")[0] for one in unreadable} == {"https://raw.githubusercontent.com/who/what"}
+    assert "add its data set with this checkpoint" in unreadable[0]["reason"]
+    # as the reason says: whoever has the images adds them with the new checkpoint
+    assert document(run("add", images, "--checkpoint", settings.home / "newer", "--json"))["embedded"] == 16
+    assert document(run("rebuild", "--checkpoint", settings.home / "newer", "--json"))["active"] is True
+    assert document(run("check", "--json"))["agree"] is True
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "part"),
     [

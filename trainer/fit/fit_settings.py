@@ -166,8 +166,6 @@ class FitSettings:
         if self.teacher and not self.teacher.startswith(TIMM_TEACHER):
             path = Path(self.teacher)
             values["teacher"] = f"{path.name}, sha256 {sha256(path.read_bytes()).hexdigest()}"
-        if not self.half:  # as in checkpoints of before it was a setting
-            del values["half"]
         return values | ({"architecture_args": self.timm_args} if self.timm_args else {})
 
 

@@ -119,7 +119,7 @@ def test_pictures_come_checked_and_a_second_run_fetches_what_failed(
     exif[274] = 6  # turned by a quarter: windows are of the pixels as stored
     turned = encoded(whole, "JPEG", quality=95, exif=exif.tobytes())
     own = encoded(noise(2))
-    part = {"fingerprint": fingerprint(window), "width": 48, "height": 32, "thumbnail": None}
+    part: dict[str, Any] = {"fingerprint": fingerprint(window), "width": 48, "height": 32, "thumbnail": None}
     at = {"window": "16,8,48,32"}
     ids = add_all(
         store,

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,7 +54,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     one = Hub(tmp_path / "hub")
     for number in range(2):
         rows = range(3 * number, 3 * number + 3)
-        columns = {"id": [f"r{row}" for row in rows], "url": [f"https://example.org/{row}.jpg" for row in rows]}
+        columns: dict[str, Any] = {
+            "id": [f"r{row}" for row in rows],
+            "url": [f"https://example.org/{row}.jpg" for row in rows],
+        }
         for generator, name in enumerate(("a/one", "b/two")):
             cells = [{"bytes": picture(10 * row + generator), "path": None} for row in rows]
             columns |= {f"image_gen{generator}": cells, f"model_gen{generator}": [name] * 3}

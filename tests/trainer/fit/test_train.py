@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 from tiny import TINY, tiny_settings
 from typer.testing import CliRunner
 
@@ -33,7 +34,7 @@ from trainer.fit.train import epoch_steps, finishing_seconds, fit
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads
 from trainer.images import Preprocess
-from trainer.model.checkpoint import read_config, read_weights
+from trainer.model.checkpoint import read_config, read_id, read_weights
 from trainer.model.embedder import Embedder
 from trainer.model.seen_images import SeenImages
 from trainer.views.augmentations import Augmenter
@@ -624,6 +625,7 @@ def test_a_stop_while_the_checkpoint_is_written_leaves_none_and_the_next_run_end
         {"local_size": 32},
         {"precision": "float32"},
         {"balance": True},
+        {"half": True},
     ],
 )
 def test_ablations_train(tiny: FitSettings, change: dict[str, Any]) -> None:
@@ -632,6 +634,10 @@ def test_ablations_train(tiny: FitSettings, change: dict[str, Any]) -> None:
     if change == {"loss": "bce"}:
         assert "linear" in metrics["validation"]
         assert Heads.load(tiny.output).linear.weight.shape == (48,)
+    if change == {"half": True}:
+        stored = load_file(tiny.output / "model.safetensors")
+        assert {array.dtype for array in stored.values()} == {np.dtype(np.float16)}
+        assert read_id(tiny.output) == metrics["checkpoint"]
 
 
 def test_pretrained_starts_from_timms_weights(tiny: FitSettings, monkeypatch: pytest.MonkeyPatch) -> None:
