@@ -17,6 +17,7 @@ from api.schemas import Scope
 from api.schemas.problems import ApiError
 from api.schemas.verdicts import Neighbour
 from indexer.store.keys import ApiKey, ApiKeys
+from indexer.store.reference_facts import PUBLIC
 
 SCOPES: tuple[Scope, ...] = ("detect", "enrol", "admin")
 FRESH = 2.0
@@ -43,7 +44,7 @@ class Caller:
 
     def visible(self, uri: str | None) -> str | None:
         """Where a reference lies, if this caller may know: of the web everybody, paths of this machine admins."""
-        public = uri is not None and uri.startswith(("https://", "http://"))
+        public = uri is not None and uri.startswith((*PUBLIC, "http://"))
         return uri if public or self.may("admin") else None
 
 

@@ -21,7 +21,7 @@ from sqlalchemy import text
 
 from indexer.store import Store
 from indexer.store.generators import GENERATOR_FACTS, GeneratorExists
-from indexer.store.reference_facts import ImageFacts, NewReference
+from indexer.store.reference_facts import PUBLIC, ImageFacts, NewReference
 
 FORMAT = "lineup references 2"
 FORMATS = ("lineup references 1", FORMAT)
@@ -101,8 +101,8 @@ def import_references(store: Store, path: Path, on_image: Callable[[], None] = l
     """Add everything from a file, by the same rules as any addition; safe to end at any point and to run again.
 
     Returns:
-        {"references", "added", "embeddings", "conflicts": [{"sha256", "has", "wants"}], "blocked": [hashes],
-        "checkpoints": [ids], "enrolment": its id, null where everything was known or blocked}.
+        {"references", "without_picture", "added", "embeddings", "conflicts": [{"sha256", "has", "wants"}],
+        "blocked": [hashes], "checkpoints": [ids], "enrolment": its id, null where everything was known or blocked}.
 
     Raises:
         BadExport: The file is no export, or damaged; nothing was added.
@@ -117,7 +117,7 @@ def import_references(store: Store, path: Path, on_image: Callable[[], None] = l
                 store.generators.create(**generator | {"released_on": released_on})
         checkpoints = [checkpoint["id"] for checkpoint in about["checkpoints"]]
         report: dict[str, Any] = {"references": 0, "added": 0, "embeddings": 0, "conflicts": [], "blocked": []}
-        report |= {"checkpoints": checkpoints, "enrolment": None}
+        report |= {"without_picture": 0, "checkpoints": checkpoints, "enrolment": None}
         for number in range(about["pages"]):
             rows = json.loads(archive.read(f"{number}.json"))
             if report["enrolment"] is None and _has_new(store, rows):
@@ -150,7 +150,7 @@ def _pages(store: Store, pictures: bool, vector_type: str) -> Iterator[tuple[lis
             if pictures:
                 facts |= {"thumbnail": place(row["thumbnail"]), "data": place(row["bytes"])}
             else:
-                public = (row["uri"] or "").startswith("https://")
+                public = (row["uri"] or "").startswith(PUBLIC)
                 facts |= {"thumbnail": None, "data": None, "uri": row["uri"] if public else None, "mtime": None}
             rows[row["id"]] = facts
         for row in vectors:
@@ -169,6 +169,7 @@ def _import_page(
     store: Store, rows: list[dict[str, Any]], data: bytes, vector_type: str, report: dict[str, Any]
 ) -> None:
     report["references"] += len(rows)
+    report["without_picture"] += sum(row["thumbnail"] is None for row in rows)
     conflicts: dict[str, dict[str, str]] = {}
     blocked: set[str] = set()
     for checkpoint_id in report["checkpoints"]:

@@ -10,6 +10,8 @@ from datetime import datetime
 import numpy as np
 
 LABEL_NAMES = ("real", "fake")
+PUBLIC = ("https://", "hf://")
+"""What the uri of an image that anybody can read begins with."""
 NEAR_BITS = 4
 """Images whose 64-bit difference hashes differ in at most this many bits are near duplicates."""
 
@@ -29,7 +31,7 @@ class ImageFacts:
         generator: Name, None for real images (and for fakes of which it is not known).
         source: The data set or feed it came from.
         group: Images that must not be split apart share it.
-        uri: Where the bytes can be read again, by anybody where it is `https:`; None for uploads.
+        uri: Where the bytes can be read again, by anybody where it is `PUBLIC`; None for uploads.
         file_bytes: Size of the file.
         mtime: Modification time of the file in seconds, for skipping it next time.
         width: Of the upright image, pixels.

@@ -100,15 +100,17 @@ def test_a_set_without_pictures_holds_nothing_but_what_is_public(source: Store, 
         [
             new(400, uri=public, thumbnail=b"a picture", fingerprint=7, mtime=1.5, attributes={"window": "0,0,64,48"}),
             new(401, uri="file:///home/me/b.png", thumbnail=None),
+            new(402, uri="hf://datasets/who/what@c0ffee/a.parquet#image/0"),
         ],
         CHECKPOINT,
     )
     path = tmp_path / "public.lineup"
-    assert export_references(source, path, pictures=False)["references"] == 302
+    assert export_references(source, path, pictures=False)["references"] == 303
     with ZipFile(path) as archive:
         content = b"".join(map(archive.read, archive.namelist()))
     assert not any(word in content for word in (b"a picture", b"the file", b"/home/me"))
-    assert import_references(target, path)["added"] == 302
+    imported = import_references(target, path)
+    assert (imported["added"], imported["without_picture"]) == (303, 303)
     without = {"thumbnail": None, "file": None, "pictured": False, "mtime": None}
     expected = {sha256: row | without for sha256, row in rows(source).items()}
     expected[new(401).sha256]["uri"] = None
@@ -118,7 +120,7 @@ def test_a_set_without_pictures_holds_nothing_but_what_is_public(source: Store, 
     # Exported once more, with the pictures that there are: none.
     export_references(target, tmp_path / "again", pictures=True)
     target.references.remove(ids=[row.id for row in target.references.list(limit=1000)])
-    assert import_references(target, tmp_path / "again")["added"] == 302
+    assert import_references(target, tmp_path / "again")["added"] == 303
     assert rows(target) == expected
 
 
