@@ -164,6 +164,8 @@ def tell_status(status: Mapping[str, Any]) -> None:
     if calibration is not None:
         fitted = f"{calibration['real']} real, {calibration['fake']} fake; revision {calibration['revision']}"
     facts.add_row("calibration", fitted)
+    if calibration is not None:
+        facts.add_row("promise", _promise(calibration["new_sources"]))
     stdout.print(facts)
     if status["not_embedded"]:
         stdout.print("to embed them, with its folder: lineup index rebuild --checkpoint FOLDER", soft_wrap=True)
@@ -192,6 +194,13 @@ def _table(title: str, *columns: str) -> Table:
 
 def _checkpoint(name: str, checkpoint_id: str, active: bool) -> str:
     return f"{name} {checkpoint_id}" + (", the active one" if active else "")
+
+
+def _promise(new_sources: int) -> str:
+    """To which real images the rate of false alarms is promised."""
+    if new_sources:
+        return f"to real images of known sources, and to nine of ten new sources (judging by {new_sources} sources)"
+    return "to real images of known sources alone (under 9 sources say nothing of a new one)"
 
 
 def tell_removed(report: Mapping[str, Any]) -> None:

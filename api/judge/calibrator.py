@@ -16,8 +16,7 @@ from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads
 
 log = logging.getLogger(__name__)
-NONE = np.empty(0, np.float32)
-UNCALIBRATED = Calibration(maps={}, real={}, fake={}, nearest=NONE, nearest_fake=NONE, n_real=0, n_fake=0)
+UNCALIBRATED = Calibration({}, {}, {}, {}, {}, nearest=np.empty(0, np.float32), n_real=0, n_fake=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,9 @@ class IndexCalibration:
         if self.revision is None:
             return None
         fitted = self.calibration
-        return CalibrationFacts(revision=self.revision, real=fitted.n_real, fake=fitted.n_fake)
+        return CalibrationFacts(
+            revision=self.revision, real=fitted.n_real, fake=fitted.n_fake, new_sources=fitted.new_sources()
+        )
 
     def thresholds(self, max_false_alarm: float, max_miss: float, heads: Collection[str] | None = None) -> Thresholds:
         """The cuts that promise these error rates, of the heads that answered (all when None)."""

@@ -65,7 +65,9 @@ def rule(
     if verdict == "uncertain":
         reason = fitted.shortage(*rates, answering) or "the score lies between the thresholds"
     nearest_real, nearest_fake = float(evidence.votes.nearest_real[0]), float(evidence.votes.nearest_fake[0])
-    p_value = calibration.fake_novelty(nearest_fake)
+    p_value = None
+    if verdict == "fake" and thresholds.fake is not None:
+        p_value = calibration.fake_novelty(nearest_fake, thresholds.fake, answering)
     return Ruling(
         verdict=verdict,
         reason=reason,
@@ -74,7 +76,7 @@ def rule(
         false_alarm=calibration.false_alarm(score, answering),
         thresholds=thresholds,
         novelty=calibration.novelty(float(np.fmax(nearest_real, nearest_fake))),
-        unknown_generator=verdict == "fake" and p_value is not None and p_value < settings.unknown,
+        unknown_generator=p_value is not None and p_value < settings.unknown,
     )
 
 

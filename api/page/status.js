@@ -117,7 +117,12 @@ function calibrated(found) {
           { class: "lead" },
           `Fitted with ${count(base.real)} real and ${count(base.fake)} generated images that trained neither ` +
             `model nor heads, each judged without itself and its own group, at revision ${base.revision}. Generators that ` +
-            "were enrolled after training are among them.",
+            "were enrolled after training are among them. " +
+            (base.new_sources
+              ? "At most that many false alarms are promised for photos of the sources they are from, and for nine of " +
+                `ten new sources, judging by ${count(base.new_sources)} sources.`
+              : "At most that many false alarms are promised for photos of the sources they are from alone: under 9 " +
+                "sources say nothing of a new one."),
         )
       : h("p", { class: "lead" }, "Nothing is calibrated: every verdict is “cannot tell”."),
     found.reason ? h("p", { class: "note" }, sentence(found.reason)) : null,

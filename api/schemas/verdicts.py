@@ -211,6 +211,9 @@ class CalibrationFacts(Model):
     revision: int
     real: int
     fake: int
+    new_sources: int = 0
+    """Sources of real images on which the rate of false alarms is promised for nine of ten new sources as well; 0 where
+    they are too few (under 9), and the rate is promised for images of known sources alone."""
 
 
 class Verdict(Model):

@@ -60,9 +60,10 @@ def calibrate(follower: Follower, heads: Heads, images: CalibrationSet, k: int) 
         nearest_fake=votes.nearest_fake,
         labels=images.labels,
         groups=images.groups,
+        sources=images.sources,
         enrolled=np.arange(len(images)) >= of_checkpoint,
     )
-    params = calibration.to_json() | {"k": k, "method": METHOD}
+    params = calibration.to_json() | {"k": k, "method": METHOD, "new_sources": calibration.new_sources()}
     try:
         follower.store.calibrations.save(follower.checkpoint_id, heads.id, revision, params)
     except SQLAlchemyError as error:  # a standby, a role that may not write, a full disk: the fit holds all the same

@@ -69,7 +69,12 @@ def store_status(settings: Settings, store: Store, checkpoint: Checkpoint | None
         },
         "calibration": None
         if saved is None
-        else {"revision": saved.revision, "real": saved.params["n_real"], "fake": saved.params["n_fake"]},
+        else {
+            "revision": saved.revision,
+            "real": saved.params["n_real"],
+            "fake": saved.params["n_fake"],
+            "new_sources": saved.params.get("new_sources", 0),
+        },
     }
 
 

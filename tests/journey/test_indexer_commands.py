@@ -115,6 +115,19 @@ def test_add_status_check_remove(run: Run, images: Path, settings: Settings) -> 
     assert document(run("status", "--json"))["references"] == {"real": 0, "fake": 0}
 
 
+def test_status_says_to_whom_the_rate_of_false_alarms_is_promised(run: Run, images: Path, store: Store) -> None:
+    """A calibration of before this was kept promises nothing to new sources."""
+    run("add", images, "--json")
+    kept: dict[str, Any] = {"n_real": 60, "n_fake": 90}
+    for revision, params, promise in (
+        (1, kept, "known sources alone (under 9 sources say nothing of a new one)"),
+        (2, kept | {"new_sources": 12}, "nine of ten new sources (judging by 12 sources)"),
+    ):
+        store.calibrations.save(HashingEmbedder().id, "heads", revision, params)
+        assert document(run("status", "--json"))["calibration"]["new_sources"] == params.get("new_sources", 0)
+        assert promise in " ".join(run("status").stdout.split())
+
+
 def test_people_get_lines(run: Run, images: Path) -> None:
     first = run("add", images)
     assert first.stdout.splitlines()[:2] == [

@@ -671,6 +671,7 @@ def test_status_shows_what_answers_and_how_well_calibrated(opens: Opens) -> None
     view = page.locator("#view-status")
     expect(view.locator(".cards")).to_contain_text("60 real photos and 60 generated images")
     expect(view.locator(".cards")).to_contain_text("up to date with the database")
+    expect(view.locator("section", has_text="Calibration")).to_contain_text("under 9 sources say nothing of a new one")
     expect(view.locator(".plot")).to_have_count(2)
     view.locator("summary").first.click()
     cells = view.get_by_role("table", name="Scores of the calibration images").locator("td").all_inner_texts()

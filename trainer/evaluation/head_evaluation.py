@@ -50,7 +50,8 @@ class Scorer:
         except CheckpointError:
             return cls(heads, None)
         missing = np.full(len(images), np.nan)
-        calibration = fit_calibration(heads.logits(images.embeddings), missing, missing, images.labels, images.groups)
+        logits = heads.logits(images.embeddings)
+        calibration = fit_calibration(logits, missing, missing, images.labels, images.groups, images.sources)
         return cls(heads, calibration if calibration.maps else None)
 
     def __call__(self, embeddings: np.ndarray) -> dict[str, np.ndarray]:

@@ -860,7 +860,7 @@ def test_status_and_calibration(client: TestClient) -> None:
     assert status["generators"] == [{"name": "gen-a", "references": 30}, {"name": "gen-b", "references": 30}]
     assert set(status["index"]) == {"kind", "device", "size", "revision"}
     assert (status["index"]["size"], status["index"]["revision"]) == (120, status["revision"])
-    assert status["calibration"] == {"revision": status["revision"], "real": 60, "fake": 90}
+    assert status["calibration"] == {"revision": status["revision"], "real": 60, "fake": 90, "new_sources": 0}
     assert (status["degraded"], status["reason"]) == (False, None)
     state = client.get("/v1/calibration").json()
     assert state["thresholds"] == client.post("/v1/detect", files=files(png())).json()["results"][0]["thresholds"]

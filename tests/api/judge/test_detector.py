@@ -91,7 +91,7 @@ def test_a_verdict_has_the_fields_of_the_contract(detector: Detector) -> None:
     }
     assert shown["index"] == {"revision": detector.follower.revision, "size": 120}
     # 60 of each, and the 30 references of the generator that is not among them
-    assert shown["calibration"] == {"revision": detector.follower.revision, "real": 60, "fake": 90}
+    assert shown["calibration"] == {"revision": detector.follower.revision, "real": 60, "fake": 90, "new_sources": 0}
     assert Verdict.model_validate(shown).model_dump(mode="json") == shown
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from sklearn.linear_model import LogisticRegression
 
 from trainer.heads.calibration import MINIMUM, Calibration, fit_calibration, group_folds, shift_prior, subset
 from trainer.heads.logistic import APART, RIDGE, LogisticMap, fit_logistic, sigmoid
+
+FAR_TO_NEAR = np.array([0.5, 0.6, 0.7, 0.8, 0.9], np.float32)
+"""Similarities to the nearest fake reference."""
 
 
 def head_scores(labels: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -28,7 +32,7 @@ def calibrate(n_real: int, n_fake: int, seed: int, groups: list[str] | None = No
     labels = np.r_[np.zeros(n_real, int), np.ones(n_fake, int)]
     nearest = rng.uniform(0.5, 1, n_real + n_fake)
     names = groups or [str(i) for i in range(len(labels))]
-    return fit_calibration(head_scores(labels, rng), nearest, nearest, labels, names)
+    return fit_calibration(head_scores(labels, rng), nearest, nearest, labels, names, [""] * len(names))
 
 
 def combine(fitted: Calibration, logits: Mapping[str, float | None]) -> float | None:
@@ -44,8 +48,9 @@ def table(real: list[float], fake: list[float]) -> Calibration:
         maps={"linear": LogisticMap(("linear",), (1.0,), 0.0)},
         real={"linear": np.sort(np.array(real, np.float32))},
         fake={"linear": np.sort(np.array(fake, np.float32))},
+        sources={"linear": np.zeros(len(real), np.int32)},
+        nearest_fake={"linear": np.full(len(fake), np.nan, np.float32)},
         nearest=np.array([], np.float32),
-        nearest_fake=np.array([], np.float32),
         n_real=len(real),
         n_fake=len(fake),
     )
@@ -172,7 +177,7 @@ def test_tables_hold_scores_of_maps_that_have_not_seen_the_group(apart: int, lab
     groups, raw = [str(i // 4) for i in range(60)], labels + rng.normal(size=60)
     for i in np.flatnonzero(labels == label)[apart:]:
         groups[i] = "large"
-    fitted = fit_calibration({"linear": raw}, raw, raw, labels, groups)
+    fitted = fit_calibration({"linear": raw}, raw, raw, labels, groups, groups)
     scores, folds = np.empty(60), group_folds(groups, labels)
     for fold in range(5):
         held = folds == fold
@@ -187,7 +192,7 @@ def test_what_could_not_be_answered_is_left_out_of_the_fit() -> None:
     logits, groups, nowhere = head_scores(labels, rng), [str(i) for i in range(90)], np.full(90, np.nan)
     logits["knn"][18:] = np.nan  # which leaves fewer than 10 of each label
     logits["svm"][80:] = np.nan
-    fitted = fit_calibration(logits, nowhere, nowhere, labels, groups)
+    fitted = fit_calibration(logits, nowhere, nowhere, labels, groups, groups)
     assert set(fitted.maps) == {"linear", "svm", "linear+svm"}
     assert fitted.maps["svm"] == fit_logistic(("svm",), logits["svm"][:80, None], labels[:80])
     assert (len(fitted.real["linear"]), len(fitted.real["svm"])) == (45, 40)
@@ -199,17 +204,18 @@ def test_enrolled_references_count_for_what_depends_on_the_index_alone() -> None
     enrolled = (labels == 1) & (np.arange(90) > 60)
     nearest, groups = rng.uniform(size=90), [str(i) for i in range(90)]
     own = np.flatnonzero(~enrolled)
-    both = fit_calibration(logits, nearest, nearest, labels, groups, enrolled)
+    both = fit_calibration(logits, nearest, nearest, labels, groups, groups, enrolled)
     without = fit_calibration(
         {head: values[own] for head, values in logits.items()},
         nearest[own],
         nearest[own],
         labels[own],
         [groups[i] for i in own],
+        [groups[i] for i in own],
     )
     assert {name for name in both.maps if both.maps[name] == without.maps[name]} == {"linear", "svm", "linear+svm"}
     assert (both.n_fake, len(both.fake["linear"]), len(both.fake["knn"])) == (45, 30, 45)
-    assert (len(both.nearest), len(both.nearest_fake)) == (90, 45)
+    assert (len(both.nearest), len(both.nearest_fake["linear"]), len(both.nearest_fake["knn"])) == (90, 30, 45)
 
 
 def test_one_group_of_everything_still_calibrates() -> None:
@@ -277,7 +283,8 @@ def test_a_stored_calibration_keeps_its_rates_where_scores_tie(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainer.heads.calibration.fit_logistic", lambda *_: same)
         raw, nowhere = np.array(real + fake), np.full(len(labels), np.nan)
-        fitted = fit_calibration({"linear": raw}, nowhere, nowhere, labels, [str(i) for i in range(len(labels))])
+        names = [str(i) for i in range(len(labels))]
+        fitted = fit_calibration({"linear": raw}, nowhere, nowhere, labels, names, [""] * len(labels))
     stored = Calibration.from_json(json.loads(json.dumps(fitted.to_json())))
     reals, fakes = (np.array([combine(stored, {"linear": score}) for score in scores]) for scores in (real, fake))
     t_fake, t_real = stored.thresholds(rate, rate)
@@ -305,16 +312,78 @@ def test_false_alarm_is_the_share_of_reals_at_or_above() -> None:
 def test_novelty_by_hand_and_only_from_fifty_images() -> None:
     nearest = np.linspace(0.51, 1.0, 50).astype(np.float32)
     labels = np.r_[np.zeros(25, int), np.ones(25, int)]
-    fitted = fit_calibration({}, nearest, nearest, labels, [str(i) for i in range(50)])
+    names = [str(i) for i in range(50)]
+    fitted = fit_calibration({}, nearest, nearest, labels, names, names)
     assert fitted.novelty(0.4) == pytest.approx(1 / 51)
     assert fitted.novelty(0.755) == pytest.approx(26 / 51)
     assert fitted.novelty(1.0) == 1.0
     assert fitted.novelty(float("nan")) is None
-    assert fitted.fake_novelty(0.4) is None
-    fakes = fit_calibration({}, nearest - 1, nearest, np.ones(50, int), [str(i) for i in range(50)])
-    assert fakes.fake_novelty(0.755) == pytest.approx(26 / 51)
-    fewer = fit_calibration({}, nearest[:49], nearest[:49], labels[:49], [str(i) for i in range(49)])
+    assert fitted.fake_novelty(0.4, 0.5) is None
+    fewer = fit_calibration({}, nearest[:49], nearest[:49], labels[:49], names[:49], names[:49])
     assert fewer.novelty(0.4) is None
+
+
+def test_an_unknown_generator_is_told_among_fakes_that_are_called_fake() -> None:
+    """Fakes that are called real lie farthest from all: among them nothing that is called fake would look new."""
+    fitted = replace(table([-3.0], [-2.0, -1.0, 1.0, 2.0, 3.0]), nearest_fake={"linear": FAR_TO_NEAR})
+    assert fitted.fake_novelty(0.65, 0.5) == pytest.approx(1 / 4)
+    assert fitted.fake_novelty(0.7, 0.5) == pytest.approx(2 / 4)  # a tie is not farther
+    assert fitted.fake_novelty(0.65, float(sigmoid(np.array(-1.0)))) == pytest.approx(2 / 5)
+    assert fitted.fake_novelty(0.65, 0.0) == pytest.approx(3 / 6)
+    assert fitted.fake_novelty(0.65, 0.99) is None
+    assert fitted.fake_novelty(float("nan"), 0.5) is None
+    assert fitted.fake_novelty(0.65, 0.5, ["svm"]) is None
+
+
+def test_similarities_and_sources_stay_with_their_scores() -> None:
+    """Each table is sorted by score, and what belongs to an image goes along."""
+    labels, rng = np.arange(60) % 2, np.random.default_rng(4)
+    raw, names = labels + rng.normal(size=60), [str(i) for i in range(60)]
+    sources = [f"source {i % 7}" for i in range(60)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.heads.calibration.fit_logistic", lambda *_: LogisticMap(("linear",), (1.0,), 0.0))
+        fitted = fit_calibration({"linear": raw}, raw, np.where(raw > 2, np.nan, raw), labels, names, sources)
+    fakes = np.where(fitted.fake["linear"] > 2, np.nan, fitted.fake["linear"])
+    np.testing.assert_array_equal(fitted.nearest_fake["linear"], fakes)
+    reals = np.flatnonzero(labels == 0)
+    expected = [i % 7 for i in reals[np.argsort(raw[reals])]]
+    np.testing.assert_array_equal(fitted.sources["linear"], expected)
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 10_000), st.integers(2, 30), st.floats(0.02, 0.9))
+def test_nine_of_ten_new_sources_hold_the_rate(seed: int, count: int, rate: float) -> None:
+    """The threshold is the smallest that both definitions allow, as counting over all candidates finds it."""
+    rng = np.random.default_rng(seed)
+    sources = rng.integers(0, count, 150)
+    scores = np.sort(np.round(rng.normal(size=150) + rng.normal(size=count)[sources], 1)).astype(np.float32)
+    fitted = replace(table(scores.tolist(), [0.0]), sources={"linear": sources.astype(np.int32)})
+    t_fake, _ = fitted.thresholds(rate, 0.5)
+    reals, numbers = sigmoid(scores), np.unique(sources)
+
+    def promised(t: float) -> bool:
+        alarms = reals >= t
+        above = sum(alarms[sources == number].mean() > rate + 1e-9 for number in numbers)
+        by_source = (1 + above) / (len(numbers) + 1) <= 0.1 + 1e-9 or len(numbers) < 9
+        return by_source and bool((1 + alarms.sum()) / 151 <= rate + 1e-9)
+
+    candidates = [0.0, *np.nextafter(np.unique(reals), 2.0)]
+    assert t_fake == next(t for t in candidates if promised(t))
+    assert fitted.new_sources() == (len(numbers) if len(numbers) >= 9 else 0)
+
+
+@pytest.mark.parametrize(("known", "held"), [(30, (0.88, 0.92)), (1, (0.5, 0.8))])
+def test_new_sources_hold_the_rate_where_sources_are_known(known: int, held: tuple[float, float]) -> None:
+    """Of new sources, exchangeable with 30 others, nine of ten hold the rate; by single images far fewer do."""
+    rng, shares = np.random.default_rng(7), []
+    for _ in range(150):
+        scores = rng.normal(size=(60, 1)) + rng.normal(size=(60, 20))  # (source, image)
+        reals, sources = scores[:30].ravel(), np.repeat(np.arange(30, dtype=np.int32) % known, 20)
+        fitted = replace(table(reals.tolist(), [0.0]), sources={"linear": sources[np.argsort(reals)]})
+        t_fake, _ = fitted.thresholds(0.05, 0.5)
+        assert t_fake is not None
+        shares.append(((sigmoid(scores[30:].astype(np.float32)) >= t_fake).mean(1) <= 0.05).mean())
+    assert held[0] <= np.mean(shares) <= held[1]
 
 
 def test_json_round_trip() -> None:
@@ -324,8 +393,9 @@ def test_json_round_trip() -> None:
     for name in fitted.maps:
         np.testing.assert_array_equal(again.real[name], fitted.real[name])
         np.testing.assert_array_equal(again.fake[name], fitted.fake[name])
+        np.testing.assert_array_equal(again.sources[name], fitted.sources[name])
+        np.testing.assert_array_equal(again.nearest_fake[name], fitted.nearest_fake[name])
     np.testing.assert_array_equal(again.nearest, fitted.nearest)
-    np.testing.assert_array_equal(again.nearest_fake, fitted.nearest_fake)
     assert (again.n_real, again.n_fake) == (100, 120)
     assert again.thresholds(0.05, 0.05) == fitted.thresholds(0.05, 0.05)
 
@@ -369,7 +439,8 @@ def test_novelty_p_values_are_conservative(seed: int) -> None:
     rng = np.random.default_rng(seed)
     labels = np.arange(200) % 2
     nearest = rng.beta(5, 2, 200)
-    fitted = fit_calibration({}, nearest, nearest, labels, [str(i) for i in range(200)])
+    names = [str(i) for i in range(200)]
+    fitted = fit_calibration({}, nearest, nearest, labels, names, names)
     fresh = [fitted.novelty(similarity) for similarity in rng.beta(5, 2, 400)]
     assert np.mean([p is not None and p <= 0.1 for p in fresh]) < 0.1 + 0.12
 
@@ -379,7 +450,8 @@ def test_probabilities_are_calibrated_at_prior_one_half(prevalence: float) -> No
     rng = np.random.default_rng(11)
     n = 4000
     labels = (rng.random(n) < prevalence).astype(int)
-    fitted = fit_calibration(head_scores(labels, rng), np.ones(n), np.ones(n), labels, [str(i) for i in range(n)])
+    names = [str(i) for i in range(n)]
+    fitted = fit_calibration(head_scores(labels, rng), np.ones(n), np.ones(n), labels, names, [""] * n)
     fresh = np.arange(20_000) % 2
     scores = fitted.combine_many(head_scores(fresh, rng))
     for low in (0.1, 0.4, 0.7):
