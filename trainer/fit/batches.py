@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -14,10 +14,19 @@ from trainer.images import UnreadableImage
 from trainer.views.augmentations import Pixels
 from trainer.views.views import Views
 
-Origin = tuple[str, str]
-"""SHA-256 and group of an image."""
+
+class Origin(NamedTuple):
+    """What an image of a record is."""
+
+    sha256: str
+    group: str
+    generator: str
+    """Empty for a real image."""
+
+
 Batch = tuple[torch.Tensor, torch.Tensor, list[str], list[Origin]]
-"""Whole views (n, 3, 2, s, s, 3), local views (n, 2, l, l, 3), uint8, what could not be read, and what was."""
+"""Whole views (n, 3, 2, s, s, 3), local views (n, 2, l, l, 3), uint8, what could not be read, and what was: real and
+fake in turn."""
 Sample = tuple[Pixels, Pixels, list[str], list[Origin]]
 """Whole views (3, 2, s, s, 3), local views (2, l, l, 3), the uris that could not be read, and what was read."""
 
@@ -113,7 +122,7 @@ class Pairs(Dataset[Sample]):
             except UnreadableImage as error:
                 unreadable.append(f"{entries[place].uri}\t{error}")
             else:
-                origins.append((decoded.facts.sha256, entries[place].group))
+                origins.append(Origin(decoded.facts.sha256, entries[place].group, entries[place].generator or ""))
                 return decoded
         raise UnreadableImage(
             f"none of {len(unreadable)} images of one label can be read any more, the last: {unreadable[-1]}"

@@ -18,6 +18,7 @@ SPLIT_HELP = "Comma list; of 70 % of the groups where the data set names no spli
 TIMM_TEACHER = "timm/"
 Terms = Literal["both", "global", "multi-scale"]
 Anchors = Literal["both", "real"]
+Loss = Literal["infonce", "bce", "reference"]
 
 
 class FitError(ValueError):
@@ -77,7 +78,14 @@ class FitSettings:
     temperature: Annotated[float, Option()] = 0.1
     terms: Annotated[Terms, Option(help="both, global or multi-scale (ablation).")] = "both"
     anchors: Annotated[Anchors, Option(help="both or real (ablation).")] = "both"
-    loss: Annotated[Literal["infonce", "bce"], Option(help="infonce or bce (ablation).")] = "infonce"
+    loss: Annotated[Loss, Option(help="infonce; ablations: bce, or that of the reference code.")] = "infonce"
+    """The reference code counts the real term twice and the fake term never."""
+    positives: Annotated[
+        Literal["label", "generator"], Option(help="Views drawn together: label (CoDE), or those of one generator.")
+    ] = "label"
+    """`generator` is the supervised contrastive loss over all views, with a class per generator and one for real."""
+    proxies: Annotated[float, Option(help="Weight of a cross entropy over learnt centres of the generators.")] = 0.0
+    """Its classes are those of `positives=generator`."""
     gather: Annotated[bool, Option(help="Negatives of all processes.")] = True
     clip: Annotated[
         float, Option(help="Largest norm of the gradient; 0 = any, as in the reference, which learnt more slowly here.")
@@ -112,6 +120,11 @@ class FitSettings:
         if self.batch_size < 2:
             raise FitError(
                 f"batch size {self.batch_size}: a positive comes from another record; set --batch-size to 2 or more"
+            )
+        if self.positives == "generator" and (self.loss, self.terms, self.anchors) != ("infonce", "both", "both"):
+            raise FitError(
+                f"--positives generator is a loss of its own: leave out --loss {self.loss}, --terms {self.terms} and "
+                f"--anchors {self.anchors}"
             )
         for size, option in ((self.image_size, "--image-size"), (self.local, "--local-size")):
             if size < self.patch or size % self.patch:
@@ -152,6 +165,11 @@ class FitSettings:
         """Side of local crops in pixels."""
         patches = max(1, round(96 / 224 * self.image_size / self.patch))
         return self.local_size or patches * self.patch
+
+    @property
+    def knows_generators(self) -> bool:
+        """Whether the loss tells generators apart."""
+        return self.positives == "generator" or self.proxies > 0
 
     @property
     def preprocessing(self) -> Preprocess:

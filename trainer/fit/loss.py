@@ -1,4 +1,4 @@
-"""The loss of CoDE (arXiv 2407.20337, equations 1 to 5; the form is that of the paper, not of its reference code)."""
+"""The loss of CoDE (arXiv 2407.20337, equations 1 to 5, in the paper's form), and losses that know the generator."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from trainer.fit.fit_settings import Anchors, Terms
 
 TEMPERATURE = 0.1
+SMOOTHING = 0.1
 
 
 def info_nce(anchor: Tensor, positive: Tensor, negatives: Tensor, temperature: float = TEMPERATURE) -> Tensor:
@@ -95,6 +96,47 @@ def code_loss(
             parts.append(info_nce(local_crop[label], global_crop[label], negatives, temperature))
         losses.append(torch.stack(parts).mean())
     return torch.stack(losses).sum()
+
+
+def supervised_contrastive_loss(
+    views: Tensor, classes: Tensor, *, temperature: float = TEMPERATURE, gather: bool = False
+) -> Tensor:
+    """Each view is drawn to all others of its class and driven away from the rest (arXiv 2004.11362, L_out, eq. 2).
+
+    Args:
+        views: Embeddings of any norm, shape (m, d).
+        classes: Class of each view, shape (m,); every class has two views or more.
+        temperature: Cosine similarities are divided by this.
+        gather: Compare with the views of every process of the group.
+
+    Returns:
+        Mean over the m views, a scalar in nats.
+    """
+    views = F.normalize(views.float(), dim=-1)
+    others, other_classes = (everyones(views), everyones(classes)) if gather else (views, classes)
+    first = len(views) * dist.get_rank() if len(others) > len(views) else 0
+    themselves = torch.zeros(len(views), len(others), dtype=torch.bool, device=views.device)  # (m, world * m)
+    themselves[:, first : first + len(views)].fill_diagonal_(True)
+    logits = (views @ others.T / temperature).masked_fill(themselves, -torch.inf)  # (m, world * m)
+    positive = (classes[:, None] == other_classes) & ~themselves  # (m, world * m)
+    chances = logits.log_softmax(1).masked_fill(~positive, 0)  # (m, world * m)
+    return -(chances.sum(1) / positive.sum(1)).mean()
+
+
+def proxy_loss(views: Tensor, classes: Tensor, proxies: Tensor, *, temperature: float = TEMPERATURE) -> Tensor:
+    """Cross entropy of views over the cosine similarities to a learnt proxy of each class (Proxy-NCA, NormFace).
+
+    Args:
+        views: Embeddings of any norm, shape (m, d).
+        classes: Class of each view, shape (m,).
+        proxies: One of any norm per class, shape (c, d).
+        temperature: Cosine similarities are divided by this.
+
+    Returns:
+        Mean over the m views with label smoothing of 0.1, a scalar in nats.
+    """
+    logits = F.normalize(views.float(), dim=-1) @ F.normalize(proxies, dim=-1).T / temperature  # (m, c)
+    return F.cross_entropy(logits, classes, label_smoothing=SMOOTHING)
 
 
 class _Gather(torch.autograd.Function):

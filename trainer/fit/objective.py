@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.fit.fit_settings import FitSettings
-from trainer.fit.loss import code_loss
+from trainer.fit.loss import code_loss, proxy_loss, supervised_contrastive_loss
 from trainer.fit.teacher import Distillation, load_teacher
 from trainer.model.checkpoint import CheckpointConfig, build_backbone
 
@@ -23,11 +23,20 @@ class Objective(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, dim: int, settings: FitSettings) -> None:
+    def __init__(self, backbone: nn.Module, dim: int, settings: FitSettings, generators: int = 1) -> None:
+        """A loss without a teacher.
+
+        Args:
+            backbone: Gives embeddings of `dim` values.
+            dim: Their number.
+            settings: What decides the loss.
+            generators: How many there are, for the centres of `proxies`.
+        """
         super().__init__()
         self.backbone = backbone
         self.settings = settings
         self.classifier = nn.Linear(dim, 1) if settings.loss == "bce" else None
+        self.proxies = nn.Parameter(torch.randn(1 + generators, dim)) if settings.proxies else None
         preprocess = settings.preprocessing
         self.register_buffer("mean", 255 * torch.tensor(preprocess.mean).view(3, 1, 1), persistent=False)
         self.patches: PatchSubset | None = None
@@ -37,28 +46,46 @@ class Objective(nn.Module):
             backbone.patch_drop = self.patches
         self.register_buffer("std", 255 * torch.tensor(preprocess.std).view(3, 1, 1), persistent=False)
 
-    def forward(self, whole: Tensor, local: Tensor, other: Tensor, seed: int = 0, teaching: float = 0.0) -> Tensor:
+    def forward(
+        self, whole: Tensor, local: Tensor, other: Tensor, generators: Tensor, seed: int = 0, teaching: float = 0.0
+    ) -> Tensor:
         """The loss of a batch of records, a scalar.
 
         Args:
             whole: Plain, augmented and global views, shape (n, 3, 2, s, s, 3), uint8.
             local: Local crops, shape (n, 2, l, l, 3), uint8.
             other: A derangement of the records, shape (n,).
+            generators: Of the records' fakes, 0..g-1, shape (n,).
             seed: Decides the patches that are fed, where not all are.
             teaching: Weight of the distance to the teacher's features.
         """
         embeddings, distance = self.embed_views(whole, local, seed, teach=teaching > 0)
-        return self.loss(embeddings, other) + teaching * distance
+        return self.loss(embeddings, other, generators) + teaching * distance
 
-    def loss(self, embeddings: Tensor, other: Tensor) -> Tensor:
+    def loss(self, embeddings: Tensor, other: Tensor, generators: Tensor) -> Tensor:
         """The loss of embeddings (4, 2, n, d) of plain, augmented, global and local views; real, fake."""
+        settings = self.settings
+        views = embeddings.flatten(0, 2)  # (4 * 2 * n, d)
+        classes = torch.stack([torch.zeros_like(generators), 1 + generators])  # (2, n), 0 is real
+        classes = classes.expand(4, -1, -1).flatten()  # (4 * 2 * n,)
+        if settings.positives == "generator":
+            loss = supervised_contrastive_loss(views, classes, temperature=settings.temperature, gather=settings.gather)
+        else:
+            loss = self.label_loss(embeddings, other)
+        if self.proxies is not None:
+            loss = loss + settings.proxies * proxy_loss(views, classes, self.proxies, temperature=settings.temperature)
+        return loss
+
+    def label_loss(self, embeddings: Tensor, other: Tensor) -> Tensor:
+        """The part of the loss that knows real and fake alone."""
         if self.classifier is not None:
             logits: Tensor = self.classifier(embeddings)[..., 0]  # (4, 2, n)
             labels = torch.arange(2.0, device=logits.device)[None, :, None].expand_as(logits)
             return F.binary_cross_entropy_with_logits(logits, labels)
         plain, augmented, global_crop, local_crop = embeddings
         settings = self.settings
-        return code_loss(
+        twice = settings.loss == "reference"
+        loss = code_loss(
             plain,
             augmented,
             global_crop,
@@ -66,9 +93,10 @@ class Objective(nn.Module):
             other,
             temperature=settings.temperature,
             terms=settings.terms,
-            anchors=settings.anchors,
+            anchors="real" if twice else settings.anchors,
             gather=settings.gather,
         )
+        return 2 * loss if twice else loss
 
     def embed_views(self, whole: Tensor, local: Tensor, seed: int = 0, *, teach: bool = False) -> tuple[Tensor, Tensor]:
         """Embeddings of all views, shape (4, 2, n, d), float32: plain, augmented, global, local; real, fake.
@@ -168,14 +196,16 @@ class Slices:
         self.pool = ThreadPoolExecutor(threads)
         self.backbone = [parameter for parameter in objective.backbone.parameters() if parameter.requires_grad]
 
-    def __call__(self, whole: Tensor, local: Tensor, other: Tensor, seed: int = 0, teaching: float = 0.0) -> Tensor:
+    def __call__(
+        self, whole: Tensor, local: Tensor, other: Tensor, generators: Tensor, seed: int = 0, teaching: float = 0.0
+    ) -> Tensor:
         """Set the gradients of all parameters; returns the loss. Arguments as `Objective.forward`."""
         wholes, locals_ = whole.chunk(self.threads), local.chunk(self.threads)
         slices = zip(wholes, locals_, range(seed, seed + len(wholes)), strict=True)
         embed = partial(self.objective.embed_views, teach=teaching > 0)
         parts, distances = zip(*self.pool.map(lambda views: embed(*views), slices), strict=True)
         leaves = [part.detach().requires_grad_() for part in parts]  # (4, 2, n / threads, d)
-        loss = self.objective.loss(torch.cat(leaves, 2), other)
+        loss = self.objective.loss(torch.cat(leaves, 2), other, generators)
         torch.autograd.backward(loss)
         weights = [teaching * len(slice_) / len(whole) for slice_ in wholes]  # of each slice's mean
         parameters = [*self.backbone]
@@ -206,7 +236,7 @@ def plain_attention(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
-def make_objective(settings: FitSettings, device: str) -> tuple[Objective, CheckpointConfig]:
+def make_objective(settings: FitSettings, device: str, generators: int = 1) -> tuple[Objective, CheckpointConfig]:
     """Backbone and loss with weights drawn from the seed (or timm's), and the configuration of the checkpoint."""
     import timm
 
@@ -224,7 +254,7 @@ def make_objective(settings: FitSettings, device: str) -> tuple[Objective, Check
         provenance={"code": "lineup train fit", "data": str(settings.data), "split": settings.split},
     )
     torch.manual_seed(settings.seed)
-    objective = Objective(build_backbone(config), config.dim, settings)
+    objective = Objective(build_backbone(config), config.dim, settings, generators)
     if settings.pretrained:
         official = timm.create_model(settings.architecture, pretrained=True, num_classes=0, **args)
         objective.backbone.load_state_dict(official.state_dict())

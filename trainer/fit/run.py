@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.cores import usable_cores
-from trainer.fit.batches import Batch
+from trainer.fit.batches import Batch, Origin
 from trainer.fit.fit_settings import FitError, FitSettings, learning_rate, teacher_weight
 from trainer.fit.loss import derangement
 from trainer.fit.objective import Objective, Slices
@@ -73,6 +73,8 @@ class Run:
     objective: Objective
     steps: int
     """Updates per epoch, where no state says otherwise."""
+    generators: list[str] = field(default_factory=list)
+    """Those of the training images; of shards, those of the records that were listed."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Reason by uri of images that could not be read on the way."""
     seen: SeenImages = field(default_factory=lambda: SeenImages.of([], []))
@@ -122,17 +124,18 @@ class Run:
             rate: The learning rate.
             teaching: Weight of the distance to the teacher's features.
         """
-        whole, local, unreadable, _ = batch
+        whole, local, unreadable, origins = batch
         self.unreadable.update({uri: reason for uri, _, reason in (line.partition("\t") for line in unreadable)})
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         whole, local = (views.to(self.device, non_blocking=True) for views in (whole, local))
         other = derangement(len(whole), order).to(self.device)
+        generators = self.places(origins[1::2]) if self.settings.knows_generators else torch.zeros(len(whole)).long()
         seed = int(torch.randint(2**31, (), generator=order))
         if self.slices is not None:
-            loss = self.slices(whole, local, other, seed, teaching)
+            loss = self.slices(whole, local, other, generators.to(self.device), seed, teaching)
         else:
-            loss = self.model(whole, local, other, seed, teaching)
+            loss = self.model(whole, local, other, generators.to(self.device), seed, teaching)
             torch.autograd.backward(loss)
         if self.settings.clip:
             nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.clip)
@@ -144,6 +147,19 @@ class Run:
                 torch._foreach_lerp_(list(self.average.parameters()), list(self.objective.parameters()), 1 - decay)
         self.state.updates += 1
         return float(loss.detach())
+
+    def places(self, fakes: Sequence[Origin]) -> Tensor:
+        """The place of each fake's generator among all, shape (n,).
+
+        Raises:
+            FitError: One is not among them.
+        """
+        if missing := {fake.generator for fake in fakes} - set(self.generators):
+            raise FitError(
+                f"generators {', '.join(sorted(missing))} are not among the first images of the shards, which have "
+                f"{', '.join(self.generators)}: raise --head-images, so that more are listed"
+            )
+        return torch.tensor([self.generators.index(fake.generator) for fake in fakes])  # (n,)
 
     def epoch(self, batches: Iterator[Batch], listeners: Sequence[Advance] = ()) -> dict[str, float]:
         """Train until the batches or the time end, and return what the summary of the epoch needs.
@@ -162,7 +178,7 @@ class Run:
                 break
             rate = learning_rate(settings, progress, world)
             losses.append(self.step(batch, order, rate, teacher_weight(settings, progress)))
-            records.append(SeenImages.of((sha256 for sha256, _ in batch[3]), (group for _, group in batch[3])))
+            records.append(SeenImages.of((origin.sha256 for origin in batch[3]), (origin.group for origin in batch[3])))
             if not math.isfinite(losses[-1]):
                 raise FitError(f"the loss became {losses[-1]} at update {state.updates}: lower --learning-rate")
             speed = len(losses) * settings.batch_size * world / (time.monotonic() - begin)

@@ -11,7 +11,8 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from trainer.data.entry import default_split, plain, role
-from trainer.fit.batches import Sample
+from trainer.data.shards import D3_GENERATORS
+from trainer.fit.batches import Origin, Sample
 from trainer.fit.fit_settings import FitError
 from trainer.images import UnreadableImage, decode_image
 from trainer.views.views import Views
@@ -20,6 +21,7 @@ SHUFFLE = 200
 """Records held back and drawn from at random; a record of D3 has about 0.3 MB."""
 MOST_USELESS = 10_000
 """Records in a row that may be of another role, or broken, before the stream gives up."""
+GENERATORS = {f"gen_{number}": name for number, name in enumerate(D3_GENERATORS)}
 _MEMBER = re.compile(r"(real|gen_\d+)\.(jpe?g|png|webp)")
 
 
@@ -95,7 +97,8 @@ class ShardRecords(IterableDataset[Sample]):
                 unreadable.append(f"{record['__url__']}#{record['__key__']}.{key}\t{error}")
                 return None
             decoded.append((np.asarray(image), np.asarray(self.views.preprocess.crop(image))))
-            origins.append((facts.sha256, plain(record["__key__"])))
+            generator = "" if key in reals else GENERATORS.get(key.partition(".")[0], key)
+            origins.append(Origin(facts.sha256, plain(record["__key__"]), generator))
         return *self.views.record(decoded[0], decoded[1], rng), unreadable.copy(), origins
 
 

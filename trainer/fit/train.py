@@ -72,8 +72,10 @@ def fit(
         scale=settings.scale,
         recompress=settings.recompress,
     )
-    objective, config = make_objective(settings, device)
-    run = Run(settings, processes, device, objective, epoch_steps(settings, roles["training"], processes.world))
+    generators = sorted({entry.generator or "" for entry in roles["training"].entries if entry.label})
+    objective, config = make_objective(settings, device, len(generators))
+    steps = epoch_steps(settings, roles["training"], processes.world)
+    run = Run(settings, processes, device, objective, steps, generators)
     if state is not None:
         run.restore(state)
         say(f"resuming after epoch {state.epoch}, {state.updates} updates")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.fit.fit_settings import Anchors, FitSettings, Terms
-from trainer.fit.loss import code_loss, derangement, everyones, info_nce
+from trainer.fit.loss import code_loss, derangement, everyones, info_nce, proxy_loss, supervised_contrastive_loss
 from trainer.fit.objective import Objective, PatchSubset, Slices
 from trainer.fit.run import Processes
 
@@ -141,6 +141,13 @@ def test_derangements_have_no_fixed_point_and_all_occur() -> None:
         derangement(1, generator)
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "infonce": {},
+    "bce": {"loss": "bce"},
+    "generator": {"positives": "generator", "proxies": 0.5},
+}
+
+
 def tiny_objective(loss: str = "infonce") -> Objective:
     """A backbone small enough to differentiate in an instant: 8 x 8 pixels through two layers."""
     torch.manual_seed(0)
@@ -151,9 +158,9 @@ def tiny_objective(loss: str = "infonce") -> Objective:
         image_size=16,
         local_size=16,
         precision="float32",
-        loss="bce" if loss == "bce" else "infonce",
+        **SETTINGS[loss],
     )
-    return Objective(backbone, 8, settings)
+    return Objective(backbone, 8, settings, 2)
 
 
 @pytest.mark.parametrize(
@@ -161,18 +168,64 @@ def tiny_objective(loss: str = "infonce") -> Objective:
 )
 def test_the_objective_is_the_loss_of_its_settings(change: dict[str, Any]) -> None:
     objective, views, other = tiny_objective(), random_views(), torch.tensor([1, 2, 3, 4, 0])
-    usual = objective.loss(views, other)
+    generators = torch.tensor([0, 1, 1, 0, 1])
+    usual = objective.loss(views, other, generators)
     objective.settings = replace(objective.settings, **change)
     plain, augmented, global_crop, local_crop = views
-    assert objective.loss(views, other) == code_loss(plain, augmented, global_crop, local_crop, other, **change)
-    assert objective.loss(views, other) != usual
+    changed = objective.loss(views, other, generators)
+    assert changed == code_loss(plain, augmented, global_crop, local_crop, other, **change)
+    assert changed != usual
 
 
-def joint_batch() -> tuple[Tensor, Tensor, Tensor]:
+def test_the_reference_codes_loss_is_the_real_term_twice() -> None:
+    objective, views, other = tiny_objective(), random_views(), torch.tensor([1, 2, 3, 4, 0])
+    objective.settings = replace(objective.settings, loss="reference")
+    changed = objective.loss(views, other, torch.zeros(5, dtype=torch.long))
+    assert changed == 2 * loss_of(views, other, anchors="real")
+
+
+def test_the_supervised_contrastive_loss_agrees_with_its_slow_form() -> None:
+    views, classes = random_views(2, 4).flatten(0, 2).double(), [0, 1, 2, 2] * 4
+    total = 0.0
+    for i, view in enumerate(views):
+        others = [j for j in range(16) if j != i]
+        every = sum(math.exp(cosine(view, views[j]) / 0.3) for j in others)
+        positives = [j for j in others if classes[j] == classes[i]]
+        terms = [-math.log(math.exp(cosine(view, views[j]) / 0.3) / every) for j in positives]
+        total += sum(terms) / len(positives) / 16
+    fast = supervised_contrastive_loss(views, torch.tensor(classes), temperature=0.3)
+    assert fast.item() == pytest.approx(total, rel=1e-5)
+
+
+def test_the_proxy_loss_agrees_with_its_slow_form() -> None:
+    views, proxies = random_views(1, 4).flatten(0, 2), torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    classes, total = [0, 1, 2, 0, 1, 2, 0, 1], 0.0
+    for view, label in zip(views, classes, strict=True):
+        similarities = [math.exp(cosine(view, proxy) / 0.3) for proxy in proxies]
+        wanted = [0.1 / 3 + 0.9 * (place == label) for place in range(3)]
+        total -= sum(
+            want * math.log(value / sum(similarities)) for want, value in zip(wanted, similarities, strict=True)
+        )
+    fast = proxy_loss(views, torch.tensor(classes), proxies, temperature=0.3)
+    assert fast.item() == pytest.approx(total / 8, rel=1e-5)
+
+
+def test_the_classes_are_the_generators_and_real() -> None:
+    objective, views, other = tiny_objective("generator"), random_views(), torch.tensor([1, 2, 3, 4, 0])
+    assert objective.proxies is not None
+    classes = torch.tensor([0, 0, 0, 0, 0, 1, 2, 2, 1, 2] * 4)
+    flat = views.reshape(40, 8)
+    expected = supervised_contrastive_loss(flat, classes) + 0.5 * proxy_loss(flat, classes, objective.proxies)
+    loss = objective.loss(views, other, torch.tensor([0, 1, 1, 0, 1]))
+    torch.testing.assert_close(loss, expected)
+
+
+def joint_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     whole = torch.randint(0, 256, (6, 3, 2, 8, 8, 3), generator=generator, dtype=torch.uint8)
     local = torch.randint(0, 256, (6, 2, 8, 8, 3), generator=generator, dtype=torch.uint8)
-    return whole, local, torch.tensor([1, 2, 0, 4, 5, 3])  # a derangement within each half
+    other = torch.tensor([1, 2, 0, 4, 5, 3])  # a derangement within each half
+    return whole, local, other, torch.tensor([0, 1, 1, 0, 0, 1])
 
 
 def joint_gradient(loss: str = "infonce") -> dict[str, Tensor]:
@@ -181,7 +234,7 @@ def joint_gradient(loss: str = "infonce") -> dict[str, Tensor]:
     return {name: value.grad for name, value in objective.named_parameters() if value.grad is not None}
 
 
-@pytest.mark.parametrize("loss", ["infonce", "bce"])
+@pytest.mark.parametrize("loss", list(SETTINGS))
 def test_slices_in_threads_give_the_gradient_of_the_whole_batch(loss: str) -> None:
     threads = torch.get_num_threads()
     try:
@@ -222,12 +275,13 @@ def half_gradient(rank: int, port: int, folder: str) -> None:
     processes = Processes.join("cpu")
     assert (processes.rank, processes.world) == (rank, 2)
     assert processes.agree(float(rank) + 0.5) == 0.5
-    objective = tiny_objective()
-    model = nn.parallel.DistributedDataParallel(objective)
-    whole, local, other = joint_batch()
+    whole, local, other, generators = joint_batch()
     mine = slice(3 * rank, 3 * rank + 3)
-    torch.autograd.backward(model(whole[mine], local[mine], other[mine] - 3 * rank))
-    torch.save({name: value.grad for name, value in objective.named_parameters()}, Path(folder) / f"{rank}.pt")
+    for loss in ("infonce", "generator"):
+        objective = tiny_objective(loss)
+        model = nn.parallel.DistributedDataParallel(objective)
+        torch.autograd.backward(model(whole[mine], local[mine], other[mine] - 3 * rank, generators[mine]))
+        torch.save({name: value.grad for name, value in objective.named_parameters()}, f"{folder}/{loss}{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -242,11 +296,11 @@ def test_two_processes_give_the_gradient_of_one_on_the_joint_batch(tmp_path: Pat
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0]
-    expected = joint_gradient()
-    for rank in (0, 1):
-        gradient = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for name, value in expected.items():
-            torch.testing.assert_close(gradient[name], value, rtol=1e-3, atol=1e-6)
+    for loss in ("infonce", "generator"):
+        for rank in (0, 1):
+            gradient = torch.load(tmp_path / f"{loss}{rank}.pt", weights_only=True)
+            for name, value in joint_gradient(loss).items():
+                torch.testing.assert_close(gradient[name], value, rtol=1e-3, atol=1e-6)
 
 
 def test_gathering_in_one_process_is_nothing() -> None:

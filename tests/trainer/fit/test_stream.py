@@ -100,7 +100,7 @@ def test_the_stream_has_the_eight_views_of_training_records_alone(shards: Path) 
         assert (real.label, fake.label) == (0, 1)
         assert real.group == fake.group
         assert (role(real.group), default_split(real.group)) == ("training", "train")
-        assert origins == [(sha256(entry.read()).hexdigest(), entry.group) for entry in (real, fake)]
+        assert origins == [(sha256(one.read()).hexdigest(), one.group, one.generator or "") for one in (real, fake)]
         seen[real.group] += 1
         seen[fake.generator or ""] += 1
     groups = {entry.group for entry in plain.values() if role(entry.group) == "training"}

@@ -132,18 +132,19 @@ def test_slices_in_threads_teach_as_the_whole_batch(tiny: FitSettings, change: d
     whole = torch.randint(0, 256, (5, 3, 2, 32, 32, 3), generator=generator, dtype=torch.uint8)
     size = settings.local
     local = torch.randint(0, 256, (5, 2, size, size, 3), generator=generator, dtype=torch.uint8)
-    other, objective = torch.tensor([1, 2, 3, 4, 0]), make_objective(settings, "cpu")[0]
+    other, generators = torch.tensor([1, 2, 3, 4, 0]), torch.zeros(5, dtype=torch.long)
+    objective = make_objective(settings, "cpu")[0]
     parts = [(whole[first : first + 2], local[first : first + 2], seed) for seed, first in enumerate((0, 2, 4))]
     embeddings, distances = zip(*(objective.embed_views(*part, teach=True) for part in parts), strict=True)
     distance = sum(len(part[0]) / 5 * value for part, value in zip(parts, distances, strict=True))
-    loss = objective.loss(torch.cat(embeddings, 2), other) + 3 * distance
+    loss = objective.loss(torch.cat(embeddings, 2), other, generators) + 3 * distance
     if not settings.tokens:
-        torch.testing.assert_close(objective(whole, local, other, 0, 3.0), loss)
+        torch.testing.assert_close(objective(whole, local, other, generators, 0, 3.0), loss)
     parameters = dict(objective.named_parameters())
     expected = torch.autograd.grad(loss, list(parameters.values()))
     threads = torch.get_num_threads()
     try:
-        value = Slices(objective, 3)(whole, local, other, 0, 3.0)
+        value = Slices(objective, 3)(whole, local, other, generators, 0, 3.0)
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(value, loss.detach())

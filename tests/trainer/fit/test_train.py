@@ -90,6 +90,7 @@ def test_default_local_size_is_96_at_224_in_whole_patches(tiny: FitSettings) -> 
         ({"batch_size": 1}, "--batch-size to 2 or more"),
         ({"image_size": 33}, "change --image-size"),
         ({"local_size": 12}, "change --local-size"),
+        ({"positives": "generator", "loss": "bce"}, "leave out --loss bce"),
         ({"max_minutes": 0.0}, "--max-minutes is 0.0"),
     ],
 )
@@ -622,6 +623,8 @@ def test_a_stop_while_the_checkpoint_is_written_leaves_none_and_the_next_run_end
         {"terms": "multi-scale"},
         {"anchors": "real"},
         {"loss": "bce"},
+        {"loss": "reference"},
+        {"positives": "generator", "proxies": 0.5},
         {"local_size": 32},
         {"precision": "float32"},
         {"balance": True},
