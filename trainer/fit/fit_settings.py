@@ -69,6 +69,10 @@ class FitSettings:
     groups share alike."""
     batch_size: Annotated[int, Option(help="Records per step and process.")] = 32
     """The paper's is 1,024 over all GPUs."""
+    cached_batch: Annotated[
+        int | None, Option(help="Records per update where more than a step holds; in parts of --batch-size.")
+    ] = None
+    """Each part is computed twice, once for its embeddings and once for the gradient of a loss over all of them."""
     epoch_steps: Annotated[int | None, Option(help="Updates per epoch; default 1,700 or fewer.")] = None
     epochs: Annotated[int, Option(help="At most.")] = 150
     warmup_epochs: Annotated[float, Option(help="Of linear warm-up.")] = 5
@@ -126,6 +130,10 @@ class FitSettings:
                 f"--positives generator is a loss of its own: leave out --loss {self.loss}, --terms {self.terms} and "
                 f"--anchors {self.anchors}"
             )
+        if self.cached_batch is not None and self.cached_batch < self.batch_size:
+            raise FitError(
+                f"--cached-batch {self.cached_batch} is less than --batch-size {self.batch_size}, its part: raise it"
+            )
         for size, option in ((self.image_size, "--image-size"), (self.local, "--local-size")):
             if size < self.patch or size % self.patch:
                 raise FitError(f"{size} pixels are not whole patches of {self.patch}: change {option}")
@@ -153,6 +161,11 @@ class FitSettings:
         """What `architecture_args` says."""
         args: dict[str, Any] = json.loads(self.architecture_args)
         return args
+
+    @property
+    def records(self) -> int:
+        """Records per update and process."""
+        return self.cached_batch or self.batch_size
 
     @property
     def patch(self) -> int:
@@ -191,11 +204,11 @@ def learning_rate(settings: FitSettings, progress: float, processes: int = 1) ->
     """Linear warm-up from 1e-6, then a cosine to 0.
 
     Args:
-        settings: Peak value, batch size and the warm-up's share of the epochs.
+        settings: Peak value, records per update and the warm-up's share of the epochs.
         progress: Share of the training that is done, 0..1: the larger of updates done and time used.
         processes: Each adds its batch.
     """
-    peak = settings.learning_rate * math.sqrt(settings.batch_size * processes / REFERENCE_BATCH)
+    peak = settings.learning_rate * math.sqrt(settings.records * processes / REFERENCE_BATCH)
     warmup = min(0.5, settings.warmup_epochs / settings.epochs)
     if progress < warmup:
         return 1e-6 + (peak - 1e-6) * progress / warmup

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -187,41 +188,85 @@ class Slices:
 
     Threads that meet twice per step use the cores of a CPU better than kernels that each split their work: at 112
     pixels and two cores a step was seen to take two thirds of the time, and not to collapse beside other programs.
+
+    A batch of more records than may be in work at once is embedded without a graph first, and again with one when the
+    loss has given the gradient of each embedding (GradCache, arXiv 2101.06983). In a group of processes the gradients
+    are averaged, as DistributedDataParallel does.
     """
 
-    def __init__(self, objective: Objective, threads: int) -> None:
+    def __init__(self, objective: Objective, threads: int, most: int | None = None) -> None:
+        """Use these threads.
+
+        Args:
+            objective: What is differentiated.
+            threads: Slices in work at once.
+            most: Records in work at once; default all.
+        """
         torch.set_num_threads(1)
         self.objective = objective
         self.threads = threads
+        self.most = most
         self.pool = ThreadPoolExecutor(threads)
         self.backbone = [parameter for parameter in objective.backbone.parameters() if parameter.requires_grad]
 
     def __call__(
         self, whole: Tensor, local: Tensor, other: Tensor, generators: Tensor, seed: int = 0, teaching: float = 0.0
     ) -> Tensor:
-        """Set the gradients of all parameters; returns the loss. Arguments as `Objective.forward`."""
-        wholes, locals_ = whole.chunk(self.threads), local.chunk(self.threads)
-        slices = zip(wholes, locals_, range(seed, seed + len(wholes)), strict=True)
-        embed = partial(self.objective.embed_views, teach=teaching > 0)
-        parts, distances = zip(*self.pool.map(lambda views: embed(*views), slices), strict=True)
-        leaves = [part.detach().requires_grad_() for part in parts]  # (4, 2, n / threads, d)
-        loss = self.objective.loss(torch.cat(leaves, 2), other, generators)
-        torch.autograd.backward(loss)
-        weights = [teaching * len(slice_) / len(whole) for slice_ in wholes]  # of each slice's mean
+        """Add to the gradients of all parameters; returns the loss. Arguments as `Objective.forward`."""
+        objective, records = self.objective, len(whole)
+        at_once = min(records, self.most or records)
+        size = -(-at_once // self.threads)
+        slices = list(zip(torch.split(whole, size), torch.split(local, size), count(seed), strict=False))
         parameters = [*self.backbone]
-        if teaching and self.objective.distillation is not None:
-            parameters += self.objective.distillation.parameters()
+        if teaching and objective.distillation is not None:
+            parameters += objective.distillation.parameters()
 
-        def gradients(part: Tensor, leaf: Tensor, distance: Tensor, weight: float) -> Sequence[Tensor]:
-            if not weight:
-                return torch.autograd.grad(part, parameters, leaf.grad)
-            return torch.autograd.grad((part, distance), parameters, (leaf.grad, distance.new_tensor(weight)))
+        def embeddings(views: Slice) -> Tensor:
+            with torch.no_grad():
+                return objective.embed_views(*views)[0]
 
-        shares = self.pool.map(gradients, parts, leaves, distances, weights)
-        for parameter, *gradient in zip(parameters, *shares, strict=True):
-            parameter.grad = torch.stack(gradient).sum(0)
-        distance = torch.stack(distances).detach() @ loss.new_tensor(weights)
-        return loss.detach() + distance
+        def forward(views: Slice) -> tuple[Tensor, Tensor]:
+            return objective.embed_views(*views, teach=teaching > 0)
+
+        def backward(
+            views: Slice, passed: tuple[Tensor, Tensor] | None, leaf: Tensor
+        ) -> tuple[Tensor, Sequence[Tensor]]:
+            part, distance = passed or forward(views)
+            weight = distance.new_tensor(teaching * len(views[0]) / records)  # of a slice's mean in that of all
+            if not teaching:
+                return weight, torch.autograd.grad(part, parameters, leaf.grad)
+            gradient = torch.autograd.grad((part, distance), parameters, (leaf.grad, weight))
+            return weight * distance.detach(), gradient
+
+        passes: list[tuple[Tensor, Tensor] | None] = [None] * len(slices)
+        if at_once < records:
+            parts = list(self.pool.map(embeddings, slices))
+        else:
+            passes = list(self.pool.map(forward, slices))
+            parts = [passed[0] for passed in passes if passed is not None]
+        leaves = [part.detach().requires_grad_() for part in parts]  # (4, 2, size, d)
+        loss = objective.loss(torch.cat(leaves, 2), other, generators)
+        torch.autograd.backward(loss)
+        total = loss.detach()
+        for distance, gradient in self.pool.map(backward, slices, passes, leaves):
+            total = total + distance
+            for parameter, share in zip(parameters, gradient, strict=True):
+                parameter.grad = share if parameter.grad is None else parameter.grad.add_(share)
+        self._average()
+        return total
+
+    def _average(self) -> None:
+        """Give all processes of the group the mean of their gradients."""
+        if not dist.is_initialized():
+            return
+        for parameter in self.objective.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+
+
+Slice = tuple[Tensor, Tensor, int]
+"""Whole and local views of some records, and the seed of their patches."""
 
 
 def plain_attention(backbone: nn.Module) -> nn.Module:

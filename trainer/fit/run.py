@@ -90,16 +90,16 @@ class Run:
         settings, world = self.settings, self.processes.world
         self.state = RunState(settings.record(), self.steps)
         self.model = self.objective
-        if world > 1:  # the layers of a teacher that no longer teaches are not used
+        if world > 1 and not settings.cached_batch:  # the layers of a teacher that no longer teaches are not used
             unused = settings.teacher is not None
             self.model = nn.parallel.DistributedDataParallel(self.objective, find_unused_parameters=unused)
         groups = parameter_groups(self.objective, settings.weight_decay)
         self.optimiser = torch.optim.AdamW(groups, lr=1e-6, fused=True)
-        if self.device == "cpu":
-            if world == 1:
-                self.slices = Slices(self.objective, min(usable_cores(), settings.batch_size))
-            else:
-                torch.set_num_threads(max(1, usable_cores() // world))
+        threads = max(1, usable_cores() // world) if self.device == "cpu" else 1
+        if settings.cached_batch or (self.device == "cpu" and world == 1):
+            self.slices = Slices(self.objective, min(threads, settings.batch_size), settings.batch_size)
+        elif self.device == "cpu":
+            torch.set_num_threads(threads)
         if settings.ema:
             self.average = copy.deepcopy(self.objective).requires_grad_(False)
 
@@ -181,7 +181,7 @@ class Run:
             records.append(SeenImages.of((origin.sha256 for origin in batch[3]), (origin.group for origin in batch[3])))
             if not math.isfinite(losses[-1]):
                 raise FitError(f"the loss became {losses[-1]} at update {state.updates}: lower --learning-rate")
-            speed = len(losses) * settings.batch_size * world / (time.monotonic() - begin)
+            speed = len(losses) * settings.records * world / (time.monotonic() - begin)
             for listener in listeners:
                 listener(progress, state.updates, losses[-1], speed)
         self.seen = SeenImages.joined(self.processes.gather(SeenImages.joined(records)))
@@ -191,7 +191,7 @@ class Run:
         return {
             "learning_rate": rate,
             "loss": float(np.mean(losses)) if losses else math.nan,
-            "records_per_second": len(losses) * settings.batch_size * world / max(elapsed, 1e-9),
+            "records_per_second": len(losses) * settings.records * world / max(elapsed, 1e-9),
         }
 
     def embed(self, pixels: Pixels, block: int = 64) -> np.ndarray:

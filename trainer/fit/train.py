@@ -167,7 +167,7 @@ def epoch_steps(settings: FitSettings, training: Pictures, processes: int = 1) -
     if settings.epoch_steps or shard_paths(settings.data):
         return settings.epoch_steps or EPOCH_STEPS
     real = int((training.labels == 0).sum())
-    return min(EPOCH_STEPS, max(10, math.ceil(4 * real / (settings.batch_size * processes))))
+    return min(EPOCH_STEPS, max(10, math.ceil(4 * real / (settings.records * processes))))
 
 
 def epoch_batches(
@@ -194,10 +194,10 @@ def epoch_batches(
 
         def stream(epoch: int) -> Iterator[Batch]:
             of_epoch = replace(records, epoch=epoch)
-            return islice(DataLoader(of_epoch, batch_size=settings.batch_size, **options), run.state.steps)
+            return islice(DataLoader(of_epoch, batch_size=settings.records, **options), run.state.steps)
 
         return stream
-    sampler = EpochSampler(run.state.steps, settings.batch_size, rank, world)
+    sampler = EpochSampler(run.state.steps, settings.records, rank, world)
     loader: DataLoader[Any] = DataLoader(
         Pairs(training, views, settings.seed, settings.balance),
         batch_sampler=sampler,

@@ -234,14 +234,16 @@ def joint_gradient(loss: str = "infonce") -> dict[str, Tensor]:
     return {name: value.grad for name, value in objective.named_parameters() if value.grad is not None}
 
 
+@pytest.mark.parametrize(("threads", "most"), [(3, None), (2, 4), (1, 1)])
 @pytest.mark.parametrize("loss", list(SETTINGS))
-def test_slices_in_threads_give_the_gradient_of_the_whole_batch(loss: str) -> None:
-    threads = torch.get_num_threads()
+def test_slices_in_threads_give_the_gradient_of_the_whole_batch(loss: str, threads: int, most: int | None) -> None:
+    """Also where the embeddings of most of them are cached."""
+    before = torch.get_num_threads()
     try:
         objective = tiny_objective(loss)
-        value = Slices(objective, 3)(*joint_batch())
+        value = Slices(objective, threads, most)(*joint_batch())
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     assert value == pytest.approx(tiny_objective(loss)(*joint_batch()).item())
     expected = joint_gradient(loss)
     assert len(expected) == len(list(objective.parameters()))
@@ -277,10 +279,14 @@ def half_gradient(rank: int, port: int, folder: str) -> None:
     assert processes.agree(float(rank) + 0.5) == 0.5
     whole, local, other, generators = joint_batch()
     mine = slice(3 * rank, 3 * rank + 3)
-    for loss in ("infonce", "generator"):
-        objective = tiny_objective(loss)
-        model = nn.parallel.DistributedDataParallel(objective)
-        torch.autograd.backward(model(whole[mine], local[mine], other[mine] - 3 * rank, generators[mine]))
+    for loss in ("infonce", "generator", "cached"):
+        objective = tiny_objective("generator" if loss == "cached" else loss)
+        batch = whole[mine], local[mine], other[mine] - 3 * rank, generators[mine]
+        if loss == "cached":
+            Slices(objective, 1, most=2)(*batch)
+        else:
+            model = nn.parallel.DistributedDataParallel(objective)
+            torch.autograd.backward(model(*batch))
         torch.save({name: value.grad for name, value in objective.named_parameters()}, f"{folder}/{loss}{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -296,10 +302,10 @@ def test_two_processes_give_the_gradient_of_one_on_the_joint_batch(tmp_path: Pat
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0]
-    for loss in ("infonce", "generator"):
+    for loss in ("infonce", "generator", "cached"):
         for rank in (0, 1):
             gradient = torch.load(tmp_path / f"{loss}{rank}.pt", weights_only=True)
-            for name, value in joint_gradient(loss).items():
+            for name, value in joint_gradient("generator" if loss == "cached" else loss).items():
                 torch.testing.assert_close(gradient[name], value, rtol=1e-3, atol=1e-6)
 
 

@@ -73,6 +73,7 @@ def test_learning_rate_warms_up_and_ends_at_zero(tiny: FitSettings) -> None:
     assert learning_rate(settings, 0.55) == pytest.approx(peak / 2)
     assert learning_rate(settings, 1.0) == pytest.approx(0.0, abs=1e-12)
     assert learning_rate(settings, 0.1, processes=4) == pytest.approx(2e-3)
+    assert learning_rate(replace(settings, cached_batch=1024), 0.1) == pytest.approx(2e-3)
 
 
 def test_default_local_size_is_96_at_224_in_whole_patches(tiny: FitSettings) -> None:
@@ -90,6 +91,7 @@ def test_default_local_size_is_96_at_224_in_whole_patches(tiny: FitSettings) -> 
         ({"batch_size": 1}, "--batch-size to 2 or more"),
         ({"image_size": 33}, "change --image-size"),
         ({"local_size": 12}, "change --local-size"),
+        ({"cached_batch": 3}, "--cached-batch 3 is less than --batch-size 4"),
         ({"positives": "generator", "loss": "bce"}, "leave out --loss bce"),
         ({"max_minutes": 0.0}, "--max-minutes is 0.0"),
     ],
@@ -624,6 +626,7 @@ def test_a_stop_while_the_checkpoint_is_written_leaves_none_and_the_next_run_end
         {"anchors": "real"},
         {"loss": "bce"},
         {"loss": "reference"},
+        {"batch_size": 3, "cached_batch": 4},
         {"positives": "generator", "proxies": 0.5},
         {"local_size": 32},
         {"precision": "float32"},
