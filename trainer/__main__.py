@@ -81,6 +81,36 @@ def simulate(
     report(as_json, images)
 
 
+@app.command()
+def align(
+    data: Annotated[Path, typer.Argument(help="Data set of any layout.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write images and manifest.csv into.")],
+    encoder: Annotated[Path, typer.Option(help="Safetensors file of a tiny autoencoder (TAESD and its kin).")],
+    decoder: Annotated[Path, typer.Option(help="Its other half.")],
+    split: Annotated[str, typer.Option(help=SPLIT_HELP)] = "train",
+    generator: Annotated[str, typer.Option(help="Name of the reconstructions.")] = "reconstruction",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Copy a split and add a reconstruction of each real training image: a fake of the same content."""
+    with expected_failures():
+        from trainer.model.embedder import pick_device
+        from trainer.simulation.reconstructions import align as write_reconstructions
+
+        with counting_bar("reconstructing") as advance:
+            images = write_reconstructions(
+                data,
+                out,
+                encoder,
+                decoder,
+                split=split,
+                generator=generator,
+                device=pick_device(device),
+                on_image=advance,
+            )
+    report(as_json, images, f"wrote {out}: " + ", ".join(f"{count} {kind}" for kind, count in images.items()))
+
+
 def options_of(settings: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator that gives a command an option for each field of a dataclass that names one, before its own."""
     annotations = get_type_hints(settings, include_extras=True)

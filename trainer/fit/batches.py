@@ -72,11 +72,15 @@ class Pairs(Dataset[Sample]):
     views: Views
     seed: int
     balance: bool = False
+    paired: float = 0.0
+    """Chance that the fake is of the real image's group, where one is."""
     shares: list[Share] = field(init=False)
     """Of real images by source and of fakes by generator."""
     reals: np.ndarray = field(init=False)
     fakes: list[np.ndarray] = field(init=False)
     """Places of the fakes of each generator."""
+    fakes_of: dict[str, list[int]] = field(init=False)
+    """Places of the fakes of each group."""
 
     def __post_init__(self) -> None:
         labels, entries = self.pictures.labels, self.pictures.entries
@@ -86,6 +90,9 @@ class Pairs(Dataset[Sample]):
                 {place: (entry.generator or "", entry.group) for place, entry in enumerate(entries) if entry.label}
             ),
         ]
+        self.fakes_of = {}
+        for place in np.flatnonzero(labels == 1).tolist():
+            self.fakes_of.setdefault(entries[place].group, []).append(place)
         self.reals = np.flatnonzero(labels == 0)
         names = np.array([entry.generator or "" for entry in self.pictures.entries])
         self.fakes = [np.flatnonzero((names == name) & (labels == 1)) for name in sorted(set(names[labels == 1]))]
@@ -97,10 +104,15 @@ class Pairs(Dataset[Sample]):
         """Places of the real image and of the fake, and the generator that decides the views."""
         rng = np.random.default_rng((self.seed, epoch, record))
         if self.balance:
-            return self.shares[0].draw(rng), self.shares[1].draw(rng), rng
-        turn, place = divmod(record, len(self.reals))
-        real = self.reals[_order(self.seed, epoch, turn, len(self.reals))[place]]
-        return int(real), int(rng.choice(self.fakes[rng.integers(len(self.fakes))])), rng
+            real, fake = (share.draw(rng) for share in self.shares)
+        else:
+            turn, place = divmod(record, len(self.reals))
+            real = int(self.reals[_order(self.seed, epoch, turn, len(self.reals))[place]])
+            fake = int(rng.choice(self.fakes[rng.integers(len(self.fakes))]))
+        if self.paired and rng.random() < self.paired:
+            relatives = self.fakes_of.get(self.pictures.entries[real].group, [fake])
+            fake = relatives[rng.integers(len(relatives))]
+        return real, fake, rng
 
     def __getitem__(self, index: tuple[int, int]) -> Sample:
         """The views of (epoch, record); unreadable images are replaced by the next of their label."""

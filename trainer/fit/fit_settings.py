@@ -67,6 +67,8 @@ class FitSettings:
     balance: Annotated[bool, Option(help="Draw sources and generators by the root of their size.")] = False
     """By default each real image comes in turn, and the generators alike often. Within a source or a generator the
     groups share alike."""
+    paired: Annotated[float, Option(help="Chance that a fake is of the real image's group, where one is.")] = 0.0
+    """Others are drawn from all groups."""
     batch_size: Annotated[int, Option(help="Records per step and process.")] = 32
     """The paper's is 1,024 over all GPUs."""
     cached_batch: Annotated[

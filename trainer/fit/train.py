@@ -186,9 +186,10 @@ def epoch_batches(
         "pin_memory": run.device.startswith("cuda"),
     }
     if paths := shard_paths(settings.data):
-        if settings.balance:
+        if settings.balance or settings.paired:
             raise FitError(
-                f"--balance cannot draw from the shards of {settings.data}, which are streamed: leave it out"
+                f"the shards of {settings.data} are streamed, and their records paired already: "
+                "leave out --balance and --paired"
             )
         records = ShardRecords(paths, views, settings.seed, settings.split, rank)
 
@@ -199,7 +200,7 @@ def epoch_batches(
         return stream
     sampler = EpochSampler(run.state.steps, settings.records, rank, world)
     loader: DataLoader[Any] = DataLoader(
-        Pairs(training, views, settings.seed, settings.balance),
+        Pairs(training, views, settings.seed, settings.balance, settings.paired),
         batch_sampler=sampler,
         persistent_workers=workers > 0,
         **options,

@@ -177,6 +177,19 @@ def test_balanced_pairs_follow_the_root_of_a_sources_size_and_share_alike_by_gro
     assert [again.pair(1, record)[:2] for record in range(50)] != [pair[:2] for pair in drawn[:50]]
 
 
+def test_a_paired_fake_is_of_the_real_images_group_where_one_is(tiny: FitSettings) -> None:
+    training = read_roles(tiny)["training"]
+    reals, fakes = ([entry for entry in training.entries if entry.label == label] for label in (0, 1))
+    named = [replace(fake, group=real.group) for real, fake in zip(reals[:10], fakes[:10], strict=True)]
+    pictures = Pictures([*reals, *named, *fakes[10:]], tiny.preprocessing)
+    for chance in (0.0, 0.5, 1.0):
+        pairs = Pairs(pictures, Views(), 0, paired=chance)
+        drawn = [pairs.pair(0, record)[:2] for record in range(20 * len(reals))]
+        paired = [fake == len(reals) + real for real, fake in drawn if real < 10]
+        assert np.mean(paired) == pytest.approx(chance, abs=0.1)
+        assert {fake for real, fake in drawn if real >= 10} == set(range(len(reals), len(pictures)))
+
+
 def test_processes_share_the_records_of_an_epoch() -> None:
     whole = list(EpochSampler(steps=2, batch_size=4, epoch=7))
     parts = [list(EpochSampler(2, 2, rank, 2, epoch=7)) for rank in (0, 1)]
@@ -630,8 +643,8 @@ def test_a_stop_while_the_checkpoint_is_written_leaves_none_and_the_next_run_end
         {"positives": "generator", "proxies": 0.5},
         {"local_size": 32},
         {"precision": "float32"},
-        {"balance": True},
         {"half": True},
+        {"balance": True, "paired": 0.5},
     ],
 )
 def test_ablations_train(tiny: FitSettings, change: dict[str, Any]) -> None:

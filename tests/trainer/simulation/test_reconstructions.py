@@ -1,0 +1,105 @@
+"""Reconstructions of real images: the autoencoder, and the data set they make."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from trainer.data.datasets import read_dataset
+from trainer.data.entry import role
+from trainer.images import UnreadableImage, decode_image
+from trainer.simulation.reconstructions import ReconstructionError, align, read_autoencoder, reconstruct
+
+
+def weights_of(channels: int, pooled: bool, *, decoder: bool) -> dict[str, torch.Tensor]:
+    """Small random weights of one half, named and shaped as in published files."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    first, last = (1, 19) if decoder else (0, 14)
+    blocks = (3, 4, 5, 8, 9, 10, 13, 14, 15, 18) if decoder else (1, 3, 4, 5, 7, 8, 9, 11, 12, 13)
+    shapes[f"{first}.weight"] = (64, channels if decoder else 3, 3, 3)
+    shapes[f"{last}.weight"] = (3 if decoder else channels, 64, 3, 3)
+    for block in blocks:
+        shapes |= {f"{block}.conv.{layer}.weight": (64, 64, 3, 3) for layer in (0, 2, 4)}
+        if pooled and block in ((3, 4, 5) if decoder else (11, 12, 13)):
+            shapes |= {f"{block}.pool.0.weight": (256, 64, 1, 1), f"{block}.pool.3.weight": (64, 256, 1, 1)}
+            shapes |= {f"{block}.pool.1.weight": (256,), f"{block}.pool.1.bias": (256,)}
+    biased = [name for name in shapes if name.endswith("weight") and ".pool." not in name]
+    shapes |= {name.replace("weight", "bias"): shapes[name][:1] for name in biased}
+    shapes |= {f"{layer}.weight": (64, 64, 3, 3) for layer in ((7, 12, 17) if decoder else (2, 6, 10))}
+    generator = torch.Generator().manual_seed(int(decoder))
+    return {name: torch.randn(shape, generator=generator).half() / 20 for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("autoencoder")
+    for name in ("encoder", "decoder"):
+        save_file(weights_of(4, pooled=False, decoder=name == "decoder"), folder / f"{name}.safetensors")
+    return folder / "encoder.safetensors", folder / "decoder.safetensors"
+
+
+@pytest.mark.parametrize(("channels", "pooled"), [(4, False), (32, True)])
+def test_an_autoencoder_of_either_kind_is_read_and_keeps_the_size(tmp_path: Path, channels: int, pooled: bool) -> None:
+    encoder, decoder = tmp_path / "e", tmp_path / "d"
+    save_file(weights_of(channels, pooled, decoder=False), encoder)
+    save_file(weights_of(channels, pooled, decoder=True), decoder)
+    autoencoder = read_autoencoder(encoder, decoder)
+    assert isinstance(autoencoder, nn.Sequential)
+    image = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    latents = autoencoder[0](image)
+    assert latents.shape == (1, channels, 4, 6)
+    assert autoencoder(image).shape == image.shape
+    with pytest.raises(ReconstructionError, match="d is no half of a tiny autoencoder"):
+        read_autoencoder(decoder, encoder)
+
+
+def test_a_reconstruction_is_of_the_middle_in_whole_blocks() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (1100, 70, 3), dtype=np.uint8)
+    same = reconstruct(Image.fromarray(pixels), nn.Identity())
+    assert same.size == (64, 1024)
+    np.testing.assert_array_equal(np.asarray(same), pixels[32:1056, :64])
+    with pytest.raises(UnreadableImage, match="40x10 pixels; 16 a side"):
+        reconstruct(Image.new("RGB", (40, 10)), nn.Identity())
+
+
+def test_an_aligned_set_has_a_reconstruction_of_each_real_training_image(
+    image_folder: Path, tmp_path: Path, halves: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.simulation.reconstructions.read_autoencoder", lambda *_: nn.Identity())
+    originals = list(read_dataset(image_folder, split="train"))
+    counts = align(image_folder, tmp_path / "aligned", *halves)
+    entries = list(read_dataset(tmp_path / "aligned", split="train"))
+    made = [entry for entry in entries if entry.generator == "reconstruction"]
+    groups = sorted(entry.group for entry in originals if not entry.label and role(entry.group) == "training")
+    assert sorted(entry.group for entry in made) == groups
+    assert counts == {
+        "real": sum(not entry.label for entry in originals),
+        "fake": sum(entry.label for entry in originals),
+        "reconstructed": len(groups),
+        "unreadable": 0,
+    }
+    by_bytes = {entry.read(): entry for entry in originals}
+    for entry in entries:
+        if entry.generator != "reconstruction":
+            original = by_bytes[entry.read()]
+            assert (entry.group, entry.source, entry.label) == (original.group, original.source, original.label)
+            continue
+        (original,) = (other for other in originals if other.group == entry.group)
+        (image, facts), (made_image, made_facts) = decode_image(original.read()), decode_image(entry.read())
+        assert made_image.size == tuple(side // 16 * 16 for side in image.size)
+        assert (made_facts.format, made_facts.jpeg_quality) == (
+            ("JPEG", facts.jpeg_quality) if facts.format == "JPEG" else ("PNG", None)
+        )
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "aligned").rglob("*")}
+    assert align(image_folder, tmp_path / "aligned", *halves) == counts
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "aligned").rglob("*")} == before
+    with pytest.raises(ReconstructionError, match="of other settings"):
+        align(image_folder, tmp_path / "aligned", *halves, generator="other")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").touch()
+    with pytest.raises(ReconstructionError, match="holds something else"):
+        align(image_folder, tmp_path / "notes", *halves)
