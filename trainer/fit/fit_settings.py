@@ -40,7 +40,9 @@ class FitSettings:
     local_size: Annotated[int | None, Option(help="Side of local crops; default 96 at 224.")] = None
     """The paper's text says 96 at 224, its code 224. By default 96, scaled with `image_size`."""
     architecture: Annotated[str, Option(help="A timm vision transformer.")] = "vit_tiny_patch16_224"
-    architecture_args: Annotated[str, Option(help='JSON passed to timm, e.g. {"depth": 2}.')] = "{}"
+    architecture_args: Annotated[
+        str, Option(help='JSON passed to timm, e.g. {"depth": 2}; {"stem": "conv"} is ours.')
+    ] = "{}"
     pretrained: Annotated[bool, Option(help="Start from timm's weights (ablation).")] = False
     preprocess: Annotated[
         Literal["center_crop", "resize_crop"], Option(help="resize_crop, or center_crop at native resolution.")
@@ -151,6 +153,10 @@ class FitSettings:
             if value is not None and value <= 0:
                 raise FitError(f"{option} is {value}: set it above 0")
 
+        if self.pretrained and "stem" in self.timm_args:
+            raise FitError(
+                "--pretrained: timm has no weights of a convolutional stem; drop it from --architecture-args"
+            )
         if not 0 < self.teacher_until <= 1:
             raise FitError(f"--teacher-until is {self.teacher_until}: set it above 0 and to 1 at most")
         if self.teacher and not self.teacher.startswith(TIMM_TEACHER) and not Path(self.teacher).is_file():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trainer.fit.fit_settings import FitSettings
 from trainer.fit.loss import code_loss, proxy_loss, supervised_contrastive_loss
 from trainer.fit.teacher import Distillation, load_teacher
-from trainer.model.checkpoint import CheckpointConfig, build_backbone
+from trainer.model.checkpoint import OWN_ARGUMENTS, CheckpointConfig, build_backbone
 
 
 class Objective(nn.Module):
@@ -286,8 +286,9 @@ def make_objective(settings: FitSettings, device: str, generators: int = 1) -> t
     import timm
 
     args = settings.timm_args
+    known = {key: value for key, value in args.items() if key not in OWN_ARGUMENTS}
     with torch.device("meta"):
-        bare = timm.create_model(settings.architecture, pretrained=False, num_classes=0, **args)
+        bare = timm.create_model(settings.architecture, pretrained=False, num_classes=0, **known)
     config = CheckpointConfig(
         name=settings.name,
         architecture=settings.architecture,
@@ -301,7 +302,7 @@ def make_objective(settings: FitSettings, device: str, generators: int = 1) -> t
     torch.manual_seed(settings.seed)
     objective = Objective(build_backbone(config), config.dim, settings, generators)
     if settings.pretrained:
-        official = timm.create_model(settings.architecture, pretrained=True, num_classes=0, **args)
+        official = timm.create_model(settings.architecture, pretrained=True, num_classes=0, **known)
         objective.backbone.load_state_dict(official.state_dict())
     if settings.teacher:
         teacher = load_teacher(settings.teacher, device)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, Self
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+OWN_ARGUMENTS = ("norm_eps", "stem")
+"""Arguments of an architecture that timm does not know."""
 
 
 class CheckpointError(ValueError):
@@ -45,7 +48,8 @@ class CheckpointConfig:
     """Length of an embedding."""
     preprocess: Preprocess = field(default_factory=Preprocess)
     architecture_args: dict[str, Any] = field(default_factory=dict)
-    """Passed to timm, e.g. depth; `norm_eps` sets the epsilon of every LayerNorm."""
+    """Passed to timm, e.g. depth; `norm_eps` sets the epsilon of every LayerNorm, and `stem` "conv" puts convolutions
+    in place of the patch embedding, see `conv_stem`."""
     training: dict[str, Any] = field(default_factory=dict)
     """The settings of the training run."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -80,7 +84,9 @@ def build_backbone(config: CheckpointConfig) -> nn.Module:
     from torch import nn
 
     args = dict(config.architecture_args)
-    eps = args.pop("norm_eps", None)
+    eps, stem = args.pop("norm_eps", None), args.pop("stem", None)
+    if stem not in (None, "conv"):
+        raise CheckpointError(f"architecture argument stem is {stem!r}; expected conv, or none for the patch embedding")
     try:
         backbone: nn.Module = timm.create_model(
             config.architecture, pretrained=False, num_classes=0, global_pool="token", dynamic_img_size=True, **args
@@ -96,7 +102,43 @@ def build_backbone(config: CheckpointConfig) -> nn.Module:
         for module in backbone.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = eps
+    if stem:
+        embedding: Any = backbone.patch_embed
+        embedding.proj = conv_stem(config.dim, embedding.patch_size[0])
     return backbone
+
+
+def conv_stem(dim: int, patch: int) -> nn.Sequential:
+    """Convolutions from pixels (n, 3, s, s) to patch tokens (n, dim, s / patch, s / patch).
+
+    Each 3x3 convolution halves the side and is followed by a ReLU; their channels double up to `dim`, and a 1x1
+    convolution ends them ("Early Convolutions Help Transformers See Better", arXiv 2106.14881, there with batch norm,
+    whose averages over views of one record would tell the views of each other).
+
+    Raises:
+        CheckpointError: The patch is no power of two, or the dimension cannot be halved as often.
+    """
+    from torch import nn
+
+    channels = stem_channels(dim, patch)
+    layers: list[nn.Module] = []
+    for into, out in pairwise((3, *channels)):
+        convolution = nn.Conv2d(into, out, 3, stride=2, padding=1)
+        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")  # torch's own would fade from layer to layer
+        layers += [convolution, nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
+
+
+def stem_channels(dim: int, patch: int) -> list[int]:
+    """Output channels of each 3x3 convolution of a stem.
+
+    Raises:
+        CheckpointError: As `conv_stem`.
+    """
+    count = patch.bit_length() - 1
+    if patch != 2**count or count < 1 or dim % 2 ** (count - 1):
+        raise CheckpointError(f"a convolutional stem cannot make tokens of {dim} values of patches of {patch} pixels")
+    return [dim >> (count - 1 - number) for number in range(count)]
 
 
 def write_config(folder: Path, values: Mapping[str, Any]) -> None:

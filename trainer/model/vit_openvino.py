@@ -6,12 +6,13 @@ import re
 import threading
 from collections.abc import Mapping
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from trainer.model.checkpoint import CheckpointConfig
+from trainer.model.checkpoint import CheckpointConfig, stem_channels
 
 if TYPE_CHECKING:
     import openvino
@@ -44,9 +45,11 @@ def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> 
     if not match:
         raise NotPlain(f"the architecture is {config.architecture!r}")
     usual = (*VIT_SIZES[match[1]], int(match[2]), int(match[3]), 1e-6, True)
-    if others := config.architecture_args.keys() - set(VIT_ARGUMENTS):
+    stem = config.architecture_args.get("stem")
+    if others := config.architecture_args.keys() - {*VIT_ARGUMENTS, "stem"}:
         raise NotPlain(f"the architecture has the arguments {sorted(others)}")
     args = dict(zip(VIT_ARGUMENTS, usual, strict=True)) | config.architecture_args
+    args.pop("stem", None)
     if not all(isinstance(value, int | float) and (value > 0 or value is False) for value in args.values()):
         raise NotPlain(f"an argument of the architecture is no number above 0: {args}")
     dim, depth, heads, patch, usual_size, eps, bias = (args[name] for name in VIT_ARGUMENTS)
@@ -77,9 +80,20 @@ def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> 
         return op.slice(x, op.constant([0]), op.constant([1]), op.constant([1]), op.constant([1]))
 
     pixels = op.parameter([-1, 3, size, size], np.float32, INPUT)
-    kernel = op.constant(take("patch_embed.proj.weight", dim, 3, patch, patch))
-    x = op.convolution(pixels, kernel, [patch, patch], [0, 0], [0, 0], [1, 1])
-    x = op.add(x, op.constant(take("patch_embed.proj.bias", dim)[:, None, None]))
+
+    def convolution(x: Node, name: str, into: int, out: int, side: int, stride: int) -> Node:
+        kernel, padding = op.constant(take(f"{name}.weight", out, into, side, side)), [int(stride < side)] * 2
+        x = op.convolution(x, kernel, [stride, stride], padding, padding, [1, 1])
+        return op.add(x, op.constant(take(f"{name}.bias", out)[:, None, None]))
+
+    x, embedding = pixels, "patch_embed.proj"
+    if stem:
+        channels = stem_channels(dim, patch)
+        for number, (into, out) in enumerate(pairwise((3, *channels))):
+            x = op.relu(convolution(x, f"{embedding}.{2 * number}", into, out, 3, 2))
+        x = convolution(x, f"{embedding}.{2 * len(channels)}", dim, dim, 1, 1)
+    else:
+        x = convolution(x, embedding, 3, dim, patch, patch)
     x = op.reshape(x, op.constant(np.array([0, dim, -1])), True)  # (n, d, t)
     x = op.transpose(x, op.constant(np.array([0, 2, 1])))  # (n, t, d)
     positions = resized(take("pos_embed", 1, 1 + grid * grid, dim), size // patch)

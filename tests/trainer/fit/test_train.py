@@ -659,6 +659,14 @@ def test_ablations_train(tiny: FitSettings, change: dict[str, Any]) -> None:
         assert read_id(tiny.output) == metrics["checkpoint"]
 
 
+def test_a_stem_is_trained_and_kept(tiny: FitSettings) -> None:
+    settings = replace(tiny, architecture_args=TINY.replace("{", '{"stem": "conv", ', 1))
+    fit(settings)
+    assert {key for key in read_weights(settings.output) if "patch_embed" in key} >= {"patch_embed.proj.0.weight"}
+    with pytest.raises(FitError, match=r"--pretrained: timm has no weights of a convolutional stem"):
+        replace(settings, pretrained=True)
+
+
 def test_pretrained_starts_from_timms_weights(tiny: FitSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     create, official = timm.create_model, {}
 

@@ -15,11 +15,13 @@ from trainer.model.checkpoint import (
     CheckpointError,
     build_backbone,
     checkpoint_id,
+    conv_stem,
     load_backbone,
     read_config,
     read_id,
     read_weights,
     save_checkpoint,
+    stem_channels,
 )
 from trainer.model.embedder import Embedder
 
@@ -70,6 +72,17 @@ def test_half_precision_is_one_checkpoint_however_it_is_read(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match=r"cls_token has weights beyond half precision .* go without --half"):
         save_checkpoint(tmp_path, state | {"cls_token": state["cls_token"] + 1e5}, config, half=True)
     assert read_id(tmp_path) == half
+
+
+def test_a_stem_makes_the_tokens_of_patches() -> None:
+    stem = conv_stem(48, 8)
+    assert [layer.out_channels for layer in stem if isinstance(layer, torch.nn.Conv2d)] == [12, 24, 48, 48]
+    assert stem(torch.zeros(2, 3, 64, 32)).shape == (2, 48, 8, 4)
+    for dim, patch in ((48, 12), (50, 16), (48, 1)):
+        with pytest.raises(CheckpointError, match=f"tokens of {dim} values of patches of {patch} pixels"):
+            stem_channels(dim, patch)
+    with pytest.raises(CheckpointError, match="stem is 'deep'; expected conv"):
+        build_backbone(CheckpointConfig(architecture_args={"depth": 1, "stem": "deep"}))
 
 
 def test_other_sizes_share_the_state_dict() -> None:

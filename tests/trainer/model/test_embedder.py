@@ -127,8 +127,9 @@ def saved(folder: Path, **changes: Any) -> Path:
             "architecture_args": {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8},
             "dim": 48,
         },
+        {"architecture_args": {"depth": 1, "stem": "conv"}},
     ],
-    ids=["smaller", "native", "larger", "small", "arguments", "tiny"],
+    ids=["smaller", "native", "larger", "small", "arguments", "tiny", "stem"],
 )
 def test_engines_agree(changes: dict[str, Any], tmp_path: Path) -> None:
     folder = saved(tmp_path, **changes)
