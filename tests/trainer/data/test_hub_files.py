@@ -126,9 +126,10 @@ def test_files_of_a_data_set_are_chosen_by_name_folder_or_pattern(hub: Hub) -> N
 
 def test_without_the_network_it_says_what_to_fetch(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = list(read_dataset(Path("hf://datasets/owner/faces/data/train-0.parquet")))
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(DatasetError, match="does not give hf://datasets/owner/faces ") as caught:
-        read_dataset(Path("hf://datasets/owner/faces"))
+    with monkeypatch.context() as away:
+        away.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+        with pytest.raises(DatasetError, match="does not give hf://datasets/owner/faces ") as caught:
+            read_dataset(Path("hf://datasets/owner/faces"))
     assert "hf download owner/faces --repo-type dataset --include '*/*.parquet' --local-dir faces" in str(caught.value)
     assert "\n" not in str(caught.value)
     shards._column.cache_clear()
