@@ -134,6 +134,10 @@ class FitSettings:
                 f"--positives generator is a loss of its own: leave out --loss {self.loss}, --terms {self.terms} and "
                 f"--anchors {self.anchors}"
             )
+        if min(self.teacher_weight, self.proxies) < 0:
+            raise FitError(
+                f"--teacher-weight is {self.teacher_weight} and --proxies {self.proxies}: neither may be below 0"
+            )
         if self.cached_batch is not None and self.cached_batch < self.batch_size:
             raise FitError(
                 f"--cached-batch {self.cached_batch} is less than --batch-size {self.batch_size}, its part: raise it"
@@ -157,6 +161,8 @@ class FitSettings:
             raise FitError(
                 "--pretrained: timm has no weights of a convolutional stem; drop it from --architecture-args"
             )
+        if not 0 <= self.paired <= 1:
+            raise FitError(f"--paired is {self.paired}: set it to a chance from 0 to 1")
         if not 0 < self.teacher_until <= 1:
             raise FitError(f"--teacher-until is {self.teacher_until}: set it above 0 and to 1 at most")
         if self.teacher and not self.teacher.startswith(TIMM_TEACHER) and not Path(self.teacher).is_file():

@@ -149,7 +149,8 @@ class TimmTeacher:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
-        views = (pixels.permute(0, 3, 1, 2).float() - self.mean) / self.std  # (m, 3, s, s)
+        views = pixels.to(self.mean.device).permute(0, 3, 1, 2)  # (m, 3, s, s)
+        views = (views.float() - self.mean) / self.std
         if self.side is not None and self.side != views.shape[2]:
             views = F.interpolate(views, (self.side, self.side), mode="bicubic", antialias=True)
         features: Tensor = getattr(self.model, "forward_features")(views)  # noqa: B009

@@ -167,7 +167,9 @@ def test_what_was_streamed_is_remembered_over_epochs(
 
 
 def test_fit_trains_on_shards_and_resumes_nothing_when_finished(shards: Path, tmp_path: Path) -> None:
-    settings = replace(tiny_settings(shards, tmp_path / "one"), epochs=1)
+    settings = replace(tiny_settings(shards, tmp_path / "one"), epochs=1, positives="generator", cached_batch=6)
+    with pytest.raises(FitError, match="leave out --balance and --paired"):
+        fit(replace(settings, balance=True))
     metrics = fit(settings)
     assert sum(metrics["images"]["training"].values()) >= RECORDS
     assert metrics["training"]["updates"] == 3

@@ -91,6 +91,8 @@ def test_default_local_size_is_96_at_224_in_whole_patches(tiny: FitSettings) -> 
         ({"batch_size": 1}, "--batch-size to 2 or more"),
         ({"image_size": 33}, "change --image-size"),
         ({"local_size": 12}, "change --local-size"),
+        ({"paired": 1.5}, r"--paired is 1\.5"),
+        ({"proxies": -1.0}, r"--proxies -1\.0: neither may be below 0"),
         ({"cached_batch": 3}, "--cached-batch 3 is less than --batch-size 4"),
         ({"positives": "generator", "loss": "bce"}, "leave out --loss bce"),
         ({"max_minutes": 0.0}, "--max-minutes is 0.0"),

@@ -1,5 +1,6 @@
 """Reconstructions of real images: the autoencoder, and the data set they make."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from typer.testing import CliRunner
 
+from trainer.__main__ import app
 from trainer.data.datasets import read_dataset
 from trainer.data.entry import role
 from trainer.images import UnreadableImage, decode_image
@@ -94,8 +97,10 @@ def test_an_aligned_set_has_a_reconstruction_of_each_real_training_image(
         assert (made_facts.format, made_facts.jpeg_quality) == (
             ("JPEG", facts.jpeg_quality) if facts.format == "JPEG" else ("PNG", None)
         )
+    command = ["align", str(image_folder), str(tmp_path / "aligned"), "--device", "cpu", "--json"]
+    command += ["--encoder", str(halves[0]), "--decoder", str(halves[1])]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "aligned").rglob("*")}
-    assert align(image_folder, tmp_path / "aligned", *halves) == counts
+    assert json.loads(CliRunner().invoke(app, command).stdout) == counts
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "aligned").rglob("*")} == before
     with pytest.raises(ReconstructionError, match="of other settings"):
         align(image_folder, tmp_path / "aligned", *halves, generator="other")
