@@ -48,9 +48,9 @@ def main(
     """Print the rates, their ratio to embedding alone, and where the processor's time goes."""
     embedder = Embedder.load(checkpoint, device=device, engine=engine)
     entries = list(islice(read_dataset(data), images))
-    stages, pixels = processor_time(entries, embedder)
+    stages, windows = processor_time(entries, embedder)
     ways: dict[str, Callable[[], float]] = {
-        "embedding alone": lambda: timed(lambda: embedder.embed_pixels(pixels, BATCH)),
+        "embedding alone": lambda: timed(lambda: embedder.embed_windows(windows, BATCH)),
         "decode and embed": lambda: timed(lambda: decode_and_embed(entries, embedder)),
         "adding": lambda: adding(entries, embedder),
     }
@@ -66,8 +66,8 @@ def main(
         print(f"| {name} | {1e3 * value:.2f} |")
 
 
-def processor_time(entries: Sequence[Entry], embedder: Embedder) -> tuple[dict[str, float], np.ndarray]:
-    """Seconds of processor time per image and stage, and all pixels, shape (n, 3, s, s)."""
+def processor_time(entries: Sequence[Entry], embedder: Embedder) -> tuple[dict[str, float], list[np.ndarray]]:
+    """Seconds of processor time per image and stage, and each image's windows, shape (w, 3, s, s)."""
     spent: defaultdict[str, float] = defaultdict(float)
 
     def clocked(name: str, work: Callable[..., Any], *given: Any, clock: Callable[[], float] = time.thread_time) -> Any:
@@ -76,28 +76,27 @@ def processor_time(entries: Sequence[Entry], embedder: Embedder) -> tuple[dict[s
         spent[name] += clock() - start
         return result
 
-    pixels = []
+    windows = []
     for entry in entries:
         file = clocked("read", entry.read)
         image, _ = clocked("decode, with facts and hash", decode_image, file)
         clocked("thumbnail", thumbnail, image)
         clocked("fingerprint", fingerprint, image)
-        pixels.append(clocked("preprocess", embedder.preprocess, [image])[0])
-    stacked = np.stack(pixels)  # (n, 3, s, s)
-    embedder.embed_pixels(stacked[:BATCH], BATCH)  # warm
-    clocked("embed", embedder.embed_pixels, stacked, BATCH, clock=time.process_time)
-    return {name: value / len(entries) for name, value in spent.items()}, stacked
+        windows.append(clocked("preprocess", embedder.preprocess, [image]))
+    embedder.embed_windows(windows[:BATCH], BATCH)  # warm
+    clocked("embed", embedder.embed_windows, windows, BATCH, clock=time.process_time)
+    return {name: value / len(entries) for name, value in spent.items()}, windows
 
 
 def decode_and_embed(entries: Sequence[Entry], embedder: Embedder) -> None:
     """The least that any indexer has to do, on as many threads as adding has."""
 
     def decoded(pool: ThreadPoolExecutor) -> Generator[np.ndarray, None, None]:
-        yield from pool.map(lambda entry: embedder.preprocess([decode_image(entry.read())[0]])[0], entries)
+        yield from pool.map(lambda entry: embedder.preprocess([decode_image(entry.read())[0]]), entries)
 
-    with ThreadPoolExecutor(CORES) as pool, closing(prefetch(decoded(pool), 2 * BATCH)) as pixels:
-        while batch := list(islice(pixels, BATCH)):
-            embedder.embed_pixels(np.stack(batch), BATCH)
+    with ThreadPoolExecutor(CORES) as pool, closing(prefetch(decoded(pool), 2 * BATCH)) as images:
+        while batch := list(islice(images, BATCH)):
+            embedder.embed_windows(batch, BATCH)
 
 
 def adding(entries: Sequence[Entry], embedder: Embedder) -> float:

@@ -1,15 +1,18 @@
 """Images per second that each engine embeds on this CPU, and how far engines agree on neighbours and verdicts.
 
     python -m benchmarks.embedding --checkpoint DIR
+    python -m benchmarks.embedding --checkpoint DIR --windows 1,5,9 --sizes 128
     LINEUP_HOME=HOME python -m benchmarks.embedding --checkpoint DIR --data DATA --split test,unseen
 
-The second form judges images by the references of HOME with each engine and compares the answers to those of torch.
+The second form takes the time of images that are judged by several windows. The third judges images by the references
+of HOME with each engine and compares the answers to those of torch.
 """
 
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -17,6 +20,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from PIL import Image
 
 from api.judge.loader import load_detector
 from api.judge.uploads import Upload
@@ -24,6 +28,7 @@ from api.schemas.verdicts import Verdict
 from api.service_settings import ServiceSettings
 from trainer.data.datasets import read_dataset
 from trainer.hub.exporter import export_onnx
+from trainer.images import Preprocess
 from trainer.model.checkpoint import load_backbone, read_config, read_weights, save_checkpoint
 from trainer.model.embedder import Embedder
 
@@ -36,6 +41,7 @@ def main(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")],
     data: Annotated[Path | None, typer.Option(help="Compare verdicts on these images instead.")] = None,
     split: Annotated[str, typer.Option(help="Of the data, a comma list.")] = "test,unseen",
+    windows: Annotated[str | None, typer.Option(help="Windows of an image instead, a comma list.")] = None,
     sizes: Annotated[str, typer.Option(help="Sides in pixels, a comma list.")] = "112,224",
     rounds: Annotated[int, typer.Option(help="Timed turns of every engine.")] = 5,
     seconds: Annotated[float, typer.Option(help="Of one turn.")] = 0.5,
@@ -45,11 +51,33 @@ def main(
     if data is not None:
         agreement(checkpoint, data, split)
         return
+    if windows is not None:
+        print("| windows | pixels | ms of a core per image |\n|---:|---:|---:|")
+        for count, size in product(windows.split(","), sizes.split(",")):
+            windows_cost(checkpoint, int(count), int(size), rounds)
+        return
     print(f"{torch.get_num_threads()} threads\n")
     print("| pixels | engine | cosine to torch |" + "".join(f" batch {n} | ratio |" for n in BATCHES))
     print("|---:|---|---:|" + "---:|" * 2 * len(BATCHES))
     for size in sizes.split(","):
         speed(checkpoint, int(size), rounds, seconds, others)
+
+
+def windows_cost(checkpoint: Path, windows: int, size: int, rounds: int) -> None:
+    """The row of a count: the processor's time for each of 32 images of 1024 x 768 pixels, cutting included."""
+    config = read_config(checkpoint)
+    preprocess = Preprocess(mode="center_crop", image_size=size, windows=windows)
+    with tempfile.TemporaryDirectory() as home:
+        save_checkpoint(Path(home), read_weights(checkpoint), replace(config, image_size=size, preprocess=preprocess))
+        embedder = Embedder.load(Path(home), device="cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (768, 1024, 3), dtype=np.uint8)
+    images = [Image.fromarray(pixels)] * max(BATCHES)
+    seconds = []
+    for _ in range(rounds + 1):
+        start = time.process_time()
+        embedder.embed(images)
+        seconds.append((time.process_time() - start) / len(images))
+    print(f"| {windows} | {size} | {1e3 * median(seconds[1:]):.1f} |", flush=True)  # the first turn warms up
 
 
 def speed(checkpoint: Path, size: int, rounds: int, seconds: float, others: bool) -> None:

@@ -223,25 +223,25 @@ def arrive(port: int, rate: float, seconds: float, forms: list[bytes]) -> tuple[
 
 def rates(detector: Detector, images: list[bytes], seconds: float) -> tuple[float, float]:
     """Images per second of the embedding engine alone in batches of 32, and with decoding beside it."""
-    pixels = np.concatenate([detector.prepare(Upload("a.jpg", image)).pixels for image in images * 2])  # (32, 3, s, s)
+    views = [detector.prepare(Upload("a.jpg", image)).views for image in images * 2]  # of 32 images, each (w, 3, s, s)
 
     def repeat(work: Callable[[], object]) -> float:
         work()
         done, start = 0, time.perf_counter()
         while time.perf_counter() < start + seconds:
             work()
-            done += len(pixels)
+            done += len(views)
         return done / (time.perf_counter() - start)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def both() -> None:
             decoding = [pool.submit(detector.prepare, Upload("a.jpg", image)) for image in images * 2]
-            detector.embedder.embed_pixels(pixels)
+            detector.embedder.embed_stacks(views)
             for future in decoding:
                 future.result()
 
-        return repeat(lambda: detector.embedder.embed_pixels(pixels)), repeat(both)
+        return repeat(lambda: detector.embedder.embed_stacks(views)), repeat(both)
 
 
 def resident(pid: int) -> int:

@@ -7,7 +7,7 @@ import { decimal, labelWord, percent, precision } from "./words.js";
 const LABELLED = 30;
 
 /**
- * A figure with the image, the crop's frame and, where there are regions, a slider that fades them.
+ * A figure with the image, the frames of its windows and, where there are regions, a slider that fades them.
  *
  * `address` is a blob of the image, or null where only its record is at hand.
  */
@@ -30,7 +30,7 @@ export function picture(verdict, address) {
           regions.length <= LABELLED ? s("g", { class: "numbers" }, regions.map(regionNumber)) : null,
         )
       : null,
-    cropFrame(image),
+    windowFrames(image),
   );
   const frame = h(
     "div",
@@ -59,16 +59,33 @@ function shown(address, verdict) {
   return element;
 }
 
-function cropFrame(image) {
-  const [x, y, width, height] = image.crop;
-  const outside = `M0 0H${image.width}V${image.height}H0ZM${x} ${y}V${y + height}H${x + width}V${y}Z`;
-  return s(
-    "g",
-    { class: "crop" },
-    s("path", { class: "outside", d: outside, "fill-rule": "evenodd" }),
-    s("rect", { class: "edge-under", x, y, width, height, "vector-effect": "non-scaling-stroke" }),
-    s("rect", { class: "edge", x, y, width, height, "vector-effect": "non-scaling-stroke" }),
+/** What was judged, as boxes; more than one where the model saw several windows. */
+function windowsOf(image) {
+  return image.windows ?? [image.crop];
+}
+
+/** Boxes that make up what lies in no window: the cells between all their edges that none of them covers. */
+function outside(image) {
+  const windows = windowsOf(image);
+  const edges = (start, length, end) =>
+    [...new Set([0, end, ...windows.flatMap((box) => [box[start], box[start] + box[length]])])].sort((a, b) => a - b);
+  const [columns, rows] = [edges(0, 2, image.width), edges(1, 3, image.height)];
+  return rows.slice(1).flatMap((bottom, row) =>
+    columns.slice(1).flatMap((right, column) => {
+      const [left, top] = [columns[column], rows[row]];
+      const inside = windows.some(([x, y, w, h]) => x <= left && right <= x + w && y <= top && bottom <= y + h);
+      return inside ? [] : [[left, top, right - left, bottom - top]];
+    }),
   );
+}
+
+function windowFrames(image) {
+  const edges = (kind) =>
+    windowsOf(image).map(([x, y, width, height]) =>
+      s("rect", { class: kind, x, y, width, height, "vector-effect": "non-scaling-stroke" }),
+    );
+  const cells = outside(image).map(([x, y, width, height]) => `M${x} ${y}h${width}v${height}h${-width}Z`);
+  return s("g", { class: "crop" }, s("path", { class: "outside", d: cells.join("") }), edges("edge-under"), edges("edge"));
 }
 
 function regionBox(region) {
@@ -96,25 +113,30 @@ function regionInWords(region) {
 
 function marksInWords({ image, regions }) {
   const [x, y, width, height] = image.crop;
-  const whole = width >= image.width && height >= image.height;
-  const seen = whole
+  const seen = !outside(image).length
     ? "The whole image was judged."
-    : `The frame shows what was judged: ${width} × ${height} pixels from ${x}, ${y}.`;
+    : image.windows
+      ? `The frames show what was judged: ${windowsInWords(image)}.`
+      : `The frame shows what was judged: ${width} × ${height} pixels from ${x}, ${y}.`;
   return regions
     ? `${seen} ${regions.length} regions are marked with their scores; they are listed below the image.`
     : seen;
 }
 
+function windowsInWords(image) {
+  const [, , width, height] = image.windows[0];
+  return `${image.windows.length} windows of ${width} × ${height} pixels`;
+}
+
 function caption(image) {
   const [, , width, height] = image.crop;
-  const whole = width >= image.width && height >= image.height;
-  const share = (width * height) / (image.width * image.height);
+  const unseen = outside(image).reduce((sum, box) => sum + box[2] * box[3], 0);
+  const share = percent(1 - unseen / (image.width * image.height));
+  const seen = image.windows ? `frames, ${windowsInWords(image)}` : `frame, ${width} × ${height} pixels`;
   return h(
     "figcaption",
     {},
-    whole
-      ? "The whole image was judged."
-      : `Judged: what is inside the frame, ${width} × ${height} pixels, ${percent(share)} of the image.`,
+    unseen ? `Judged: what is inside the ${seen}, ${share} of the image.` : "The whole image was judged.",
   );
 }
 

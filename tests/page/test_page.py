@@ -342,6 +342,25 @@ def test_a_reference_whose_picture_is_elsewhere_is_a_link(opens: Opens) -> None:
     expect(page.locator("#reference-dialog")).to_contain_text("Its picture is not here.")
 
 
+def test_every_window_that_was_judged_is_framed(opens: Opens) -> None:
+    """Two windows of 40 x 40 pixels that share half, and one apart: 2,400 and 1,600 pixels of 9,216."""
+    page = opens()
+    windows = [[0, 0, 40, 40], [20, 0, 40, 40], [56, 56, 40, 40]]
+    image = BARE["image"] | {"crop": [0, 0, 96, 96], "windows": windows}
+    page.route("**/v1/detect*", fulfilled(json.dumps({"results": [BARE | {"image": image}]})))
+    verdict = judge(page)
+    expect(verdict.locator(".crop .edge")).to_have_count(3)
+    expect(verdict.locator("figcaption")).to_have_text(
+        "Judged: what is inside the frames, 3 windows of 40 × 40 pixels, 43 % of the image."
+    )
+    expect(verdict.locator(".marks")).to_have_attribute(
+        "aria-label", "The frames show what was judged: 3 windows of 40 × 40 pixels."
+    )
+    shade = verdict.locator(".crop .outside")
+    for x, y, shaded in ((10, 10, False), (30, 10, False), (70, 70, False), (70, 20, True), (20, 70, True)):
+        assert shade.evaluate(f"path => path.isPointInFill(new DOMPoint({x}, {y}))") is shaded
+
+
 def ruled(verdict: str, score: float | None, false_alarm: float | None = 0.05, **changed: object) -> dict[str, Any]:
     thresholds = {"fake": 0.8479, "real": 0.14}
     return (
