@@ -251,7 +251,9 @@ class Slices:
         for distance, gradient in self.pool.map(backward, slices, passes, leaves):
             total = total + distance
             for parameter, share in zip(parameters, gradient, strict=True):
-                parameter.grad = share if parameter.grad is None else parameter.grad.add_(share)
+                if parameter.grad is None:  # laid out as the parameter, which the fused optimiser relies on
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad += share
         self._average()
         return total
 

@@ -150,6 +150,8 @@ def test_slices_in_threads_teach_as_the_whole_batch(tiny: FitSettings, change: d
             torch.testing.assert_close(value, loss.detach())
             for (name, parameter), gradient in zip(parameters.items(), expected, strict=True):
                 torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5, msg=name)
+                assert parameter.grad is not None
+                assert parameter.grad.stride() == parameter.stride(), name  # the fused optimiser reads both alike
             objective.zero_grad()
     finally:
         torch.set_num_threads(threads)
