@@ -256,6 +256,9 @@ def thumbnail(image: Image.Image, size: int = 256) -> bytes:
     return out.getvalue()
 
 
+_SHORTEST = np.float32(1e-12)
+"""Length of an embedding below which it has no direction."""
+
 Box = tuple[int, int, int, int]
 """x, y, width, height in pixels of the upright image."""
 
@@ -370,20 +373,26 @@ class Preprocess:
     def joined(self, embeddings: np.ndarray, counts: Sequence[int]) -> np.ndarray:
         """One embedding for each image from those of its windows: the one place where windows become an image.
 
-        With `windows` above 1 it is the mean of unit vectors. Images are compared by the cosine, which knows the
-        direction alone, and the product of such a mean with a reference is the mean of the windows' cosines: each has
-        the same say. The length of an embedding says nothing of the image, and would let one window outweigh others.
-        With one window it is the embedding as the backbone made it, of any length.
+        Its direction is that of the mean of the windows' unit vectors: images are compared by the cosine, and so each
+        window has the same say. Its length is the mean of the windows' lengths: heads read raw embeddings, and know
+        those of an image, of one of its regions and of an image of a single window as vectors of one kind. The
+        embedding of a single window stays as the backbone made it.
 
         Args:
             embeddings: Of all windows, one after another, shape (m, d), float32.
             counts: Windows of each image, n numbers above 0 that add up to m.
 
         Returns:
-            Shape (n, d), float32; of at most length 1 where windows were joined.
+            Shape (n, d), float32.
         """
         if self.windows == 1:
             return embeddings
-        units = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)  # (m, d)
-        ends = np.cumsum(counts)[:-1]
-        return np.stack([part.mean(0) for part in np.split(units, ends)])  # (n, d)
+        images = np.split(embeddings, np.cumsum(counts)[:-1])
+        return np.stack([windows[0] if len(windows) == 1 else _mean(windows) for windows in images])  # (n, d)
+
+
+def _mean(windows: np.ndarray) -> np.ndarray:
+    """The mean direction of embeddings (w, d) with the mean of their lengths, shape (d,)."""
+    lengths = np.linalg.norm(windows, axis=1, keepdims=True)  # (w, 1)
+    direction = (windows / np.maximum(lengths, _SHORTEST)).mean(0)  # (d,)
+    return np.asarray(direction * (lengths.mean() / max(np.linalg.norm(direction), _SHORTEST)))

@@ -378,12 +378,15 @@ def test_the_box_encloses_all_windows(width: int, height: int, windows: int) -> 
     assert (x, y, x + w - 1, y + h - 1) == (columns[0], rows[0], columns[-1], rows[-1])
 
 
-def test_windows_are_joined_by_the_mean_of_unit_vectors() -> None:
+def test_windows_are_joined_by_the_mean_of_their_directions_and_of_their_lengths() -> None:
     embeddings = np.array([[3, 4], [0, 0.1], [5, 0]], np.float32)
     joined = Preprocess(mode="center_crop", windows=5).joined(embeddings, [2, 1])
-    np.testing.assert_allclose(joined, [[0.3, 0.9], [1.0, 0.0]], rtol=1e-6)
+    np.testing.assert_allclose(joined[0], 2.55 * np.array([0.3, 0.9]) / 0.9**0.5, rtol=1e-6)
+    np.testing.assert_array_equal(joined[1], embeddings[2])  # as the backbone made it
     assert joined.dtype == np.float32
     np.testing.assert_array_equal(Preprocess().joined(embeddings, [1, 1, 1]), embeddings)
+    opposite = np.array([[1, 0], [-1, 0]], np.float32)
+    np.testing.assert_array_equal(Preprocess(mode="center_crop", windows=2).joined(opposite, [2]), [[0, 0]])
 
 
 def test_preprocess_survives_json_and_refuses_nonsense() -> None:

@@ -4,14 +4,16 @@ import io
 
 import numpy as np
 import pytest
+from conftest import small_image
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from api.judge.regions import FAKE, REAL, STRONGEST, VARIANTS, grid, overlay, region_pixels, variant_windows
 from api.judge.uploads import Question, Upload, prepare
 from api.schemas.verdicts import Region
 from api.service_settings import ServiceSettings
+from trainer.heads.heads import fit_heads
 from trainer.images import Preprocess
 from trainer.model.embedder import Embedder
 
@@ -76,6 +78,26 @@ def test_an_upload_is_embedded_as_everywhere(windowed: Embedder) -> None:
     [embeddings] = windowed.embed_stacks([prepared.views])
     variants = [change(image) for change in VARIANTS.values()]
     np.testing.assert_allclose(embeddings, windowed.embed([image, *regions, *variants]), atol=1e-5)
+
+
+def test_heads_of_images_of_several_windows_know_regions_and_variants(windowed: Embedder) -> None:
+    """Regions are single windows, and must be embedded as what the heads were fitted on."""
+    labels, native = np.arange(40) % 2, windowed.preprocess
+    images = [ImageEnhance.Brightness(small_image(i, True, size=72)).enhance(0.6 + 0.4 * (i % 2)) for i in range(40)]
+    heads = fit_heads(windowed.embed(images[:30]), labels[:30])
+    assert heads.svm is not None
+    boxes = grid(72, 72, 32)
+    regions = np.concatenate([windowed.embed_pixels(region_pixels(image, boxes, native)) for image in images[30:]])
+    variants = windowed.embed_windows([variant_windows(image, native)[-1] for image in images[30:]])
+    sureness, spread = [], []
+    for embeddings in (windowed.embed(images[30:]), variants, regions):
+        logits = heads.linear.logit(embeddings)
+        np.testing.assert_array_equal(logits > 0, np.repeat(labels[30:], len(embeddings) // 10))
+        sureness.append(np.abs(logits).mean())
+        spread.append(heads.svm.score(embeddings).std())
+    np.testing.assert_allclose(sureness[1:], sureness[0], rtol=0.2)
+    np.testing.assert_allclose(spread[1:], spread[0], rtol=0.2)
+    assert spread[0] > 0.1  # on unit vectors the kernel is next to constant
 
 
 @pytest.mark.parametrize("size", [(64, 32), (8000, 4000)])

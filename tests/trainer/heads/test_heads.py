@@ -25,6 +25,7 @@ from trainer.heads.heads import (
     unit_length,
 )
 from trainer.heads.logistic import sigmoid
+from trainer.images import Preprocess
 from trainer.model.checkpoint import CheckpointError
 
 DIM = 16
@@ -76,6 +77,18 @@ def test_one_class_head_equals_minus_scikit_learns_decision(heads: Heads) -> Non
     oracle = OneClassSVM(kernel="poly", degree=3, gamma="auto", nu=0.1).fit(x[labels == 0].astype(np.float64))
     assert heads.svm is not None
     np.testing.assert_allclose(heads.svm.score(queries), -oracle.decision_function(queries), rtol=1e-5)
+
+
+def test_heads_of_images_whose_windows_are_alike_are_those_of_one_window() -> None:
+    x, labels = embeddings(300, 0)
+    joined = Preprocess(mode="center_crop", windows=5).joined(np.repeat(x, 5, axis=0), [5] * len(x))
+    one, five = fit_heads(x, labels), fit_heads(joined, labels)
+    queries = embeddings(50, 2)[0]
+    np.testing.assert_allclose(five.linear.logit(queries), one.linear.logit(queries), rtol=1e-3, atol=1e-3)
+    assert one.svm is not None
+    assert five.svm is not None
+    expected = one.svm.score(queries)
+    np.testing.assert_allclose(five.svm.score(queries), expected, atol=0.01 * float(expected.std()))
 
 
 def test_one_class_head_by_hand() -> None:

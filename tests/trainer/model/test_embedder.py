@@ -61,13 +61,15 @@ def test_batches_and_threads_do_not_change_embeddings(embedder: Embedder) -> Non
 
 
 def test_an_image_of_several_windows_has_one_embedding(windowed: Embedder) -> None:
-    """Every way gives the mean of its windows' unit vectors, whatever other images share the pass."""
+    """Every way gives the mean direction and length of its windows, whatever other images share the pass."""
     images = [*pictures(4), small_image(3, False).resize((32, 20))]
     expected, single = [], Preprocess("center_crop", 32)
     for image in images:
         crops = [image.crop((x, y, x + w, y + h)) for x, y, w, h in windowed.preprocess.boxes(*image.size)]
-        units = [vector / np.linalg.norm(vector) for crop in crops for vector in windowed.embed_pixels(single([crop]))]
-        expected.append(sum(units) / len(units))
+        vectors = [vector for crop in crops for vector in windowed.embed_pixels(single([crop]))]
+        lengths = [np.linalg.norm(vector) for vector in vectors]
+        mean = sum(vector / length for vector, length in zip(vectors, lengths, strict=True))
+        expected.append(mean / np.linalg.norm(mean) * sum(lengths) / len(lengths))
     windows = [windowed.preprocess([image]) for image in images]
     assert [len(stack) for stack in windows] == [5, 5, 5, 5, 1]
     np.testing.assert_allclose(windowed.embed(images, batch_size=2), expected, atol=1e-5)
@@ -75,6 +77,8 @@ def test_an_image_of_several_windows_has_one_embedding(windowed: Embedder) -> No
     stacks = windowed.embed_stacks([windows[:1], windows[1:4], windows[4:]])
     assert [len(stack) for stack in stacks] == [1, 3, 1]
     np.testing.assert_allclose(np.concatenate(stacks), expected, atol=1e-5)
+    lengths = np.linalg.norm(expected, axis=1)
+    assert lengths.max() < 1.1 * lengths.min()  # which say nothing of the number of windows
     by_torch = Embedder.load(windowed.folder, device="cpu", engine="torch")
     np.testing.assert_allclose(by_torch.embed(images), expected, atol=1e-4)
 
