@@ -5,13 +5,13 @@ import { bar, confirmed, facts, fileName, h, icon, table, webLink } from "./dom.
 import { problemBox } from "./problems.js";
 import { bytes, count, decimal, labelWord, percent, when } from "./words.js";
 
-/** One reference image. `weight` is its part of the vote; a search gives none. */
-export function suspect(neighbour, heaviest = 1) {
+/** One reference image. `weight` is its part of the vote, a search gives none; `degraded` says the database is away. */
+export function suspect(neighbour, heaviest = 1, degraded = false) {
   const name = neighbour.label === "fake" ? (neighbour.generator ?? "generator not named") : "real photo";
   return h(
     "li",
     { class: `suspect ${neighbour.label}` },
-    portrait(neighbour),
+    portrait(neighbour, degraded),
     h("p", { class: "who" }, icon(neighbour.label), h("span", {}, name)),
     h("p", { class: "like" }, h("span", { class: "term" }, "alike "), decimal(neighbour.similarity, 3)),
     neighbour.weight === null || neighbour.weight === undefined
@@ -27,11 +27,11 @@ export function suspect(neighbour, heaviest = 1) {
 }
 
 /** The picture, which opens the details; where it is not here, a link to it with the details below. */
-function portrait(neighbour) {
+function portrait(neighbour, degraded) {
   const details = {
     type: "button",
     "aria-label": `Reference image ${neighbour.id}: details`,
-    onclick: () => showReference(neighbour),
+    onclick: () => showReference(neighbour, degraded),
   };
   const link = neighbour.thumbnail ? null : webLink(neighbour.uri, "Picture on the web");
   if (link) return h("div", { class: "absent" }, link, h("button", details, "Details"));
@@ -61,7 +61,7 @@ export function lineUp(verdict) {
         ? h(
             "ol",
             { class: "suspects", tabindex: "0", "aria-label": `${title}, nearest first` },
-            found.map((neighbour) => suspect(neighbour, heaviest)),
+            found.map((neighbour) => suspect(neighbour, heaviest, verdict.degraded)),
           )
         : h("p", { class: "none" }, none),
     );
@@ -74,10 +74,13 @@ export function lineUp(verdict) {
 }
 
 /** Everything known of one reference image, in a dialog. */
-async function showReference(neighbour) {
+async function showReference(neighbour, degraded) {
   const dialog = document.getElementById("reference-dialog");
   const picture = neighbour.thumbnail ? h("img", { alt: `Reference image ${neighbour.id}`, class: "large" }) : null;
   if (picture) showThumbnail(picture, neighbour.thumbnail);
+  const absence = degraded
+    ? "Its picture could not be looked up: the database was away."
+    : "Its picture is not here.";
   const rest = h("div", { "aria-live": "polite" }, h("p", {}, "Looking it up…"));
   const buttons = h(
     "div",
@@ -87,7 +90,7 @@ async function showReference(neighbour) {
   const removal = h("button", { type: "button", onclick: () => remove(neighbour, rest, removal) }, "Remove");
   dialog.replaceChildren(
     h("h2", { id: "reference-title" }, `Reference image ${neighbour.id}`),
-    h("div", { class: "reference" }, picture ?? h("p", {}, "Its picture is not here."), rest),
+    h("div", { class: "reference" }, picture ?? h("p", {}, absence), rest),
     buttons,
   );
   dialog.showModal();

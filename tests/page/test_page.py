@@ -332,7 +332,8 @@ def test_a_reference_whose_picture_is_elsewhere_is_a_link(opens: Opens) -> None:
     page = opens(axe=True)
     public = {**NEIGHBOUR, "source": "who", "thumbnail": None, "uri": "https://example.org/a b.png", "attributes": {}}
     other = public | {"id": 8, "uri": "javascript:globalThis.broken=1"}
-    page.route("**/v1/detect*", fulfilled(json.dumps({"results": [BARE | {"neighbours": [public, other]}]})))
+    body = {"results": [BARE | {"degraded": False, "neighbours": [public, other]}]}
+    page.route("**/v1/detect*", fulfilled(json.dumps(body)))
     verdict = judge(page)
     link = verdict.locator(".suspect a")
     expect(link).to_have_count(1)
@@ -340,6 +341,16 @@ def test_a_reference_whose_picture_is_elsewhere_is_a_link(opens: Opens) -> None:
     assert violations(page) == []
     verdict.get_by_role("button", name="Reference image 7: details").click()
     expect(page.locator("#reference-dialog")).to_contain_text("Its picture is not here.")
+
+
+def test_a_picture_that_could_not_be_looked_up_is_not_called_missing(opens: Opens) -> None:
+    page = opens()
+    far = {**NEIGHBOUR, "thumbnail": None, "uri": None, "attributes": {}}
+    page.route("**/v1/detect*", fulfilled(json.dumps({"results": [BARE | {"neighbours": [far]}]})))
+    judge(page).get_by_role("button", name="Reference image 7: details").click()
+    expect(page.locator("#reference-dialog")).to_contain_text(
+        "Its picture could not be looked up: the database was away."
+    )
 
 
 def test_every_window_that_was_judged_is_framed(opens: Opens) -> None:
