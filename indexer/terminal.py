@@ -196,8 +196,10 @@ def _checkpoint(name: str, checkpoint_id: str, active: bool) -> str:
     return f"{name} {checkpoint_id}" + (", the active one" if active else "")
 
 
-def _promise(new_sources: int) -> str:
-    """To which real images the rate of false alarms is promised."""
+def _promise(new_sources: int | None) -> str:
+    """To which real images the rate of false alarms is promised; None where an earlier version did not keep it."""
+    if new_sources is None:
+        return "to new sources not known yet: it was fitted by an earlier version, and serving fits it anew"
     if new_sources:
         return f"to real images of known sources, and to nine of ten new sources (judging by {new_sources} sources)"
     return "to real images of known sources alone (under 9 sources say nothing of a new one)"

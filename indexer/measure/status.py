@@ -73,7 +73,7 @@ def store_status(settings: Settings, store: Store, checkpoint: Checkpoint | None
             "revision": saved.revision,
             "real": saved.params["n_real"],
             "fake": saved.params["n_fake"],
-            "new_sources": saved.params.get("new_sources", 0),
+            "new_sources": saved.params.get("new_sources"),
         },
     }
 
