@@ -19,7 +19,7 @@ neighbours and the linear head know them no better: without the images' sources 
 
 import base64
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import combinations
 from typing import Any, Self
@@ -59,6 +59,27 @@ def shift_prior(score: float, prior: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Probabilities:
+    """Calibration images' probabilities of fake, float64, as thresholds are read from them at any rate."""
+
+    real: np.ndarray
+    """Of real images, ascending, shape (r,)."""
+    by_source: np.ndarray
+    """The same, source by source and ascending within each, shape (r,)."""
+    counts: np.ndarray
+    """How many images each source has, shape (k,)."""
+    fake: np.ndarray
+    """Of fake images, ascending, shape (f,)."""
+
+    @classmethod
+    def of(cls, real: np.ndarray, sources: np.ndarray, fake: np.ndarray) -> Self:
+        """From calibrated logits, ascending, and the sources of the real images."""
+        probabilities = sigmoid(real)  # (r,)
+        by_source = probabilities[np.argsort(sources, kind="stable")]  # (r,)
+        return cls(probabilities, by_source, np.unique(sources, return_counts=True)[1], sigmoid(fake))
+
+
+@dataclass(frozen=True, slots=True)
 class Calibration:
     """Fitted maps and the calibration images' own scores, for every subset of heads that can answer.
 
@@ -80,6 +101,12 @@ class Calibration:
     """Similarity of each calibration image to its nearest reference, ascending, float32."""
     n_real: int
     n_fake: int
+    probabilities: dict[str, Probabilities] = field(init=False, repr=False)
+    """Of `real` and `fake`: every verdict reads them, and they are computed once."""
+
+    def __post_init__(self) -> None:
+        tables = {name: Probabilities.of(self.real[name], self.sources[name], self.fake[name]) for name in self.maps}
+        object.__setattr__(self, "probabilities", tables)
 
     def largest(self, heads: Collection[str] | None = None) -> str | None:
         """The calibrated subset of most heads among those given (all when None); None when there is none."""
@@ -135,12 +162,13 @@ class Calibration:
         name = self.largest(heads)
         if name is None:
             return None, None
-        real, fake = sigmoid(self.real[name]), sigmoid(self.fake[name])
+        table = self.probabilities[name]
+        real, fake = table.real, table.fake
         above, below = _allowed(max_false_alarm, len(real)), _allowed(max_miss, len(fake))
         t_fake = t_real = None
         if above >= 0:  # just above the first real that must stay below
-            highest = np.append(-np.inf, real)[len(real) - above]
-            highest = max(highest, _highest_of_sources(real, self.sources[name], max_false_alarm))
+            highest = real[len(real) - above - 1] if above < len(real) else -np.inf
+            highest = max(highest, _highest_of_sources(table, max_false_alarm))
             t_fake = max(0.0, float(np.nextafter(highest, 2.0)))
         if below >= 0:
             t_real = float(fake[below]) if below < len(fake) else 1.0
@@ -159,13 +187,13 @@ class Calibration:
         name = self.largest(heads)
         if name is None:
             return None
-        real = sigmoid(self.real[name])  # (n,), ascending
+        real = self.probabilities[name].real
         return float(len(real) - np.searchsorted(real, score, side="left")) / len(real)
 
     def new_sources(self, heads: Collection[str] | None = None) -> int:
         """How many sources the promise to new ones rests on; 0 where there is none: they are too few, or one rate."""
         name = self.largest(heads)
-        count = 0 if name is None else len(np.unique(self.sources[name]))
+        count = 0 if name is None else len(self.probabilities[name].counts)
         return count if count >= MINIMUM_SOURCES else 0
 
     def novelty(self, similarity: float) -> float | None:
@@ -191,7 +219,9 @@ class Calibration:
         name = self.largest(heads)
         if name is None or np.isnan(similarity):
             return None
-        nearest = _ascending(self.nearest_fake[name][sigmoid(self.fake[name]) >= t_fake])
+        first = int(np.searchsorted(self.probabilities[name].fake, t_fake, side="left"))
+        nearest = self.nearest_fake[name][first:]
+        nearest = nearest[~np.isnan(nearest)]
         return _p_value(nearest, similarity) if len(nearest) else None
 
     def to_json(self) -> dict[str, Any]:
@@ -306,23 +336,21 @@ def _allowed(rate: float, n: int) -> int:
     return int(np.floor(rate * (n + 1) + 1e-9)) - 1
 
 
-def _highest_of_sources(scores: np.ndarray, sources: np.ndarray, rate: float) -> float:
+def _highest_of_sources(table: Probabilities, rate: float) -> float:
     """The score above which a threshold keeps the rate in `NEW_SOURCES` of new sources, -inf where they are too few.
 
     Of each source it is the highest score below which all but that share of its images lie; of k sources, the
     ceil(`NEW_SOURCES` (k + 1))-th of these in ascending order.
 
     Args:
-        scores: Of real images, ascending, shape (n,).
-        sources: Their sources, shape (n,).
+        table: Of the heads that answered.
         rate: Share of a source's images, 0..1.
     """
-    counts = np.unique(sources, return_counts=True)[1]  # (k,)
+    counts = table.counts  # (k,)
     if len(counts) < MINIMUM_SOURCES:
         return -np.inf
     above = np.floor(rate * counts + 1e-9).astype(np.int64)  # (k,)
-    by_source = scores[np.argsort(sources, kind="stable")]  # (n,), ascending within each source
-    highest = np.where(above < counts, by_source[np.cumsum(counts) - 1 - above], -np.inf)  # (k,)
+    highest = np.where(above < counts, table.by_source[np.cumsum(counts) - 1 - above], -np.inf)  # (k,)
     return float(np.sort(highest)[int(np.ceil(NEW_SOURCES * (len(counts) + 1) - 1e-9)) - 1])
 
 
@@ -333,7 +361,7 @@ def _missing(rate: float, n: int) -> int:
 
 def _p_value(table: np.ndarray, similarity: float) -> float:
     """(1 + entries <= similarity) / (n + 1)."""
-    return float(1 + np.searchsorted(table, np.float32(similarity), side="right")) / (len(table) + 1)
+    return float(1 + (table <= np.float32(similarity)).sum()) / (len(table) + 1)
 
 
 def _pack(values: np.ndarray) -> str:

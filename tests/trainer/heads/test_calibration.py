@@ -350,6 +350,23 @@ def test_similarities_and_sources_stay_with_their_scores() -> None:
     np.testing.assert_array_equal(fitted.sources["linear"], expected)
 
 
+def test_what_verdicts_read_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logistic function of thousands of scores and the sources' numbers are not computed for each verdict."""
+    fitted = replace(
+        table([float(i) for i in range(-60, 0)], [-2.0, -1.0, 1.0, 2.0, 3.0]),
+        sources={"linear": np.arange(60, dtype=np.int32) % 12},
+        nearest_fake={"linear": FAR_TO_NEAR},
+    )
+    monkeypatch.setattr("trainer.heads.calibration.sigmoid", None)
+    monkeypatch.setattr(np, "unique", None)
+    t_fake, t_real = fitted.thresholds(0.1, 0.2)
+    assert t_fake == np.nextafter(sigmoid(np.array(-1.0)), 2.0)  # 5 images of a source leave none of ten above
+    assert t_real == sigmoid(np.array(-2.0))
+    assert fitted.new_sources() == 12
+    assert fitted.false_alarm(float(sigmoid(np.array(-6.0)))) == 0.1
+    assert fitted.fake_novelty(0.65, 0.5) == pytest.approx(1 / 4)
+
+
 @settings(max_examples=50)
 @given(st.integers(0, 10_000), st.integers(2, 30), st.floats(0.02, 0.9))
 def test_nine_of_ten_new_sources_hold_the_rate(seed: int, count: int, rate: float) -> None:
