@@ -210,8 +210,17 @@ class FitSettings:
         values |= {"data": str(self.data), "local_size": self.local}
         if self.teacher and not self.teacher.startswith(TIMM_TEACHER):
             path = Path(self.teacher)
-            values["teacher"] = f"{path.name}, sha256 {sha256(path.read_bytes()).hexdigest()}"
+            values["teacher"] = f"{path.name}, sha256 {teacher_sha256(path)}"
         return values | ({"architecture_args": self.timm_args} if self.timm_args else {})
+
+
+def teacher_sha256(path: Path) -> str:
+    """SHA-256 of a teacher's file in hexadecimal; of an `.xml`, with the `.bin` beside it, which holds the weights."""
+    digest = sha256(path.read_bytes())
+    weights = path.with_suffix(".bin")
+    if path.suffix == ".xml" and weights.is_file():
+        digest.update(weights.read_bytes())
+    return digest.hexdigest()
 
 
 def learning_rate(settings: FitSettings, progress: float, processes: int = 1) -> float:

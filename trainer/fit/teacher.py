@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.fit.fit_settings import TIMM_TEACHER, FitError
+from trainer.fit.fit_settings import TIMM_TEACHER, FitError, teacher_sha256
 from trainer.images import Preprocess
 from trainer.model.vit_openvino import CompiledGraph, openvino_core
 
@@ -84,7 +84,7 @@ class GraphTeacher:
             raise FitError(f"--teacher {path} has no global pooling; expected a convolutional classifier")
         graph = openvino.Model([feature_map], whole.get_parameters(), "teacher")
         images_last = str(shape[3]) == "3"
-        return cls(path.name, sha256(path.read_bytes()).hexdigest(), graph, images_last, maps_last)
+        return cls(path.name, teacher_sha256(path), graph, images_last, maps_last)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         array = pixels.cpu().numpy()

@@ -164,6 +164,19 @@ def test_a_teacher_counts_until_its_share_of_the_schedule(tiny: FitSettings) -> 
     assert teacher_weight(replace(settings, teacher=None), 0.0) == 0
 
 
+def test_a_teacher_in_two_files_is_known_by_both(tiny: FitSettings, tmp_path: Path) -> None:
+    """An `.xml` holds the layers alone, and the `.bin` beside it the weights."""
+    path = classifier(tmp_path / "other.xml", "uint8")
+    settings = replace(tiny, teacher=str(path))
+    before = GraphTeacher.read(path).sha256
+    assert settings.record()["teacher"] == f"other.xml, sha256 {before}"
+    weights = path.with_suffix(".bin")
+    weights.write_bytes(weights.read_bytes().replace(KERNEL.tobytes(), (2 * KERNEL).tobytes()))
+    after = GraphTeacher.read(path).sha256
+    assert after != before
+    assert settings.record()["teacher"] == f"other.xml, sha256 {after}"
+
+
 def test_a_run_with_a_teacher_resumes_exactly_and_says_who_taught(
     tiny: FitSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +209,7 @@ def test_a_run_with_a_teacher_resumes_exactly_and_says_who_taught(
     weights, expected = read_weights(tiny.output), read_weights(straight.output)
     assert all(np.array_equal(weights[name], value) for name, value in expected.items())
     assert not any(name.startswith("distillation") for name in weights)
-    config, digest = read_config(tiny.output), sha256(Path(settings.teacher or "").read_bytes()).hexdigest()
+    config, digest = read_config(tiny.output), GraphTeacher.read(Path(settings.teacher or "")).sha256
     assert config.provenance["teacher"] == {"name": "tiny.xml", "sha256": digest}
     assert config.training["teacher"] == f"tiny.xml, sha256 {digest}"
 
