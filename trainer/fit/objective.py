@@ -12,10 +12,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.fit.fit_settings import FitSettings
+from trainer.fit.fit_settings import FitError, FitSettings
 from trainer.fit.loss import code_loss, proxy_loss, supervised_contrastive_loss
 from trainer.fit.teacher import Distillation, load_teacher
 from trainer.model.checkpoint import OWN_ARGUMENTS, CheckpointConfig, build_backbone
+
+DROP_CHANCES = {"Dropout": "p", "DropPath": "drop_prob", "PatchDropout": "prob", "PatchDropoutWithIndices": "prob"}
+"""The attribute with the chance of each kind of layer that draws in training, PyTorch's and timm's."""
 
 
 class Objective(nn.Module):
@@ -284,7 +287,11 @@ def plain_attention(backbone: nn.Module) -> nn.Module:
 
 
 def make_objective(settings: FitSettings, device: str, generators: int = 1) -> tuple[Objective, CheckpointConfig]:
-    """Backbone and loss with weights drawn from the seed (or timm's), and the configuration of the checkpoint."""
+    """Backbone and loss with weights drawn from the seed (or timm's), and the configuration of the checkpoint.
+
+    Raises:
+        FitError: The backbone draws, and its parts would be computed twice.
+    """
     import timm
 
     args = settings.timm_args
@@ -303,6 +310,13 @@ def make_objective(settings: FitSettings, device: str, generators: int = 1) -> t
     )
     torch.manual_seed(settings.seed)
     objective = Objective(build_backbone(config), config.dim, settings, generators)
+    kinds = ((type(module).__name__, module) for module in objective.backbone.modules())
+    drawing = sorted({kind for kind, module in kinds if getattr(module, DROP_CHANCES.get(kind, ""), 0)})
+    if settings.cached_batch and drawing:
+        raise FitError(
+            f"--cached-batch {settings.cached_batch} computes each part twice, and {', '.join(drawing)} would draw "
+            "anew: set the drop rates in --architecture-args to 0, or leave out --cached-batch"
+        )
     if settings.pretrained:
         official = timm.create_model(settings.architecture, pretrained=True, num_classes=0, **known)
         objective.backbone.load_state_dict(official.state_dict())

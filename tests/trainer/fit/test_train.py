@@ -662,6 +662,14 @@ def test_ablations_train(tiny: FitSettings, change: dict[str, Any]) -> None:
         assert read_id(tiny.output) == metrics["checkpoint"]
 
 
+@pytest.mark.parametrize("rate", ["drop_path_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate"])
+def test_a_backbone_that_draws_is_refused_where_its_parts_are_computed_twice(tiny: FitSettings, rate: str) -> None:
+    settings = replace(tiny, architecture_args=TINY.replace("{", f'{{"{rate}": 0.5, ', 1))
+    make_objective(settings, "cpu")
+    with pytest.raises(FitError, match=r"--cached-batch 8 .* and .*Drop.* set the drop rates in --architecture-args"):
+        make_objective(replace(settings, cached_batch=8), "cpu")
+
+
 def test_a_stem_is_trained_and_kept(tiny: FitSettings) -> None:
     settings = replace(tiny, architecture_args=TINY.replace("{", '{"stem": "conv", ', 1))
     fit(settings)
