@@ -115,7 +115,9 @@ def _origin(config: CheckpointConfig) -> str:
     )
     if config.training:
         start = "pretrained weights" if config.training.get("pretrained") else "scratch"
-        made = f"trained from {start} by `lineup train fit`"
+        teacher = config.provenance.get("teacher")
+        taught = f" with the features of {teacher['name']} to learn from" if teacher else ""
+        made = f"trained from {start} by `lineup train fit`{taught}"
     else:
         place = PurePath(config.provenance.get("source", "elsewhere"))
         source = place.name if place.is_absolute() else place.as_posix()

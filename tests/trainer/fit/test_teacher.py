@@ -212,6 +212,8 @@ def test_a_run_with_a_teacher_resumes_exactly_and_says_who_taught(
     config, digest = read_config(tiny.output), GraphTeacher.read(Path(settings.teacher or "")).sha256
     assert config.provenance["teacher"] == {"name": "tiny.xml", "sha256": digest}
     assert config.training["teacher"] == f"tiny.xml, sha256 {digest}"
+    taught_by = "trained from scratch by `lineup train fit` with the features of tiny.xml to learn from."
+    assert taught_by in (tiny.output / "README.md").read_text()
 
 
 def test_a_state_of_before_an_option_came_is_resumed_with_its_default(
