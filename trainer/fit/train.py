@@ -150,7 +150,10 @@ def unfinished_run(settings: FitSettings) -> RunState | None:
             f"{folder} holds an unfinished run begun by an earlier version: finish it there, "
             "or start anew with --overwrite"
         )
-    if state is not None and (differs := differences(state.settings, settings.record())):
+    if state is None:
+        return None
+    begun = state.settings | {"half": settings.half}  # it changes what is written, not what is trained
+    if differs := differences(begun, settings.record()):
         raise FitError(f"{folder} holds an unfinished run of other settings ({differs}): finish it, or use --overwrite")
     return state
 

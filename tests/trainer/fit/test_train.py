@@ -34,7 +34,7 @@ from trainer.fit.train import epoch_steps, finishing_seconds, fit
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads
 from trainer.images import Preprocess
-from trainer.model.checkpoint import read_config, read_id, read_weights
+from trainer.model.checkpoint import CheckpointError, read_config, read_id, read_weights
 from trainer.model.embedder import Embedder
 from trainer.model.seen_images import SeenImages
 from trainer.views.augmentations import Augmenter
@@ -288,6 +288,19 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(
     fit(tiny)
     assert saved == [1, 2]
     assert_same_weights(tiny.output, whole[0].output)
+
+
+def test_a_run_whose_weights_are_beyond_half_precision_is_ended_without_it(
+    tiny: FitSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, settings = Run.weights, replace(tiny, epochs=1, half=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "weights", lambda run: {name: 1e6 + value for name, value in weights(run).items()})
+        with pytest.raises(CheckpointError, match="go without --half"):
+            fit(settings)
+    monkeypatch.setattr(Run, "step", lambda *_: pytest.fail("trained on"))
+    fit(replace(settings, half=False))
+    assert read_config(tiny.output).training["half"] is False
 
 
 @pytest.mark.parametrize("part", ["seen", "optimiser"])
