@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain, islice
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -174,3 +175,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
         [line for lines in unreadable for line in lines],
         [origin for pair in origins for origin in pair],
     )
+
+
+def joined(parts: Iterator[Batch], count: int) -> Iterator[Batch]:
+    """Batches of `count` parts each, whose records follow one another."""
+    if count == 1:  # left in the pinned memory where it lies
+        yield from parts
+    while batch := list(islice(parts, count)):
+        whole, local, unreadable, origins = zip(*batch, strict=True)
+        yield torch.cat(whole), torch.cat(local), [*chain(*unreadable)], [*chain(*origins)]

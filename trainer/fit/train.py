@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from trainer.cores import usable_cores
-from trainer.fit.batches import Batch, EpochSampler, Pairs, collate
+from trainer.fit.batches import Batch, EpochSampler, Pairs, collate, joined
 from trainer.fit.checkpoint_writer import write_checkpoint
 from trainer.fit.fit_settings import FitError, FitSettings
 from trainer.fit.image_roles import Pictures, Roles, read_roles, shard_paths
@@ -176,11 +176,16 @@ def epoch_steps(settings: FitSettings, training: Pictures, processes: int = 1) -
 def epoch_batches(
     settings: FitSettings, training: Pictures, views: Views, run: Run
 ) -> Callable[[int], Iterator[Batch]]:
-    """The batches of an epoch, made in worker processes: of pictures, or streamed where the data are shards."""
+    """The batches of an epoch, made in worker processes: of pictures, or streamed where the data are shards.
+
+    What a worker makes at a time is no more than a step holds: several updates of more would not fit in memory.
+    """
     cores = usable_cores()
     share = cores // 2 if run.device == "cpu" else cores - 1
     workers = max(1, share // run.processes.world) if settings.workers is None else settings.workers
     rank, world = run.processes.rank, run.processes.world
+    size = math.gcd(settings.records, settings.batch_size)
+    parts = settings.records // size
     cv2.setNumThreads(0)  # here, not in the workers: a forked process waits for ever for OpenCV's pool of threads
     options: dict[str, Any] = {
         "num_workers": workers,
@@ -198,10 +203,10 @@ def epoch_batches(
 
         def stream(epoch: int) -> Iterator[Batch]:
             of_epoch = replace(records, epoch=epoch)
-            return islice(DataLoader(of_epoch, batch_size=settings.records, **options), run.state.steps)
+            return islice(joined(iter(DataLoader(of_epoch, batch_size=size, **options)), parts), run.state.steps)
 
         return stream
-    sampler = EpochSampler(run.state.steps, settings.records, rank, world)
+    sampler = EpochSampler(run.state.steps * parts, size, rank, world)
     loader: DataLoader[Any] = DataLoader(
         Pairs(training, views, settings.seed, settings.balance, settings.paired),
         batch_sampler=sampler,
@@ -211,7 +216,7 @@ def epoch_batches(
 
     def pairs(epoch: int) -> Iterator[Batch]:
         sampler.epoch = epoch
-        return iter(loader)
+        return joined(iter(loader), parts)
 
     return pairs
 

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 from trainer.__main__ import app
 from trainer.data.datasets import read_dataset
 from trainer.data.entry import default_split, role
-from trainer.fit.batches import EpochSampler, Pairs
+from trainer.fit.batches import Batch, EpochSampler, Pairs, Sample, collate
 from trainer.fit.fit_heads import embed_for_heads, refit
 from trainer.fit.fit_settings import FitError, FitSettings, learning_rate
 from trainer.fit.image_roles import Pictures, read_roles
@@ -30,7 +31,7 @@ from trainer.fit.linear_probe import LinearProbe
 from trainer.fit.objective import make_objective
 from trainer.fit.run import Processes, Run
 from trainer.fit.state import RunState, state_folder
-from trainer.fit.train import epoch_steps, finishing_seconds, fit
+from trainer.fit.train import epoch_batches, epoch_steps, finishing_seconds, fit
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads
 from trainer.images import Preprocess
@@ -198,6 +199,31 @@ def test_processes_share_the_records_of_an_epoch() -> None:
     parts = [list(EpochSampler(2, 2, rank, 2, epoch=7)) for rank in (0, 1)]
     assert whole == [one + two for one, two in zip(*parts, strict=True)]
     assert whole[1][0] == (7, 4)
+
+
+@pytest.mark.parametrize(("part", "common"), [(3, 3), (4, 2)])
+def test_updates_of_several_parts_are_read_part_by_part(
+    tiny: FitSettings, monkeypatch: pytest.MonkeyPatch, part: int, common: int
+) -> None:
+    """Else each worker would hold several updates of more records than fit in memory."""
+    settings = replace(tiny, batch_size=6)
+    views, training = Views(preprocess=tiny.preprocessing, local_size=tiny.local), read_roles(tiny)["training"]
+    sizes: list[int] = []
+
+    def counted(samples: Sequence[Sample]) -> Batch:
+        sizes.append(len(samples))
+        return collate(samples)
+
+    monkeypatch.setattr("trainer.fit.train.collate", counted)
+    epochs = []
+    for form in (settings, replace(settings, batch_size=part, cached_batch=6)):
+        run = Run(form, Processes(), "cpu", make_objective(form, "cpu")[0], 2)
+        epochs.append(list(epoch_batches(form, training, views, run)(0)))
+    assert sizes == [6, 6, *[common] * (12 // common)]
+    for batch, expected in zip(*epochs, strict=True):
+        assert torch.equal(batch[0], expected[0])
+        assert torch.equal(batch[1], expected[1])
+        assert batch[2:] == expected[2:]
 
 
 def test_an_epoch_of_a_small_set_shows_each_real_image_four_times(tiny: FitSettings) -> None:
