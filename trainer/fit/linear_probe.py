@@ -13,7 +13,7 @@ from trainer.views.augmentations import Pixels
 from trainer.views.views import Views
 
 PROBE_IMAGES = 1024
-"""The most images of a role that are looked at."""
+"""The most images of a role that are looked at, where one has one window; fewer where it has several."""
 
 
 class FixedViews(NamedTuple):
@@ -80,7 +80,8 @@ def fixed_views(pictures: Pictures, views: Views, seed: int) -> FixedViews:
         return [np.asarray(crop) for crop in native.crops(Image.fromarray(image))]
 
     plain, augmented, labels = [], [], []
-    for place in np.sort(np.random.default_rng(seed).permutation(len(pictures))[:PROBE_IMAGES]).tolist():
+    most = max(1, PROBE_IMAGES // native.windows)
+    for place in np.sort(np.random.default_rng(seed).permutation(len(pictures))[:most]).tolist():
         entry = pictures.entries[place]
         try:
             decoded = pictures.read(entry)

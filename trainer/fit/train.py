@@ -82,7 +82,7 @@ def fit(
     batches = epoch_batches(settings, roles["training"], views, run)
     probe = LinearProbe.of(roles, views, settings.seed)
     if objective.distillation is not None and state is None:
-        objective.distillation.measure(torch.from_numpy(probe.training.pixels).to(device))
+        objective.distillation.measure(torch.from_numpy(probe.training.pixels))
     first = processes.rank == 0
     if first and not probe.usable:
         real, fake = (int((probe.validation.labels == label).sum()) // 2 for label in (0, 1))  # each is there twice

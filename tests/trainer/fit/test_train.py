@@ -552,6 +552,15 @@ def test_heads_and_probe_see_images_as_they_are_served(tiny: FitSettings, window
     assert probe.score(lambda pixels: pixels.reshape(len(pixels), -1)[:, :48].astype(np.float32))[1] >= 0
 
 
+def test_the_probe_holds_no_more_windows_than_images_of_one(tiny: FitSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.fit.linear_probe.PROBE_IMAGES", 11)
+    settings = replace(tiny, preprocess="center_crop", windows=5)
+    views = Views(settings.preprocessing, settings.local, Augmenter(32, most=0))
+    probe = LinearProbe.of(read_roles(settings), views, 0)
+    for part in (probe.training, probe.validation):
+        assert part.counts == [5] * 2 * 2  # two images, each plain and augmented
+
+
 def test_a_checkpoint_of_several_windows_is_written_with_heads_of_its_own(
     tiny: FitSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
