@@ -156,7 +156,8 @@ def align(
     """
     check_generator(generator, "--generator")
     autoencoder = read_autoencoder(encoder, decoder).to(device)
-    halves = {path.name: sha256(path.read_bytes()).hexdigest() for path in (encoder, decoder)}
+    files = {"encoder": encoder, "decoder": decoder}
+    halves = {name: sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     settings = {"data": str(data), "split": split, "generator": generator, "autoencoder": halves}
     if (counts := _existing(output, settings)) is not None:
         return counts

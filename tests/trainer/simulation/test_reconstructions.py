@@ -1,6 +1,7 @@
 """Reconstructions of real images: the autoencoder, and the data set they make."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,9 @@ def weights_of(channels: int, pooled: bool, *, decoder: bool) -> dict[str, torch
 def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("autoencoder")
     for name in ("encoder", "decoder"):
-        save_file(weights_of(4, pooled=False, decoder=name == "decoder"), folder / f"{name}.safetensors")
-    return folder / "encoder.safetensors", folder / "decoder.safetensors"
+        (folder / name).mkdir()
+        save_file(weights_of(4, pooled=False, decoder=name == "decoder"), folder / name / "model.safetensors")
+    return folder / "encoder" / "model.safetensors", folder / "decoder" / "model.safetensors"
 
 
 @pytest.mark.parametrize(("channels", "pooled"), [(4, False), (32, True)])
@@ -97,6 +99,8 @@ def test_an_aligned_set_has_a_reconstruction_of_each_real_training_image(
         assert (made_facts.format, made_facts.jpeg_quality) == (
             ("JPEG", facts.jpeg_quality) if facts.format == "JPEG" else ("PNG", None)
         )
+    described = json.loads((tmp_path / "aligned" / "reconstructions.json").read_text())["autoencoder"]
+    assert described == {half.parent.name: sha256(half.read_bytes()).hexdigest() for half in halves}
     command = ["align", str(image_folder), str(tmp_path / "aligned"), "--device", "cpu", "--json"]
     command += ["--encoder", str(halves[0]), "--decoder", str(halves[1])]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "aligned").rglob("*")}
