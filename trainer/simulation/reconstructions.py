@@ -11,6 +11,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,25 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import get_sampling
 from torch import Tensor, nn
 
 from trainer.data.datasets import read_dataset
 from trainer.data.entry import Entry, check_generator, role
-from trainer.data.manifest import MANIFEST_COLUMNS
+from trainer.data.manifest import GITHUB_COLUMNS, MANIFEST_COLUMNS
 from trainer.images import FileFacts, UnreadableImage, decode_image
 
-MULTIPLE = 16
-"""Sides are cut to multiples of so many pixels; of blocks of a JPEG as well."""
-LARGEST = 1024
-"""Of a larger side the middle is taken: the first layer keeps 64 numbers per pixel."""
+MULTIPLE = 8
+"""Pixels a side that a latent stands for."""
+MOST_PIXELS = 1 << 20
+"""Of a larger image none is made: the first layer keeps 64 numbers per pixel."""
+MOST_EXIF_BYTES = 65_533
+"""What a segment of a JPEG holds."""
 DESCRIPTION = "reconstructions.json"
+
+
+PLACE_COLUMNS = ("uri", "window", *GITHUB_COLUMNS)
+"""What says where an image was published and which part of it this is; a reconstruction was not."""
 
 
 class ReconstructionError(ValueError):
@@ -64,7 +72,7 @@ class SoftClamp(nn.Module):
 def read_autoencoder(encoder: Path, decoder: Path) -> nn.Module:
     """A tiny autoencoder (github.com/madebyollin/taesd and its kin) from its two safetensors files.
 
-    Images (n, 3, h, w) in 0..1, sides multiples of 16, in and out; the latents have a place for 8 x 8 pixels.
+    Images (n, 3, h, w) in 0..1, sides multiples of 8, in and out; the latents have a place for 8 x 8 pixels.
 
     Raises:
         ReconstructionError: A file is broken, or of another architecture.
@@ -101,22 +109,45 @@ def _decoder(weights: dict[str, Tensor]) -> nn.Module:
     return nn.Sequential(*layers, Block(pooled=False), nn.Conv2d(64, 3, 3, padding=1))
 
 
-def reconstruct(image: Image.Image, autoencoder: nn.Module, device: str = "cpu") -> Image.Image:
-    """What the autoencoder makes of an image, or of the middle of a large one; sides are multiples of 16.
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a file holds an image, so that another can be written alike."""
 
-    Raises:
-        UnreadableImage: A side has less than 16 pixels.
+    mode: str
+    """Pillow's, L or RGB."""
+    options: dict[str, Any]
+    """What `Image.save` takes."""
+
+    def encode(self, image: Image.Image) -> bytes:
+        """A file of the same form."""
+        stream = io.BytesIO()
+        image.convert(self.mode).save(stream, **self.options)
+        return stream.getvalue()
+
+
+def read_form(content: bytes, facts: FileFacts) -> Form | None:
+    """The form of a readable image: of a JPEG with its tables and sampling; none where it cannot be repeated.
+
+    A reconstruction would be told by more colours than a palette has, or by lacking the loss of another format. The
+    metadata, which may ask for a turn, are part of the form.
     """
-    width, height = (min(side, LARGEST) // MULTIPLE * MULTIPLE for side in image.size)
-    if not width or not height:
-        raise UnreadableImage(f"{image.width}x{image.height} pixels; {MULTIPLE} a side are needed")
-    left, top = (
-        (side - part) // 2 // MULTIPLE * MULTIPLE for side, part in zip(image.size, (width, height), strict=True)
-    )
-    pixels = np.asarray(image.crop((left, top, left + width, top + height)))
+    with Image.open(io.BytesIO(content)) as file:
+        options = {"format": facts.format, "exif": file.info.get("exif", b"")}
+        if facts.format == "JPEG":
+            options |= {"qtables": getattr(file, "quantization"), "subsampling": get_sampling(file)}  # noqa: B009
+        known = facts.format == "PNG" or (facts.format == "JPEG" and (options["subsampling"] >= 0 or file.mode == "L"))
+        repeatable = known and file.mode in ("L", "RGB") and len(options["exif"]) <= MOST_EXIF_BYTES
+        return Form(file.mode, options) if repeatable else None
+
+
+def reconstruct(image: Image.Image, autoencoder: nn.Module, device: str = "cpu") -> Image.Image:
+    """What the autoencoder makes of an RGB image: of the same size, its last rows and columns repeated meanwhile."""
+    width, height = image.size
+    room = (0, -height % MULTIPLE), (0, -width % MULTIPLE), (0, 0)
+    pixels = np.pad(np.asarray(image), room, "edge")  # (h', w', 3)
     with torch.inference_mode():
-        inputs = torch.from_numpy(pixels.copy()).to(device).permute(2, 0, 1)[None] / 255  # (1, 3, h, w)
-        outputs = autoencoder(inputs)[0].clamp(0, 1).permute(1, 2, 0)  # (h, w, 3)
+        inputs = torch.from_numpy(pixels).to(device).permute(2, 0, 1)[None] / 255  # (1, 3, h', w')
+        outputs = autoencoder(inputs)[0].clamp(0, 1).permute(1, 2, 0)[:height, :width]  # (h, w, 3)
     return Image.fromarray((255 * outputs).round().byte().cpu().numpy())
 
 
@@ -133,9 +164,10 @@ def align(
 ) -> dict[str, int]:
     """Write a data set of all images of a split and of reconstructions of its real training images.
 
-    A reconstruction has the group and the source of its image, and its format: a JPEG of the same quality, or PNG. So
-    neither content nor file tells them apart. Images that calibrate or validate are not reconstructed. Nothing happens
-    where the folder is there already; it appears whole or not at all.
+    A reconstruction has the group, the source, the size and the turn of its image and is written as it is: a JPEG of
+    the same tables and sampling, or a PNG. So neither content nor file tells them apart. An image of more than
+    `MOST_PIXELS`, or in another form, is copied and skipped. Images that calibrate or validate are not reconstructed.
+    Nothing happens where the folder is there already; it appears whole or not at all.
 
     Args:
         data: Data set of any layout.
@@ -148,7 +180,7 @@ def align(
         on_image: Told about each image.
 
     Returns:
-        Images by kind: real, fake, reconstructed, unreadable.
+        Images by kind: real, fake, reconstructed, skipped, unreadable.
 
     Raises:
         ReconstructionError: The autoencoder is not known, or the folder holds something else.
@@ -161,30 +193,38 @@ def align(
     settings = {"data": str(data), "split": split, "generator": generator, "autoencoder": halves}
     if (counts := _existing(output, settings)) is not None:
         return counts
-    counted: Counter[str] = Counter(real=0, fake=0, reconstructed=0, unreadable=0)
+    counted: Counter[str] = Counter(real=0, fake=0, reconstructed=0, skipped=0, unreadable=0)
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
     aside.mkdir()
+    rows: list[dict[str, str]] = []
     try:
+        for entry in read_dataset(data, split=split):
+            on_image()
+            try:
+                content = entry.read()
+                image, facts = decode_image(content, upright=False)
+            except (UnreadableImage, OSError):
+                counted["unreadable"] += 1
+                continue
+            row = _row(entry)
+            rows.append(row | {"path": _write(aside, content, facts.format)})
+            counted["fake" if entry.label else "real"] += 1
+            if entry.label or role(entry.group) != "training":
+                continue
+            form = read_form(content, facts)
+            if form is None or image.width * image.height > MOST_PIXELS:
+                counted["skipped"] += 1
+                continue
+            copy = form.encode(reconstruct(image, autoencoder, device))
+            rows.append({name: value for name, value in row.items() if name not in PLACE_COLUMNS})
+            rows[-1] |= {"path": _write(aside, copy, facts.format), "label": "fake", "generator": generator}
+            counted["reconstructed"] += 1
+        columns = dict.fromkeys([*MANIFEST_COLUMNS, "uri"]) | dict.fromkeys(name for row in rows for name in row)
         with (aside / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, [*MANIFEST_COLUMNS, "uri"], lineterminator="\n")
+            table = csv.DictWriter(file, list(columns), lineterminator="\n")
             table.writeheader()
-            for entry in read_dataset(data, split=split):
-                on_image()
-                try:
-                    content = entry.read()
-                    image, facts = decode_image(content)
-                except (UnreadableImage, OSError):
-                    counted["unreadable"] += 1
-                    continue
-                row = _row(entry, split)
-                table.writerow(row | {"path": _write(aside, content, facts.format)})
-                counted["fake" if entry.label else "real"] += 1
-                if not entry.label and role(entry.group) == "training" and min(image.size) >= MULTIPLE:
-                    copy = _encode(reconstruct(image, autoencoder, device), facts)
-                    path = _write(aside, copy, "JPEG" if facts.format == "JPEG" else "PNG")
-                    table.writerow(row | {"path": path, "label": "fake", "generator": generator, "uri": ""})
-                    counted["reconstructed"] += 1
+            table.writerows(rows)
         (aside / DESCRIPTION).write_text(json.dumps(settings | {"images": dict(counted)}, indent=2) + "\n")
         if output.exists():
             output.rmdir()  # it is empty
@@ -208,14 +248,14 @@ def _existing(output: Path, settings: dict[str, Any]) -> dict[str, int] | None:
     return images
 
 
-def _row(entry: Entry, split: str) -> dict[str, str]:
-    return {
+def _row(entry: Entry) -> dict[str, str]:
+    return entry.attributes | {
         "label": "fake" if entry.label else "real",
         "generator": entry.generator or "",
-        "split": entry.split or split,
+        "split": entry.split or "",
         "source": entry.source,
         "group": entry.group,
-        "uri": entry.public_uri or "",
+        "uri": entry.public_uri or entry.attributes.get("uri", ""),
     }
 
 
@@ -226,12 +266,3 @@ def _write(folder: Path, content: bytes, kind: str) -> str:
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     (folder / path).write_bytes(content)
     return path.as_posix()
-
-
-def _encode(image: Image.Image, facts: FileFacts) -> bytes:
-    stream = io.BytesIO()
-    if facts.format == "JPEG":
-        image.save(stream, "JPEG", quality=facts.jpeg_quality or 90)
-    else:
-        image.save(stream, "PNG")
-    return stream.getvalue()

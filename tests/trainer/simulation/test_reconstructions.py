@@ -1,8 +1,11 @@
 """Reconstructions of real images: the autoencoder, and the data set they make."""
 
+import io
 import json
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from typer.testing import CliRunner
 from trainer.__main__ import app
 from trainer.data.datasets import read_dataset
 from trainer.data.entry import role
-from trainer.images import UnreadableImage, decode_image
+from trainer.images import decode_image
 from trainer.simulation.reconstructions import ReconstructionError, align, read_autoencoder, reconstruct
 
 
@@ -62,13 +65,69 @@ def test_an_autoencoder_of_either_kind_is_read_and_keeps_the_size(tmp_path: Path
         read_autoencoder(decoder, encoder)
 
 
-def test_a_reconstruction_is_of_the_middle_in_whole_blocks() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (1100, 70, 3), dtype=np.uint8)
-    same = reconstruct(Image.fromarray(pixels), nn.Identity())
-    assert same.size == (64, 1024)
-    np.testing.assert_array_equal(np.asarray(same), pixels[32:1056, :64])
-    with pytest.raises(UnreadableImage, match="40x10 pixels; 16 a side"):
-        reconstruct(Image.new("RGB", (40, 10)), nn.Identity())
+def test_a_reconstruction_has_the_size_of_its_image() -> None:
+    """The edges are repeated up to whole latents meanwhile."""
+    pixels = np.random.default_rng(0).integers(0, 256, (19, 70, 3), dtype=np.uint8)
+    inputs: list[torch.Tensor] = []
+    autoencoder = nn.Identity()
+    autoencoder.register_forward_hook(lambda _, given, __: inputs.append(given[0]))
+    np.testing.assert_array_equal(np.asarray(reconstruct(Image.fromarray(pixels), autoencoder)), pixels)
+    padded = (255 * inputs[0][0]).round().byte().permute(1, 2, 0).numpy()
+    assert padded.shape == (24, 72, 3)
+    np.testing.assert_array_equal(padded[19:, 70:], np.broadcast_to(pixels[-1, -1], (5, 2, 3)))
+
+
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "444.jpg": ("RGB", {"quality": 91, "subsampling": "4:4:4"}),
+    "tables.jpg": ("RGB", {"qtables": [range(1, 65), range(2, 66)], "subsampling": "4:2:2"}),
+    "grey.jpg": ("L", {"quality": 60}),
+    "turned.jpg": (
+        "RGB",
+        {"quality": 80, "exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0" + bytes(4)},
+    ),
+    "plain.png": ("RGB", {}),
+    "palette.png": ("P", {}),
+    "lossy.webp": ("RGB", {"quality": 50}),
+    "cmyk.jpg": ("CMYK", {}),
+}
+
+
+def test_a_reconstruction_is_written_as_its_image_or_not_at_all(
+    tmp_path: Path, halves: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The palette, the lossy WebP, CMYK and the image of too many pixels are skipped, and counted."""
+    monkeypatch.setattr("trainer.simulation.reconstructions.read_autoencoder", lambda *_: nn.Identity())
+    monkeypatch.setattr("trainer.simulation.reconstructions.MOST_PIXELS", 40 * 56)
+    groups = (f"group {number}" for number in count() if role(f"group {number}") == "training")
+    data, address = tmp_path / "data", "https://example.org/image"
+    data.mkdir()
+    lines = ["path,label,generator,split,group,uri,window,licence"]
+    noise = np.random.default_rng(0).integers(0, 256, (9, 5, 7, 3), dtype=np.uint8)
+    for pixels, name, group in zip(noise, [*FORMS, "large.png"], groups, strict=False):
+        mode, options = FORMS.get(name, ("RGB", {}))
+        size = (56, 41) if name == "large.png" else (53, 37)
+        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).convert(mode).save(data / name, **options)
+        lines.append(f'{name},real,,train,{group},{address},"0,0,53,37",CC0')
+    (data / "manifest.csv").write_text("\n".join(lines))
+    counts = align(data, tmp_path / "aligned", *halves, split="train,validation")
+    assert counts == {"real": 9, "fake": 0, "reconstructed": 5, "skipped": 4, "unreadable": 0}
+    entries = list(read_dataset(tmp_path / "aligned"))
+    originals = {entry.group: entry for entry in entries if not entry.label}
+    assert len(originals) == 9
+    assert {entry.split for entry in entries} == {"train"}
+    for original in originals.values():
+        assert original.public_uri == address
+        assert original.attributes == {"window": "0,0,53,37", "licence": "CC0"}
+    for made in (entry for entry in entries if entry.label):
+        assert made.public_uri is None
+        assert made.attributes == {"licence": "CC0"}
+        contents = originals[made.group].read(), made.read()
+        (image, facts), (copy, made_facts) = map(decode_image, contents)
+        assert (copy.size, made_facts.format) == (image.size, facts.format)
+        np.testing.assert_allclose(np.asarray(copy, float), np.asarray(image, float), atol=24)
+        files = [Image.open(io.BytesIO(content)) for content in contents]
+        for fact in ("mode", "quantization", "layer"):
+            assert getattr(files[0], fact, None) == getattr(files[1], fact, None)
 
 
 def test_an_aligned_set_has_a_reconstruction_of_each_real_training_image(
@@ -85,6 +144,7 @@ def test_an_aligned_set_has_a_reconstruction_of_each_real_training_image(
         "real": sum(not entry.label for entry in originals),
         "fake": sum(entry.label for entry in originals),
         "reconstructed": len(groups),
+        "skipped": 0,
         "unreadable": 0,
     }
     by_bytes = {entry.read(): entry for entry in originals}
@@ -95,10 +155,8 @@ def test_an_aligned_set_has_a_reconstruction_of_each_real_training_image(
             continue
         (original,) = (other for other in originals if other.group == entry.group)
         (image, facts), (made_image, made_facts) = decode_image(original.read()), decode_image(entry.read())
-        assert made_image.size == tuple(side // 16 * 16 for side in image.size)
-        assert (made_facts.format, made_facts.jpeg_quality) == (
-            ("JPEG", facts.jpeg_quality) if facts.format == "JPEG" else ("PNG", None)
-        )
+        assert made_image.size == image.size
+        assert (made_facts.format, made_facts.jpeg_quality) == (facts.format, facts.jpeg_quality)
     described = json.loads((tmp_path / "aligned" / "reconstructions.json").read_text())["autoencoder"]
     assert described == {half.parent.name: sha256(half.read_bytes()).hexdigest() for half in halves}
     command = ["align", str(image_folder), str(tmp_path / "aligned"), "--device", "cpu", "--json"]
