@@ -334,3 +334,8 @@ def fingerprint(image: Image.Image) -> int:
     grey = np.asarray(small, np.int16)  # (8, 9)
     bits = np.packbits(grey[:, :-1] < grey[:, 1:])  # (8,)
     return int(bits.view(">i8")[0])
+
+
+def hamming_distance(one: int, other: int) -> int:
+    """How many bits of two fingerprints differ, 0..64."""
+    return ((one ^ other) & 0xFFFF_FFFF_FFFF_FFFF).bit_count()  # a negative integer would count its absolute value's

@@ -14,7 +14,7 @@ from httpx2 import Client, HTTPError, InvalidURL, Request, TimeoutException, Too
 from PIL import Image
 from sqlalchemy import RowMapping, text
 
-from indexer.ingest.ingest import fingerprint
+from indexer.ingest.ingest import fingerprint, hamming_distance
 from indexer.store import Store
 from indexer.store.reference_facts import NEAR_BITS
 from trainer.images import UnreadableImage, decode_image, thumbnail
@@ -159,9 +159,9 @@ def _checked_thumbnail(row: RowMapping, data: bytes, max_pixels: int) -> bytes:
         image = _cut(image, window)
         if image.size != (row["width"], row["height"]):
             raise Refused("another picture: its size differs")
-        if row["fingerprint"] is None:
+        if not row["fingerprint"]:  # 0 is that of every flat picture
             raise Refused("no difference hash to check it by")
-        if (fingerprint(image) ^ row["fingerprint"]).bit_count() > NEAR_BITS:
+        if hamming_distance(fingerprint(image), row["fingerprint"]) > NEAR_BITS:
             raise Refused("another picture: its difference hash differs")
     return thumbnail(image)
 

@@ -14,7 +14,7 @@ from hashing import HashingEmbedder
 from PIL import Image
 
 from indexer.database.connection import connect
-from indexer.ingest.ingest import fingerprint, ingest
+from indexer.ingest.ingest import fingerprint, hamming_distance, ingest
 from indexer.ingest.prefetch import prefetch
 from indexer.ingest.reembed import reembed
 from indexer.settings import Settings
@@ -265,10 +265,17 @@ def test_fingerprints_of_near_duplicates_are_near() -> None:
     big.resize((200, 200)).save(out, "JPEG", quality=60)
     near, _ = decode_image(out.getvalue())
     other = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize((300, 300), Image.Resampling.BICUBIC)
-    distance = [(fingerprint(big) ^ fingerprint(image)) & (2**64 - 1) for image in (near, other)]
-    assert distance[0].bit_count() <= 8
-    assert distance[1].bit_count() >= 16
+    assert hamming_distance(fingerprint(big), fingerprint(near)) <= 8
+    assert hamming_distance(fingerprint(big), fingerprint(other)) >= 16
     assert fingerprint(Image.new("RGB", (9, 8))) == 0
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "bits"),
+    [(0, 0, 0), (-1, -1, 0), (-1, 0, 64), (0, -(2**63), 1), (1 - 2**63, 0, 2), (-2, 1, 64), (5, 6, 2)],
+)
+def test_bits_of_signed_fingerprints_are_those_of_their_64_bits(one: int, other: int, bits: int) -> None:
+    assert hamming_distance(one, other) == hamming_distance(other, one) == bits
 
 
 def test_prefetch_keeps_order_and_bounds_and_passes_errors() -> None:

@@ -118,7 +118,7 @@ def test_pictures_come_checked_and_a_second_run_fetches_what_failed(
     exif = Image.Exif()
     exif[274] = 6  # turned by a quarter: windows are of the pixels as stored
     turned = encoded(whole, "JPEG", quality=95, exif=exif.tobytes())
-    own = encoded(noise(2))
+    own, flat = encoded(noise(2)), Image.new("RGB", (96, 64))  # whose difference hash is 0
     part: dict[str, Any] = {"fingerprint": fingerprint(window), "width": 48, "height": 32, "thumbnail": None}
     at = {"window": "16,8,48,32"}
     ids = add_all(
@@ -138,14 +138,16 @@ def test_pictures_come_checked_and_a_second_run_fetches_what_failed(
             new(12, uri=f"{base}/to-private", thumbnail=None),
             new(13, uri=f"{base}/own.png", thumbnail=b"there"),
             new(14, uri=f"{base}/large", thumbnail=None),
+            new(15, uri=f"{base}/flat.png", attributes=at, **part | {"fingerprint": fingerprint(flat)}),
+            new(16, uri=f"{base}/flat.png", attributes=at, **part | {"fingerprint": -1}),
         ],
     )
     served |= {"/own.png": own, "/turned.jpg": turned, "/other.png": encoded(noise(3)), "/text": b"<html>"}
-    served |= {"/moved": "/turned.jpg", "/large": bytes(100_001)}
+    served |= {"/moved": "/turned.jpg", "/large": bytes(100_001), "/flat.png": encoded(flat)}
     served |= {"/to-http": "http://localhost/own.png", "/to-private": "https://10.0.0.1/own.png"}
     ticks: list[int] = []
     report = fetch_thumbnails(store, client, max_bytes=100_000, on_image=lambda: ticks.append(1))
-    assert (report["missing"], report["fetched"], len(ticks)) == (13, 3, 13)
+    assert (report["missing"], report["fetched"], len(ticks)) == (15, 3, 15)
     assert {one["id"]: one["reason"] for one in report["failed"]} == {
         ids[3]: "another picture: its difference hash differs",
         ids[4]: "another file: its hash differs",
@@ -157,6 +159,8 @@ def test_pictures_come_checked_and_a_second_run_fetches_what_failed(
         ids[10]: "not https",
         ids[11]: "not a public server",
         ids[13]: "more than 100,000 bytes",
+        ids[14]: "no difference hash to check it by",
+        ids[15]: "another picture: its difference hash differs",
     }
     assert report["reasons"]["not https"] == 2
     kept = store.references.thumbnail(ids[1])
@@ -168,7 +172,7 @@ def test_pictures_come_checked_and_a_second_run_fetches_what_failed(
     asked.clear()
     served["/later.png"] = encoded(whole)
     again = fetch_thumbnails(store, client)
-    assert (again["missing"], again["fetched"]) == (10, 1)
+    assert (again["missing"], again["fetched"]) == (12, 1)
     assert "/moved" not in asked
 
 
