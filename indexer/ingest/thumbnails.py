@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from socket import SOCK_STREAM, getaddrinfo
 from ssl import SSLContext
 from typing import Any
@@ -27,6 +27,8 @@ REDIRECTS = 5
 SILENCE_SECONDS = 20.0
 FILE_SECONDS = 120.0
 PAGE_REFERENCES = 64
+NAT64 = IPv6Network("64:ff9b::/96")
+"""Addresses that a gateway translates to their last 32 bits (RFC 6052)."""
 MISSING = text("""select id, encode(sha256, 'hex') as sha256, uri, width, height, fingerprint, attributes
 from reference_image where thumbnail is null and id > :after order by id limit :page""")
 MISSING_COUNT = text("select count(*) as images from reference_image where thumbnail is null")
@@ -105,7 +107,8 @@ def public_client(verify: SSLContext | bool = True) -> Client:
 def refuse_private(request: Request) -> None:
     """Refuse a request before it is sent unless it goes to public addresses over https.
 
-    A name that leads elsewhere a moment later gains nothing: that server would need a certificate for the name.
+    A name that leads elsewhere a moment later gains a handshake and no request: that server would need a certificate
+    for the name.
 
     Raises:
         Refused: It is not https, or the name has an address that is not public, or none.
@@ -114,10 +117,18 @@ def refuse_private(request: Request) -> None:
         raise Refused("not https")
     try:
         addresses = {str(found[4][0]) for found in getaddrinfo(request.url.host, None, type=SOCK_STREAM)}
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no such name, or none that can be: an empty label, or one of 64 characters
         raise Refused("unreachable") from error
-    if not all(ip_address(address).is_global for address in addresses):
+    if not all(_is_public(ip_address(address)) for address in addresses):
         raise Refused("not a public server")
+
+
+def _is_public(address: IPv4Address | IPv6Address) -> bool:
+    """Whether an address is of the public internet, and so is the one that it stands for in IPv4."""
+    if isinstance(address, IPv6Address):
+        translated = IPv4Address(int(address) & 0xFFFF_FFFF) if address in NAT64 else address.sixtofour
+        return address.is_global and (translated is None or translated.is_global)
+    return address.is_global
 
 
 def download(client: Client, uri: str, max_bytes: int = MAX_BYTES) -> bytes:
@@ -169,7 +180,7 @@ def _checked_thumbnail(row: RowMapping, data: bytes, max_pixels: int) -> bytes:
 def _cut(image: Image.Image, window: str) -> Image.Image:
     try:
         x, y, width, height = map(int, window.split(","))
-    except ValueError as error:
+    except (AttributeError, ValueError) as error:
         raise Refused("its window is not x,y,width,height") from error
     if min(x, y, width - 1, height - 1) < 0 or x + width > image.width or y + height > image.height:
         raise Refused("another picture: its window lies outside")

@@ -189,6 +189,10 @@ def test_pictures_come_checked_and_a_second_run_fetches_what_failed(
         ("https://[fe80::1]/a", "not a public server"),
         ("https://localhost/a", "not a public server"),
         ("https://nowhere.invalid/a", "unreachable"),
+        ("https://a..b/a", "unreachable"),
+        (f"https://{'a' * 64}.example/a", "unreachable"),
+        ("https://[64:ff9b::a9fe:a9fe]/a", "not a public server"),
+        ("https://[2002:7f00:1::1]/a", "not a public server"),
     ],
 )
 def test_only_public_servers_are_asked_and_only_over_https(url: str, reason: str) -> None:
@@ -196,9 +200,17 @@ def test_only_public_servers_are_asked_and_only_over_https(url: str, reason: str
         refuse_private(Request("GET", url))
 
 
-def test_a_public_server_may_be_asked() -> None:
-    refuse_private(Request("GET", f"https://{PUBLIC}/a.png"))
+@pytest.mark.parametrize("host", [PUBLIC, "[64:ff9b::8c52:7003]", "[2606:4700::1111]"])
+def test_a_public_server_may_be_asked(host: str) -> None:
+    refuse_private(Request("GET", f"https://{host}/a.png"))
     assert ip_address(PUBLIC).is_global
+
+
+@pytest.mark.parametrize("window", ["1,2,3", "1,2,3,x", "", 7, [1, 2, 3, 4]])
+def test_a_window_of_another_form_is_refused(window: object) -> None:
+    row: Any = {"attributes": {"window": window}, "width": 96, "height": 64, "fingerprint": 1}
+    with pytest.raises(Refused, match="not x,y,width,height"):
+        thumbnails._checked_thumbnail(row, encoded(noise(1)), 10_000)
 
 
 def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
