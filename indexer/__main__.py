@@ -288,7 +288,7 @@ def thumbnails(
     max_bytes: Annotated[int, typer.Option(min=1, help="Largest file that is fetched.")] = 64 * 1024 * 1024,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch missing pictures from their public addresses, by https alone; run it again to try those that failed."""
+    """Fetch missing pictures from their public addresses, by https or from the hub; run it again where some failed."""
     from indexer.ingest.thumbnails import fetch_thumbnails, missing_thumbnails, public_client
 
     settings = Settings.read()

@@ -97,10 +97,13 @@ export function facts(pairs) {
   );
 }
 
-/** A link to a public address, which opens beside the page; null where it is none. */
+const HUB_FILE = /^hf:\/\/(datasets\/[^/@]+\/[^/@]+)@([^/]+)\/([^#]+).*$/;
+
+/** A link to a public address, of the hub to the file's page; it opens beside the page; null where it is none. */
 export function webLink(uri, text) {
-  if (!/^https:\/\//.test(uri ?? "")) return null;
-  return h("a", { href: uri, target: "_blank", rel: "noopener noreferrer" }, text);
+  const href = (uri ?? "").replace(HUB_FILE, "https://huggingface.co/$1/blob/$2/$3");
+  if (!/^https:\/\//.test(href)) return null;
+  return h("a", { href, target: "_blank", rel: "noopener noreferrer" }, text);
 }
 
 /** A file's name as text: characters that cannot be seen, such as those that turn the direction, become `?`. */

@@ -17,6 +17,7 @@ from sqlalchemy import RowMapping, text
 from indexer.ingest.ingest import fingerprint, hamming_distance
 from indexer.store import Store
 from indexer.store.reference_facts import NEAR_BITS
+from trainer.data.datasets import read_uri
 from trainer.images import UnreadableImage, decode_image, thumbnail
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -71,7 +72,9 @@ def fetch_thumbnails(
         try:
             if row["uri"] is None:
                 raise Refused("no public address")
-            return _checked_thumbnail(row, download(client, row["uri"], max_bytes), max_pixels)
+            of_hub = row["uri"].startswith("hf://")
+            data = _from_hub(row["uri"], max_bytes) if of_hub else download(client, row["uri"], max_bytes)
+            return _checked_thumbnail(row, data, max_pixels)
         except Refused as error:
             return str(error)
 
@@ -155,6 +158,23 @@ def download(client: Client, uri: str, max_bytes: int = MAX_BYTES) -> bytes:
     except (HTTPError, InvalidURL) as error:
         raise Refused("unreachable") from error
     return bytes(data)
+
+
+def _from_hub(uri: str, max_bytes: int) -> bytes:
+    """A cell of a data set on the hub, at the commit that its address names.
+
+    Raises:
+        Refused: It cannot be had, or is too large.
+    """
+    try:
+        data = read_uri(uri)
+    except ImportError as error:
+        raise Refused("needs the hub's client: pip install 'lineup[train,datasets]'") from error
+    except ValueError as error:
+        raise Refused("unreachable") from error
+    if len(data) > max_bytes:
+        raise Refused(f"more than {max_bytes:,} bytes")
+    return data
 
 
 def _checked_thumbnail(row: RowMapping, data: bytes, max_pixels: int) -> bytes:

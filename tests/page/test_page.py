@@ -332,12 +332,15 @@ def test_a_reference_whose_picture_is_elsewhere_is_a_link(opens: Opens) -> None:
     page = opens(axe=True)
     public = {**NEIGHBOUR, "source": "who", "thumbnail": None, "uri": "https://example.org/a b.png", "attributes": {}}
     other = public | {"id": 8, "uri": "javascript:globalThis.broken=1"}
-    body = {"results": [BARE | {"degraded": False, "neighbours": [public, other]}]}
+    hub = public | {"id": 9, "uri": "hf://datasets/who/what@c0ffee/data/a.parquet#image_gen0/5"}
+    body = {"results": [BARE | {"degraded": False, "neighbours": [public, other, hub]}]}
     page.route("**/v1/detect*", fulfilled(json.dumps(body)))
     verdict = judge(page)
     link = verdict.locator(".suspect a")
-    expect(link).to_have_count(1)
-    expect(link).to_have_attribute("href", "https://example.org/a b.png")
+    expect(link).to_have_count(2)
+    expect(link.first).to_have_attribute("href", "https://example.org/a b.png")
+    file = "https://huggingface.co/datasets/who/what/blob/c0ffee/data/a.parquet"
+    expect(link.last).to_have_attribute("href", file)
     assert violations(page) == []
     verdict.get_by_role("button", name="Reference image 7: details").click()
     expect(page.locator("#reference-dialog")).to_contain_text("Its picture is not here.")

@@ -28,6 +28,7 @@ from indexer.ingest.ingest import fingerprint
 from indexer.ingest.thumbnails import Refused, download, fetch_thumbnails, public_client, refuse_private
 from indexer.settings import Settings
 from indexer.store import Store
+from trainer.images import UnreadableImage
 
 PUBLIC = "140.82.112.3"
 
@@ -174,6 +175,39 @@ def test_pictures_come_checked_and_a_second_run_fetches_what_failed(
     again = fetch_thumbnails(store, client)
     assert (again["missing"], again["fetched"]) == (12, 1)
     assert "/moved" not in asked
+
+
+def test_pictures_come_from_the_hub_too(store: Store, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, files = encoded(noise(2)), "hf://datasets/owner/faces@c0ffee/a.parquet"
+
+    def read_uri(uri: str) -> bytes:
+        if not uri.startswith(files):
+            raise UnreadableImage("the hub does not give it")
+        if uri.endswith("/2"):
+            raise ImportError("no pyarrow")
+        return own
+
+    monkeypatch.setattr(thumbnails, "read_uri", read_uri)
+    right: dict[str, Any] = {"sha256": hashlib.sha256(own).hexdigest(), "thumbnail": None}
+    gone = "hf://datasets/owner/gone@c0ffee/a.parquet#image_gen0/0"
+    ids = add_all(
+        store,
+        [
+            new(1, uri=f"{files}#image_gen0/0", **right),
+            new(2, uri=f"{files}#image_gen0/1", thumbnail=None),
+            new(3, uri=f"{files}#image_gen0/2", thumbnail=None),
+            new(4, uri=gone, thumbnail=None),
+        ],
+    )
+    report = fetch_thumbnails(store, client)
+    assert {one["id"]: one["reason"] for one in report["failed"]} == {
+        ids[1]: "another file: its hash differs",
+        ids[2]: "needs the hub's client: pip install 'lineup[train,datasets]'",
+        ids[3]: "unreachable",
+    }
+    assert store.references.thumbnail(ids[0]) is not None
+    large = fetch_thumbnails(store, client, max_bytes=len(own) - 1)
+    assert large["reasons"][f"more than {len(own) - 1:,} bytes"] == 1
 
 
 @pytest.mark.parametrize(
