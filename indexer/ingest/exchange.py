@@ -8,11 +8,11 @@ half precision.
 
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from datetime import date
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile
 
@@ -71,7 +71,7 @@ def export_references(
     about: dict[str, Any] = {"format": FORMAT, "pages": 0, "references": 0, "vectors": vector_type}
     about["checkpoints"] = [
         {"id": checkpoint.id, "name": checkpoint.name, "dim": checkpoint.dim}
-        | {"config": {name: value for name, value in checkpoint.config.items() if name != "folder"}}  # of this machine
+        | {"config": _exported_config(checkpoint.config, pictures)}
         for checkpoint in store.checkpoints.list()
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,11 +152,30 @@ def _pages(store: Store, pictures: bool, vector_type: str) -> Iterator[tuple[lis
             else:
                 public = (row["uri"] or "").startswith(PUBLIC)
                 facts |= {"thumbnail": None, "data": None, "uri": row["uri"] if public else None, "mtime": None}
+                facts["attributes"] = {
+                    name: value
+                    for name, value in row["attributes"].items()
+                    if not str(value).startswith(("/", "file:"))
+                }
             rows[row["id"]] = facts
         for row in vectors:
             vector = np.frombuffer(row["vector"], "<f4").astype(vector_type)  # (d,)
             rows[row["image_id"]]["vectors"][row["checkpoint_id"]] = place(vector.tobytes())
         yield list(rows.values()), bytes(data)
+
+
+def _exported_config(config: Mapping[str, Any], paths: bool) -> dict[str, Any]:
+    """A checkpoint's configuration without its folder here; unless `paths`, places are reduced as on its card."""
+    exported = {name: value for name, value in config.items() if name != "folder"}
+    for part in () if paths else {"training", "provenance"} & exported.keys():
+        exported[part] = {name: _place(name, value) for name, value in exported[part].items()}
+    return exported
+
+
+def _place(name: str, value: Any) -> Any:
+    """The name alone of training data, and of a source unless that is one of the hub; other settings as they are."""
+    shortened = name == "data" or (name == "source" and PurePath(value).is_absolute())
+    return PurePath(value).name if shortened else value
 
 
 def _has_new(store: Store, rows: list[dict[str, Any]]) -> bool:

@@ -19,8 +19,9 @@ from indexer.ingest.exchange import BadExport, export_references, import_referen
 from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.changes import Additions
+from trainer.model.checkpoint import CheckpointConfig
 
-OTHER = "d" * 32
+OTHER, TRAINED, IMPORTED = "d" * 32, "e" * 32, "f" * 32
 
 
 @pytest.fixture
@@ -96,10 +97,14 @@ def test_a_set_arrives_as_it_was(source: Store, target: Store, tmp_path: Path) -
 
 def test_a_set_without_pictures_holds_nothing_but_what_is_public(source: Store, target: Store, tmp_path: Path) -> None:
     public = "https://raw.githubusercontent.com/who/what/c0ffee/a%20b.jpg"
+    paths = {"data": "/home/me/photographs", "source": "/home/me/vit"}
+    trained = CheckpointConfig(training=paths | {"epochs": 3}, provenance=paths)
+    source.checkpoints.register(TRAINED, "trained", 192, trained.to_json())
+    source.checkpoints.register(IMPORTED, "imported", 192, CheckpointConfig(provenance={"source": "who/vit"}).to_json())
     source.references.add(
         [
             new(400, uri=public, thumbnail=b"a picture", fingerprint=7, mtime=1.5, attributes={"window": "0,0,64,48"}),
-            new(401, uri="file:///home/me/b.png", thumbnail=None),
+            new(401, uri="file:///home/me/b.png", thumbnail=None, attributes={"mask": "/home/me/b", "licence": "CC0"}),
             new(402, uri="hf://datasets/who/what@c0ffee/a.parquet#image/0"),
         ],
         CHECKPOINT,
@@ -113,8 +118,12 @@ def test_a_set_without_pictures_holds_nothing_but_what_is_public(source: Store, 
     assert (imported["added"], imported["without_picture"]) == (303, 303)
     without = {"thumbnail": None, "file": None, "pictured": False, "mtime": None}
     expected = {sha256: row | without for sha256, row in rows(source).items()}
-    expected[new(401).sha256]["uri"] = None
+    expected[new(401).sha256] |= {"uri": None, "attributes": {"licence": "CC0"}}
     assert rows(target) == expected
+    names = {"data": "photographs", "source": "vit"}
+    config = target.checkpoints.require(TRAINED).config
+    assert (config["training"], config["provenance"]) == (names | {"epochs": 3}, names)
+    assert target.checkpoints.require(IMPORTED).config["provenance"] == {"source": "who/vit"}
     rounded, exact = vectors(target, CHECKPOINT), vectors(source, CHECKPOINT)
     assert rounded == {sha256: np.asarray(vector, np.float16).tolist() for sha256, vector in exact.items()}
     # Exported once more, with the pictures that there are: none.
