@@ -26,6 +26,7 @@ from indexer.store.reference_facts import PUBLIC, ImageFacts, NewReference
 FORMAT = "lineup references 2"
 FORMATS = ("lineup references 1", FORMAT)
 """What is read; the first has thumbnails always, and vectors in single precision."""
+VECTOR_TYPES = ("<f4", "<f2")
 EXPORT_PAGE = 250
 PAGE_BYTES = 64 * 1024 * 1024
 """A page ends before its thumbnails and kept uploads exceed this, unless it is a single reference."""
@@ -67,7 +68,7 @@ def export_references(
     Returns:
         {"file", "references", "checkpoints": [ids]}.
     """
-    vector_type = "<f4" if pictures else "<f2"
+    vector_type = VECTOR_TYPES[0 if pictures else 1]
     about: dict[str, Any] = {"format": FORMAT, "pages": 0, "references": 0, "vectors": vector_type}
     about["checkpoints"] = [
         {"id": checkpoint.id, "name": checkpoint.name, "dim": checkpoint.dim}
@@ -122,7 +123,7 @@ def import_references(store: Store, path: Path, on_image: Callable[[], None] = l
             rows = json.loads(archive.read(f"{number}.json"))
             if report["enrolment"] is None and _has_new(store, rows):
                 report["enrolment"] = store.enrolments.open(None, f"import {path.name}")
-            _import_page(store, rows, archive.read(f"{number}.bin"), about.get("vectors", "<f4"), report)
+            _import_page(store, rows, archive.read(f"{number}.bin"), about["vectors"], report)
             for _ in rows:
                 on_image()
     if report["enrolment"] is not None:
@@ -231,6 +232,8 @@ def _verified(path: Path) -> dict[str, Any]:
         raise BadExport(f"{path} is no export, or is damaged ({' '.join(str(error).split())})") from error
     if not known:
         raise BadExport(f"{path} is {about['format']!r}, this version reads {' and '.join(map(repr, FORMATS))}")
+    if about.setdefault("vectors", VECTOR_TYPES[0]) not in VECTOR_TYPES:
+        raise BadExport(f"{path} has vectors of type {about['vectors']!r}, expected {' or '.join(VECTOR_TYPES)}")
     if damaged:
         raise BadExport(f"{path} is damaged at {damaged}: export it again")
     return about

@@ -203,4 +203,13 @@ def test_damage_is_noticed_before_anything_is_added(source: Store, target: Store
     path.write_bytes(good.replace(b"lineup references 2", b"lineup references 9"))
     with pytest.raises(BadExport):
         import_references(target, path)
+    path.write_bytes(good)
+    with ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for unknown in (b'"<f8"', b'"float"', b"4", b"null"):
+        with ZipFile(path, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, content.replace(b'"<f4"', unknown) if name == "about.json" else content)
+        with pytest.raises(BadExport, match=r"vectors of type .*expected <f4 or <f2"):
+            import_references(target, path)
     assert target.references.counts() == {"real": 0, "fake": 0}
