@@ -331,7 +331,7 @@ def export_command(
 def import_command(
     file: Annotated[Path, typer.Argument(help="What `export` has written.")], as_json: AsJson = False
 ) -> None:
-    """Add the references of such a file; those that are known already stay as they are."""
+    """Add the references of such a file; those that are known already stay, and get a picture they lack."""
     from indexer.ingest.exchange import import_references
 
     settings = Settings.read()

@@ -242,7 +242,9 @@ def tell_imported(report: Mapping[str, Any]) -> None:
     print(f"added {report['added']:,} of {report['references']:,} references, {report['embeddings']:,} embeddings")
     print(f"conflicts {len(report['conflicts'])}, blocked {len(report['blocked'])}")
     if report["without_picture"]:
-        print(f"{report['without_picture']:,} came without a picture: `lineup index thumbnails` fetches public ones")
+        print(
+            f"{report['without_picture']:,} references have no picture: `lineup index thumbnails` fetches public ones"
+        )
 
 
 def tell_thumbnails(report: Mapping[str, Any]) -> None:

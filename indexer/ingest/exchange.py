@@ -19,6 +19,7 @@ from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile
 import numpy as np
 from sqlalchemy import text
 
+from indexer.ingest.thumbnails import missing_thumbnails
 from indexer.store import Store
 from indexer.store.generators import GENERATOR_FACTS, GeneratorExists
 from indexer.store.reference_facts import PUBLIC, ImageFacts, NewReference
@@ -101,6 +102,8 @@ def export_references(
 def import_references(store: Store, path: Path, on_image: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Add everything from a file, by the same rules as any addition; safe to end at any point and to run again.
 
+    `without_picture` counts all references that lack one afterwards, of this file or not.
+
     Returns:
         {"references", "without_picture", "added", "embeddings", "conflicts": [{"sha256", "has", "wants"}],
         "blocked": [hashes], "checkpoints": [ids], "enrolment": its id, null where everything was known or blocked}.
@@ -126,6 +129,7 @@ def import_references(store: Store, path: Path, on_image: Callable[[], None] = l
             _import_page(store, rows, archive.read(f"{number}.bin"), about["vectors"], report)
             for _ in rows:
                 on_image()
+    report["without_picture"] = missing_thumbnails(store)
     if report["enrolment"] is not None:
         store.enrolments.finish(report["enrolment"], report)
     return report
@@ -189,7 +193,6 @@ def _import_page(
     store: Store, rows: list[dict[str, Any]], data: bytes, vector_type: str, report: dict[str, Any]
 ) -> None:
     report["references"] += len(rows)
-    report["without_picture"] += sum(row["thumbnail"] is None for row in rows)
     conflicts: dict[str, dict[str, str]] = {}
     blocked: set[str] = set()
     for checkpoint_id in report["checkpoints"]:

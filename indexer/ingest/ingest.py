@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from operator import itemgetter
@@ -102,8 +102,8 @@ def ingest(
 ) -> dict[str, Any]:
     """Add every entry that is not known yet; safe to end at any point and to run again.
 
-    Files known by uri, size and time are not opened; bytes known by their hash are not decoded. An image with a public
-    uri is stored with that one.
+    Files known by uri, size and time are not opened; bytes known by their hash are not decoded, unless their row lacks
+    the thumbnail. An image with a public uri is stored with that one.
 
     Args:
         entries: Images to add; read, decoded and embedded a bounded number ahead.
@@ -140,6 +140,7 @@ def ingest(
             generator=generator,
             source=source,
             while_active=while_active,
+            dry_run=dry_run,
             on_image=on_image,
         )
         prepared = prefetch(run.prepare(entries), 2 * batch_size)
@@ -175,6 +176,7 @@ class _Ingestion:
     generator: str | None
     source: str | None
     while_active: bool
+    dry_run: bool
     on_image: Callable[[], None]
     report: Report = field(default_factory=Report)
     images: int = 0
@@ -203,22 +205,29 @@ class _Ingestion:
         for entry, data, sha256 in files:
             if sha256 in blocked:
                 self._reject(entry, UnreadableImage(FORGOTTEN))
-            elif not self._is_settled(entry, known.get(sha256)):
+            elif not self._is_settled(entry, known.get(sha256), data):
                 yield entry, data, sha256
 
-    def _is_settled(self, entry: Entry, known: Known | None) -> bool:
-        """Whether nothing is left to do for this entry, given the row of its bytes."""
+    def _is_settled(self, entry: Entry, known: Known | None, data: bytes | None = None) -> bool:
+        """Whether nothing is left to do for this entry, given the row of its bytes and, once they are read, these."""
         if known is None:
             return False
         has, wants = kind(known.label, known.generator), kind(entry.label, entry.generator)
         if has.lower() != wants.lower():
             self.report.conflict(entry.key, known.sha256, has, wants)
-        elif known.embedded:
+        elif known.embedded and (known.pictured or data is not None):
+            if data is not None and not known.pictured and not self.dry_run:
+                self._add_thumbnail(known.id, data)
             self.known += 1
         else:
             return False
         self.on_image()
         return True
+
+    def _add_thumbnail(self, image_id: int, data: bytes) -> None:
+        with suppress(UnreadableImage, MemoryError):
+            image, _ = decode_image(data, max_pixels=self.max_pixels)
+            self.store.references.add_thumbnail(image_id, thumbnail(image))
 
     def _read(self, entry: Entry) -> File | None:
         try:

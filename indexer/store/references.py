@@ -32,13 +32,14 @@ from indexer.store.removing import Removed, remove_all
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What decides whether a file has to be read: its row, and whether this checkpoint has embedded it."""
+    """What decides whether a file has to be read: its row, and whether that has thumbnail and embedding."""
 
     id: int
     sha256: str
     label: int
     generator: str | None
     embedded: bool
+    pictured: bool
 
 
 REFERENCES = select(
@@ -119,7 +120,7 @@ class References(Rows):
         *,
         while_active: bool = False,
     ) -> writing.Added:
-        """Store images with their embeddings; the same bytes twice change nothing.
+        """Store images with their embeddings; the same bytes twice change nothing, but bring a thumbnail that lacks.
 
         Args:
             batch: At most 1,000 images.
@@ -234,6 +235,7 @@ def _known(checkpoint_id: str) -> Select[Any]:
             ReferenceRow.mtime,
             GeneratorRow.name.label("generator"),
             EmbeddingRow.image_id.is_not(None).label("embedded"),
+            ReferenceRow.thumbnail.is_not(None).label("pictured"),
         )
         .outerjoin(GeneratorRow, GeneratorRow.id == ReferenceRow.generator_id)
         .outerjoin(EmbeddingRow, embedded)

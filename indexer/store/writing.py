@@ -42,6 +42,9 @@ MATCH = """select i.position, r.id, r.sha256, r.label, r.generator_id, g.name as
        i.label = r.label and i.generator_id is not distinct from r.generator_id as agrees
 from incoming i join reference_image r using (sha256) left join generator g on g.id = r.generator_id
 order by i.position"""
+KEEP_THUMBNAILS = """update reference_image r set thumbnail = i.thumbnail from incoming i
+where i.sha256 = r.sha256 and r.thumbnail is null and i.thumbnail is not null
+and i.label = r.label and i.generator_id is not distinct from r.generator_id"""
 EMBED = """insert into embedding (image_id, checkpoint_id, vector, revision)
 select distinct on (r.id) r.id, :checkpoint, i.vector, :revision from incoming i join reference_image r using (sha256)
 where i.label = r.label and i.generator_id is not distinct from r.generator_id
@@ -112,6 +115,7 @@ def add(
     revision = _lock(connection, checkpoint_id)  # which the switch to another checkpoint waits for, and makes wait
     if while_active and not connection.scalar(text(ACTIVE), {"checkpoint": checkpoint_id}):
         raise CheckpointSwitched(f"the active checkpoint is no longer {checkpoint_id}: run the command again")
+    connection.execute(text(KEEP_THUMBNAILS))
     matches = connection.execute(text(MATCH)).all()
     if len(matches) + len(blocked) < len(batch):
         raise PassingConflict("a row was removed after its image was found to be known")

@@ -311,7 +311,7 @@ def test_references_without_pictures_serve_every_command(
     run("remove", "--source", "images")
     told = run("import", tmp_path / "set").stdout.splitlines()
     assert told[0].startswith("added 16 of 16 references")
-    assert told[2] == "16 came without a picture: `lineup index thumbnails` fetches public ones"
+    assert told[2] == "16 references have no picture: `lineup index thumbnails` fetches public ones"
     assert document(run("check", "--json"))["agree"] is True
     rebuilt = run("rebuild", "--checkpoint", settings.home / "newer", "--json")
     unreadable = json.loads(rebuilt.stdout)["unreadable"]

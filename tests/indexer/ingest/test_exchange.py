@@ -144,6 +144,17 @@ def test_conflicts_and_blocked_images_are_told(source: Store, target: Store, tmp
     assert report["conflicts"] == [{"sha256": new(2).sha256, "has": "real", "wants": "fake (SD-XL)"}]
 
 
+def test_pictures_of_known_references_come_with_a_later_file(source: Store, target: Store, tmp_path: Path) -> None:
+    export_references(source, tmp_path / "public", pictures=False)
+    export_references(source, tmp_path / "pictures")
+    target.references.add([new(2, thumbnail=None)], CHECKPOINT)  # in the files it is fake
+    assert import_references(target, tmp_path / "public")["without_picture"] == 300
+    report = import_references(target, tmp_path / "pictures")
+    assert (report["added"], report["without_picture"], report["enrolment"]) == (0, 1, None)
+    assert {sha256 for sha256, row in rows(target).items() if row["thumbnail"] is None} == {new(2).sha256}
+    assert import_references(target, tmp_path / "public")["without_picture"] == 1
+
+
 def test_pages_end_before_they_hold_too_many_bytes(
     source: Store, target: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

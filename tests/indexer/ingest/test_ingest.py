@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hashing import HashingEmbedder
 from PIL import Image
+from sqlalchemy import text
 
 from indexer.database.connection import connect
 from indexer.ingest.ingest import fingerprint, hamming_distance, ingest
@@ -256,6 +257,22 @@ def test_an_ended_run_is_taken_up_again(store: Store, folder: Path) -> None:
     report = ingest(read_dataset(folder), HashingEmbedder(), store)
     assert report["added"] + report["known"] == 24
     assert store.references.counts() == {"real": 12, "fake": 12}
+
+
+def test_a_reference_without_a_picture_gets_that_of_its_file(store: Store, folder: Path) -> None:
+    ingest(read_dataset(folder), HashingEmbedder(), store)
+    thumbnails = {row.id: store.references.thumbnail(row.id) for row in store.references.list()}
+    with store.engine.begin() as connection:
+        connection.execute(text("update reference_image set thumbnail = null where label = 0"))
+    embedder = HashingEmbedder()
+    rehearsed = ingest(read_dataset(folder), embedder, store, dry_run=True)
+    assert (rehearsed["added"], rehearsed["known"], rehearsed["embedded"]) == (0, 24, 0)
+    assert sum(row.pictured for row in store.references.list()) == 12
+    report = ingest(read_dataset(folder), embedder, store)
+    assert (report["added"], report["known"], report["embedded"], report["enrolment"]) == (0, 24, 0, None)
+    assert {row.id: store.references.thumbnail(row.id) for row in store.references.list()} == thumbnails
+    assert embedder.calls == 0
+    assert store.checkpoints.revision(embedder.id) == 1
 
 
 def test_fingerprints_of_near_duplicates_are_near() -> None:
