@@ -74,6 +74,6 @@ def hub_failures(path: PurePath) -> Iterator[None]:
 
     try:
         yield
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, ValueError) as error:  # of a name that cannot be, a ValueError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise OSError(f"the hub does not give {hub_uri(path)} ({reason})") from error

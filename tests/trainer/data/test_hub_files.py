@@ -120,6 +120,10 @@ def test_files_of_a_data_set_are_chosen_by_name_folder_or_pattern(hub: Hub) -> N
         read_dataset(Path("hf://datasets/owner/faces/other"))
     with pytest.raises(DatasetError, match="names no data set"):
         read_dataset(Path("hf://owner/faces"))
+    with pytest.raises(DatasetError, match="does not give hf://datasets/own er/faces "):
+        read_dataset(Path("hf://datasets/own er/faces"))
+    with pytest.raises(UnreadableImage, match=r"does not give hf://datasets/own er/faces@main/a\.parquet "):
+        read_uri("hf://datasets/own er/faces@main/a.parquet#image_gen0/0")
     with pytest.raises(DatasetError, match="drop --label"):
         read_dataset(Path("hf://datasets/owner/faces"), label="real")
 
