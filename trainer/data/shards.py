@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 _FIELD = re.compile(r"gen_(\d+)")
 _COLUMN = re.compile(r"image_gen(\d+)")
 _reading = Lock()
-"""Held while a column is read: several threads would read the same one."""
+"""Held while a footer or a column is read: several threads would read the same one."""
 
 
 class Member(NamedTuple):
@@ -250,11 +250,11 @@ def read_cell(path: PurePath, column: str, row: int) -> bytes:
     """
     try:
         version = 0 if on_hub(path) else Path(path).stat().st_mtime_ns  # a path of the hub names its commit
-        ends = _row_group_ends(path, version)
-        group = bisect_right(ends, row)
-        if group == len(ends):
-            raise UnreadableImage(f"{path.name} has no row {row}")
         with _reading:
+            ends = _row_group_ends(path, version)
+            group = bisect_right(ends, row)
+            if group == len(ends):
+                raise UnreadableImage(f"{path.name} has no row {row}")
             cells = _column(path, version, column, group)
     except (OSError, KeyError, DatasetError) as error:
         raise UnreadableImage(f"{path.name} has no readable cell {column}/{row} ({error})") from error

@@ -3,9 +3,11 @@
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pyarrow as pa
@@ -143,6 +145,26 @@ def test_without_the_network_it_says_what_to_fetch(hub: Hub, monkeypatch: pytest
     shards._row_group_ends.cache_clear()
     with pytest.raises(UnreadableImage, match="the hub does not give"):
         entries[0].read()
+
+
+def test_readers_of_one_file_at_once_open_it_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    uris = [f"hf://datasets/owner/faces@{COMMIT}/data/train-0.parquet#image_gen0/{row}" for row in (0, 1)]
+    together, opened = threading.Barrier(2), []
+
+    def slowly(path: PurePath) -> object:
+        opened.append(path)
+        time.sleep(0.05)  # the other reader arrives meanwhile
+        return open_parquet(path)
+
+    def read(uri: str) -> bytes:
+        together.wait()
+        return read_uri(uri)
+
+    open_parquet = shards._open_parquet
+    monkeypatch.setattr(shards, "_open_parquet", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(read, uris)) == [picture(0), picture(10)]
+    assert len(opened) == 2  # once for the footer, once for the row group
 
 
 def refuse(*arguments: object, **options: object) -> object:
