@@ -103,7 +103,7 @@ def ingest(
     """Add every entry that is not known yet; safe to end at any point and to run again.
 
     Files known by uri, size and time are not opened; bytes known by their hash are not decoded, unless their row lacks
-    the thumbnail. An image with a public uri is stored with that one.
+    the thumbnail. An image with a public uri is stored with that one, so that its file is read again each time.
 
     Args:
         entries: Images to add; read, decoded and embedded a bounded number ahead.
