@@ -289,16 +289,12 @@ def thumbnails(
     as_json: AsJson = False,
 ) -> None:
     """Fetch missing pictures from their public addresses, by https or from the hub; run it again where some failed."""
-    from indexer.ingest.thumbnails import fetch_thumbnails, missing_thumbnails, public_client
+    from indexer.ingest.thumbnails import fetch_thumbnails, missing_thumbnails
 
     settings = Settings.read()
     sizes = {"max_bytes": max_bytes, "max_pixels": settings.max_pixels}
-    with (
-        opened(settings) as store,
-        public_client() as client,
-        image_progress(total=missing_thumbnails(store)) as advance,
-    ):
-        report = fetch_thumbnails(store, client, **sizes, on_image=advance)
+    with opened(settings) as store, image_progress(total=missing_thumbnails(store)) as advance:
+        report = fetch_thumbnails(store, **sizes, on_image=advance)
     if report["failed"]:
         report["report"] = str(save_report(settings.home, "thumbnails", report))
     answer(as_json, report, lambda: tell_thumbnails(report))

@@ -1,16 +1,15 @@
 """Thumbnails of references that came without: fetched from their public addresses, and checked to be the ones meant."""
 
+import asyncio
 import hashlib
-import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from socket import SOCK_STREAM, getaddrinfo
 from ssl import SSLContext
 from typing import Any
 
-from httpx2 import Client, HTTPError, InvalidURL, Request, TimeoutException, TooManyRedirects
+from httpx2 import AsyncClient, HTTPError, InvalidURL, Request, TimeoutException, TooManyRedirects
 from PIL import Image
 from sqlalchemy import RowMapping, text
 
@@ -46,8 +45,8 @@ def missing_thumbnails(store: Store) -> int:
 
 def fetch_thumbnails(
     store: Store,
-    client: Client,
     *,
+    verify: SSLContext | bool = True,
     max_bytes: int = MAX_BYTES,
     max_pixels: int = 50_000_000,
     on_image: Callable[[], None] = lambda: None,
@@ -59,7 +58,7 @@ def fetch_thumbnails(
 
     Args:
         store: The references.
-        client: See `public_client`.
+        verify: See `public_client`.
         max_bytes: Larger files are refused.
         max_pixels: Larger images are refused.
         on_image: Called once for each reference.
@@ -67,43 +66,57 @@ def fetch_thumbnails(
     Returns:
         {"missing", "fetched", "failed": [{"id", "uri", "reason"}], "reasons": {reason: count}}.
     """
-
-    def fetch(row: RowMapping) -> bytes | str:
-        try:
-            if row["uri"] is None:
-                raise Refused("no public address")
-            of_hub = row["uri"].startswith("hf://")
-            data = _from_hub(row["uri"], max_bytes) if of_hub else download(client, row["uri"], max_bytes)
-            return _checked_thumbnail(row, data, max_pixels)
-        except Refused as error:
-            return str(error)
-
     fetched = 0
     failed: list[dict[str, Any]] = []
     place = {"after": 0, "page": PAGE_REFERENCES}
-    with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="fetch") as pool:
-        while page := store.read(MISSING, place):
-            place["after"] = page[-1]["id"]
-            for row, outcome in zip(page, pool.map(fetch, page), strict=True):
-                if isinstance(outcome, bytes):
-                    store.references.add_thumbnail(row["id"], outcome)
-                    fetched += 1
+
+    async def fetch(row: RowMapping, client: AsyncClient, turn: asyncio.Semaphore) -> bytes | str:
+        try:
+            if row["uri"] is None:
+                raise Refused("no public address")
+            async with turn:
+                if row["uri"].startswith("hf://"):
+                    data = await asyncio.to_thread(_from_hub, row["uri"], max_bytes)
                 else:
-                    failed.append({"id": row["id"], "uri": row["uri"], "reason": outcome})
-                on_image()
+                    data = await download(client, row["uri"], max_bytes)
+                return await asyncio.to_thread(_checked_thumbnail, row, data, max_pixels)
+        except Refused as error:
+            return str(error)
+
+    async def fetch_all() -> None:
+        nonlocal fetched
+        turn = asyncio.Semaphore(CONNECTIONS)
+        async with public_client(verify) as client:
+            while page := store.read(MISSING, place):
+                place["after"] = page[-1]["id"]
+                tasks = [asyncio.create_task(fetch(row, client, turn)) for row in page]
+                for row, task in zip(page, tasks, strict=True):
+                    outcome = await task
+                    if isinstance(outcome, bytes):
+                        store.references.add_thumbnail(row["id"], outcome)
+                        fetched += 1
+                    else:
+                        failed.append({"id": row["id"], "uri": row["uri"], "reason": outcome})
+                    on_image()
+
+    asyncio.run(fetch_all())
     reasons = dict(Counter(one["reason"] for one in failed).most_common())
     return {"missing": fetched + len(failed), "fetched": fetched, "failed": failed, "reasons": reasons}
 
 
-def public_client(verify: SSLContext | bool = True) -> Client:
+def public_client(verify: SSLContext | bool = True) -> AsyncClient:
     """A client that asks nothing but public servers over https, also where it is redirected."""
-    return Client(
+
+    async def check(request: Request) -> None:
+        await asyncio.to_thread(refuse_private, request)  # names are looked up
+
+    return AsyncClient(
         verify=verify,
         follow_redirects=True,
         max_redirects=REDIRECTS,
         timeout=SILENCE_SECONDS,
         headers={"accept-encoding": "identity"},
-        event_hooks={"request": [refuse_private]},
+        event_hooks={"request": [check]},
     )
 
 
@@ -134,26 +147,24 @@ def _is_public(address: IPv4Address | IPv6Address) -> bool:
     return address.is_global
 
 
-def download(client: Client, uri: str, max_bytes: int = MAX_BYTES) -> bytes:
-    """What lies at an address.
+async def download(client: AsyncClient, uri: str, max_bytes: int = MAX_BYTES) -> bytes:
+    """What lies at an address; redirects and headers are part of its `FILE_SECONDS`.
 
     Raises:
         Refused: It cannot be had, takes too long or is too large.
     """
-    data, deadline = bytearray(), time.monotonic() + FILE_SECONDS
+    data = bytearray()
     try:
-        with client.stream("GET", uri) as response:
+        async with asyncio.timeout(FILE_SECONDS), client.stream("GET", uri) as response:
             if response.status_code != 200:
                 raise Refused(f"HTTP {response.status_code}")
-            for chunk in response.iter_bytes():
+            async for chunk in response.aiter_bytes():
                 data += chunk
                 if len(data) > max_bytes:
                     raise Refused(f"more than {max_bytes:,} bytes")
-                if time.monotonic() > deadline:
-                    raise Refused("too slow")
     except TooManyRedirects as error:
         raise Refused(f"more than {REDIRECTS} redirects") from error
-    except TimeoutException as error:
+    except (TimeoutException, TimeoutError) as error:
         raise Refused("too slow") from error
     except (HTTPError, InvalidURL) as error:
         raise Refused("unreachable") from error

@@ -1,10 +1,11 @@
 """Missing pictures come from where they were published, and from nowhere else."""
 
+import asyncio
 import hashlib
 import io
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
@@ -17,7 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from httpx2 import Client, MockTransport, Request, Response
+from httpx2 import AsyncClient, MockTransport, Request, Response
 from numbered import CHECKPOINT, add_all, new, opened
 from PIL import Image
 from typer.testing import CliRunner
@@ -25,7 +26,7 @@ from typer.testing import CliRunner
 from indexer.__main__ import app
 from indexer.ingest import thumbnails
 from indexer.ingest.ingest import fingerprint
-from indexer.ingest.thumbnails import Refused, download, fetch_thumbnails, public_client, refuse_private
+from indexer.ingest.thumbnails import Refused, download, fetch_thumbnails, refuse_private
 from indexer.settings import Settings
 from indexer.store import Store
 from trainer.images import UnreadableImage
@@ -92,15 +93,14 @@ def files(certificate: Path) -> Iterator[tuple[str, dict[str, bytes | str], list
 
 
 @pytest.fixture
-def client(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+def trust(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
     """Trusts the server, and takes `localhost` for a public name; other names are looked up as ever."""
 
     def look_up(host: str, *arguments: Any, **options: Any) -> list[tuple[Any, ...]]:
         return [(0, 0, 0, "", (PUBLIC if host == "localhost" else host, 0))]
 
     monkeypatch.setattr(thumbnails, "getaddrinfo", look_up)
-    with public_client(ssl.create_default_context(cafile=str(certificate))) as one:
-        yield one
+    return ssl.create_default_context(cafile=str(certificate))
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def store(settings: Settings) -> Iterator[Store]:
 
 
 def test_pictures_come_checked_and_a_second_run_fetches_what_failed(
-    store: Store, client: Client, files: tuple[str, dict[str, bytes | str], list[str]]
+    store: Store, trust: ssl.SSLContext, files: tuple[str, dict[str, bytes | str], list[str]]
 ) -> None:
     base, served, asked = files
     whole = noise(1)
@@ -147,7 +147,7 @@ def test_pictures_come_checked_and_a_second_run_fetches_what_failed(
     served |= {"/moved": "/turned.jpg", "/large": bytes(100_001), "/flat.png": encoded(flat)}
     served |= {"/to-http": "http://localhost/own.png", "/to-private": "https://10.0.0.1/own.png"}
     ticks: list[int] = []
-    report = fetch_thumbnails(store, client, max_bytes=100_000, on_image=lambda: ticks.append(1))
+    report = fetch_thumbnails(store, verify=trust, max_bytes=100_000, on_image=lambda: ticks.append(1))
     assert (report["missing"], report["fetched"], len(ticks)) == (15, 3, 15)
     assert {one["id"]: one["reason"] for one in report["failed"]} == {
         ids[3]: "another picture: its difference hash differs",
@@ -172,12 +172,12 @@ def test_pictures_come_checked_and_a_second_run_fetches_what_failed(
     assert store.references.thumbnail(ids[12]) == b"there"
     asked.clear()
     served["/later.png"] = encoded(whole)
-    again = fetch_thumbnails(store, client)
+    again = fetch_thumbnails(store, verify=trust)
     assert (again["missing"], again["fetched"]) == (12, 1)
     assert "/moved" not in asked
 
 
-def test_pictures_come_from_the_hub_too(store: Store, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_come_from_the_hub_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     own, files = encoded(noise(2)), "hf://datasets/owner/faces@c0ffee/a.parquet"
 
     def read_uri(uri: str) -> bytes:
@@ -199,14 +199,14 @@ def test_pictures_come_from_the_hub_too(store: Store, client: Client, monkeypatc
             new(4, uri=gone, thumbnail=None),
         ],
     )
-    report = fetch_thumbnails(store, client)
+    report = fetch_thumbnails(store)
     assert {one["id"]: one["reason"] for one in report["failed"]} == {
         ids[1]: "another file: its hash differs",
         ids[2]: "needs the hub's client: pip install 'lineup[train,datasets]'",
         ids[3]: "unreachable",
     }
     assert store.references.thumbnail(ids[0]) is not None
-    large = fetch_thumbnails(store, client, max_bytes=len(own) - 1)
+    large = fetch_thumbnails(store, max_bytes=len(own) - 1)
     assert large["reasons"][f"more than {len(own) - 1:,} bytes"] == 1
 
 
@@ -254,17 +254,26 @@ def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPa
         refuse_private(Request("GET", "https://both.example/a"))
 
 
-def test_endless_redirects_and_slow_files_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_redirects_and_slow_headers_and_files_end(monkeypatch: pytest.MonkeyPatch) -> None:
     def around(request: Request) -> Response:
         return Response(302, headers={"location": "/again"})
 
-    client = Client(transport=MockTransport(around), follow_redirects=True, max_redirects=3)
-    with client, pytest.raises(Refused, match="redirects"):
-        download(client, "https://example.org/a")
-    monkeypatch.setattr(thumbnails, "FILE_SECONDS", -1.0)
-    client = Client(transport=MockTransport(lambda request: Response(200, content=b"slow")))
-    with client, pytest.raises(Refused, match="too slow"):
-        download(client, "https://example.org/a")
+    async def slow_body() -> AsyncIterator[bytes]:
+        while True:
+            yield b"slow"
+            await asyncio.sleep(0.01)
+
+    async def slow_headers(request: Request) -> Response:
+        await asyncio.sleep(1)
+        return Response(200)
+
+    client = AsyncClient(transport=MockTransport(around), follow_redirects=True, max_redirects=3)
+    with pytest.raises(Refused, match="redirects"):
+        asyncio.run(download(client, "https://example.org/a"))
+    monkeypatch.setattr(thumbnails, "FILE_SECONDS", 0.05)
+    for handler in (slow_headers, lambda request: Response(200, content=slow_body())):
+        with pytest.raises(Refused, match="too slow"):
+            asyncio.run(download(AsyncClient(transport=MockTransport(handler)), "https://example.org/a"))
 
 
 def test_the_command_reports_and_fails_only_where_nothing_came(
