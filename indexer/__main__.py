@@ -292,9 +292,8 @@ def thumbnails(
     from indexer.ingest.thumbnails import fetch_thumbnails, missing_thumbnails
 
     settings = Settings.read()
-    sizes = {"max_bytes": max_bytes, "max_pixels": settings.max_pixels}
     with opened(settings) as store, image_progress(total=missing_thumbnails(store)) as advance:
-        report = fetch_thumbnails(store, **sizes, on_image=advance)
+        report = fetch_thumbnails(store, max_bytes=max_bytes, max_pixels=settings.max_pixels, on_image=advance)
     if report["failed"]:
         report["report"] = str(save_report(settings.home, "thumbnails", report))
     answer(as_json, report, lambda: tell_thumbnails(report))
