@@ -13,6 +13,7 @@ from api.breaker import DATABASE_AWAY, Breaker
 from api.judge import judgement
 from api.judge.calibrator import Calibrator, IndexCalibration
 from api.judge.evidence import Evidence, Neighbourhood, gather
+from api.judge.regions import VARIANTS
 from api.judge.uploads import Prepared, Question, Upload, prepare
 from api.schemas import LABELS
 from api.schemas.problems import ApiError, FailedFile
@@ -275,9 +276,9 @@ class Detector:
         )
         if prepared.boxes:
             verdict.regions = judgement.regions(prepared.boxes, evidence, names)
-        if prepared.variants:
-            scores = evidence.scores[1 + len(prepared.boxes) :]
-            verdict.stability = judgement.stability(prepared.variants, scores, verdict)
+        if prepared.variants is not None:
+            scores = dict(zip(prepared.variants, evidence.scores[1 + len(prepared.boxes) :].tolist(), strict=True))
+            verdict.stability = judgement.stability({name: scores.get(name) for name in VARIANTS}, verdict)
             if verdict.stability.flips and settings.flip_uncertain:
                 verdict.verdict, verdict.reason, verdict.unknown_generator = "uncertain", FLIPS, False
         if known:

@@ -168,26 +168,26 @@ def regions(boxes: Sequence[Box], evidence: Evidence, names: Mapping[int, str]) 
     return crops
 
 
-def stability(names: Sequence[str], scores: np.ndarray, verdict: verdicts.Verdict) -> verdicts.Stability:
-    """How a verdict by score fares under re-encodings.
+def stability(scores: Mapping[str, float | None], verdict: verdicts.Verdict) -> verdicts.Stability:
+    """How a verdict by score fares under re-encodings; a copy without a score says nothing of that.
 
     Args:
-        names: Of the variants, n of them.
-        scores: Their combined scores, shape (n,), NaN for none.
+        scores: Combined, of each variant; NaN or None for none.
         verdict: On the unchanged image, by score.
     """
-    values = [none_if_nan(score) for score in scores]
-    known = [value for value in (verdict.score, *values) if value is not None]
+    values = {name: none_if_nan(score) for name, score in scores.items()}
+    known = [value for value in values.values() if value is not None]
+    compared = known if verdict.score is None else [verdict.score, *known]
     return verdicts.Stability(
-        scores=dict(zip(names, values, strict=True)),
-        spread=max(known) - min(known) if known else None,
-        flips=any(decide(value, verdict.thresholds) != verdict.verdict for value in values),
+        scores=values,
+        spread=max(compared) - min(compared) if known else None,
+        flips=any(decide(value, verdict.thresholds) != verdict.verdict for value in known),
     )
 
 
-def none_if_nan(value: float) -> float | None:
+def none_if_nan(value: float | None) -> float | None:
     """JSON has no NaN."""
-    return None if np.isnan(value) else float(value)
+    return None if value is None or np.isnan(value) else float(value)
 
 
 def clip(value: float | np.ndarray) -> float:

@@ -80,11 +80,16 @@ LARGEST_SIDE = 2048
 """Pixels; a larger image is scaled down to this first, as platforms do, which also bounds the work."""
 
 
-def variant_windows(image: Image.Image, preprocess: Preprocess) -> list[np.ndarray]:
-    """The windows of the image after each of `VARIANTS`, in their order, each of shape (w, 3, s, s)."""
+def variant_windows(image: Image.Image, preprocess: Preprocess) -> dict[str, np.ndarray]:
+    """The windows, each of shape (w, 3, s, s), of those of `VARIANTS` that still hold enough to be judged."""
     if max(image.size) > LARGEST_SIDE:
         image = _scaled(image, LARGEST_SIDE / max(image.size))
-    return [preprocess([change(image)]) for change in VARIANTS.values()]
+    variants = {name: change(image) for name, change in VARIANTS.items()}
+    return {
+        name: preprocess([variant])
+        for name, variant in variants.items()
+        if shortfall(variant.size, preprocess.crops(variant), preprocess) is None
+    }
 
 
 def overlay(width: int, height: int, regions: Sequence[Region], side: int = LARGEST_SIDE) -> bytes:

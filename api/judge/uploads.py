@@ -8,7 +8,7 @@ from PIL import Image
 
 from api.judge.detail import shortfall
 from api.judge.provenance import read_provenance
-from api.judge.regions import VARIANTS, judged_boxes, region_pixels, variant_windows
+from api.judge.regions import judged_boxes, region_pixels, variant_windows
 from api.schemas.problems import ApiError, Kind
 from api.schemas.verdicts import Explanation, ImageFacts, Provenance
 from api.service_settings import ServiceSettings
@@ -56,7 +56,8 @@ class Prepared:
     """What is embedded: the windows of the image, of its regions and of its variants, each of shape (w, 3, s, s)."""
     boxes: list[Box] = field(default_factory=list)
     """Of the regions."""
-    variants: tuple[str, ...] = ()
+    variants: tuple[str, ...] | None = None
+    """Those that hold enough to be judged; None where stability is not in question."""
     provenance: Provenance = field(default_factory=Provenance)
     decode_ms: float = 0.0
 
@@ -100,11 +101,11 @@ def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings
     windows = preprocess.crops(image)
     shortage = shortfall(image.size, windows, preprocess)
     boxes = judged_boxes(image, preprocess) if "regions" in question.explain else []
-    variants = tuple(VARIANTS) if "stability" in question.explain and not shortage else ()
+    variants = variant_windows(image, preprocess) if "stability" in question.explain and not shortage else None
     as_they_are = replace(preprocess, mode="center_crop", windows=1)  # for images that have the size already
     views = [as_they_are(windows), *region_pixels(image, boxes, preprocess)[:, None]]  # (w, 3, s, s), (1, 3, s, s) ...
     if variants:
-        views += variant_windows(image, preprocess)
+        views += variants.values()
     return Prepared(
         file=upload.file,
         file_bytes=len(upload.data),
@@ -119,7 +120,7 @@ def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings
         ),
         views=views,
         boxes=boxes,
-        variants=variants,
+        variants=None if variants is None else tuple(variants),
         provenance=read_provenance(upload.data, facts.format),
         decode_ms=1000 * (time.perf_counter() - start),
     )

@@ -142,10 +142,11 @@ class Stability(Model):
     """The score of re-encoded and rescaled copies of the image."""
 
     scores: dict[str, float | None]
+    """Null for a copy that holds too little to be judged, or where nothing is calibrated."""
     spread: float | None = None
-    """Highest minus lowest score, the unchanged image included."""
+    """Highest minus lowest score, the unchanged image included; null where no copy has one."""
     flips: bool
-    """Whether any copy gets another verdict."""
+    """Whether any copy that has a score gets another verdict."""
 
 
 class ContentCredentials(Model):

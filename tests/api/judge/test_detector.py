@@ -16,8 +16,9 @@ from sqlalchemy.exc import OperationalError
 from api import verdict_log
 from api.access import Caller
 from api.judge import evidence
-from api.judge.detector import RECORD_VERSION, Case, Detector
+from api.judge.detector import FLIPS, RECORD_VERSION, Case, Detector
 from api.judge.evidence import SearchQuery
+from api.judge.judgement import decide
 from api.judge.loader import load_detector
 from api.judge.regions import VARIANTS
 from api.judge.uploads import Question, Upload, file_name
@@ -373,6 +374,30 @@ def test_regions_and_stability_come_when_asked_for(detector: Detector) -> None:
     plain = judged(detector, query(size=80))
     assert plain.score == pytest.approx(verdict.score)
     assert plain.verdict == verdict.verdict
+
+
+def test_stability_judges_copies_as_uploads_and_leaves_out_what_has_too_little(detector: Detector) -> None:
+    careful = with_settings(detector, flip_uncertain=True)
+    question = Question(max_false_alarm=0.9, explain=frozenset({"stability"}))
+    decided = []
+    for seed in range(4):
+        image = small_image(70_000 + seed, True, 24)  # 12 pixels at half the size, where 16 are needed
+        verdict = judged(careful, Upload("small.png", png(image)), question)
+        assert verdict.stability is not None
+        copies = {
+            name: judged(detector, Upload(f"{name}.png", png(change(image))), Question(max_false_alarm=0.9))
+            for name, change in VARIANTS.items()
+        }
+        scores = {name: copy.score for name, copy in copies.items()}
+        assert scores["scale-0.5"] is None
+        assert verdict.stability.scores == pytest.approx(scores, abs=1e-4)
+        known = [score for score in (verdict.score, *scores.values()) if score is not None]
+        assert verdict.stability.spread == pytest.approx(max(known) - min(known), abs=1e-4)
+        of_copies = {copy.verdict for copy in copies.values() if copy.score is not None}
+        assert verdict.stability.flips == (of_copies != {decide(verdict.score, verdict.thresholds)})
+        assert (verdict.reason == FLIPS) == verdict.stability.flips
+        decided.append(verdict.verdict != "uncertain")
+    assert any(decided)
 
 
 def test_a_flip_makes_uncertain_where_the_operator_says_so(detector: Detector) -> None:

@@ -38,14 +38,14 @@ def example(**changed: object) -> Verdict:
     return Verdict.model_validate(EXAMPLE_VERDICT | changed)
 
 
-def test_stability_counts_the_unchanged_image_and_what_has_no_score() -> None:
-    held = stability(["a", "b"], np.array([0.9, 0.8]), example())
-    assert (held.scores, held.flips) == ({"a": 0.9, "b": 0.8}, False)
+def test_stability_counts_the_unchanged_image_and_leaves_out_what_has_no_score() -> None:
+    held = stability({"a": 0.9, "b": 0.8, "c": None, "d": np.nan}, example())
+    assert (held.scores, held.flips) == ({"a": 0.9, "b": 0.8, "c": None, "d": None}, False)
     assert held.spread == pytest.approx(0.17)
-    flipped = stability(["a", "b"], np.array([0.3, np.nan]), example())
-    assert (flipped.scores["b"], flipped.flips) == (None, True)
-    nothing = stability(["a"], np.array([np.nan]), example(score=None, verdict="uncertain"))
-    assert (nothing.spread, nothing.flips) == (None, False)
+    assert stability({"a": 0.3, "b": None}, example()).flips
+    nothing = {"a": None, "b": np.nan}
+    for verdict in (example(), example(score=None, verdict="uncertain")):
+        assert (stability(nothing, verdict).spread, stability(nothing, verdict).flips) == (None, False)
 
 
 def test_numbers_for_json() -> None:

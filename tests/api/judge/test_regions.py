@@ -60,8 +60,9 @@ def test_every_variant_changes_the_image_a_little() -> None:
     preprocess = Preprocess(image_size=32)
     plain = preprocess([image])[0]
     variants = variant_windows(image, preprocess)
-    assert [variant.shape for variant in variants] == [(1, 3, 32, 32)] * len(VARIANTS)
-    for variant in variants:
+    assert list(variants) == list(VARIANTS)
+    assert [variant.shape for variant in variants.values()] == [(1, 3, 32, 32)] * len(VARIANTS)
+    for variant in variants.values():
         assert 0 < np.abs(variant - plain).mean() < 1
 
 
@@ -88,7 +89,7 @@ def test_heads_of_images_of_several_windows_know_regions_and_variants(windowed: 
     assert heads.svm is not None
     boxes = grid(72, 72, 32)
     regions = np.concatenate([windowed.embed_pixels(region_pixels(image, boxes, native)) for image in images[30:]])
-    variants = windowed.embed_windows([variant_windows(image, native)[-1] for image in images[30:]])
+    variants = windowed.embed_windows([variant_windows(image, native)["scale-1.25"] for image in images[30:]])
     sureness, spread = [], []
     for embeddings in (windowed.embed(images[30:]), variants, regions):
         logits = heads.linear.logit(embeddings)
