@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from api.judge.judgement import decide
-from api.schemas.verdicts import KnnHead, Neighbour, Verdict
+from api.schemas.verdicts import KnnHead, Neighbour, Stability, Verdict
 
 HEADLINES = {"fake": "Probably generated", "real": "Probably a real photograph", "uncertain": "Cannot tell"}
 WORDS = {"fake": "generated", "real": "real", "uncertain": "cannot tell"}
@@ -101,9 +101,8 @@ def notes(verdict: Verdict) -> list[str]:
         lines.append("unlike the fakes of every known generator")
     if verdict.novelty is not None and verdict.novelty < 0.05 and not verdict.known:
         lines.append(f"unlike everything known (novelty p = {verdict.novelty:.3f})")
-    if verdict.stability and verdict.stability.spread is not None:
-        flips = "flips" if verdict.stability.flips else "holds"
-        lines.append(f"the verdict {flips} under re-encoding (spread of the score {verdict.stability.spread:.3f})")
+    if verdict.stability and verdict.score is not None:
+        lines.append(endurance(verdict.stability))
     if verdict.regions:
         top = max(verdict.regions, key=lambda region: region.score)
         lines.append(f"{len(verdict.regions)} regions; highest score {top.score:.3f} at {list(top.box)}")
@@ -114,6 +113,15 @@ def notes(verdict: Verdict) -> list[str]:
     if verdict.degraded:
         lines.append("the database is away: judged from memory, not recorded")
     return lines
+
+
+def endurance(stability: Stability) -> str:
+    """Whether a verdict by score survives re-encoding, as far as the copies have scores."""
+    if stability.spread is None:
+        return "no re-encoded copy holds enough to be judged"
+    flips, copies = "flips" if stability.flips else "holds", list(stability.scores.values())
+    less = f"; {copies.count(None)} of {len(copies)} copies hold too little to be judged" if None in copies else ""
+    return f"the verdict {flips} under re-encoding (spread of the score {stability.spread:.3f}{less})"
 
 
 def heads_table(verdict: Verdict) -> Table:

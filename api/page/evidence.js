@@ -119,13 +119,7 @@ function stability(verdict) {
     [fake, real],
   );
   const decided = (score) =>
-    score === null
-      ? "uncertain"
-      : fake !== null && score >= fake
-        ? "fake"
-        : real !== null && score < real
-          ? "real"
-          : "uncertain";
+    fake !== null && score >= fake ? "fake" : real !== null && score < real ? "real" : "uncertain";
   return [
     h("p", { class: "lead" }, stabilityWords(verdict)),
     h(
@@ -136,9 +130,9 @@ function stability(verdict) {
           "li",
           {},
           h("span", { class: "name" }, name),
-          bar(score ?? 0, decided(score)),
+          score === null ? bar(0) : bar(score, decided(score)),
           h("span", { class: "number" }, decimal(score, digits)),
-          badge(decided(score)),
+          score === null ? h("span", { class: "none" }, "no score") : badge(decided(score)),
         ),
       ),
     ),

@@ -162,19 +162,22 @@ export function variantName(name) {
   return VARIANTS[kind] && value ? VARIANTS[kind](value) : name;
 }
 
-/** Whether the verdict survives re-encoding. */
-export function stabilityWords({ stability, basis }) {
-  const tried = Object.values(stability.scores).length;
+/** Whether the verdict survives re-encoding, as far as the copies have scores. */
+export function stabilityWords({ score, stability, basis }) {
+  if (score === null) return "There is no score that could change.";
+  const scores = Object.values(stability.scores);
+  const judged = scores.filter((value) => value !== null).length;
+  if (!judged) return "No re-encoded copy holds enough to be judged.";
+  const less = scores.length - judged;
+  const rest = less ? ` ${plural(less, "more holds", "more hold")} too little to be judged.` : "";
   const spread =
-    stability.spread === null
-      ? ""
-      : stability.spread < 0.005
-        ? " The scores hardly differ."
-        : ` The scores differ by ${decimal(stability.spread)} at most.`;
+    stability.spread < 0.005
+      ? ` The scores hardly differ.${rest}`
+      : ` The scores differ by ${decimal(stability.spread)} at most.${rest}`;
   if (basis === "known") return `A re-encoded copy is no longer the known file: its score decides.${spread}`;
   return stability.flips
-    ? `The verdict changes under at least one of ${tried} re-encodings: treat it with care.${spread}`
-    : `The verdict stays the same under all ${tried} re-encodings.${spread}`;
+    ? `The verdict changes under at least one of ${judged} re-encodings: treat it with care.${spread}`
+    : `The verdict stays the same under all ${judged} re-encodings.${spread}`;
 }
 
 /** What each state of Content Credentials means. */

@@ -442,6 +442,24 @@ def test_a_score_that_surprises_is_explained(opens: Opens) -> None:
     )
 
 
+def test_copies_with_too_little_to_judge_get_no_word(opens: Opens) -> None:
+    page = opens()
+    held = {"scores": {"jpeg-90": 0.9, "jpeg-70": 0.88, "scale-0.5": None}, "spread": 0.02, "flips": False}
+    page.route("**/v1/detect*", fulfilled(json.dumps({"results": [ruled("fake", 0.9, stability=held)]})))
+    found = judge(page).locator(".stability")
+    expect(found.locator(".lead")).to_have_text(
+        "The verdict stays the same under all 2 re-encodings. The scores differ by 0.02 at most. "
+        "1 more holds too little to be judged."
+    )
+    expect(found.locator(".strip li").last).to_have_text(re.compile("50.%–no score"))
+    expect(found.locator(".badge")).to_have_count(3)
+    words = "async (verdict) => (await import('/words.js')).stabilityWords(verdict)"
+    none = {"scores": {"scale-0.5": None}, "spread": None, "flips": False}
+    assert page.evaluate(words, ruled("fake", 0.9, stability=none)) == "No re-encoded copy holds enough to be judged."
+    unscored = ruled("uncertain", None, None, stability=none)
+    assert page.evaluate(words, unscored) == "There is no score that could change."
+
+
 def test_regions_that_lean_to_either_side_show_different_scores(opens: Opens) -> None:
     page = opens()
     scores = {0.498: "0.498", 0.502: "0.502", 0.5: "0.50", 0.49996: "0.49996", 0.81: "0.81"}

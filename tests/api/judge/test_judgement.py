@@ -88,6 +88,19 @@ def test_words_for_people() -> None:
     ]
 
 
+def test_the_terminal_says_which_copies_hold_too_little() -> None:
+    def said(*scores: float | None, **changed: object) -> list[str]:
+        verdict = example(**changed)
+        verdict.stability = stability({str(number): score for number, score in enumerate(scores)}, verdict)
+        return [note for note in notes(verdict) if "re-encod" in note]
+
+    assert said(0.9, 0.8) == ["the verdict holds under re-encoding (spread of the score 0.170)"]
+    less = "the verdict flips under re-encoding (spread of the score 0.470; 1 of 2 copies hold too little to be judged)"
+    assert said(0.5, None) == [less]
+    assert said(None, None) == ["no re-encoded copy holds enough to be judged"]
+    assert said(None, score=None, verdict="uncertain") == []
+
+
 def test_figures_near_a_cut_get_the_digits_that_tell_them_apart() -> None:
     near = example(verdict="uncertain", score=0.8478, thresholds={"fake": 0.8479, "real": 0.14})
     near.reason = "the score lies between the thresholds"
