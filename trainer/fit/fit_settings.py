@@ -82,6 +82,9 @@ class FitSettings:
     warmup_epochs: Annotated[float, Option(help="Of linear warm-up.")] = 5
     learning_rate: Annotated[float, Option(help="At 1,024 records per step.")] = 2e-3
     """It is scaled by the square root of the ratio to the records per step over all processes."""
+    optimiser: Annotated[
+        Literal["adamw", "muon"], Option(help="adamw; or muon for the blocks' matrices, which takes fewer updates.")
+    ] = "adamw"
     weight_decay: Annotated[float, Option(help="Of matrices; biases and norms do not decay.")] = 2e-5
     temperature: Annotated[float, Option()] = 0.1
     terms: Annotated[Terms, Option(help="both, global or multi-scale (ablation).")] = "both"

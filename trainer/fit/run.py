@@ -4,7 +4,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -18,6 +18,7 @@ from trainer.cores import usable_cores
 from trainer.fit.batches import Batch, Origin
 from trainer.fit.fit_settings import FitError, FitSettings, learning_rate, teacher_weight
 from trainer.fit.loss import derangement
+from trainer.fit.muon import Muon
 from trainer.fit.objective import Objective, Slices
 from trainer.fit.state import RunState
 from trainer.model.seen_images import SeenImages
@@ -82,7 +83,8 @@ class Run:
     state: RunState = field(init=False)
     model: nn.Module = field(init=False)
     """What a step calls: the objective, or the same under DistributedDataParallel."""
-    optimiser: torch.optim.AdamW = field(init=False)
+    optimisers: dict[str, torch.optim.Optimizer] = field(init=False)
+    """By the name of their tensors in the state."""
     average: Objective | None = field(init=False, default=None)
     slices: Slices | None = field(init=False, default=None)
 
@@ -93,9 +95,12 @@ class Run:
         if world > 1 and not settings.cached_batch:  # the layers of a teacher that no longer teaches are not used
             unused = settings.teacher is not None
             self.model = nn.parallel.DistributedDataParallel(self.objective, find_unused_parameters=unused)
-        groups = parameter_groups(self.objective, settings.weight_decay)
-        self.optimiser = torch.optim.AdamW(groups, lr=1e-6, fused=True)
         threads = max(1, usable_cores() // world) if self.device == "cpu" else 1
+        matrices = block_matrices(self.objective) if settings.optimiser == "muon" else []
+        groups = parameter_groups(self.objective, settings.weight_decay, without=matrices)
+        self.optimisers = {"optimiser": torch.optim.AdamW(groups, lr=1e-6, fused=True)}
+        if matrices:
+            self.optimisers["muon"] = Muon(matrices, lr=1e-6, weight_decay=settings.weight_decay, threads=threads)
         if settings.cached_batch or (self.device == "cpu" and world == 1):
             self.slices = Slices(self.objective, min(threads, settings.batch_size), settings.batch_size)
         elif self.device == "cpu":
@@ -126,7 +131,7 @@ class Run:
         """
         whole, local, unreadable, origins = batch
         self.unreadable.update({uri: reason for uri, _, reason in (line.partition("\t") for line in unreadable)})
-        for group in self.optimiser.param_groups:
+        for group in [group for optimiser in self.optimisers.values() for group in optimiser.param_groups]:
             group["lr"] = rate
         whole, local = (views.to(self.device, non_blocking=True) for views in (whole, local))
         other = derangement(len(whole), order).to(self.device)
@@ -139,8 +144,9 @@ class Run:
             torch.autograd.backward(loss)
         if self.settings.clip:
             nn.utils.clip_grad_norm_(self.objective.parameters(), self.settings.clip)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        for optimiser in self.optimisers.values():
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         if self.average is not None:
             decay = min(self.settings.ema, (1 + self.state.updates) / (10 + self.state.updates))
             with torch.no_grad():
@@ -216,7 +222,8 @@ class Run:
 
     def capture(self) -> None:
         """Put the tensors into the state."""
-        self.state.tensors |= {"model": self.objective.state_dict(), "optimiser": self.optimiser.state_dict()}
+        self.state.tensors["model"] = self.objective.state_dict()
+        self.state.tensors |= {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}
         self.state.tensors["seen"] = [torch.from_numpy(hashes) for hashes in (self.seen.contents, self.seen.groups)]
         if self.average is not None:
             self.state.tensors["average"] = self.average.state_dict()
@@ -225,7 +232,8 @@ class Run:
         """Go on where a state was taken."""
         self.state = state
         self.objective.load_state_dict(state.tensors["model"])
-        self.optimiser.load_state_dict(state.tensors["optimiser"])
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(state.tensors[name])
         self.seen = SeenImages(*(hashes.numpy() for hashes in state.tensors["seen"]))
         if self.average is not None:
             self.average.load_state_dict(state.tensors["average"])
@@ -244,15 +252,27 @@ def restorable(state: RunState) -> bool:
     return "seen" in state.tensors and len(state.tensors["optimiser"]["param_groups"]) == PARAMETER_GROUPS
 
 
-def parameter_groups(objective: Objective, weight_decay: float) -> list[dict[str, Any]]:
+def block_matrices(objective: Objective) -> list[nn.Parameter]:
+    """The matrices of the backbone's blocks, which are what Muon is for; embeddings and last layers are not."""
+    blocks: Any = getattr(objective.backbone, "blocks")  # noqa: B009 - of vision transformers, which all are
+    return [parameter for parameter in blocks.parameters() if parameter.ndim == 2]
+
+
+def parameter_groups(
+    objective: Objective, weight_decay: float, *, without: Collection[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
     """Parameters that decay and those that do not, told apart as by timm's optimiser factory, which the reference uses.
 
-    Biases, norms and what the backbone names itself (class token, position embedding) do not decay.
+    Biases, norms and what the backbone names itself (class token, position embedding) do not decay; those that another
+    optimiser moves are left out.
     """
+    elsewhere = set(map(id, without))
     backbone: Any = objective.backbone
     exempt = {f"backbone.{name}" for name in backbone.no_weight_decay()}
     decaying: list[nn.Parameter] = []
     constant: list[nn.Parameter] = []
     for name, parameter in objective.named_parameters():
+        if id(parameter) in elsewhere:
+            continue
         (constant if parameter.ndim < 2 or name in exempt else decaying).append(parameter)
     return [{"params": decaying, "weight_decay": weight_decay}, {"params": constant, "weight_decay": 0.0}]

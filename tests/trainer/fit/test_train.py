@@ -316,6 +316,27 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(
     assert_same_weights(tiny.output, whole[0].output)
 
 
+def test_muon_moves_the_blocks_and_resumes(tiny: FitSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = replace(tiny, optimiser="muon", ema=0.5)
+    uninterrupted = replace(tiny, output=tiny.output.with_name("uninterrupted"))
+    fit(uninterrupted)
+    save = RunState.save
+
+    def save_then_stop(self: RunState, folder: Path) -> None:
+        save(self, folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunState, "save", save_then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(tiny)
+    state = RunState.load(state_folder(tiny.output))
+    assert state is not None
+    assert len(state.tensors["muon"]["state"]) == 4 * json.loads(TINY)["depth"]  # qkv, projection and two of the MLP
+    fit(tiny)
+    assert_same_weights(tiny.output, uninterrupted.output)
+
+
 def test_a_run_whose_weights_are_beyond_half_precision_is_ended_without_it(
     tiny: FitSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -645,7 +666,7 @@ def test_only_matrices_decay_as_in_the_reference(tiny: FitSettings) -> None:
     reference = factory(run.objective.backbone, opt="adamw", lr=1e-3, weight_decay=tiny.weight_decay)
     decaying, expected = (
         [{id(parameter) for parameter in group["params"]} for group in groups if group["weight_decay"]]
-        for groups in (run.optimiser.param_groups, reference.param_groups)
+        for groups in (run.optimisers["optimiser"].param_groups, reference.param_groups)
     )
     assert decaying == expected
     assert len(decaying[0]) < len(list(run.objective.parameters())) / 2
