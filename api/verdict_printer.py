@@ -102,7 +102,7 @@ def notes(verdict: Verdict) -> list[str]:
     if verdict.novelty is not None and verdict.novelty < 0.05 and not verdict.known:
         lines.append(f"unlike everything known (novelty p = {verdict.novelty:.3f})")
     if verdict.stability and verdict.score is not None:
-        lines.append(endurance(verdict.stability))
+        lines.append(endurance(verdict.stability, known=verdict.known is not None))
     if verdict.regions:
         top = max(verdict.regions, key=lambda region: region.score)
         lines.append(f"{len(verdict.regions)} regions; highest score {top.score:.3f} at {list(top.box)}")
@@ -115,13 +115,19 @@ def notes(verdict: Verdict) -> list[str]:
     return lines
 
 
-def endurance(stability: Stability) -> str:
-    """Whether a verdict by score survives re-encoding, as far as the copies have scores."""
+def endurance(stability: Stability, *, known: bool) -> str:
+    """Whether a verdict by score survives re-encoding, as far as the copies have scores.
+
+    Args:
+        stability: Of an image with a score.
+        known: Whether the image is a reference: its bytes decided, which no copy has.
+    """
     if stability.spread is None:
         return "no re-encoded copy holds enough to be judged"
     flips, copies = "flips" if stability.flips else "holds", list(stability.scores.values())
     less = f"; {copies.count(None)} of {len(copies)} copies hold too little to be judged" if None in copies else ""
-    return f"the verdict {flips} under re-encoding (spread of the score {stability.spread:.3f}{less})"
+    subject = "by its score alone the verdict" if known else "the verdict"
+    return f"{subject} {flips} under re-encoding (spread of the score {stability.spread:.3f}{less})"
 
 
 def heads_table(verdict: Verdict) -> Table:

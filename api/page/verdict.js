@@ -124,7 +124,9 @@ function cautions(verdict) {
             "about a photograph of yours.",
         )
       : null,
-    stability?.flips ? note("The verdict changes when the image is re-encoded or rescaled.") : null,
+    stability?.flips && verdict.basis === "score"
+      ? note("The verdict changes when the image is re-encoded or rescaled.")
+      : null,
     provenance.says_generated
       ? h(
           "p",

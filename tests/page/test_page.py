@@ -460,6 +460,17 @@ def test_copies_with_too_little_to_judge_get_no_word(opens: Opens) -> None:
     assert page.evaluate(words, unscored) == "There is no score that could change."
 
 
+def test_only_a_verdict_by_score_is_said_to_change_with_the_encoding(opens: Opens) -> None:
+    text = "async (verdict) => (await import('/verdict.js')).account(verdict).textContent"
+    flip = {"scores": {"jpeg-90": 0.5}, "spread": 0.4, "flips": True}
+    known = {"basis": "known", "known": {"id": 7, "label": "fake", "generator": "SD-XL"}}
+    page, caution = opens(), "The verdict changes when the image is re-encoded or rescaled."
+    assert caution in page.evaluate(text, ruled("fake", 0.9, stability=flip))
+    of_known = page.evaluate(text, ruled("fake", 0.9, stability=flip, **known))
+    assert caution not in of_known
+    assert "A re-encoded copy is no longer the known file: its score decides." in of_known
+
+
 def test_regions_that_lean_to_either_side_show_different_scores(opens: Opens) -> None:
     page = opens()
     scores = {0.498: "0.498", 0.502: "0.502", 0.5: "0.50", 0.49996: "0.49996", 0.81: "0.81"}

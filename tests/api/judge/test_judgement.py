@@ -97,6 +97,9 @@ def test_the_terminal_says_which_copies_hold_too_little() -> None:
     assert said(0.9, 0.8) == ["the verdict holds under re-encoding (spread of the score 0.170)"]
     less = "the verdict flips under re-encoding (spread of the score 0.470; 1 of 2 copies hold too little to be judged)"
     assert said(0.5, None) == [less]
+    known = {"id": 7, "label": "fake", "generator": None}
+    by_score = ["by its score alone the verdict flips under re-encoding (spread of the score 0.470)"]
+    assert said(0.5, basis="known", known=known) == by_score
     assert said(None, None) == ["no re-encoded copy holds enough to be judged"]
     assert said(None, score=None, verdict="uncertain") == []
 
