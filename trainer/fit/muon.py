@@ -1,8 +1,7 @@
 """The optimiser Muon: the momentum of a matrix is made orthogonal before it moves it, which learns from fewer updates.
 
-K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; an update is scaled as in arXiv 2502.16982, so that
-one learning rate serves matrices and all else. PyTorch's and timm's own compute in bfloat16, which many CPUs emulate,
-and one matrix after another.
+K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. PyTorch's and timm's own compute in bfloat16, which
+many CPUs emulate, and one matrix after another.
 """
 
 from collections.abc import Iterable
@@ -16,6 +15,9 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration; in few steps they bring singular values near 1, rather than to it in many."""
 STEPS = 5
 MOMENTUM = 0.95
+FACTOR = 20.0
+"""How many times AdamW's learning rate moves matrices: the authors' 0.02 beside 0.001. At 4 times AdamW's usual rate
+AdamW itself no longer learnt (see BENCHMARKS.md, The optimiser)."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -26,7 +28,7 @@ class Muon(torch.optim.Optimizer):
 
         Args:
             matrices: Parameters of two axes.
-            lr: Learning rate, that of AdamW for the same network.
+            lr: Learning rate of AdamW for the rest of the network; matrices move at `FACTOR` times as much.
             weight_decay: As of AdamW.
             threads: How many share the matrices between them.
         """
@@ -50,8 +52,9 @@ class Muon(torch.optim.Optimizer):
         momentum: Tensor = state["momentum"]
         momentum.lerp_(matrix.grad, 1 - MOMENTUM)
         update = orthogonal(matrix.grad.lerp(momentum, MOMENTUM))
-        matrix.mul_(1 - group["lr"] * group["weight_decay"])
-        matrix.add_(update, alpha=-0.2 * group["lr"] * max(matrix.shape) ** 0.5)
+        rate, (out, into) = FACTOR * group["lr"], matrix.shape
+        matrix.mul_(1 - rate * group["weight_decay"])
+        matrix.add_(update, alpha=-rate * max(1.0, out / into) ** 0.5)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -21,11 +21,12 @@ def test_an_update_has_the_singular_vectors_of_its_matrix_and_values_near_one(sh
     assert wide.max() < 1.3
 
 
-def test_a_first_step_is_the_orthogonal_gradient_scaled_as_adamw_moves() -> None:
-    matrix = nn.Parameter(torch.ones(4, 16))
-    matrix.grad = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
-    expected = 0.99 * torch.ones(4, 16) - 0.2 * 0.1 * 16**0.5 * orthogonal(matrix.grad)
-    Muon([matrix], lr=0.1, weight_decay=0.1).step()
+@pytest.mark.parametrize(("shape", "scale"), [((4, 16), 1.0), ((16, 4), 2.0)])
+def test_a_first_step_is_the_orthogonal_gradient(shape: tuple[int, int], scale: float) -> None:
+    matrix = nn.Parameter(torch.ones(shape))
+    matrix.grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    expected = 0.98 * torch.ones(shape) - 0.2 * scale * orthogonal(matrix.grad)
+    Muon([matrix], lr=0.01, weight_decay=0.1).step()
     torch.testing.assert_close(matrix.detach(), expected)
 
 
