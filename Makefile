@@ -60,8 +60,10 @@ endif
 
 # Threads that spin while they wait make every other process on a small machine slower.
 test: export OMP_WAIT_POLICY ?= PASSIVE
+# Each process has a Postgres of its own; a file stays whole, for its fixtures.
+test: JOBS ?= 2
 test: $(LINEUP)
-	$(RUN) pytest -q -m "not soak"
+	$(RUN) pytest -q -m "not soak" --numprocesses $(JOBS) --dist loadfile
 
 check: $(LINEUP)
 	$(BIN)/ruff check .
