@@ -463,7 +463,7 @@ def test_copies_with_too_little_to_judge_get_no_word(opens: Opens) -> None:
 def test_only_a_verdict_by_score_is_said_to_change_with_the_encoding(opens: Opens) -> None:
     text = "async (verdict) => (await import('/verdict.js')).account(verdict).textContent"
     flip = {"scores": {"jpeg-90": 0.5}, "spread": 0.4, "flips": True}
-    known = {"basis": "known", "known": {"id": 7, "label": "fake", "generator": "SD-XL"}}
+    known: dict[str, Any] = {"basis": "known", "known": {"id": 7, "label": "fake", "generator": "SD-XL"}}
     page, caution = opens(), "The verdict changes when the image is re-encoded or rescaled."
     assert caution in page.evaluate(text, ruled("fake", 0.9, stability=flip))
     of_known = page.evaluate(text, ruled("fake", 0.9, stability=flip, **known))

@@ -15,9 +15,10 @@ from sqlalchemy.exc import InternalError
 
 from indexer.measure import calibrate as module
 from indexer.measure.calibrate import affordable, calibrate, newcomers, recalibrate, saved_calibration
-from indexer.measure.near_duplicates import NEAR_BITS, all_fingerprints, near_duplicates, related_references
+from indexer.measure.near_duplicates import all_fingerprints, near_duplicates, related_references
 from indexer.settings import Settings
 from indexer.store import Store
+from indexer.store.reference_facts import NEAR_BITS
 from trainer.heads.calibration import Calibration
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads, LinearHead, unit_length
