@@ -80,16 +80,19 @@ LARGEST_SIDE = 2048
 """Pixels; a larger image is scaled down to this first, as platforms do, which also bounds the work."""
 
 
+def windows_and_shortfall(image: Image.Image, preprocess: Preprocess) -> tuple[np.ndarray, str | None]:
+    """The windows of an image as the backbone reads them, shape (w, 3, s, s), and why they hold too little, if so."""
+    windows = preprocess.crops(image)
+    as_they_are = replace(preprocess, mode="center_crop", windows=1)  # for images that have the size already
+    return as_they_are(windows), shortfall(image.size, windows, preprocess)
+
+
 def variant_windows(image: Image.Image, preprocess: Preprocess) -> dict[str, np.ndarray]:
     """The windows, each of shape (w, 3, s, s), of those of `VARIANTS` that still hold enough to be judged."""
     if max(image.size) > LARGEST_SIDE:
         image = _scaled(image, LARGEST_SIDE / max(image.size))
-    variants = {name: change(image) for name, change in VARIANTS.items()}
-    return {
-        name: preprocess([variant])
-        for name, variant in variants.items()
-        if shortfall(variant.size, preprocess.crops(variant), preprocess) is None
-    }
+    judged = {name: windows_and_shortfall(change(image), preprocess) for name, change in VARIANTS.items()}
+    return {name: windows for name, (windows, shortage) in judged.items() if shortage is None}
 
 
 def overlay(width: int, height: int, regions: Sequence[Region], side: int = LARGEST_SIDE) -> bytes:

@@ -1,14 +1,13 @@
 """Uploads: checked against the limits, decoded, and turned into what the model reads."""
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 
-from api.judge.detail import shortfall
 from api.judge.provenance import read_provenance
-from api.judge.regions import judged_boxes, region_pixels, variant_windows
+from api.judge.regions import judged_boxes, region_pixels, variant_windows, windows_and_shortfall
 from api.schemas.problems import ApiError, Kind
 from api.schemas.verdicts import Explanation, ImageFacts, Provenance
 from api.service_settings import ServiceSettings
@@ -98,12 +97,10 @@ def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings
     """
     start = time.perf_counter()
     image, facts = decode(upload, settings)
-    windows = preprocess.crops(image)
-    shortage = shortfall(image.size, windows, preprocess)
+    windows, shortage = windows_and_shortfall(image, preprocess)
     boxes = judged_boxes(image, preprocess) if "regions" in question.explain else []
     variants = variant_windows(image, preprocess) if "stability" in question.explain and not shortage else None
-    as_they_are = replace(preprocess, mode="center_crop", windows=1)  # for images that have the size already
-    views = [as_they_are(windows), *region_pixels(image, boxes, preprocess)[:, None]]  # (w, 3, s, s), (1, 3, s, s) ...
+    views = [windows, *region_pixels(image, boxes, preprocess)[:, None]]  # (w, 3, s, s), (1, 3, s, s) ...
     if variants:
         views += variants.values()
     return Prepared(
