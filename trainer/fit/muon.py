@@ -33,14 +33,13 @@ class Muon(torch.optim.Optimizer):
             threads: How many share the matrices between them.
         """
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
-        self.threads = threads
+        self.pool = ThreadPoolExecutor(threads)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         """Move all matrices once."""
         moves = [(group, matrix) for group in self.param_groups for matrix in group["params"]]
-        with ThreadPoolExecutor(self.threads) as pool:
-            list(pool.map(lambda move: self._move(*move), moves))
+        list(self.pool.map(lambda move: self._move(*move), moves))
 
     @torch.no_grad()  # holds within a thread
     def _move(self, group: dict[str, Any], matrix: Tensor) -> None:
