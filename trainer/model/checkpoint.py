@@ -180,7 +180,8 @@ def save_checkpoint(
         arrays = {key: value.astype(np.float16) for key, value in arrays.items()}
     write_atomically(folder / WEIGHTS_FILE, save(arrays))
     write_config(folder, config.to_json())
-    return checkpoint_id({key: value.astype(np.float32) for key, value in arrays.items()}, config.preprocess)
+    stored = {key: value.astype(np.float32, copy=False) for key, value in arrays.items()}
+    return checkpoint_id(stored, config.preprocess)
 
 
 def _float32(values: torch.Tensor | np.ndarray) -> np.ndarray:
