@@ -76,24 +76,25 @@ class Pairs(Dataset[Sample]):
     paired: float = 0.0
     """Chance that the fake is of the real image's group, where one is."""
     shares: list[Share] = field(init=False)
-    """Of real images by source and of fakes by generator."""
+    """Of real images by source and of fakes by generator, where they are drawn so."""
     reals: np.ndarray = field(init=False)
     fakes: list[np.ndarray] = field(init=False)
     """Places of the fakes of each generator."""
     fakes_of: dict[str, list[int]] = field(init=False)
-    """Places of the fakes of each group."""
+    """Places of the fakes of each group, where they are paired by it."""
 
     def __post_init__(self) -> None:
         labels, entries = self.pictures.labels, self.pictures.entries
-        self.shares = [
-            Share.of({place: (entry.source, entry.group) for place, entry in enumerate(entries) if not entry.label}),
-            Share.of(
-                {place: (entry.generator or "", entry.group) for place, entry in enumerate(entries) if entry.label}
-            ),
-        ]
-        self.fakes_of = {}
-        for place in np.flatnonzero(labels == 1).tolist():
-            self.fakes_of.setdefault(entries[place].group, []).append(place)
+        self.shares, self.fakes_of = [], {}
+        if self.balance:
+            real, fake = ([place for place, entry in enumerate(entries) if entry.label == label] for label in (0, 1))
+            self.shares = [
+                Share.of({place: (entries[place].source, entries[place].group) for place in real}),
+                Share.of({place: (entries[place].generator or "", entries[place].group) for place in fake}),
+            ]
+        if self.paired:
+            for place in np.flatnonzero(labels == 1).tolist():
+                self.fakes_of.setdefault(entries[place].group, []).append(place)
         self.reals = np.flatnonzero(labels == 0)
         names = np.array([entry.generator or "" for entry in self.pictures.entries])
         self.fakes = [np.flatnonzero((names == name) & (labels == 1)) for name in sorted(set(names[labels == 1]))]
