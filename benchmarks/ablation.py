@@ -29,6 +29,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 """Settings that differ from the recipe's, by name."""
 
 
+def short_run(data: Path, out: Path, updates: int) -> FitSettings:
+    """The paper's recipe for about so many updates, in four epochs whose last weights are kept."""
+    return FitSettings(data=data, output=out, epochs=4, epoch_steps=max(1, updates // 4), warmup_epochs=0.2, patience=0)
+
+
 def main(
     data: Annotated[Path, typer.Argument(help="Data set with the splits train and test, and perhaps unseen.")],
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoints.")],
@@ -39,18 +44,7 @@ def main(
     pretrained: Annotated[bool, typer.Option(help="Also from timm's weights, fetched from the network.")] = False,
 ) -> None:
     """Train and evaluate each ablation, and print the tables in the poster's form."""
-    base = FitSettings(
-        data=data,
-        output=out,
-        split="train",
-        image_size=image_size,
-        batch_size=batch_size,
-        epochs=4,
-        epoch_steps=max(1, updates // 4),
-        warmup_epochs=0.2,
-        patience=0,
-        seed=seed,
-    )
+    base = replace(short_run(data, out, updates), image_size=image_size, batch_size=batch_size, seed=seed)
     models: dict[str, Rows] = {}
     splits: list[str] = []
     for name, change in ABLATIONS.items():

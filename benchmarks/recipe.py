@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 
+from benchmarks.ablation import short_run
 from trainer.fit.fit_settings import FitSettings
 from trainer.fit.train import fit
 
@@ -75,17 +76,12 @@ def main(
     teacher: Annotated[str | None, typer.Option(help="As --teacher of fit.")] = None,
 ) -> None:
     """Train the variants, and print the validation AUROC of the linear head by seed, mean and deviation."""
-    base = FitSettings(
-        data=data,
-        output=out,
+    base = replace(
+        short_run(data, out, updates),
         image_size=image_size,
         local_size=image_size,
         batch_size=batch_size,
         architecture_args=architecture_args,
-        epochs=4,
-        epoch_steps=max(1, updates // 4),
-        warmup_epochs=0.2,
-        patience=0,
         max_minutes=minutes,
     )
     if minutes is not None:
