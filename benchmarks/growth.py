@@ -32,6 +32,7 @@ from indexer.index.vector_index import VectorIndex
 from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.reference_facts import NewReference
+from indexer.store.writing import STAMP
 
 CHECKPOINT = "c" * 32
 PER_REVISION = 1_000
@@ -65,8 +66,8 @@ def fill(store: Store, n: int) -> None:
                 copy.set_types(["int8", "text", "bytea", "int8"])
                 for row, (image_id, vector) in enumerate(zip(ids.tolist(), vectors, strict=True)):
                     copy.write_row((image_id, CHECKPOINT, vector.tobytes(), revision + 1 + row // PER_REVISION))
-            stamp = text("update index_revision set revision = :revision where checkpoint_id = :checkpoint")
-            connection.execute(stamp, {"revision": revision + -(-m // PER_REVISION), "checkpoint": CHECKPOINT})
+            stamp = {"revision": revision + -(-m // PER_REVISION), "checkpoint": CHECKPOINT}
+            connection.execute(text(STAMP), stamp)
     if have < n:
         with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.execute(text("vacuum analyze"))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import numpy as np
 import psycopg
@@ -18,7 +19,7 @@ from indexer.index.snapshot import BadSnapshot
 from indexer.index.vector_index import IndexChanged, VectorIndex
 from indexer.settings import Settings
 from indexer.store import Store
-from indexer.store.changes import Additions
+from indexer.store.changes import Additions, Position
 from indexer.store.checkpoints import Checkpoint
 from trainer.heads.vote import depths
 
@@ -49,7 +50,7 @@ class Follower:
 
     Attributes:
         index: The index; a reload replaces it, so ask for it anew each time.
-        revision: The store's revision up to which the index is complete.
+        position: Where the index is complete up to in the history of the store.
         active: The store's active checkpoint, which may be another one than is followed here.
         degraded: Whether following failed last time, mostly for want of the database; searches go on from memory.
         generator_names: Names by id.
@@ -65,18 +66,23 @@ class Follower:
     def __init__(self, settings: Settings, store: Store, checkpoint_id: str, dim: int) -> None:
         self.settings, self.store, self.checkpoint_id, self.dim = settings, store, checkpoint_id, dim
         self.index = VectorIndex(dim, settings.device)
-        self.revision = 0
+        self.position = Position()
         self.active: Checkpoint | None = None
         self.degraded = False
         self.generator_names: dict[int, str] = {}
         self.source_names: dict[int, str] = {}
         self._store_id = ""
-        self._landmark: dict[str, Any] = {"revision": 0, "added": [], "removed": []}
-        self._saved: tuple[str, int] | None = None  # store and revision of the snapshot on disk
+        self._begun = Position()  # further than `position` where applying ended half-way
+        self._saved: tuple[str, Position] | None = None  # store and position of the snapshot on disk
         self._complete_at = time.monotonic()
         self._following = threading.Lock()
         self._end = threading.Event()
         self._threads: list[threading.Thread] = []
+
+    @property
+    def revision(self) -> int:
+        """The store's revision up to which the index is complete."""
+        return self.position.revision
 
     @property
     def lag(self) -> float:
@@ -91,7 +97,7 @@ class Follower:
     @property
     def saved_revision(self) -> int | None:
         """Revision of the snapshot as it was read or written here; None where there is no good one."""
-        return None if self._saved is None else self._saved[1]
+        return None if self._saved is None else self._saved[1].revision
 
     def load(self, *, anew: bool = False) -> int:
         """Read the snapshot where it is good, then the rest from Postgres; returns the revision reached.
@@ -109,10 +115,9 @@ class Follower:
                 if anew:
                     raise BadSnapshot("so it was asked for")
                 index, header = VectorIndex.load(self.snapshot, self.settings.device)
-                self._check(header, index)
-                self.index, self.revision, self._landmark = index, header["revision"], header["landmark"]
-                self.source_names = dict(enumerate(header["sources"]))
-                self._saved = self._store_id, self.revision
+                self.position = self._begun = self._check(header, index)
+                self.index, self.source_names = index, dict(enumerate(header["sources"]))
+                self._saved = self._store_id, self.position
             except BadSnapshot as error:
                 log.info("reading the index from the database: %s", error)
             return self._catch_up()
@@ -137,18 +142,18 @@ class Follower:
             OSError: It cannot be written. Nothing is lost: the next start reads Postgres instead.
         """
         with self._following:
-            revision, path = self.revision, self.snapshot
+            position, path, half_way = self.position, self.snapshot, self._begun != self.position
             header = {
                 "store": self._store_id,
                 "checkpoint": self.checkpoint_id,
-                "revision": revision,
-                "landmark": self._landmark,
+                "revision": position.revision,
+                "nonce": position.nonce and str(position.nonce),
                 "sources": [self.source_names[number] for number in range(len(self.source_names))],
             }
             index = self.index
-        if self._saved != (header["store"], revision):
+        if self._saved != (header["store"], position) and not half_way:
             index.save(path, header)
-            self._saved = str(header["store"]), revision
+            self._saved = str(header["store"]), position
 
     def start(self) -> None:
         """Follow in the background: on notification, and each second anyway. Call `load` before."""
@@ -217,33 +222,38 @@ class Follower:
             for row in zip(*(column.tolist() for column in columns), strict=True)
         ]
 
-    def _check(self, header: dict[str, Any], index: VectorIndex) -> None:
-        """Refuse a snapshot of something else, or of a history that the database has not had."""
+    def _check(self, header: dict[str, Any], index: VectorIndex) -> Position:
+        """Where a snapshot ends; one of something else, or of a history that the database has not had, is refused."""
         if (header["store"], header["checkpoint"], index.dim) != (self._store_id, self.checkpoint_id, self.dim):
             raise BadSnapshot(f"{self.snapshot} is of another store or checkpoint")
-        if not self.store.changes.stands(self.checkpoint_id, header["landmark"]):
+        if "nonce" not in header:
+            raise BadSnapshot(f"{self.snapshot} was written by an earlier version")
+        position = Position(header["revision"], header["nonce"] and UUID(header["nonce"]))
+        _, stands = self.store.changes.position(self.checkpoint_id, position)
+        if not stands:
             raise BadSnapshot(f"{self.snapshot} is of another history: the database was restored from a backup")
+        return position
 
     def _catch_up(self) -> int:
         start = time.monotonic()
         store_id = self.store.id()
-        target = self.store.checkpoints.revision(self.checkpoint_id)  # first: what commits later is for the next time
+        # First: what commits later, or is restored meanwhile, is for the next time.
+        target, stands = self.store.changes.position(self.checkpoint_id, self._begun)
         names, active = self.store.generators.names(), self.store.checkpoints.active()
-        restored = self.degraded and not self.store.changes.stands(self.checkpoint_id, self._landmark)
-        if store_id != self._store_id or target < self.revision or restored:
+        if store_id != self._store_id or not stands:
             log.warning("the database is another one, or was restored from a backup: loading all of it")
             index = VectorIndex(self.dim, self.settings.device)
-            self._apply(index, 0, target)
+            self._apply(index, 0, target.revision)
             self.index, self._store_id = index, store_id
-            self._landmark = self.store.changes.landmark(self.checkpoint_id, target)
-        elif target > self.revision:
-            self._apply(self.index, self.revision, target)
-            self._landmark = self.store.changes.landmark(self.checkpoint_id, target)
+        elif target != self.position:
+            self._begun = target
+            self._apply(self.index, self.revision, target.revision)
         if self.degraded:
             log.warning("the database is back")
-        self.revision, self.generator_names, self.active = target, names, active
+        self.position = self._begun = target
+        self.generator_names, self.active = names, active
         self._complete_at, self.degraded = start, False
-        return target
+        return target.revision
 
     def _apply(self, index: VectorIndex, seen: int, target: int) -> None:
         """Bring an index from one revision to another. Repeating it after a failure half-way does no harm."""
@@ -313,7 +323,7 @@ class Follower:
             except Exception:  # for want of memory, say; searches go on as they were, and so must the snapshots
                 log.exception("the index could not be given inverted lists, nor is it tried again")
                 may_grow = False
-            if self._saved == (self._store_id, self.revision):
+            if self._saved == (self._store_id, self.position):
                 stale = now
             elif quiet or now - stale >= LATEST:
                 self._try_to_save()

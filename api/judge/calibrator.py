@@ -11,6 +11,7 @@ import numpy as np
 from api.schemas.verdicts import CalibrationFacts, Thresholds
 from indexer.follower import Follower
 from indexer.measure.calibrate import calibrate, saved_calibration
+from indexer.store.changes import Position
 from trainer.heads.calibration import MINIMUM, Calibration
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads
@@ -21,10 +22,15 @@ UNCALIBRATED = Calibration({}, {}, {}, {}, {}, nearest=np.empty(0, np.float32), 
 
 @dataclass(frozen=True, slots=True)
 class IndexCalibration:
-    """A calibration and the index revision it was fitted at, None for the empty one that stands until there is one."""
+    """A calibration and where the index was that it was fitted at, None for the empty one that stands until then."""
 
     calibration: Calibration = UNCALIBRATED
-    revision: int | None = None
+    position: Position | None = None
+
+    @property
+    def revision(self) -> int | None:
+        """The index revision it was fitted at."""
+        return None if self.position is None else self.position.revision
 
     @property
     def facts(self) -> CalibrationFacts | None:
@@ -105,15 +111,16 @@ class Calibrator:
         if self._heads is None or self._images is None or len(self._images) == 0:
             return
         with self._fitting:
-            revision = self._follower.revision
-            if self.current.revision == revision:
+            position = self._follower.position
+            if self.current.position == position:
                 return
+            revision = position.revision
             start = time.perf_counter()
             calibration = saved_calibration(self._follower, self._heads, revision, self._k)
             if calibration is None:
                 calibration = calibrate(self._follower, self._heads, self._images, self._k)
                 log.info("calibrated", extra={"revision": revision, "seconds": round(time.perf_counter() - start, 2)})
-            self.current = IndexCalibration(calibration, revision)
+            self.current = IndexCalibration(calibration, position)
 
     def start(self) -> None:
         """Refit in the background from now on."""
@@ -127,14 +134,14 @@ class Calibrator:
             self._thread.join()
 
     def _run(self) -> None:
-        last_revision, changed_at, stale_since = self._follower.revision, 0.0, time.monotonic()
+        last_position, changed_at, stale_since = self._follower.position, 0.0, time.monotonic()
         while not self._end.wait(0.2):
-            now, revision = time.monotonic(), self._follower.revision
-            if self.current.revision == revision:
-                last_revision, stale_since = revision, now
+            now, position = time.monotonic(), self._follower.position
+            if self.current.position == position:
+                last_position, stale_since = position, now
                 continue
-            if revision != last_revision:
-                last_revision, changed_at = revision, now
+            if position != last_position:
+                last_position, changed_at = position, now
             if now - changed_at >= self.QUIET or now - stale_since >= self.LATEST:
                 try:
                     self.refresh()

@@ -149,6 +149,16 @@ class RevisionRow(Base):
     revision: Mapped[int] = mapped_column(sa.BigInteger, server_default=sa.text("0"))
 
 
+class TimelineRow(Base):
+    """A revision that was committed, and its nonce: a restored backup reaches the same numbers by another history."""
+
+    __tablename__ = "timeline"
+
+    checkpoint_id: Mapped[str] = mapped_column(sa.ForeignKey("checkpoint.id", ondelete="CASCADE"), primary_key=True)
+    revision: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True)
+    nonce: Mapped[UUID] = mapped_column(server_default=sa.text("gen_random_uuid()"))
+
+
 class EmbeddingRow(Base):
     """What a checkpoint made of an image: raw float32, little-endian."""
 

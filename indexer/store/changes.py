@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, LiteralString, cast
+from typing import Any, LiteralString, NamedTuple, cast
+from uuid import UUID
 
 import numpy as np
 import psycopg
 from sqlalchemy import text
 
 from indexer.database.transactions import Rows
+from indexer.store.checkpoints import UnknownCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +60,27 @@ EMBEDDED = (
     "select string_agg(int8send(image_id), '' order by image_id) from embedding where checkpoint_id = %(checkpoint)s"
 )
 
-LANDMARK_ROWS = 8
-"""Rows of each kind that a landmark remembers; one would do, were it never removed."""
-ADDED = text("""
-select e.image_id, extract(epoch from r.added_at)::float8 as at
-from embedding e join reference_image r on r.id = e.image_id
-where e.checkpoint_id = :checkpoint and e.revision = :revision order by e.image_id limit :rows
+POSITION = text("""
+select r.revision, latest.nonce, seen.nonce as seen_nonce
+from index_revision r
+left join timeline latest using (checkpoint_id, revision)
+left join timeline seen on seen.checkpoint_id = r.checkpoint_id and seen.revision = :seen
+where r.checkpoint_id = :checkpoint
 """)
-REMOVED = text("""
-select image_id from removal where checkpoint_id = :checkpoint and revision = :revision order by image_id limit :rows
-""")
-REMOVED_SINCE = text("""
-select image_id from removal where checkpoint_id = :checkpoint and image_id = any(:ids) and revision > :revision
-""")
+
+
+class Position(NamedTuple):
+    """A revision in one history of the rows; `nonce` is drawn at random when it is committed, None before the first."""
+
+    revision: int = 0
+    nonce: UUID | None = None
 
 
 class Changes(Rows):
     """The reading side of the revision rules.
 
     A backup that is restored and then written to reaches revision numbers that were there before, with other rows
-    behind them: the number alone would let an old index pass for complete. A landmark is what its follower remembers.
+    behind them: the number alone would let an old index pass for complete. Hence a follower remembers its position.
     """
 
     def between(
@@ -85,7 +88,7 @@ class Changes(Rows):
     ) -> Iterator[Additions | Removals]:
         """Everything with seen < revision <= target: pages of additions first, then one of removals.
 
-        Take `target` from `checkpoints.revision` before calling; then this is complete whatever others write meanwhile,
+        Take `target` from `position` before calling; then this is complete whatever others write meanwhile,
         and applying all of it makes `target` the new `seen`. `between(checkpoint_id, 0, target)` is a full load (its
         removals are of ids that never come, and may be skipped).
         """
@@ -114,19 +117,16 @@ class Changes(Rows):
         (ids,) = self._row(EMBEDDED, {"checkpoint": checkpoint_id})
         return _integers(ids or b"")
 
-    def landmark(self, checkpoint_id: str, revision: int) -> dict[str, Any]:
-        """Some of what this revision, at or below the present one, added (id and time) and removed (id), as JSON."""
-        place = {"checkpoint": checkpoint_id, "revision": revision, "rows": LANDMARK_ROWS}
-        added = [[row["image_id"], row["at"]] for row in self.read(ADDED, place)]
-        return {"revision": revision, "added": added, "removed": [row["image_id"] for row in self.read(REMOVED, place)]}
+    def position(self, checkpoint_id: str, seen: Position) -> tuple[Position, bool]:
+        """The latest committed position of a checkpoint's index, and whether its history went through `seen`.
 
-    def stands(self, checkpoint_id: str, landmark: dict[str, Any]) -> bool:
-        """Whether the database still has a landmark's rows, or has removed them since in the ordinary way."""
-        now = self.landmark(checkpoint_id, landmark["revision"])
-        missing = [image_id for image_id, at in landmark["added"] if [image_id, at] not in now["added"]]
-        place = {"checkpoint": checkpoint_id, "revision": landmark["revision"], "ids": missing}
-        removed = {row["image_id"] for row in self.read(REMOVED_SINCE, place)}
-        return removed.issuperset(missing) and landmark["removed"] == now["removed"]
+        Raises:
+            UnknownCheckpoint: It was never registered.
+        """
+        row = self.read_one(POSITION, {"checkpoint": checkpoint_id, "seen": seen.revision})
+        if row is None:
+            raise UnknownCheckpoint(f"the store has no embeddings of checkpoint {checkpoint_id}")
+        return Position(row["revision"], row["nonce"]), row["seen_nonce"] == seen.nonce
 
     def _row(self, query: LiteralString, values: Mapping[str, object]) -> Any:
         """One row, fetched in binary: a text reply would be twice as long."""

@@ -9,8 +9,11 @@ from sqlalchemy.dialects.postgresql import insert
 from indexer.database.tables import BlockedHashRow, ReferenceRow
 from indexer.database.transactions import TRANSACTION_IMAGES, Rows, notify
 
-STAMP = """update index_revision set revision = revision + 1
-where checkpoint_id in (select checkpoint_id from embedding where image_id = any(:ids))
+STAMP = """with stamped as (
+    update index_revision set revision = revision + 1
+    where checkpoint_id in (select checkpoint_id from embedding where image_id = any(:ids))
+    returning checkpoint_id, revision)
+insert into timeline (checkpoint_id, revision) select checkpoint_id, revision from stamped
 returning checkpoint_id, revision"""
 RECORD = """insert into removal (checkpoint_id, image_id, revision)
 select e.checkpoint_id, e.image_id, r.revision from embedding e join index_revision r using (checkpoint_id)

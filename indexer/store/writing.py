@@ -49,6 +49,9 @@ EMBED = """insert into embedding (image_id, checkpoint_id, vector, revision)
 select distinct on (r.id) r.id, :checkpoint, i.vector, :revision from incoming i join reference_image r using (sha256)
 where i.label = r.label and i.generator_id is not distinct from r.generator_id
 order by r.id, i.position on conflict do nothing returning image_id"""
+STAMP = """with stamped as (
+    update index_revision set revision = :revision where checkpoint_id = :checkpoint returning checkpoint_id, revision)
+insert into timeline (checkpoint_id, revision) select checkpoint_id, revision from stamped"""
 ACTIVE = "select active from checkpoint where id = :checkpoint"
 
 EMBED_KNOWN = """insert into embedding (image_id, checkpoint_id, vector, revision)
@@ -162,8 +165,7 @@ def _lock(connection: Connection, checkpoint_id: str) -> int:
 
 
 def _stamp(connection: Connection, checkpoint_id: str, revision: int) -> None:
-    stamp = text("update index_revision set revision = :revision where checkpoint_id = :checkpoint")
-    connection.execute(stamp, {"checkpoint": checkpoint_id, "revision": revision})
+    connection.execute(text(STAMP), {"checkpoint": checkpoint_id, "revision": revision})
     notify(connection, f"{checkpoint_id} {revision}")
 
 

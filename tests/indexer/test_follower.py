@@ -304,13 +304,7 @@ def test_a_failure_half_way_is_repaired_by_the_next_try(
     follower.catch_up()
     add(store, 3, 4, 5)
     store.references.remove(ids=first[:1])
-    changes = store.changes.between
-
-    def breaks_off(*place: Any) -> Iterator[Any]:
-        yield next(changes(*place, page=2))
-        raise OperationalError("select", None, Exception("connection lost"))
-
-    monkeypatch.setattr(store.changes, "between", breaks_off)
+    break_off(store, monkeypatch, page=2)
     with pytest.raises(OperationalError):
         follower.catch_up()
     assert (follower.degraded, follower.revision) == (True, 1)
@@ -318,6 +312,17 @@ def test_a_failure_half_way_is_repaired_by_the_next_try(
     assert follower.catch_up() == 3
     assert (follower.degraded, follower.revision) == (False, 3)
     assert_equal(follower, store)
+
+
+def break_off(store: Store, monkeypatch: pytest.MonkeyPatch, page: int) -> None:
+    """Lose the connection after the first page of changes, until the patches are undone."""
+    changes = store.changes.between
+
+    def breaks_off(*place: Any) -> Iterator[Any]:
+        yield next(changes(*place, page=page))
+        raise OperationalError("select", None, Exception("connection lost"))
+
+    monkeypatch.setattr(store.changes, "between", breaks_off)
 
 
 class Backup:
@@ -341,7 +346,7 @@ class Backup:
             connection.execute(text(f"create database {target} template {source}"))
 
 
-@pytest.mark.parametrize("later", [0, 1, 3])
+@pytest.mark.parametrize("later", [0, 1, 2, 3])
 def test_a_restored_backup_is_noticed(store: Store, settings: Settings, later: int) -> None:
     """Also where the restored database was written to since, up to and past the revision that was followed."""
     first = add(store, 1, 2)
@@ -359,8 +364,47 @@ def test_a_restored_backup_is_noticed(store: Store, settings: Settings, later: i
     again = following(store, settings)
     assert again.load() == 1 + later
     assert_equal(again, store)
-    follower.degraded = True  # as the broken connections would have told it
     assert follower.catch_up() == 1 + later
+    assert_equal(follower, store)
+
+
+def test_two_histories_that_end_with_the_same_removal_are_told_apart(store: Store, settings: Settings) -> None:
+    first = add(store, 1, 2)
+    store.engine.dispose()
+    backup = Backup(settings)
+    follower = following(store, settings)
+    for number in (3, 4):  # in the one history, then in the other
+        add(store, number)
+        store.references.remove(ids=first[:1])
+        if number == 3:
+            assert follower.load() == 3
+            follower.save()
+            store.engine.dispose()
+            backup.restore()
+    again = following(store, settings)
+    assert again.load() == follower.catch_up() == 3
+    assert_equal(again, store)
+    assert_equal(follower, store)
+
+
+def test_half_of_a_revision_does_not_outlive_a_restored_backup(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follower = following(store, settings)
+    add(store, 1)
+    follower.load()
+    store.engine.dispose()
+    backup = Backup(settings)
+    add(store, 2, 3)
+    break_off(store, monkeypatch, page=1)
+    with pytest.raises(OperationalError):
+        follower.catch_up()
+    monkeypatch.undo()
+    follower.save()
+    assert not follower.snapshot.exists()
+    store.engine.dispose()
+    backup.restore()
+    assert follower.catch_up() == 1
     assert_equal(follower, store)
 
 
@@ -416,7 +460,7 @@ def test_a_snapshot_saves_reading(store: Store, settings: Settings) -> None:
     assert_equal(again, store)
 
 
-@pytest.mark.parametrize("damage", ["byte", "cut", "empty", "gone", "dimension", "folder", "first format"])
+@pytest.mark.parametrize("damage", ["byte", "cut", "empty", "gone", "dimension", "folder", "first format", "no nonce"])
 def test_a_snapshot_that_is_not_good_is_ignored(store: Store, settings: Settings, damage: str) -> None:
     add(store, 1, 2, 3)
     follower = following(store, settings)
@@ -430,6 +474,10 @@ def test_a_snapshot_that_is_not_good_is_ignored(store: Store, settings: Settings
         path.write_bytes(data[: len(data) // 2 if damage == "cut" else 0])
     elif damage == "first format":
         path.write_bytes((Path(__file__).parents[1] / "old" / "snapshot").read_bytes())
+    elif damage == "no nonce":  # as before there were any
+        index, header = VectorIndex.load(path)
+        del header["nonce"]
+        index.save(path, header)
     elif damage == "dimension":
         follower.index = VectorIndex(DIM + 1)
         follower._saved = None

@@ -5,7 +5,7 @@ import io
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import numpy as np
 import pytest
@@ -519,6 +519,18 @@ def test_an_empty_store_still_answers_from_the_heads(settings: ServiceSettings, 
     assert verdict.heads.linear is not None
     assert verdict.score is not None
     assert verdict.novelty is None
+
+
+def test_the_same_revision_of_another_history_is_calibrated_anew(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = detector.calibrator.current
+    monkeypatch.setattr(detector.calibrator, "current", before)  # afterwards again
+    elsewhere = detector.follower.position._replace(nonce=uuid4())
+    monkeypatch.setattr(detector.follower, "position", elsewhere)
+    detector.calibrator.refresh()
+    after = detector.calibrator.current
+    assert (after.position, after.revision) == (elsewhere, before.revision)
 
 
 def test_without_calibration_images_the_verdict_says_why(
