@@ -5,11 +5,11 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address, ip_network
 from urllib.parse import urlsplit
 
 from api.breaker import DATABASE_AWAY, Breaker
@@ -26,7 +26,13 @@ STALE = 300.0
 """Seconds that a key which was good goes on being honoured while the database is away."""
 MOST_REMEMBERED = 4096
 """Keys kept in memory, good or bad."""
-FORWARDING = ("forwarded", "via", "x-real-ip")
+WRONG_KEYS = 60
+"""Wrong keys that one address may send per minute; then only keys that were good of late are looked up for it."""
+FORWARDING = (
+    *("forwarded", "via", "cdn-loop", "client-ip", "x-client-ip", "x-cluster-client-ip", "x-real-ip", "x-proxyuser-ip"),
+    *("true-client-ip", "cf-connecting-ip", "cf-ray", "fastly-client-ip", "fly-client-ip", "x-amzn-trace-id"),
+    *("x-appengine-user-ip", "x-azure-clientip", "x-envoy-external-address", "x-original-url"),
+)
 """Headers, beside `x-forwarded-*`, that show that a proxy stands between; then the peer's address proves nothing."""
 
 
@@ -70,11 +76,53 @@ def in_force(key: ApiKey, now: datetime) -> bool:
 
 
 @dataclass(slots=True)
+class RateLimit:
+    """A bucket of tokens for each of the latest callers: a minute's worth may come at once, then they drip.
+
+    Args:
+        per_minute: Tokens of one caller; 0 is no limit.
+        rule: What a caller without tokens is told, with a place for that number.
+    """
+
+    per_minute: int
+    rule: str = "this key may make {} requests per minute"
+    _buckets: OrderedDict[Hashable, tuple[float, float]] = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def spend(self, caller: Hashable, now: float, count: int = 1) -> None:
+        """Take tokens, where there is one.
+
+        Args:
+            caller: Whose bucket.
+            now: Seconds of a clock that never goes back.
+            count: Tokens to take; 0 only looks whether there is one.
+
+        Raises:
+            ApiError: too-many-requests, with the seconds until the next token.
+        """
+        if not self.per_minute:
+            return
+        with self._lock:
+            tokens, last = self._buckets.get(caller, (float(self.per_minute), now))
+            tokens = min(float(self.per_minute), tokens + (now - last) * self.per_minute / 60)
+            self._buckets[caller] = (tokens - count if tokens >= 1 else tokens, now)
+            self._buckets.move_to_end(caller)
+            if len(self._buckets) > MOST_REMEMBERED:
+                self._buckets.popitem(last=False)
+        if tokens < 1:
+            wait = math.ceil((1 - tokens) * 60 / self.per_minute)
+            raise ApiError("too-many-requests", self.rule.format(self.per_minute), retry_after=wait)
+
+
+@dataclass(slots=True)
 class Keys:
     """Looks keys up, remembering each answer for two seconds, and for longer while the database is away."""
 
     keys: ApiKeys
     breaker: Breaker
+    failures: RateLimit = field(
+        default_factory=lambda: RateLimit(WRONG_KEYS, "this address may send {} wrong keys per minute")
+    )
     _seen: OrderedDict[bytes, tuple[float, ApiKey | None]] = field(default_factory=OrderedDict)
     _any: tuple[float, bool] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -99,14 +147,25 @@ class Keys:
                 raise ApiError("not-ready", "the database does not answer", retry_after=2) from error
         return self._any[1]
 
-    def authenticate(self, secret: str) -> Caller:
+    def authenticate(self, secret: str, address: str | None = None) -> Caller:
         """The owner of a key.
 
+        Args:
+            secret: The key.
+            address: Where it was sent from.
+
         Raises:
-            ApiError: unauthorized for an unknown, revoked or expired key; not-ready when that cannot be found out.
+            ApiError: unauthorized for an unknown, revoked or expired key; too-many-requests after many of them from
+                this address, unless this one was good of late; not-ready when that cannot be found out.
         """
-        key = self._find(hash_secret(secret))
+        digest, sender, now = hash_secret(secret), site(address), time.monotonic()
+        with self._lock:
+            at, key = self._seen.get(digest, (-math.inf, None))
+        if key is None or now - at > STALE:
+            self.failures.spend(sender, now, 0)
+        key = self._find(digest)
         if key is None or not in_force(key, datetime.now(UTC)):
+            self.failures.spend(sender, now)
             detail = "this API key is unknown, revoked or expired; the token of the start ends with the first key"
             raise ApiError("unauthorized", detail)
         return Caller(key.id, key.name, frozenset(key.scopes))
@@ -132,48 +191,13 @@ class Keys:
         return key
 
 
-@dataclass(slots=True)
-class RateLimit:
-    """A bucket of tokens per key: a minute's worth may come at once, then they drip.
-
-    Args:
-        per_minute: Requests per key; 0 is no limit.
-    """
-
-    per_minute: int
-    _buckets: dict[int, tuple[float, float]] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def spend(self, key_id: int, now: float) -> None:
-        """Take one token.
-
-        Args:
-            key_id: Whose bucket.
-            now: Seconds of a clock that never goes back.
-
-        Raises:
-            ApiError: too-many-requests, with the seconds until the next token.
-        """
-        if not self.per_minute:
-            return
-        with self._lock:
-            tokens, last = self._buckets.get(key_id, (float(self.per_minute), now))
-            tokens = min(float(self.per_minute), tokens + (now - last) * self.per_minute / 60)
-            if tokens >= 1:
-                self._buckets[key_id] = (tokens - 1, now)
-                return
-            self._buckets[key_id] = (tokens, now)
-        wait = math.ceil((1 - tokens) * 60 / self.per_minute)
-        detail = f"this key may make {self.per_minute} requests per minute"
-        raise ApiError("too-many-requests", detail, retry_after=wait)
-
-
-def check_loopback(client: str | None, headers: Mapping[str, str]) -> None:
+def check_loopback(client: str | None, headers: Mapping[str, str], http_version: str = "1.1") -> None:
     """Refuse what may come from elsewhere: any web page that a browser here shows can post to 127.0.0.1.
 
     Args:
         client: The peer's address.
         headers: By lower-case name.
+        http_version: No browser says 1.0, and some proxies do.
 
     Raises:
         ApiError: forbidden, saying which rule was broken.
@@ -183,6 +207,8 @@ def check_loopback(client: str | None, headers: Mapping[str, str]) -> None:
         rule = f"only this machine may call, not {client}"
     elif any(name in FORWARDING or name.startswith("x-forwarded-") for name in headers):
         rule = "no proxy may stand between (forwarding header)"
+    elif http_version == "1.0":
+        rule = "no proxy may stand between (HTTP/1.0)"
     elif not is_loopback(_hostname(f"//{host}")):
         rule = f"the Host header must name this machine, not {host!r}"
     elif origin is not None and origin.lower() != f"http://{host}".lower():
@@ -220,6 +246,15 @@ def _hostname(url: str) -> str:
         return urlsplit(url).hostname or ""
     except ValueError:
         return ""
+
+
+def site(address: str | None) -> Hashable:
+    """Whom an address belongs to: itself, but of IPv6 the network of 64 bits, all of which one customer has."""
+    try:
+        parsed = ip_address(address or "")
+    except ValueError:
+        return address
+    return ip_network((parsed, 64), strict=False) if isinstance(parsed, IPv6Address) else parsed
 
 
 def is_loopback(host: str) -> bool:

@@ -202,9 +202,9 @@ class Service:
         remembered = self._keys.remembered()  # a thread for what is known would cost more than all the rest of this
         return await run_in(self._askers, self._keys.exist) if remembered is None else remembered
 
-    async def authenticate(self, secret: str) -> Caller:
+    async def authenticate(self, secret: str, address: str | None) -> Caller:
         """The owner of a key, see `Keys.authenticate`."""
-        return await run_in(self._askers, self._keys.authenticate, secret)
+        return await run_in(self._askers, self._keys.authenticate, secret, address)
 
     async def detect(self, uploads: Sequence[Upload], question: Question, caller: Caller) -> list[Verdict | ApiError]:
         """Judge the images of one request, side by side; answers are in the order of the uploads."""

@@ -27,7 +27,7 @@ from api.http import (
     record_routes,
     reference_routes,
 )
-from api.http.middleware import Envelope, Guard, problem_response
+from api.http.middleware import METHODS, Envelope, Guard, problem_response
 from api.judge.detector import Detector
 from api.monitoring import Metrics
 from api.schemas.problems import ApiError, FieldError, Kind, documented, from_status
@@ -63,13 +63,22 @@ async def on_bad_field(request: Request, error: RequestValidationError) -> JSONR
 
 async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
     """What the framework itself answers: no such path, no such method, a body that does not parse or is too large."""
-    status, detail = error.status_code, str(error.detail)
+    status, detail, headers = error.status_code, str(error.detail), dict(error.headers or {})
     if detail.startswith("Too many"):  # parts of a form
         status = 413
+    if detail.startswith("Too many files"):
         detail += " LINEUP_MAX_FILES says how many; add larger batches with `lineup index add`."
+    if status == 405:  # each route knows only its own method
+        headers["allow"] = ", ".join(method for method in METHODS if _answers(request, method))
     response = await on_api_error(request, from_status(status, detail))
-    response.headers.update(error.headers or {})
+    response.headers.update(headers)
     return response
+
+
+def _answers(request: Request, method: str) -> bool:
+    """Whether the path of a request takes a method."""
+    scope = {"type": "http", "path": request.scope["path"], "method": method, "headers": []}
+    return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
 
 
 async def on_database_away(request: Request, error: Exception) -> JSONResponse:
@@ -96,16 +105,14 @@ class Page(Mount):
     """Static files, matched only where one exists, so that every other path keeps its own 404 and 405."""
 
     def __init__(self, folder: Path) -> None:
-        self.files = StaticFiles(directory=folder, html=True)
-        super().__init__("/", self.files, name="page")
+        self.names = {file.relative_to(folder).as_posix() for file in folder.rglob("*")}
+        super().__init__("/", StaticFiles(directory=folder, html=True), name="page")
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Whether a GET or HEAD asks for one of the files."""
-        if scope["type"] == "http" and scope["method"] in ("GET", "HEAD"):
-            path = scope["path"].strip("/") or "index.html"
-            if "\0" not in path and self.files.lookup_path(path)[1]:
-                return super().matches(scope)
-        return Match.NONE, {}
+        asks = scope["type"] == "http" and scope["method"] in ("GET", "HEAD")
+        exists = asks and (scope["path"].removeprefix("/") or "index.html") in self.names
+        return super().matches(scope) if exists else (Match.NONE, {})
 
 
 def create_app(settings: ServiceSettings | None = None, detector: Detector | None = None) -> FastAPI:
@@ -140,6 +147,7 @@ def create_app(settings: ServiceSettings | None = None, detector: Detector | Non
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would lead to whatever host the caller names
         form_limits={"max_files": settings.max_files, "max_fields": 20, "max_part_size": 4096},
         responses=documented("internal"),
         exception_handlers=ERROR_HANDLERS,

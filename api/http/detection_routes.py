@@ -14,7 +14,7 @@ from api.schemas.verdicts import Detections, Explanation, Searches
 
 T = TypeVar("T")
 router = v1_router("detection")
-Images = Annotated[list[UploadFile], File(description="One or several images.")]
+Images = Annotated[list[UploadFile], File(min_length=1, description="One or several images.")]
 
 
 @router.post("/detect", responses=documented("unreadable", "not-an-image"))

@@ -22,6 +22,8 @@ log = logging.getLogger("lineup.request")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 GUARDED = ("/v1/", "/metrics")
 """Paths that need a key, or loopback and the token where there is none. The others hold nothing secret."""
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+"""What log and metrics tell apart: a caller may send any word as a method, and each would be a series of its own."""
 MOST_JSON = 2**20
 """Bytes of a body that is no form with files."""
 POLICY = (
@@ -76,6 +78,8 @@ class Envelope:
             return
         start, status, size, reservation = time.perf_counter(), 0, 0, Reservation(self.budget)
         headers = Headers(scope=scope)
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        framed_twice = "transfer-encoding" in headers and "content-length" in headers  # RFC 9112, 6.1
         sent_id = headers.get("x-request-id", "")
         request_id = sent_id if REQUEST_ID.fullmatch(sent_id) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
@@ -92,6 +96,8 @@ class Envelope:
                 answer_headers = MutableHeaders(scope=message)
                 for name, value in (SECURITY_HEADERS | {"x-request-id": request_id}).items():
                     answer_headers.setdefault(name, value)
+                if framed_twice:
+                    answer_headers["connection"] = "close"
             await send(message)
 
         async def send_problem(error: ApiError) -> None:
@@ -111,6 +117,9 @@ class Envelope:
 
         in_use = reservation_in_use.set(reservation)
         try:
+            if framed_twice:
+                detail = "the request has Content-Length and Transfer-Encoding, which may differ: send one"
+                raise ApiError("bad-request", detail)
             if declared > most:
                 raise too_large(f"declares {declared:,}", most)
             async with asyncio.timeout(seconds):
@@ -133,10 +142,10 @@ class Envelope:
             reservation.release()
             duration = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "none")
-            self.metrics.requests.labels(scope["method"], route, str(status)).inc()
+            self.metrics.requests.labels(method, route, str(status)).inc()
             self.metrics.request_seconds.labels(route).observe(duration)
             caller: Caller | None = scope["state"].get("caller")
-            fields = {"request_id": request_id, "method": scope["method"], "route": route, "status": status}
+            fields = {"request_id": request_id, "method": method, "route": route, "status": status}
             fields |= {"ms": round(1000 * duration, 1), "caller": caller.name if caller else None}
             log.info("request", extra=fields)
 
@@ -169,15 +178,15 @@ class Guard:
         Raises:
             ApiError: unauthorized, forbidden, too-many-requests or not-ready.
         """
-        headers = Headers(scope=scope)
+        headers, address = Headers(scope=scope), scope["client"][0] if scope.get("client") else None
         if not await self.service.keys_exist():
-            check_loopback(scope["client"][0] if scope.get("client") else None, headers)
+            check_loopback(address, headers, scope.get("http_version", "1.1"))
             if not self.service.settings.open:
                 check_token(bearer(headers), self.service.settings.token)
             return Caller()
         if not (secret := bearer(headers)):
             raise ApiError("unauthorized", "send an API key as `Authorization: Bearer lineup_...`")
-        caller = await self.service.authenticate(secret)
+        caller = await self.service.authenticate(secret, address)
         if caller.key_id is not None:
             self.limit.spend(caller.key_id, time.monotonic())
         return caller

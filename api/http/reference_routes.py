@@ -36,7 +36,9 @@ def reference_image(row: Reference, caller: Caller) -> ReferenceImage:
 async def add_references(
     service: Served,
     caller: Enrolling,
-    images: Annotated[list[UploadFile], File(description="Reference images, all of one label and generator.")],
+    images: Annotated[
+        list[UploadFile], File(min_length=1, description="Reference images, all of one label and generator.")
+    ],
     label: Annotated[Label, Form()],
     generator: Annotated[Text | None, Form(description="What made them, for fakes only.")] = None,
     source: Annotated[Text, Form(description="Where they came from.")] = "upload",

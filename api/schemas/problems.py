@@ -40,6 +40,16 @@ PROBLEMS: dict[Kind, tuple[int, str]] = {
     "internal": (500, "The server failed"),
 }
 """Status and title of each kind."""
+ANYWHERE: tuple[Kind, ...] = (
+    "bad-request",
+    "unauthorized",
+    "forbidden",
+    "too-large",
+    "bad-field",
+    "too-many-requests",
+    "not-ready",
+)
+"""Kinds that any call may answer with."""
 
 
 class FieldError(Model):
@@ -121,9 +131,12 @@ class ApiError(Exception):
 
 
 def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's account of the problems that a call may answer with, beside those that any call may."""
+    """OpenAPI's account of the problems that a call may answer with, beside those that any call may.
+
+    Of two kinds with one status the one that is named here is the example.
+    """
     responses: dict[int | str, dict[str, Any]] = {}
-    for kind in (*kinds, "unauthorized", "forbidden", "too-large", "bad-field", "too-many-requests", "not-ready"):
+    for kind in (*ANYWHERE, *kinds):
         status, title = PROBLEMS[kind]
         example = ApiError(kind, title).problem("4f6c0a2e").model_dump()
         schema = {"$ref": "#/components/schemas/Problem"}

@@ -51,12 +51,21 @@ def test_this_machine_may_call(client: str, headers: dict[str, str]) -> None:
         ("127.0.0.1", OWN | {"x-forwarded-host": "a"}, "proxy"),
         ("127.0.0.1", OWN | {"forwarded": "for=127.0.0.1"}, "proxy"),
         ("127.0.0.1", OWN | {"via": "1.1 proxy"}, "proxy"),
+        ("127.0.0.1", OWN | {"cf-connecting-ip": "10.0.0.1"}, "proxy"),
+        ("127.0.0.1", OWN | {"x-client-ip": "10.0.0.1"}, "proxy"),
+        ("127.0.0.1", OWN | {"true-client-ip": "10.0.0.1"}, "proxy"),
     ],
 )
 def test_nobody_else_may(client: str | None, headers: dict[str, str], rule: str) -> None:
     with pytest.raises(ApiError, match=rule) as caught:
         check_loopback(client, headers)
     assert (caught.value.kind, caught.value.status) == ("forbidden", 403)
+
+
+def test_who_speaks_http_1_0_is_a_proxy() -> None:
+    check_loopback("127.0.0.1", OWN, "1.1")
+    with pytest.raises(ApiError, match="no proxy"):
+        check_loopback("127.0.0.1", OWN, "1.0")
 
 
 def test_scopes() -> None:
@@ -168,6 +177,45 @@ def test_the_bucket_refills() -> None:
     assert (caught.value.status, caught.value.headers) == (429, {"retry-after": "7"})
     limit.spend(2, now=103.0)
     limit.spend(1, now=110.0)
+
+
+def test_buckets_of_the_latest_callers_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "MOST_REMEMBERED", 10)
+    limit = RateLimit(per_minute=6)
+    for caller in range(50):
+        limit.spend(caller, now=0.0)
+    assert len(limit._buckets) == 10
+
+
+def test_who_guesses_keys_is_no_longer_looked_up(clock: list[float]) -> None:
+    used, fresh = new_secret(), new_secret()
+    rows = Rows((used, key()), (fresh, key()))
+    keys = Keys(rows, Breaker(pause=0))
+    keys.authenticate(used, "2001:db8::1")
+    for number in range(access.WRONG_KEYS):
+        with pytest.raises(ApiError, match="unknown"):
+            keys.authenticate(f"wrong-{number}", f"2001:db8::{number:x}")  # one network, one customer
+    asked = rows.asked
+    for secret in ("wrong", fresh):
+        with pytest.raises(ApiError) as caught:
+            keys.authenticate(secret, "2001:db8::1")
+        assert (caught.value.status, caught.value.headers) == (429, {"retry-after": "1"})
+    assert rows.asked == asked
+    clock[0] += 60  # the bucket is full again, and what was good of late is looked up whatever is left
+    for address in ("2001:db8::1", "2001:db8:0:1::1", "10.0.0.1", None):
+        keys.authenticate(used, address)
+        keys.authenticate(fresh, address)
+
+
+def test_a_key_in_use_is_not_shut_out_by_who_guesses_from_the_same_address(clock: list[float]) -> None:
+    secret = new_secret()
+    keys = Keys(Rows((secret, key())), Breaker(pause=0))
+    keys.authenticate(secret, "10.0.0.1")
+    for number in range(access.WRONG_KEYS + 5):
+        with pytest.raises(ApiError):
+            keys.authenticate(str(number), "10.0.0.1")
+    clock[0] += access.FRESH
+    assert keys.authenticate(secret, "10.0.0.1").key_id == 7
 
 
 def test_no_limit_by_default() -> None:

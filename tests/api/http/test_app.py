@@ -632,17 +632,52 @@ def test_unknown_paths_and_methods(client: TestClient) -> None:
     problem(client.get("/nothing.html"), 404, "not-found")
     problem(client.get("/%00"), 404, "not-found")
     problem(client.get("/../pyproject.toml"), 404, "not-found")
-    response = client.get("/v1/detect")
-    problem(response, 405, "method-not-allowed")
-    assert response.headers["allow"] == "POST"
+    problem(client.get(f"/{'a' * 300}"), 404, "not-found")
+    for path, methods in (
+        ("/v1/detect", "POST"),
+        ("/v1/references", "GET, POST"),
+        ("/v1/generators/a", "GET, PATCH, DELETE"),
+        ("/v1/enrolments/1", "GET, DELETE"),
+    ):
+        response = client.put(path)
+        problem(response, 405, "method-not-allowed")
+        assert response.headers["allow"] == methods
     problem(client.get("/v1/references/0"), 422, "bad-field")
     problem(client.get(f"/v1/references/{2**63}"), 422, "bad-field")
     problem(client.get("/v1/detections/no-uuid"), 422, "bad-field")
 
 
+def test_no_redirect_to_the_host_that_the_caller_names(client: TestClient) -> None:
+    for path in ("/docs/", "/openapi.json/"):
+        problem(client.get(path, headers={"host": "evil.example"}, follow_redirects=False), 404, "not-found")
+
+
+def test_methods_that_nobody_knows_are_one_series(client: TestClient) -> None:
+    for number in range(5):
+        problem(client.request(f"ODD{number}", "/v1/status"), 405, "method-not-allowed")
+    metrics = client.get("/metrics").text
+    assert 'lineup_requests_total{method="other",route="/v1/status",status="405"} 5.0' in metrics
+    assert "ODD" not in metrics
+
+
+def test_too_many_fields_are_told_as_such(client: TestClient) -> None:
+    answer = client.post("/v1/detect", data={f"f{number}": "a" for number in range(30)}, files=files(png()))
+    detail = problem(answer, 413, "too-large")["detail"]
+    assert detail.startswith("Too many fields")
+    assert "LINEUP_MAX_FILES" not in detail
+
+
+def test_bodies_that_are_not_utf_8(client: TestClient) -> None:
+    headers = {"content-type": "application/json"}
+    problem(client.post("/v1/generators", content=b"\xff", headers=headers), 400, "bad-request")
+
+
 def test_a_head_that_never_ends_is_hung_up_on(populated: ServiceSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
     whole = b"GET /health/live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    smuggling = (
+        b"POST /v1/detect HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n"
+    )
     monkeypatch.setattr(server.Server, "capture_signals", nullcontext)
     serving = server.server(load_detector(populated.model_copy(update={"port": 0})))
     thread = threading.Thread(target=serving.run, daemon=True)
@@ -650,11 +685,12 @@ def test_a_head_that_never_ends_is_hung_up_on(populated: ServiceSettings, monkey
     try:
         wait_for(lambda: serving.started)
         port = serving.servers[0].sockets[0].getsockname()[1]
-        for sent, answers in ((b"", 0), (whole[:20], 0), (whole + whole[:20], 1)):
+        for sent, answers in ((b"", 0), (whole[:20], 0), (whole + whole[:20], 1), (smuggling + whole, 0)):
             with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
                 connection.sendall(sent)
                 got = b"".join(iter(partial(connection.recv, 65536), b""))  # until the server closes
             assert got.count(b"HTTP/1.1 200") == answers
+            assert (sent[:4] == b"POST") == (b"HTTP/1.1 400" in got)
     finally:
         serving.should_exit = True
         thread.join(20)
@@ -1284,12 +1320,15 @@ def test_openapi_documents_every_error_with_an_example(client: TestClient) -> No
         if not path.startswith("/v1/"):
             continue
         for call in methods.values():
-            assert {"401", "403", "413", "422", "429", "500", "503"} <= set(call["responses"]), path
+            assert {"400", "401", "403", "413", "422", "429", "500", "503"} <= set(call["responses"]), path
             for status, answer in call["responses"].items():
                 if int(status) >= 400:
                     (content,) = answer["content"].items()
                     assert content[0] == "application/problem+json"
                     assert content[1]["example"]["status"] == int(status)
+    for name, field in (("detect", "image"), ("search", "image"), ("add_references", "images")):
+        (body,) = (one for title, one in spec["components"]["schemas"].items() if title.startswith(f"Body_{name}_"))
+        assert body["properties"][field]["minItems"] == 1
     example = spec["components"]["schemas"]["Verdict"]["examples"][0]
     assert Verdict.model_validate(example).verdict == "fake"
     assert "<code>/v1/detect</code>" in client.get("/docs").text
