@@ -306,14 +306,14 @@ class Preprocess:
     def __post_init__(self) -> None:
         if self.mode not in ("center_crop", "resize_crop"):
             raise ValueError(f"preprocessing mode is {self.mode!r}; expected center_crop or resize_crop")
-        if self.image_size < 1:
-            raise ValueError(f"image_size is {self.image_size}; expected at least 1 pixel")
-        if self.windows < 1 or (self.windows > 1 and self.mode != "center_crop"):
-            raise ValueError(f"windows is {self.windows} with {self.mode}; expected 1, or more with center_crop")
+        if not 1 <= self.image_size <= 4096:
+            raise ValueError(f"image_size is {self.image_size}; expected 1 to 4,096 pixels")
+        if not 1 <= self.windows <= (1024 if self.mode == "center_crop" else 1):
+            raise ValueError(f"windows is {self.windows} with {self.mode}; expected 1, or to 1,024 with center_crop")
         for name in ("mean", "std"):  # JSON gives lists
             values = tuple(float(value) for value in getattr(self, name))
-            if len(values) != 3 or (name == "std" and min(values) <= 0):
-                raise ValueError(f"preprocessing {name} is {values}; expected three numbers, std above 0")
+            if len(values) != 3 or not np.isfinite(values).all() or (name == "std" and min(values) <= 0):
+                raise ValueError(f"preprocessing {name} is {values}; expected three finite numbers, std above 0")
             object.__setattr__(self, name, values)
 
     def _sources(self, width: int, height: int) -> list[tuple[float, float, float, float]]:

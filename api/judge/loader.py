@@ -1,7 +1,6 @@
 """Loads a detector: the database, a checkpoint, the index that it follows. A calibration comes afterwards."""
 
 import logging
-from contextlib import suppress
 from functools import partial
 
 from sqlalchemy import text
@@ -82,8 +81,10 @@ def _open(settings: ServiceSettings, store: Store, breaker: Breaker, status_brea
     embedder = Embedder.load(folder, device=settings.device, engine=settings.engine)
     heads = Heads.load(folder) if (folder / HEADS_FILE).exists() else None
     images = None
-    with suppress(CheckpointError):  # then nothing is calibrated, and every verdict says so
+    try:
         images = CalibrationSet.load(folder)
+    except CheckpointError as error:  # then nothing is calibrated, and every verdict says so
+        log.warning("%s", error)
     if heads is None or not images:
         log.warning("nothing is calibrated: run `%s`", refit_command(folder))
     try:

@@ -397,7 +397,7 @@ def test_preprocess_survives_json_and_refuses_nonsense() -> None:
     with pytest.raises(ValueError, match="image_size is 0"):
         Preprocess(image_size=0)
     for preprocessing in ({"mode": "center_crop", "windows": 0}, {"mode": "resize_crop", "windows": 2}):
-        with pytest.raises(ValueError, match=r"windows is . with .*; expected 1, or more with center_crop"):
+        with pytest.raises(ValueError, match=r"windows is . with .*; expected 1, or to 1,024 with center_crop"):
             Preprocess(**preprocessing)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="std"):
         Preprocess(std=(1.0, 0.0, 1.0))

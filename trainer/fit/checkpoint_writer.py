@@ -1,6 +1,5 @@
 """What a finished training run writes: weights, heads, calibration images, metrics and a model card, in one folder."""
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ from trainer.heads.heads import Heads, LinearHead
 from trainer.images import FileFacts
 from trainer.model.checkpoint import CheckpointConfig, save_checkpoint
 from trainer.model.embedder import Embedder
-from trainer.model.model_card import METRICS_FILE, write_card
+from trainer.model.model_card import write_card, write_metrics
 from trainer.model.seen_images import SeenImages
 
 
@@ -90,7 +89,7 @@ def write_checkpoint(run: Run, config: CheckpointConfig, roles: Roles, deadline:
     if unreadable:
         rows = [{"uri": uri, "reason": reason} for uri, reason in sorted(unreadable.items())]
         write_table(aside / "unreadable.csv", ["uri", "reason"], rows)
-    (aside / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n")
+    write_metrics(aside, metrics)
     write_card(aside)
     if folder.exists():
         folder.replace(old)

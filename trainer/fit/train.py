@@ -1,6 +1,5 @@
 """Training of the embedding: data in, checkpoint out."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from trainer.fit.state import EpochSummary, RunState, state_folder
 from trainer.fit.stream import ShardRecords
 from trainer.model.checkpoint import CheckpointError, read_config
 from trainer.model.embedder import pick_device
+from trainer.model.model_card import read_metrics
 from trainer.views.augmentations import Augmenter
 from trainer.views.views import Views
 
@@ -120,6 +120,7 @@ def finished_checkpoint(settings: FitSettings) -> dict[str, Any] | None:
 
     Raises:
         FitError: There is something else.
+        CheckpointError: Its metrics are damaged.
     """
     if not settings.output.exists() or (settings.output.is_dir() and not any(settings.output.iterdir())):
         return None
@@ -132,9 +133,7 @@ def finished_checkpoint(settings: FitSettings) -> dict[str, Any] | None:
             f"{settings.output} holds a checkpoint trained with other settings ({differs}): "
             "choose another --output, or use --overwrite"
         )
-    path = settings.output / "metrics.json"
-    metrics: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"checkpoint": None, "validation": {}}
-    return metrics
+    return {"checkpoint": None, "validation": {}} | read_metrics(settings.output)
 
 
 def unfinished_run(settings: FitSettings) -> RunState | None:

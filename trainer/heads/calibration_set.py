@@ -10,8 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from trainer.files import write_atomically
-from trainer.model.checkpoint import CheckpointError
+from trainer.model.checkpoint import CheckpointError, check_file, write_file
 
 CALIBRATION_FILE = "calibration.safetensors"
 CALIBRATION_IMAGES = 10_000
@@ -69,7 +68,11 @@ class CalibrationSet:
         )
 
     def save(self, folder: Path) -> None:
-        """Write `calibration.safetensors` into a checkpoint folder, atomically."""
+        """Write `calibration.safetensors` into a checkpoint folder, atomically.
+
+        Raises:
+            CheckpointError: The folder holds no checkpoint.
+        """
         from safetensors.numpy import save
 
         texts = {key: getattr(self, key) for key in (*TEXTS, "trained")}
@@ -77,18 +80,19 @@ class CalibrationSet:
             "embeddings": np.ascontiguousarray(self.embeddings, np.float32),
             "labels": np.ascontiguousarray(self.labels, np.uint8),
         }
-        write_atomically(folder / CALIBRATION_FILE, save(arrays, {"texts": json.dumps(texts)}))
+        write_file(folder, CALIBRATION_FILE, save(arrays, {"texts": json.dumps(texts)}))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read `calibration.safetensors` of a checkpoint folder.
 
         Raises:
-            CheckpointError: It is missing or broken.
+            CheckpointError: It is missing, damaged or broken.
         """
         from safetensors import SafetensorError, safe_open
 
         path = folder / CALIBRATION_FILE
+        check_file(folder, CALIBRATION_FILE, f"run `{refit_command(folder)}`")
         try:
             with safe_open(path, "numpy") as file:
                 arrays = {key: file.get_tensor(key) for key in ("embeddings", "labels")}
@@ -96,6 +100,12 @@ class CalibrationSet:
             images = cls(**arrays, **texts)
             if {len(images.embeddings)} != {len(getattr(images, name)) for name in ("labels", *TEXTS)}:
                 raise ValueError("its columns differ in length")
+            if images.embeddings.ndim != 2 or not np.isfinite(images.embeddings).all():
+                raise ValueError("its embeddings are no rows of finite numbers")
+            if not np.isin(images.labels, (0, 1)).all() or images.labels.ndim != 1:
+                raise ValueError("its labels are not all 0 or 1")
+            if not all(isinstance(text, str) for column in texts.values() for text in column):
+                raise ValueError("a generator, source, hash or group is no text")
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing: run `{refit_command(folder)}`") from error
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:

@@ -12,11 +12,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from trainer.files import write_atomically
 from trainer.heads.calibration import MINIMUM
 from trainer.heads.calibration_set import CalibrationSet, refit_command
 from trainer.heads.logistic import LogisticMap, fit_logistic
-from trainer.model.checkpoint import CONFIG_FILE, CheckpointError, read_sections, write_config
+from trainer.model.checkpoint import CONFIG_FILE, CheckpointError, check_file, read_sections, write_file
 
 HEADS_FILE = "heads.safetensors"
 C = 0.316
@@ -141,10 +140,9 @@ class Heads:
 
         config = read_sections(folder)
         _check_dimension(self, config, folder)
-        write_atomically(folder / HEADS_FILE, save(self.arrays()))
         maps = {head: logistic.to_json() for head, logistic in self.maps.items()}
         section = {"id": self.id, "calibration_digest": self.calibration_digest, "maps": maps} | self.settings
-        write_config(folder, config | {"heads": section})
+        write_file(folder, HEADS_FILE, save(self.arrays()), {"heads": section})
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -159,20 +157,25 @@ class Heads:
 
         config = read_sections(folder)
         again = f"run `{refit_command(folder)}`"
-        section = dict(config.get("heads") or {})
+        check_file(folder, HEADS_FILE, again)
         try:
+            section = dict(config.get("heads") or {})
             arrays = load_file(folder / HEADS_FILE)
+            if diverged := [key for key, array in arrays.items() if not np.isfinite(array).all()]:
+                raise ValueError(f"{diverged[0]} holds values that are not finite")
             heads = cls(
                 linear=LinearHead(arrays["linear.weight"], float(arrays["linear.bias"][0])),
                 svm=_one_class(arrays) if "svm.support" in arrays else None,
                 nearest=_nearest(arrays) if "nearest.labels" in arrays else None,
-                maps={head: LogisticMap.from_json(item) for head, item in section.pop("maps", {}).items()},
-                calibration_digest=section.pop("calibration_digest", ""),
+                maps={head: LogisticMap.from_json(item) for head, item in dict(section.pop("maps", {})).items()},
+                calibration_digest=str(section.pop("calibration_digest", "")),
                 settings={key: value for key, value in section.items() if key != "id"},
             )
+            if unknown := [head for head, logistic in heads.maps.items() if logistic.heads != (head,)]:
+                raise ValueError(f"the calibration map of {unknown[0]} is another head's")
         except FileNotFoundError as error:
             raise HeadsError(f"{folder / HEADS_FILE} is missing: {again}") from error
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
             raise HeadsError(f"{folder / HEADS_FILE} is broken ({error}): {again}") from error
         _check_dimension(heads, config, folder)
         if section.get("id") != heads.id:

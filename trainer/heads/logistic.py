@@ -53,9 +53,16 @@ class LogisticMap:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Read `to_json` back."""
+        """Read `to_json` back.
+
+        Raises:
+            ValueError: A number is not finite, or a head has no weight.
+        """
         weights = tuple(float(weight) for weight in values["weights"])
-        return cls(tuple(values["heads"]), weights, float(values["intercept"]))
+        logistic = cls(tuple(values["heads"]), weights, float(values["intercept"]))
+        if len(logistic.heads) != len(weights) or not np.isfinite([*weights, logistic.intercept]).all():
+            raise ValueError(f"a calibration map is {logistic}; expected a finite weight for each head")
+        return logistic
 
 
 def fit_logistic(heads: tuple[str, ...], scores: np.ndarray, labels: np.ndarray) -> LogisticMap:

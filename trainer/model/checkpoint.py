@@ -1,15 +1,17 @@
 """The checkpoint folder: what rebuilds a backbone, its weights, and their id.
 
 `config.json` rebuilds backbone and preprocessing, `model.safetensors` holds the weights. The id is a hash of weights
-and preprocessing, so two folders with one id give the same embeddings.
+and preprocessing, so two folders with one id give the same embeddings. `config.json` names the id, and the SHA-256 of
+every file that is read again, so that a damaged file is refused; checkpoints written before it did are read without.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from hashlib import blake2b, file_digest, sha256
 from itertools import pairwise
 from pathlib import Path
 from shlex import quote
@@ -65,13 +67,21 @@ class CheckpointConfig:
         """Read `to_json` back. Keys of others in the same file (the heads' hyperparameters) are left alone.
 
         Raises:
-            CheckpointError: A value is missing or has the wrong type.
+            CheckpointError: A value is missing, of the wrong type, or out of range.
         """
         try:
-            fields = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
-            return cls(**fields | {"preprocess": Preprocess(**values["preprocess"])})
-        except (KeyError, TypeError, ValueError) as error:
+            known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
+            config = cls(**known | {"preprocess": Preprocess(**values["preprocess"])})
+            for part, usual in ((config, cls()), (config.preprocess, Preprocess())):
+                for name in (entry.name for entry in fields(part)):
+                    value, expected = getattr(part, name), type(getattr(usual, name))
+                    if type(value) is not expected:
+                        raise TypeError(f"{name} is {value!r}; expected {expected.__name__}")
+            if min(config.dim, config.image_size) < 1:
+                raise ValueError(f"dim is {config.dim} and image_size {config.image_size}; expected at least 1")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{CONFIG_FILE} is not a checkpoint's configuration: {error}") from error
+        return config
 
 
 def build_backbone(config: CheckpointConfig) -> nn.Module:
@@ -91,8 +101,9 @@ def build_backbone(config: CheckpointConfig) -> nn.Module:
         backbone: nn.Module = timm.create_model(
             config.architecture, pretrained=False, num_classes=0, global_pool="token", dynamic_img_size=True, **args
         )
-    except (RuntimeError, TypeError) as error:
-        raise CheckpointError(f"timm cannot build {config.architecture!r} with {args}: {error}") from error
+    except Exception as error:  # timm does not check its arguments: whatever they break first is raised
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(f"timm cannot build {config.architecture!r} with {args}: {reason}") from error
     if backbone.num_features != config.dim:
         raise CheckpointError(
             f"{config.architecture} with {args} gives {backbone.num_features} dimensions, "
@@ -146,6 +157,51 @@ def write_config(folder: Path, values: Mapping[str, Any]) -> None:
     write_atomically(folder / CONFIG_FILE, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
 
 
+def write_file(folder: Path, name: str, data: bytes, sections: Mapping[str, Any] | None = None) -> None:
+    """Replace a file of a checkpoint atomically, then `config.json` with its new hash.
+
+    After a kill between the two the file is refused until its writer is run again, never read for what it is not.
+
+    Args:
+        folder: Of the checkpoint.
+        name: Of the file.
+        data: Its bytes.
+        sections: What else changes in `config.json`.
+
+    Raises:
+        CheckpointError: As `read_sections`.
+    """
+    config = read_sections(folder)
+    write_atomically(folder / name, data)
+    hashes = {**(config.get("files") or {}), name: sha256(data).hexdigest()}
+    write_config(folder, {**config, **(sections or {}), "files": hashes})
+
+
+def check_file(folder: Path, name: str, remedy: str) -> None:
+    """Compare the bytes of a checkpoint's file with the hash in `config.json`, where that names one.
+
+    A file that cannot be opened is left to its reader.
+
+    Args:
+        folder: Of the checkpoint.
+        name: Of the file.
+        remedy: What to do about other bytes, for the message.
+
+    Raises:
+        CheckpointError: They are other bytes, or as `read_sections`.
+    """
+    hashes = read_sections(folder).get("files", {})
+    if not isinstance(hashes, dict):
+        raise CheckpointError(f"{folder / CONFIG_FILE} says files is {hashes!r}; expected hashes by name: {remedy}")
+    if name not in hashes:
+        return
+    with suppress(OSError), (folder / name).open("rb") as file:
+        if (digest := file_digest(file, "sha256").hexdigest()) != (expected := hashes[name]):
+            raise CheckpointError(
+                f"{folder / name} is damaged (its SHA-256 is {digest}, {CONFIG_FILE} says {expected}): {remedy}"
+            )
+
+
 def save_checkpoint(
     folder: Path,
     backbone: nn.Module | Mapping[str, torch.Tensor] | Mapping[str, np.ndarray],
@@ -178,10 +234,11 @@ def save_checkpoint(
         if large := [key for key, value in arrays.items() if np.abs(value).max(initial=0) > limit]:
             raise CheckpointError(f"{large[0]} has weights beyond half precision ({limit:,.0f}): go without --half")
         arrays = {key: value.astype(np.float16) for key, value in arrays.items()}
-    write_atomically(folder / WEIGHTS_FILE, save(arrays))
-    write_config(folder, config.to_json())
     stored = {key: value.astype(np.float32, copy=False) for key, value in arrays.items()}
-    return checkpoint_id(stored, config.preprocess)
+    identity, data = checkpoint_id(stored, config.preprocess), save(arrays)
+    write_atomically(folder / WEIGHTS_FILE, data)
+    write_config(folder, config.to_json() | {"id": identity, "files": {WEIGHTS_FILE: sha256(data).hexdigest()}})
+    return identity
 
 
 def _float32(values: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -229,29 +286,44 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     """The weights of a checkpoint folder by parameter name, float32, whatever precision they are stored in.
 
     Raises:
-        CheckpointError: The file is missing or broken.
+        CheckpointError: The file is missing, damaged or broken, or a weight is not finite.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    path = folder / WEIGHTS_FILE
+    path, remedy = folder / WEIGHTS_FILE, "restore it, or train or import again"
+    check_file(folder, WEIGHTS_FILE, remedy)
     try:
         tensors: dict[str, np.ndarray] = load_file(path)
+        weights = {key: value.astype(np.float32, copy=False) for key, value in tensors.items()}
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: restore it, or train or import again") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is broken ({error}): restore it, or train or import again") from error
-    return {key: value.astype(np.float32, copy=False) for key, value in tensors.items()}
+        raise CheckpointError(f"{path} is missing: {remedy}") from error
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is broken ({error}): {remedy}") from error
+    if diverged := [key for key, value in weights.items() if not np.isfinite(value).all()]:
+        raise CheckpointError(f"{path} holds weights that are not finite, as in {diverged[0]}: {remedy}")
+    return weights
 
 
-def read_id(folder: Path) -> str:
+def read_id(folder: Path, weights: Mapping[str, np.ndarray] | None = None) -> str:
     """The id of the checkpoint in a folder.
 
+    Args:
+        folder: Of the checkpoint.
+        weights: As `read_weights` gives them, where the caller holds them already.
+
     Raises:
-        CheckpointError: The folder is missing, or a file is broken.
+        CheckpointError: The folder is missing, a file is broken, or `config.json` names another id.
     """
-    config = read_config(folder)
-    return checkpoint_id(read_weights(folder), config.preprocess)
+    sections = read_sections(folder)
+    preprocess = CheckpointConfig.from_json(sections).preprocess
+    identity = checkpoint_id(read_weights(folder) if weights is None else weights, preprocess)
+    if sections.get("id", identity) != identity:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} is damaged: weights and preprocessing have the id {identity}, it says "
+            f"{sections['id']}: restore it, or train or import again"
+        )
+    return identity
 
 
 def load_backbone(folder: Path, weights: Mapping[str, np.ndarray] | None = None) -> nn.Module:

@@ -21,9 +21,9 @@ from trainer.images import Preprocess
 from trainer.model.checkpoint import (
     CheckpointConfig,
     CheckpointError,
-    checkpoint_id,
     load_backbone,
     read_config,
+    read_id,
     read_weights,
 )
 from trainer.model.vit_openvino import CompiledGraph, NotPlain, build_graph
@@ -71,10 +71,11 @@ class Embedder:
         if engine not in ENGINES:
             raise CheckpointError(f"engine {engine!r} is not known; use {', '.join(ENGINES[:-1])} or {ENGINES[-1]}")
         config, weights = read_config(folder), read_weights(folder)
+        identity = read_id(folder, weights)
         device = "cpu" if engine.startswith("openvino") and device == "auto" else pick_device(device)
         engine_name, forward = _start(engine, device, config, weights, folder)
         return cls(
-            id=checkpoint_id(weights, config.preprocess),
+            id=identity,
             name=config.name,
             dim=config.dim,
             preprocess=config.preprocess,

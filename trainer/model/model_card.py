@@ -6,7 +6,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from trainer.files import write_atomically
-from trainer.model.checkpoint import CheckpointConfig, CheckpointError, read_config
+from trainer.model.checkpoint import CheckpointConfig, CheckpointError, check_file, read_config, write_file
 
 METRICS_FILE = "metrics.json"
 CARD_FILE = "README.md"
@@ -25,13 +25,23 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     """What `metrics.json` says of a checkpoint; nothing where there is none, as in an imported one.
 
     Raises:
-        CheckpointError: It is not JSON.
+        CheckpointError: It is damaged or not JSON.
     """
-    path = folder / METRICS_FILE
+    path, remedy = folder / METRICS_FILE, "restore it, or delete it to do without"
+    check_file(folder, METRICS_FILE, remedy)
     try:
         return dict(json.loads(path.read_text())) if path.is_file() else {}
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): restore it, or delete it to do without") from error
+        raise CheckpointError(f"{path} is not JSON ({error}): {remedy}") from error
+
+
+def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Replace `metrics.json` of a checkpoint atomically.
+
+    Raises:
+        CheckpointError: The folder holds no checkpoint.
+    """
+    write_file(folder, METRICS_FILE, (json.dumps(metrics, indent=2) + "\n").encode())
 
 
 def add_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
@@ -45,8 +55,7 @@ def add_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: The folder holds no checkpoint, or its metrics do not read.
     """
-    metrics = read_metrics(folder) | {"evaluation": dict(evaluation)}
-    write_atomically(folder / METRICS_FILE, (json.dumps(metrics, indent=2) + "\n").encode())
+    write_metrics(folder, read_metrics(folder) | {"evaluation": dict(evaluation)})
     write_card(folder)
 
 

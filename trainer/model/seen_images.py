@@ -9,8 +9,7 @@ from typing import Self
 
 import numpy as np
 
-from trainer.files import write_atomically
-from trainer.model.checkpoint import CheckpointError
+from trainer.model.checkpoint import CheckpointError, check_file, write_file
 
 SEEN_FILE = "seen.safetensors"
 
@@ -56,22 +55,27 @@ class SeenImages:
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write `seen.safetensors` into a checkpoint folder, atomically."""
+        """Write `seen.safetensors` into a checkpoint folder, atomically.
+
+        Raises:
+            CheckpointError: The folder holds no checkpoint.
+        """
         from safetensors.numpy import save
 
         arrays = {"contents": self.contents, "groups": self.groups}
-        write_atomically(folder / SEEN_FILE, save(arrays, {"complete": json.dumps(self.complete)}))
+        write_file(folder, SEEN_FILE, save(arrays, {"complete": json.dumps(self.complete)}))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read `seen.safetensors` of a checkpoint folder; of one without it, nothing is known.
 
         Raises:
-            CheckpointError: It is broken.
+            CheckpointError: It is damaged or broken.
         """
         from safetensors import SafetensorError, safe_open
 
-        path = folder / SEEN_FILE
+        path, remedy = folder / SEEN_FILE, "restore it, or delete it to evaluate without leaving images out"
+        check_file(folder, SEEN_FILE, remedy)
         try:
             with safe_open(path, "numpy") as file:
                 complete = bool(json.loads(file.metadata()["complete"]))
@@ -79,9 +83,7 @@ class SeenImages:
         except FileNotFoundError:
             return cls.of([], [], complete=False)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path} is broken ({error}): restore it, or delete it to evaluate without leaving images out"
-            ) from error
+            raise CheckpointError(f"{path} is broken ({error}): {remedy}") from error
 
 
 @dataclass(slots=True)

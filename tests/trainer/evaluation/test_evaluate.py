@@ -288,7 +288,7 @@ def test_an_evaluation_says_what_it_cannot_know(
     assert json.loads((tmp_path / "r" / "report.json").read_text())["left_out"] == {"images": 120, "complete": True}
     assert "120 images left out" in (tmp_path / "r" / "report.md").read_text()
     (new / "seen.safetensors").write_bytes(b"nothing")
-    assert "seen.safetensors is broken" in runner.invoke(app, ["evaluate", "--checkpoint", str(new), *arguments]).stderr
+    assert "is damaged" in runner.invoke(app, ["evaluate", "--checkpoint", str(new), *arguments]).stderr
 
 
 def test_the_model_card_gets_the_figures_of_the_best_head(

@@ -190,6 +190,9 @@ def test_missing_broken_and_foreign_heads_are_refused(heads: Heads, folder: Path
     with pytest.raises(HeadsError, match="do not belong together"):
         Heads.load(folder)
     (folder / "heads.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match=r"heads\.safetensors is damaged .*: run `lineup train heads"):
+        Heads.load(folder)
+    (folder / "config.json").write_text(json.dumps(other | {"files": {}}))
     with pytest.raises(HeadsError, match=r"heads\.safetensors is broken"):
         Heads.load(folder)
     (folder / "config.json").write_text("{")

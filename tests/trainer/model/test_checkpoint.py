@@ -3,12 +3,19 @@
 import json
 import shlex
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
+from trainer.heads.calibration_set import CalibrationSet
+from trainer.heads.heads import Heads
 from trainer.images import Preprocess
 from trainer.model.checkpoint import (
     CheckpointConfig,
@@ -24,6 +31,9 @@ from trainer.model.checkpoint import (
     stem_channels,
 )
 from trainer.model.embedder import Embedder
+from trainer.model.model_card import read_metrics, write_card, write_metrics
+from trainer.model.seen_images import SeenImages
+from trainer.model.vit_openvino import NotPlain, build_graph
 
 
 @pytest.fixture
@@ -139,6 +149,10 @@ def test_missing_and_broken_weights_are_named(folder: Path) -> None:
     weights = folder / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=r"model.safetensors is damaged"):
+        Embedder.load(folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"files": {}}))
     with pytest.raises(CheckpointError, match=r"model.safetensors is broken"):
         Embedder.load(folder)
     weights.write_bytes(b"")
@@ -164,3 +178,107 @@ def test_weights_are_float32_whatever_was_trained(tmp_path: Path) -> None:
     config = CheckpointConfig(architecture_args={"depth": 1})
     save_checkpoint(tmp_path, build_backbone(config).bfloat16(), config)
     assert {value.dtype for value in read_weights(tmp_path).values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "heads.safetensors", "calibration.safetensors", "seen.safetensors", "metrics.json"]
+)
+def test_one_flipped_bit_of_a_file_is_refused(folder: Path, name: str) -> None:
+    SeenImages.of([], []).save(folder)
+    write_metrics(folder, {"checkpoint": "of tests"})
+    readers: dict[str, Callable[[Path], Any]] = {
+        "model.safetensors": read_id,
+        "heads.safetensors": Heads.load,
+        "calibration.safetensors": CalibrationSet.load,
+        "seen.safetensors": SeenImages.load,
+        "metrics.json": read_metrics,
+    }
+    readers[name](folder)
+    data = bytearray((folder / name).read_bytes())
+    data[-3] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged \(its SHA-256 is [0-9a-f]{{64}}, .*\): \w+"):
+        readers[name](folder)
+    for other in readers.keys() - {name}:
+        readers[other](folder)
+
+
+def test_a_kill_between_a_file_and_its_hash_is_refused_and_mended_by_writing_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = CalibrationSet.load(folder)
+    fewer = images.take(range(len(images) - 1))
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.model.checkpoint.write_config", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fewer.save(folder)
+    with pytest.raises(CheckpointError, match=r"calibration\.safetensors is damaged .*lineup train heads"):
+        CalibrationSet.load(folder)
+    fewer.save(folder)
+    assert CalibrationSet.load(folder).digest == fewer.digest
+    assert Heads.load(folder).id == json.loads((folder / "config.json").read_text())["heads"]["id"]
+
+
+def test_a_checkpoint_without_hashes_is_read_as_far_as_it_makes_sense(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    del values["files"], values["id"]
+    (folder / "config.json").write_text(json.dumps(values))
+    identity, images, heads = read_id(folder), CalibrationSet.load(folder), Heads.load(folder)
+    assert identity == Embedder.load(folder, device="cpu").id
+    broken = [
+        replace(images, embeddings=images.embeddings + np.float32("nan")),
+        replace(images, embeddings=images.embeddings[:, 0]),
+        replace(images, labels=images.labels + np.uint8(1)),
+        replace(images, sources=[1] * len(images)),  # type: ignore[list-item]
+        replace(images, groups=images.groups[1:]),
+    ]
+    for damaged in broken:
+        damaged.save(folder)
+        with pytest.raises(CheckpointError, match=r"calibration\.safetensors is broken"):
+            CalibrationSet.load(folder)
+    replace(heads, linear=replace(heads.linear, bias=float("inf"))).save(folder)
+    with pytest.raises(CheckpointError, match=r"heads\.safetensors is broken \(linear\.bias holds .* not finite"):
+        Heads.load(folder)
+    save_checkpoint(folder, read_weights(folder) | {"norm.bias": np.full(48, np.nan, np.float32)}, read_config(folder))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors holds weights that are not finite, as in norm"):
+        Embedder.load(folder)
+
+
+def test_preprocessing_that_gives_another_id_is_refused(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    values["preprocess"]["mean"][0] += 0.001
+    (folder / "config.json").write_text(json.dumps(values))
+    for load in (read_id, Embedder.load):
+        with pytest.raises(CheckpointError, match=r"config\.json is damaged: weights and preprocessing have the id"):
+            load(folder)
+
+
+WRONG_VALUES: tuple[Any, ...] = (None, "x", -1, 10**30, float("nan"), [], {"a": 1}, True)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "name", "architecture", "image_size", "dim", "preprocess", "preprocess.mode", "preprocess.image_size",
+        "preprocess.mean", "preprocess.mean.0", "preprocess.windows", "architecture_args", "architecture_args.depth",
+        "architecture_args.num_heads", "architecture_args.patch_size", "architecture_args.img_size", "training",
+        "provenance", "licence", "files", "id", "heads", "heads.maps", "heads.maps.svm", "heads.maps.svm.heads",
+        "heads.maps.svm.weights.0", "heads.maps.svm.intercept", "heads.calibration_digest",
+    ],
+)  # fmt: skip
+def test_a_broken_field_is_one_line_or_changes_nothing(folder: Path, path: str) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    *outer, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    section = reduce(lambda inside, key: inside[key], outer, values)
+    messages = set()
+    for section[last] in WRONG_VALUES:
+        (folder / "config.json").write_text(json.dumps(values))
+        try:
+            build_graph(read_config(folder), read_weights(folder))
+            read_id(folder)
+            Heads.load(folder)
+            write_card(folder)
+        except (CheckpointError, NotPlain) as error:
+            messages.add(str(error))
+    assert messages or path in ("name", "heads.calibration_digest")
+    assert not any("\n" in message for message in messages)
