@@ -12,6 +12,7 @@ import numpy as np
 import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 
+from indexer.database.connection import AnsweringConnection
 from indexer.database.embedded import EmbeddedFailure, EmbeddedServer
 from indexer.database.transactions import CHANNEL
 from indexer.index.label_index import Neighbours
@@ -291,12 +292,12 @@ class Follower:
                 self.degraded = True
                 self._end.wait(POLL)
 
-    def _listen(self) -> psycopg.Connection[Any]:
+    def _listen(self) -> AnsweringConnection:
         """A connection of our own: one from the pool would be handed on, and must not be in a transaction."""
         engine = self.store.engine
         arguments, options = engine.dialect.create_connect_args(engine.url)
         options.update(autocommit=True, application_name=f"{options['application_name']} follower")
-        connection: psycopg.Connection[Any] = psycopg.connect(*arguments, **options)
+        connection = AnsweringConnection.connect(*arguments, **options)
         connection.execute(f"listen {CHANNEL}")
         return connection
 

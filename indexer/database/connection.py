@@ -1,14 +1,16 @@
 """Reach the database: the server of `LINEUP_DATABASE_URL`, or an embedded one under `LINEUP_HOME`."""
 
+import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from psycopg.abc import PQGen
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 
@@ -32,6 +34,11 @@ CONNECTION = {
     "tcp_user_timeout": "30000",
 }
 """libpq's parameters, where the URL has no others: a server that vanishes without a word is given up in 30 seconds."""
+PROMPT_SECONDS = 10.0
+"""Longest wait for the answer to what costs the server nothing: what a connection begins with, and the pool's ping."""
+ANSWER_SECONDS = 5.0
+"""Longest wait for an answer beyond the time after which the server ends the statement by itself."""
+Result = TypeVar("Result")
 
 
 class DatabaseUnreachable(RuntimeError):
@@ -42,13 +49,41 @@ class DatabaseBehind(RuntimeError):
     """The database has another schema revision than this code; the message names the command."""
 
 
+class AnsweringConnection(psycopg.Connection[Any]):
+    """Gives up where no answer comes: no keepalive notices a proxy that holds a connection and no longer forwards it.
+
+    Attributes:
+        patience: Longest wait for one answer, seconds; None waits for ever.
+    """
+
+    patience: float | None = PROMPT_SECONDS
+
+    def wait(self, gen: PQGen[Result], interval: float = 0.1, timeout: float | None = None) -> Result:
+        """The outcome of one exchange with the server, as libpq's generators drive it.
+
+        Raises:
+            psycopg.OperationalError: It took too long, and the connection is closed; or it failed.
+        """
+        if timeout is not None or self.patience is None:
+            return super().wait(gen, interval, timeout)
+        start = time.monotonic()
+        try:
+            return super().wait(gen, interval, self.patience)
+        except psycopg.OperationalError as error:
+            if time.monotonic() - start < self.patience:
+                raise
+            self.close()
+            raise psycopg.OperationalError(f"no answer for {self.patience:g} seconds") from error
+
+
 def connect(settings: Settings, *, check: bool = True, statement_seconds: int = 0) -> Engine:
     """An engine on a database that answers; without `database_url` the embedded server is started and migrated.
 
     Args:
         settings: Where the database is.
         check: Refuse a database whose schema is not this code's (`lineup index migrate` itself does not).
-        statement_seconds: After which the server ends a statement; 0 leaves that to the server.
+        statement_seconds: After which the server ends a statement, and a connection without an answer is given up
+            soon; 0 leaves that to the server.
 
     Raises:
         DatabaseUnreachable: Nothing usable answers there.
@@ -64,9 +99,10 @@ def connect(settings: Settings, *, check: bool = True, statement_seconds: int = 
     engine = create_engine(
         url.set(query={**CONNECTION, **url.query}), pool_pre_ping=True, max_overflow=30, pool_timeout=POOL_SECONDS
     )
+    event.listen(engine, "do_connect", _open)
     event.listen(engine, "connect", partial(_limit_waiting, statement_seconds))
     try:
-        _make_ready(engine, settings.database_url is None, check)
+        _make_ready(engine, settings.database_url is None, check)  # first: no limit for migrating
     except DBAPIError as error:
         engine.dispose()
         where = url.render_as_string(hide_password=True)
@@ -75,14 +111,27 @@ def connect(settings: Settings, *, check: bool = True, statement_seconds: int = 
     except (DatabaseUnreachable, DatabaseBehind):
         engine.dispose()
         raise
+    patience = statement_seconds + ANSWER_SECONDS if statement_seconds else None
+    event.listen(engine, "checkout", lambda connection, *_: setattr(connection, "patience", patience))
+    event.listen(engine, "checkin", _ping_promptly)
     return engine
 
 
-def _limit_waiting(statement_seconds: int, connection: psycopg.Connection[Any], _: object) -> None:
+def _open(_: object, __: object, arguments: list[Any], options: dict[str, Any]) -> AnsweringConnection:
+    return AnsweringConnection.connect(*arguments, **options)
+
+
+def _ping_promptly(connection: AnsweringConnection | None, _: object) -> None:
+    if connection is not None:
+        connection.patience = AnsweringConnection.patience
+
+
+def _limit_waiting(statement_seconds: int, connection: AnsweringConnection, _: object) -> None:
     connection.execute(f"set lock_timeout = '{LOCK_SECONDS}s'")
     if statement_seconds:
         connection.execute(f"set statement_timeout = '{statement_seconds}s'")
     connection.commit()
+    connection.patience = None
 
 
 def _make_ready(engine: Engine, embedded: bool, check: bool) -> None:

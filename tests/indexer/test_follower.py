@@ -1,8 +1,12 @@
 """A follower's index equals the rows, through concurrent writers, outages, restored backups and damaged snapshots."""
 
+import contextlib
 import os
 import random
+import shutil
 import signal
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +23,8 @@ from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from indexer import follower as module
+from indexer.database import connection as database
+from indexer.database.connection import AnsweringConnection, connect
 from indexer.database.embedded import EmbeddedServer
 from indexer.follower import Follower
 from indexer.index import growing
@@ -271,6 +277,84 @@ def _disconnect(admin: Engine, database: str) -> None:
     with admin.connect() as connection:
         query = text("select pg_terminate_backend(pid) from pg_stat_activity where datname = :name")
         connection.execute(query, {"name": database})
+
+
+class Proxy:
+    """Stands between a client and the server's socket, and can stop to forward what its connections of then say."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        parts = make_url(url)
+        self.url = parts.update_query_dict({"host": str(folder)}).render_as_string(hide_password=False)
+        self._target = f"{parts.query['host']}/.s.PGSQL.{parts.query['port']}"
+        self._frozen, self._end = threading.Event(), threading.Event()
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(f"{folder}/.s.PGSQL.{parts.query['port']}")
+        self._listener.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def freeze(self) -> None:
+        self._frozen.set()
+        self._frozen = threading.Event()
+
+    def close(self) -> None:
+        self._end.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError), self._listener:
+            while not self._end.is_set():
+                client, server = self._listener.accept()[0], socket.socket(socket.AF_UNIX)
+                server.connect(self._target)
+                for pair in ((client, server), (server, client)):
+                    threading.Thread(target=self._forward, args=(*pair, self._frozen), daemon=True).start()
+
+    def _forward(self, source: socket.socket, sink: socket.socket, frozen: threading.Event) -> None:
+        with contextlib.suppress(OSError), sink:
+            while data := source.recv(65536):
+                if frozen.is_set():
+                    self._end.wait()
+                    return
+                sink.sendall(data)
+
+
+@pytest.fixture
+def proxy(settings: Settings) -> Iterator[Proxy]:
+    folder = Path(tempfile.mkdtemp(prefix="lineup-"))
+    proxy = Proxy(folder, str(settings.database_url))
+    yield proxy
+    proxy.close()
+    shutil.rmtree(folder)
+
+
+def test_connections_that_freeze_are_given_up(
+    store: Store, settings: Settings, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that waits for a lock, the idle ones of the pool, and the one that listens; new ones work."""
+    monkeypatch.setattr(database, "ANSWER_SECONDS", 1)
+    monkeypatch.setattr(AnsweringConnection, "patience", 1)
+    engine = connect(settings.model_copy(update={"database_url": proxy.url}), statement_seconds=1)
+    served = Store(engine)
+    follower = following(served, settings)
+    follower.load()
+    follower.start()
+    held = store.engine.connect()
+    held.execute(text("select revision from index_revision for update"))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(add, served, 1)
+        until(lambda: _waiting(store.engine) == 1)
+        proxy.freeze()
+        with pytest.raises(OperationalError, match="no answer for 2 seconds"):
+            waiting.result(20)
+    held.rollback()
+    held.close()
+    add(store, 2)
+    until(lambda: follower.revision == store.checkpoints.revision(CHECKPOINT) and not follower.degraded)
+    proxy.freeze()
+    start = time.monotonic()
+    follower.stop()
+    assert time.monotonic() - start < 20
+    assert_equal(follower, store)
+    engine.dispose()
 
 
 def test_a_killed_embedded_server_comes_back(tmp_path_factory: pytest.TempPathFactory) -> None:
