@@ -9,12 +9,11 @@ Every image of the project comes through `decode_image`. It refuses with one of 
 
 import hashlib
 import io
-import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import product
+from functools import cache, partial
+from itertools import chain, product
 from typing import Literal
 
 import numpy as np
@@ -27,6 +26,8 @@ from PIL.JpegImagePlugin import jpeg_factory
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
+
+from trainer.file_structure import CostlyFile, check_exif, check_structure
 
 
 class UnreadableImage(ValueError):
@@ -57,7 +58,7 @@ _SIGNATURES = {
     (b"\xff\xd8\xff",): "JPEG",
     (b"\x89PNG\r\n\x1a\n",): "PNG",
     (b"GIF87a", b"GIF89a"): "GIF",
-    (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"): "TIFF",
+    (b"II*\0", b"MM\0*"): "TIFF",
 }
 
 # What EXIF tag 274 asks for; 1 and values outside the standard leave the image as it is.
@@ -71,10 +72,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-MOST_SCANS = 100
-"""Of a progressive JPEG; encoders write about ten."""
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
-"""What may follow in a JPEG: not the bytes that stand for 255 in a scan, restarts and fillers, which have no length."""
+MOST_SIDE = 65_535
+"""Pixels of the longer side, as many as a JPEG can have: resizing a line of millions would take gigabytes."""
 
 # The luminance table of ITU-T T.81, annex K.1, row by row.
 _LUMINANCE = (
@@ -101,6 +100,38 @@ class FileFacts:
     jpeg_quality: int | None
 
 
+def open_image(data: bytes, *, max_pixels: int = 50_000_000) -> tuple[ImageFile.ImageFile, str]:
+    """Read the header of an image and find its format, once its structure and size are known to be bearable.
+
+    Args:
+        data: The file.
+        max_pixels: Width times height may be so many.
+
+    Raises:
+        UnsupportedFormat: Not an image, or of a format outside `FORMATS`.
+        ImageTooLarge: Width times height exceed `max_pixels`, or a side `MOST_SIDE`.
+        UnreadableImage: Empty, broken, or made of more parts than are read.
+    """
+    if not data:
+        raise UnreadableImage("the file is empty")
+    name = _sniff(data)
+    if name is None:
+        raise UnsupportedFormat(f"not an image of an accepted format ({', '.join(FORMATS)})")
+    if name == "WEBP":
+        _check_size(_webp_size(data), max_pixels)  # this plugin allocates its canvas on opening
+    try:
+        check_structure(data, name, max_pixels)
+        image = _PLUGINS[name](io.BytesIO(data))
+    except CostlyFile as error:
+        raise UnreadableImage(str(error)) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # a GIF frame outside its screen
+        raise ImageTooLarge(f"image is too large for {max_pixels:,} pixels ({_reason(error)})") from error
+    except Exception as error:  # hostile bytes make the plugins raise nearly anything, SyntaxError included
+        raise UnreadableImage(f"broken {name} header ({_reason(error)})") from error
+    _check_size(image.size, max_pixels)
+    return image, name
+
+
 def decode_image(
     data: bytes, *, max_pixels: int = 50_000_000, sha256: str | None = None, upright: bool = True
 ) -> tuple[Image.Image, FileFacts]:
@@ -117,26 +148,10 @@ def decode_image(
 
     Raises:
         UnsupportedFormat: Not an image, or of a format outside `FORMATS`.
-        ImageTooLarge: Width times height exceed `max_pixels`.
-        UnreadableImage: Empty, truncated or broken.
+        ImageTooLarge: Width times height exceed `max_pixels`, or a side `MOST_SIDE`.
+        UnreadableImage: Empty, truncated, broken, or made of more parts than are read.
     """
-    if not data:
-        raise UnreadableImage("the file is empty")
-    name = _sniff(data)
-    if name is None:
-        raise UnsupportedFormat(f"not an image of an accepted format ({', '.join(FORMATS)})")
-    if name == "WEBP":
-        _check_size(_webp_size(data), max_pixels)  # this plugin allocates its canvas on opening
-    if name == "JPEG" and _scans(data) > MOST_SCANS:
-        raise UnreadableImage(f"a JPEG of more than {MOST_SCANS} scans, each of which is work on all of its pixels")
-    try:
-        image = _PLUGINS[name](io.BytesIO(data))
-        size = image.size
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # a GIF frame outside its screen
-        raise ImageTooLarge(f"image is too large for {max_pixels:,} pixels ({_reason(error)})") from error
-    except Exception as error:  # hostile bytes make the plugins raise nearly anything, SyntaxError included
-        raise UnreadableImage(f"broken {name} header ({_reason(error)})") from error
-    _check_size(size, max_pixels)
+    image, name = open_image(data, max_pixels=max_pixels)
     try:
         image.load()
         rgb = _rgb(_upright(image) if upright else image)
@@ -183,23 +198,27 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
 
 
-def _scans(data: bytes) -> int:
-    """Scans of a JPEG before its end, counted no further than a little beyond `MOST_SCANS`."""
-    at, scans = 2, 0
-    while scans <= MOST_SCANS and (marker := _MARKER.search(data, at)) and marker[0] != b"\xff\xd9":
-        scans += marker[0] == b"\xff\xda"
-        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")  # over the segment's bytes
-    return scans
-
-
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     if size[0] * size[1] > max_pixels:
         raise ImageTooLarge(f"image is {size[0]}x{size[1]}; LINEUP_MAX_PIXELS allows {max_pixels:,} pixels in all")
+    if max(size) > MOST_SIDE:
+        raise ImageTooLarge(f"image is {size[0]}x{size[1]}; a side may have {MOST_SIDE:,} pixels")
+
+
+def read_exif(image: Image.Image) -> Image.Exif:
+    """The EXIF of an opened image, empty where it has none.
+
+    Raises:
+        CostlyFile: It would take long to read.
+    """
+    if exif := image.info.get("exif"):
+        check_exif(exif)
+    return image.getexif()
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        orientation = image.getexif().get(Base.Orientation)
+        orientation = read_exif(image).get(Base.Orientation)
     except Exception:  # metadata that no reader understands do not make the pixels unreadable
         return image
     turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
@@ -207,28 +226,62 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Eight-bit RGB without Pillow's silent losses: `convert` clips deep grey at 255 and forgets transparency."""
+    """Eight-bit RGB without Pillow's silent losses: `convert` clips deep grey at 255 and forgets transparency.
+
+    A strip at a time, as every step between makes another copy.
+    """
+    change: Callable[[Image.Image], Image.Image]
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bit(np.asarray(image))).convert("RGB")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+        change = partial(_eight_bit, white=_white(image))
+    elif image.has_transparency_data:
+        change = _on_white
+    else:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    rgb = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        rgb.paste(change(strip), (0, top))
+    return rgb
 
 
-def _eight_bit(grey: np.ndarray) -> np.ndarray:
-    """Deep grey values to 0..255, shape (h, w), uint8.
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Rows of an image that have about a million pixels, with the place of the first."""
+    rows = max(1, 2**20 // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
-    Sixteen bits are divided by 257. Wider integers and floats name no range: it is taken as 0..1, 0..255, 0..65535 or
+
+def _on_white(image: Image.Image) -> Image.Image:
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+def _white(image: Image.Image) -> float:
+    """The value of deep grey that becomes 255.
+
+    That of sixteen bits is 65535. Wider integers and floats name no range: it is taken as 0..1, 0..255, 0..65535 or
     0..largest value, the first that holds them all.
     """
+    grey = (np.asarray(strip) for _, strip in _strips(image))
+    first = next(grey)
+    if first.dtype.itemsize == 2:
+        return 65535.0
+    largest = max(float(_numbers(values).max(initial=0.0)) for values in chain([first], grey))
+    ranges = (1.0, 255.0, 65535.0) if first.dtype.kind == "f" else (255.0, 65535.0)
+    return next((r for r in ranges if largest <= r), largest)
+
+
+def _numbers(grey: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(grey.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _eight_bit(image: Image.Image, white: float) -> Image.Image:
+    """Deep grey to eight bits, where `white` becomes 255."""
+    grey = np.asarray(image)
     if grey.dtype.itemsize == 2:
-        return ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    values = np.nan_to_num(grey.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    largest = float(values.max(initial=0.0))
-    ranges = (1.0, 255.0, 65535.0) if grey.dtype.kind == "f" else (255.0, 65535.0)
-    white = next((r for r in ranges if largest <= r), largest)
-    return np.rint(values.clip(0) * (255.0 / white)).astype(np.uint8)
+        values = (grey.astype(np.uint32) + 128) // 257
+    else:
+        values = np.rint(_numbers(grey).clip(0) * (255.0 / white))
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
 
 
 @cache

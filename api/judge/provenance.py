@@ -18,7 +18,7 @@ from defusedxml.common import DefusedXmlException
 from PIL import ExifTags, Image, ImageFile, IptcImagePlugin
 
 from api.schemas.verdicts import ContentCredentials, Provenance
-from trainer.images import FORMATS
+from trainer.images import UnreadableImage, open_image, read_exif
 
 LONGEST = 500
 """Characters kept of one field."""
@@ -43,15 +43,20 @@ EXIF_FIELDS = {"Software", "ImageDescription", "Artist", "Make", "Model", "HostC
 IPTC_FIELDS = {(2, 65): "OriginatingProgram", (2, 110): "Credit", (2, 115): "Source", (2, 120): "Caption"}
 
 
-def read_provenance(data: bytes, format: str) -> Provenance:
-    """Credentials and metadata of an image file; both absent where it says nothing.
+def read_provenance(data: bytes, *, max_pixels: int = 50_000_000) -> Provenance:
+    """Credentials and metadata of an image file; both absent where it says nothing, or cannot be opened.
 
     Args:
-        data: The file. It has been decoded, but its metadata may still be broken on purpose.
-        format: As Pillow names it.
+        data: The file, whose metadata may be broken on purpose.
+        max_pixels: Width times height may be so many.
     """
+    try:
+        image, format = open_image(data, max_pixels=max_pixels)
+    except UnreadableImage:
+        return Provenance()
+    with image:
+        metadata = read_metadata(image)
     credentials = read_credentials(data, format)
-    metadata = read_metadata(data)
     if credentials is None and not metadata:
         return Provenance()
     generated = says_generated(metadata) or (credentials is not None and credentials.says_generated)
@@ -117,21 +122,20 @@ def _summary(store: dict[str, Any]) -> ContentCredentials:
     )
 
 
-def read_metadata(data: bytes) -> dict[str, str]:
+def read_metadata(image: Image.Image) -> dict[str, str]:
     """Fields that tell of a file's making, by `png:`, `exif:`, `xmp:` or `iptc:` and name, each at most 500 characters.
 
     Text that a PNG holds behind its pixels is not looked for.
+
+    Args:
+        image: As `open_image` gives it.
     """
     texts: dict[str, str] = {}
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            for read in (_text_fields, _exif_fields, _xmp_fields, _iptc_fields):
-                try:
-                    texts.update((name, value) for name, value in read(image) if value)
-                except Exception:  # parsers fail in every way on bytes that were made to break them
-                    texts[f"{read.__name__.split('_')[1]}:error"] = "could not be read"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return {}
+    for read in (_text_fields, _exif_fields, _xmp_fields, _iptc_fields):
+        try:
+            texts.update((name, value) for name, value in read(image) if value)
+        except Exception:  # parsers fail in every way on bytes that were made to break them
+            texts[f"{read.__name__.split('_')[1]}:error"] = "could not be read"
     return texts
 
 
@@ -143,7 +147,7 @@ def _text_fields(image: Image.Image) -> Iterator[tuple[str, str]]:
 
 
 def _exif_fields(image: Image.Image) -> Iterator[tuple[str, str]]:
-    exif = image.getexif()
+    exif = read_exif(image)
     for tag, value in exif.items():
         name = ExifTags.TAGS.get(tag)
         if name in EXIF_FIELDS:

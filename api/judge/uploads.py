@@ -118,6 +118,6 @@ def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings
         views=views,
         boxes=boxes,
         variants=None if variants is None else tuple(variants),
-        provenance=read_provenance(upload.data, facts.format),
+        provenance=read_provenance(upload.data, max_pixels=settings.max_pixels),
         decode_ms=1000 * (time.perf_counter() - start),
     )
