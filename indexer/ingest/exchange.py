@@ -13,15 +13,28 @@ from contextlib import suppress
 from dataclasses import fields
 from datetime import date
 from pathlib import Path, PurePath
-from typing import Any
-from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile
+from typing import Annotated, Any, Self
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from sqlalchemy import text
 
+from indexer.database.transactions import TRANSACTION_IMAGES
+from indexer.index.vector_checks import unit_vectors
 from indexer.ingest.thumbnails import missing_thumbnails
 from indexer.store import Store
-from indexer.store.generators import GENERATOR_FACTS, GeneratorExists
+from indexer.store.generators import GENERATOR_FACTS, GeneratorExists, check_generator_name
 from indexer.store.reference_facts import PUBLIC, ImageFacts, NewReference
 
 FORMAT = "lineup references 2"
@@ -48,10 +61,91 @@ order by r.id
 VECTORS = text("select image_id, checkpoint_id, vector from embedding where image_id = any(:ids)")
 # What a row of `N.json` holds besides; the rest of it is where its bytes lie.
 COLUMNS = tuple(column.name for column in fields(ImageFacts))
+FACTS_BYTES = 32 * 1024 * 1024
+"""The most that `about.json`, or the facts of a page, may take once they are unpacked."""
+BINARY_BYTES = 512 * 1024 * 1024
+"""The most that the bytes of a page may take; they are not packed."""
 
 
 class BadExport(ValueError):
     """The file is no export, or is damaged; the message is one line."""
+
+
+# What Postgres can hold: no NUL in a text, integers of 16, 32 and 64 bits.
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
+GeneratorName = Annotated[Text, AfterValidator(check_generator_name)]
+Place = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+Pixels = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class ExportPart(BaseModel):
+    """What an export says in JSON; types are not converted, and what is not known is passed over."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class ExportedCheckpoint(ExportPart):
+    """A checkpoint in `about.json`."""
+
+    id: Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
+    """Names a folder."""
+    name: Text
+    dim: Annotated[int, Field(ge=1, le=65_536)]
+    config: dict[str, Any]
+
+
+class ExportedGenerator(ExportPart):
+    """A generator in `about.json`."""
+
+    name: GeneratorName
+    family: Text | None
+    vendor: Text | None
+    version: Text | None
+    released_on: date | None
+    notes: Text | None
+
+
+class About(ExportPart):
+    """What `about.json` says."""
+
+    format: str
+    pages: Annotated[int, Field(ge=0)]
+    references: Annotated[int, Field(ge=0)]
+    vectors: Any = VECTOR_TYPES[0]
+    checkpoints: Annotated[list[ExportedCheckpoint], Field(max_length=1000)]
+    generators: Annotated[list[ExportedGenerator], Field(max_length=10_000)]
+
+
+class ExportedReference(ExportPart):
+    """A reference in `N.json`; ranges of `N.bin` are [start, end]."""
+
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    label: Annotated[int, Field(ge=0, le=1)]
+    generator: GeneratorName | None
+    source: Annotated[str, StringConstraints(max_length=650)]
+    """Its bytes have to fit an entry of a b-tree."""
+    group: str
+    uri: str | None
+    file_bytes: Annotated[int, Field(ge=0, lt=2**63)]
+    mtime: FiniteFloat | None
+    width: Pixels
+    height: Pixels
+    format: str
+    jpeg_quality: Annotated[int, Field(ge=0, le=100)] | None
+    fingerprint: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    attributes: dict[str, str]
+    thumbnail: Place | None
+    data: Place | None
+    vectors: dict[str, Place]
+
+    @model_validator(mode="after")
+    def _real_has_no_generator(self) -> Self:
+        if self.label == 0 and self.generator is not None:
+            raise ValueError(f"a real image has the generator {self.generator!r}")
+        return self
+
+
+PAGE = TypeAdapter(Annotated[list[ExportedReference], Field(max_length=TRANSACTION_IMAGES)])
 
 
 def export_references(
@@ -109,24 +203,27 @@ def import_references(store: Store, path: Path, on_image: Callable[[], None] = l
         "blocked": [hashes], "checkpoints": [ids], "enrolment": its id, null where everything was known or blocked}.
 
     Raises:
-        BadExport: The file is no export, or damaged; nothing was added.
+        BadExport: The file is no export, damaged, or says what cannot be; nothing was added.
     """
     about = _verified(path)
+    checkpoints = [checkpoint.id for checkpoint in about.checkpoints]
+    dims = {known.id: known.dim for known in store.checkpoints.list()}
+    for checkpoint in about.checkpoints:
+        if (dim := dims.get(checkpoint.id, checkpoint.dim)) != checkpoint.dim:
+            raise BadExport(f"{path} gives checkpoint {checkpoint.id} {checkpoint.dim} dimensions, it has {dim} here")
     with ZipFile(path) as archive:
-        for checkpoint in about["checkpoints"]:
-            store.checkpoints.register(checkpoint["id"], checkpoint["name"], checkpoint["dim"], checkpoint["config"])
-        for generator in about["generators"]:
+        for checkpoint in about.checkpoints:
+            store.checkpoints.register(checkpoint.id, checkpoint.name, checkpoint.dim, checkpoint.config)
+        for generator in about.generators:
             with suppress(GeneratorExists):
-                released_on = generator["released_on"] and date.fromisoformat(generator["released_on"])
-                store.generators.create(**generator | {"released_on": released_on})
-        checkpoints = [checkpoint["id"] for checkpoint in about["checkpoints"]]
+                store.generators.create(**generator.model_dump())
         report: dict[str, Any] = {"references": 0, "added": 0, "embeddings": 0, "conflicts": [], "blocked": []}
         report |= {"without_picture": 0, "checkpoints": checkpoints, "enrolment": None}
-        for number in range(about["pages"]):
-            rows = json.loads(archive.read(f"{number}.json"))
+        for number in range(about.pages):
+            rows, data = _page(archive, number, about)
             if report["enrolment"] is None and _has_new(store, rows):
                 report["enrolment"] = store.enrolments.open(None, f"import {path.name}")
-            _import_page(store, rows, archive.read(f"{number}.bin"), about["vectors"], report)
+            _import_page(store, rows, data, about.vectors, report)
             for _ in rows:
                 on_image()
     report["without_picture"] = missing_thumbnails(store)
@@ -179,18 +276,18 @@ def _exported_config(config: Mapping[str, Any], paths: bool) -> dict[str, Any]:
 
 def _place(name: str, value: Any) -> Any:
     """The name alone of training data, and of a source unless that is one of the hub; other settings as they are."""
-    shortened = name == "data" or (name == "source" and PurePath(value).is_absolute())
+    shortened = isinstance(value, str) and (name == "data" or (name == "source" and PurePath(value).is_absolute()))
     return PurePath(value).name if shortened else value
 
 
-def _has_new(store: Store, rows: list[dict[str, Any]]) -> bool:
+def _has_new(store: Store, rows: list[ExportedReference]) -> bool:
     """Whether any row of a page is neither known nor blocked; one without a vector is not added."""
-    hashes = [row["sha256"] for row in rows if row["vectors"]]
+    hashes = [row.sha256 for row in rows if row.vectors]
     return len(store.references.get_many((), hashes)) + len(store.references.blocked_hashes(hashes)) < len(hashes)
 
 
 def _import_page(
-    store: Store, rows: list[dict[str, Any]], data: bytes, vector_type: str, report: dict[str, Any]
+    store: Store, rows: list[ExportedReference], data: bytes, vector_type: str, report: dict[str, Any]
 ) -> None:
     report["references"] += len(rows)
     conflicts: dict[str, dict[str, str]] = {}
@@ -198,13 +295,13 @@ def _import_page(
     for checkpoint_id in report["checkpoints"]:
         batch = [
             NewReference(
-                **{name: row[name] for name in COLUMNS if name in row},  # older exports lack newer columns
-                thumbnail=_slice(data, row["thumbnail"]),
-                data=_slice(data, row["data"]),
-                vector=np.frombuffer(_slice(data, row["vectors"][checkpoint_id]) or b"", vector_type),
+                **{name: getattr(row, name) for name in COLUMNS},
+                thumbnail=_slice(data, row.thumbnail),
+                data=_slice(data, row.data),
+                vector=np.frombuffer(_slice(data, row.vectors[checkpoint_id]) or b"", vector_type),
             )
             for row in rows
-            if checkpoint_id in row["vectors"]
+            if checkpoint_id in row.vectors
         ]
         added = store.references.add(batch, checkpoint_id, report["enrolment"])
         report["added"] += added.added
@@ -216,27 +313,81 @@ def _import_page(
     report["blocked"] += sorted(blocked)
 
 
-def _slice(data: bytes, place: list[int] | None) -> bytes | None:
+def _slice(data: bytes, place: Place | None) -> bytes | None:
     return None if place is None else data[place[0] : place[1]]
 
 
-def _verified(path: Path) -> dict[str, Any]:
-    """What `about.json` says, once every member has been found there and whole."""
+def _verified(path: Path) -> About:
+    """What `about.json` says, once every member has been found there, whole, and saying what can be."""
     try:
         with ZipFile(path) as archive:
-            about: dict[str, Any] = json.loads(archive.read("about.json"))
-            known = about["format"] in FORMATS
-            members = {"about.json", *(f"{n}.{kind}" for n in range(about.get("pages", 0)) for kind in ("json", "bin"))}
-            damaged = archive.testzip() or ", ".join(sorted(members ^ set(archive.namelist())))
+            about = About.model_validate_json(_read(archive, "about.json", FACTS_BYTES))
+            if about.format not in FORMATS:
+                raise BadExport(f"{path} is {about.format!r}, this version reads {' and '.join(map(repr, FORMATS))}")
+            if about.vectors not in VECTOR_TYPES:
+                raise BadExport(f"{path} has vectors of type {about.vectors!r}, expected {' or '.join(VECTOR_TYPES)}")
+            names = archive.namelist()
+            if len(names) != 2 * about.pages + 1:
+                raise ValueError(f"it has {len(names)} members, and {about.pages} pages need {2 * about.pages + 1}")
+            references = sum(len(_page(archive, number, about)[0]) for number in range(about.pages))
+            if references != about.references:
+                raise ValueError(f"it has {references} references, and about.json says {about.references}")
+            for checkpoint in about.checkpoints:
+                _check_config(checkpoint)
     except FileNotFoundError as error:
         raise BadExport(f"{path} does not exist") from error
+    except BadExport:
+        raise
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        reason = f"{'.'.join(map(str, fault['loc']))} is {fault['input']!r:.100}: {fault['msg']}"
+        raise BadExport(f"{path} is no export, or is damaged ({error.title}: {' '.join(reason.split())})") from error
     # What the readers raise at other bytes: a wrong checksum, an unknown method, a password, an early end.
     except (BadZipFile, zlib.error, OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise BadExport(f"{path} is no export, or is damaged ({' '.join(str(error).split())})") from error
-    if not known:
-        raise BadExport(f"{path} is {about['format']!r}, this version reads {' and '.join(map(repr, FORMATS))}")
-    if about.setdefault("vectors", VECTOR_TYPES[0]) not in VECTOR_TYPES:
-        raise BadExport(f"{path} has vectors of type {about['vectors']!r}, expected {' or '.join(VECTOR_TYPES)}")
-    if damaged:
-        raise BadExport(f"{path} is damaged at {damaged}: export it again")
     return about
+
+
+def _check_config(checkpoint: ExportedCheckpoint) -> None:
+    """Refuse a configuration that Postgres cannot hold as JSON, or that no later export could read."""
+    if "\\u0000" in json.dumps(checkpoint.config, allow_nan=False):
+        raise ValueError(f"the configuration of checkpoint {checkpoint.id} holds a NUL")
+    for part in ("training", "provenance"):
+        if not isinstance(checkpoint.config.get(part, {}), dict):
+            raise ValueError(f"{part} of checkpoint {checkpoint.id} is {checkpoint.config[part]!r:.100}, no object")
+
+
+def _page(archive: ZipFile, number: int, about: About) -> tuple[list[ExportedReference], bytes]:
+    """References of a page and the bytes that they point into, checked."""
+    name = f"{number}.bin"
+    data = _read(archive, name, BINARY_BYTES)
+    rows = PAGE.validate_json(_read(archive, f"{number}.json", FACTS_BYTES))
+    vectors: dict[str, list[bytes]] = {checkpoint.id: [] for checkpoint in about.checkpoints}
+    for row in rows:
+        for start, end in filter(None, (row.thumbnail, row.data, *row.vectors.values())):
+            if not start <= end <= len(data):
+                raise ValueError(f"{row.sha256} has bytes {start} to {end} of {name}, which has {len(data)}")
+        for checkpoint_id, (start, end) in row.vectors.items():
+            if checkpoint_id not in vectors:
+                raise ValueError(
+                    f"{row.sha256} has a vector of checkpoint {checkpoint_id!r:.100}, which it does not name"
+                )
+            vectors[checkpoint_id].append(data[start:end])
+    for checkpoint in about.checkpoints:
+        parts, size = vectors[checkpoint.id], checkpoint.dim * np.dtype(about.vectors).itemsize
+        if wrong := [part for part in parts if len(part) != size]:
+            raise ValueError(f"a vector of {name} has {len(wrong[0])} bytes, checkpoint {checkpoint.id} needs {size}")
+        unit_vectors(np.frombuffer(b"".join(parts), about.vectors).reshape(-1, checkpoint.dim), checkpoint.dim)
+    return rows, data
+
+
+def _read(archive: ZipFile, name: str, most: int) -> bytes:
+    """A member, unless it would swell beyond so many bytes."""
+    member = archive.getinfo(name)
+    if member.file_size > most or member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
+        raise ValueError(
+            f"{name} has {member.file_size} bytes, packed by method {member.compress_type}; at most {most}"
+        )
+    if name.endswith(".bin") and member.compress_type != ZIP_STORED:
+        raise ValueError(f"{name} is packed, which an export does not do")
+    return archive.read(member)

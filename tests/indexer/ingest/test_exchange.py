@@ -1,17 +1,19 @@
 """A reference set moves between databases as one checksummed file."""
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import date
+from functools import reduce
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import numpy as np
 import pytest
 from conftest import new_database
-from numbered import CHECKPOINT, new, opened, vector
+from numbered import CHECKPOINT, DIM, new, opened, vector
 from sqlalchemy import URL
 
 from indexer.ingest import exchange
@@ -224,3 +226,88 @@ def test_damage_is_noticed_before_anything_is_added(source: Store, target: Store
         with pytest.raises(BadExport, match=r"vectors of type .*expected <f4 or <f2"):
             import_references(target, path)
     assert target.references.counts() == {"real": 0, "fake": 0}
+
+
+ABOUT: list[tuple[str, Any]] = [
+    ("pages", 10**9), ("pages", -1), ("pages", "2"), ("pages", None), ("references", 4), ("references", -3),
+    ("format", 2), ("checkpoints", {}), ("checkpoints.0", None), ("checkpoints.0.id", "../../elsewhere"),
+    ("checkpoints.0.dim", 0), ("checkpoints.0.dim", 10**12), ("checkpoints.0.dim", 5), ("checkpoints.0.name", None),
+    ("checkpoints.0.name", "a\0b"), ("checkpoints.0.config", []), ("checkpoints.0.config", {"a": "\0"}),
+    ("checkpoints.0.config", {"a": float("nan")}), ("checkpoints.0.config", {"training": 3}), ("generators", None),
+    ("generators.0.name", "real"), ("generators.0.name", ["x"]), ("generators.0.released_on", "yesterday"),
+    ("generators.0.vendor", "a\0b"),
+]  # fmt: skip
+ROW: list[tuple[str, Any]] = [
+    ("sha256", "ab"), ("sha256", "x" * 64), ("sha256", None), ("label", 2), ("label", -1), ("label", True),
+    ("label", 0), ("generator", "a/b"), ("generator", 3), ("source", None), ("source", "s" * 3000), ("group", 1),
+    ("file_bytes", -1), ("file_bytes", 2**63), ("mtime", float("inf")), ("mtime", "now"), ("width", 0),
+    ("width", 2**31), ("height", -5), ("height", 1.5), ("format", None), ("jpeg_quality", 10**6),
+    ("fingerprint", 2**63), ("attributes", []), ("attributes", {"a": {"b": 1}}), ("thumbnail", [5, 2]),
+    ("thumbnail", [0, 10**9]), ("thumbnail", [-4, 8]), ("thumbnail", "all"), ("data", [0]), ("vectors", None),
+    ("vectors", {CHECKPOINT: [0, 4]}), ("vectors", {"f" * 32: [0, 24]}), ("vectors", {CHECKPOINT: [0, 10**12]}),
+]  # fmt: skip
+
+
+def hostile(good: dict[str, bytes], path: Path) -> Iterator[str]:
+    """Write one archive after another with whole checksums and nonsense inside, and say which it is."""
+
+    def write(members: dict[str, bytes], method: int = ZIP_STORED) -> None:
+        with ZipFile(path, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, content, method)
+
+    for name, prefix, changes in (("about.json", "", ABOUT), ("0.json", "0.", ROW)):
+        for keys, value in changes:
+            document = json.loads(good[name])
+            *outer, last = [int(key) if key.isdigit() else key for key in (prefix + keys).split(".")]
+            reduce(lambda inside, key: inside[key], outer, document)[last] = value
+            write(good | {name: json.dumps(document).encode()})
+            yield f"{keys} = {value!r:.40}"
+    vectors = json.loads(good["0.json"])[0]["vectors"][CHECKPOINT]
+    for value in (float("nan"), float("inf"), 0.0):
+        data = bytearray(good["0.bin"])
+        data[vectors[0] : vectors[1]] = np.full(DIM, value, "<f4").tobytes()
+        write(good | {"0.bin": bytes(data)})
+        yield f"a vector of {value}"
+    for name, contents in {
+        "about.json": (b"", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"pages": ' + b"9" * 5000 + b"}"),
+        "0.json": (b"", b"{}", b"[null]", b"[" * 100_000, b"[" + b",".join([b"{}"] * 100_000) + b"]"),
+        "0.bin": (b"",),
+    }.items():
+        for content in contents:
+            write(good | {name: content})
+            yield f"{name} is {content[:20]!r}"
+        write({member: content for member, content in good.items() if member != name})
+        yield f"{name} is missing"
+    write(good | {"0.bin": bytes(2**20)}, ZIP_DEFLATED)
+    yield "0.bin is packed"
+    write(good | {"0.json": b" " * (exchange.FACTS_BYTES + 1)}, ZIP_DEFLATED)
+    yield "0.json swells"
+    write(good | {"1.json": good["0.json"], "1.bin": good["0.bin"]})
+    yield "a page too many"
+
+
+def test_an_archive_with_whole_checksums_and_nonsense_is_one_line(
+    settings: Settings, target: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(settings)
+    store.references.add([new(number, "SD-XL") for number in range(3)], CHECKPOINT)
+    path = tmp_path / "set"
+    export_references(store, path)
+    store.engine.dispose()
+    with ZipFile(path) as archive:
+        good = {name: archive.read(name) for name in archive.namelist()}
+    monkeypatch.setattr(exchange, "FACTS_BYTES", 300_000)
+    before, tried = time.monotonic(), 0
+    for case in hostile(good, path):
+        with pytest.raises(BadExport) as caught:
+            pytest.fail(f"{case}: {import_references(target, path)}")
+        assert "\n" not in str(caught.value), case
+        assert len(str(caught.value)) < 500 + len(str(path)), case
+        tried += 1
+    assert tried > 70
+    assert time.monotonic() - before < 0.2 * tried
+    assert target.references.counts() == {"real": 0, "fake": 0}
+    assert [checkpoint.id for checkpoint in target.checkpoints.list()] == [CHECKPOINT]
+    assert target.generators.list() == []
+    assert target.enrolments.list() == []
