@@ -11,12 +11,12 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from psycopg.abc import PQGen
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
 import migrations
 from indexer.database.embedded import EmbeddedFailure, EmbeddedServer
-from indexer.settings import Settings
+from indexer.settings import Settings, SettingsError
 
 OLDEST_SERVER = 14
 # Any constant; whoever holds this advisory lock may change the schema.
@@ -86,6 +86,7 @@ def connect(settings: Settings, *, check: bool = True, statement_seconds: int = 
             soon; 0 leaves that to the server.
 
     Raises:
+        SettingsError: `database_url` cannot be read.
         DatabaseUnreachable: Nothing usable answers there.
         DatabaseBehind: Its schema is another one.
     """
@@ -95,7 +96,7 @@ def connect(settings: Settings, *, check: bool = True, statement_seconds: int = 
         except EmbeddedFailure as error:
             raise DatabaseUnreachable(str(error)) from error
     else:
-        url = make_url(settings.database_url).set(drivername="postgresql+psycopg")
+        url = read_url(settings.database_url)
     engine = create_engine(
         url.set(query={**CONNECTION, **url.query}), pool_pre_ping=True, max_overflow=30, pool_timeout=POOL_SECONDS
     )
@@ -105,9 +106,8 @@ def connect(settings: Settings, *, check: bool = True, statement_seconds: int = 
         _make_ready(engine, settings.database_url is None, check)  # first: no limit for migrating
     except DBAPIError as error:
         engine.dispose()
-        where = url.render_as_string(hide_password=True)
         reason = " ".join(str(error.orig).split())
-        raise DatabaseUnreachable(f"no database at {where} ({reason}): look at LINEUP_DATABASE_URL") from error
+        raise DatabaseUnreachable(f"no database at {address(url)} ({reason}): look at LINEUP_DATABASE_URL") from error
     except (DatabaseUnreachable, DatabaseBehind):
         engine.dispose()
         raise
@@ -115,6 +115,27 @@ def connect(settings: Settings, *, check: bool = True, statement_seconds: int = 
     event.listen(engine, "checkout", lambda connection, *_: setattr(connection, "patience", patience))
     event.listen(engine, "checkin", _ping_promptly)
     return engine
+
+
+def read_url(text: str) -> URL:
+    """A `database_url`, for this driver.
+
+    Raises:
+        SettingsError: It cannot be read. The message shows nothing of it, for any part may hold the password.
+    """
+    try:
+        url = make_url(text).set(drivername="postgresql+psycopg")
+    except (ArgumentError, ValueError):  # no URL, or a port that is no number
+        url = None
+    if url is None or "@" in (url.host or ""):
+        form = "postgresql://user:password@host:5432/name, where a password has %40 for @"
+        raise SettingsError(f"LINEUP_DATABASE_URL is wrong: not a URL like {form}")
+    return url
+
+
+def address(url: URL) -> str:
+    """A URL that may be shown: no password, and no parameter, for some are passwords too."""
+    return url.set(query={}).render_as_string(hide_password=True)
 
 
 def _open(_: object, __: object, arguments: list[Any], options: dict[str, Any]) -> AnsweringConnection:

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import make_url
-
+from indexer.database.connection import address, read_url
 from indexer.follower import Follower
 from indexer.settings import Settings
 from indexer.store import Store
@@ -81,7 +80,7 @@ def store_status(settings: Settings, store: Store, checkpoint: Checkpoint | None
 def _database(settings: Settings) -> str:
     if settings.database_url is None:
         return f"embedded in {settings.home.absolute() / 'postgres'}"
-    return make_url(settings.database_url).render_as_string(hide_password=True)
+    return address(read_url(settings.database_url))
 
 
 def _enrolment(enrolment: Enrolment) -> dict[str, Any]:

@@ -139,6 +139,7 @@ def test_detect_explains(call: Call, queries: Path) -> None:
         (["detect", "x.png", "--checkpoint", "{folder}"], {}, 1, "error: no checkpoint at"),
         (["detect", "x.png"], {"LINEUP_K": "none"}, 1, "error: LINEUP_K is 'none'"),
         (["detect", "x.png"], {"LINEUP_DATABASE_URL": "postgresql://127.0.0.1:1/x"}, 1, "error: no database at"),
+        (["detect", "x.png"], {"LINEUP_DATABASE_URL": "postgresql://h:port/x"}, 1, "error: LINEUP_DATABASE_URL is"),
         (["serve", "--host", "0.0.0.0"], {}, 1, "error: LINEUP_HOST is 0.0.0.0, which needs an API key"),
         (["keys", "revoke", "nobody"], {}, 1, "error: no key in force is called 'nobody'"),
         (["keys", "create", "a", "--scope", "all"], {}, 2, "--scope"),

@@ -21,14 +21,14 @@ from sqlalchemy.exc import OperationalError
 
 from indexer.database.connection import DatabaseBehind, DatabaseUnreachable, connect, migrate, stop
 from indexer.database.embedded import EmbeddedFailure, EmbeddedServer
-from indexer.settings import Settings
+from indexer.settings import Settings, SettingsError
 
 ROOT = Path(__file__).parents[3]
 USER = """
 import os, sys
 from pathlib import Path
 from indexer.database.connection import connect
-from indexer.settings import Settings
+from indexer.settings import Settings, SettingsError
 from indexer.store import Store
 print(Store(connect(Settings(home=Path(sys.argv[1])))).id(), flush=True)
 if sys.argv[2] == "line":
@@ -309,10 +309,13 @@ def test_a_home_that_root_copied_says_so(home: Path, monkeypatch: pytest.MonkeyP
         "postgresql://me:secret@127.0.0.1:1/db",
         "postgresql://me:secret@no-such-host.invalid/db",
         "postgresql://@/x?host=/",
+        "postgresql://me@127.0.0.1:1/db?password=secret&sslpassword=secret",
+        "postgresql://me:secret@127.0.0.1:nonsense/db",
+        "postgresql://me:very@secret@127.0.0.1:1/db",
     ],
 )
 def test_an_unreachable_database_is_one_line_without_the_password(url: str) -> None:
-    with pytest.raises(DatabaseUnreachable, match="LINEUP_DATABASE_URL") as caught:
+    with pytest.raises((DatabaseUnreachable, SettingsError), match="LINEUP_DATABASE_URL") as caught:
         connect(Settings(database_url=url))
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
