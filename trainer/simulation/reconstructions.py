@@ -7,8 +7,6 @@ alone (aligned pairs: Rajan et al., arXiv 2410.11835; Guillaro et al., B-Free, a
 import csv
 import io
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from trainer.data.datasets import read_dataset
 from trainer.data.entry import Entry, check_generator, role
 from trainer.data.manifest import GITHUB_COLUMNS, MANIFEST_COLUMNS
+from trainer.files import whole_folder
 from trainer.images import FileFacts, UnreadableImage, decode_image
 
 MULTIPLE = 8
@@ -194,11 +193,8 @@ def align(
     if (counts := _existing(output, settings)) is not None:
         return counts
     counted: Counter[str] = Counter(real=0, fake=0, reconstructed=0, skipped=0, unreadable=0)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    aside.mkdir()
     rows: list[dict[str, str]] = []
-    try:
+    with whole_folder(output) as folder:
         for entry in read_dataset(data, split=split):
             on_image()
             try:
@@ -208,7 +204,7 @@ def align(
                 counted["unreadable"] += 1
                 continue
             row = _row(entry)
-            rows.append(row | {"path": _write(aside, content, facts.format)})
+            rows.append(row | {"path": _write(folder, content, facts.format)})
             counted["fake" if entry.label else "real"] += 1
             if entry.label or role(entry.group) != "training":
                 continue
@@ -218,19 +214,14 @@ def align(
                 continue
             copy = form.encode(reconstruct(image, autoencoder, device))
             rows.append({name: value for name, value in row.items() if name not in PLACE_COLUMNS})
-            rows[-1] |= {"path": _write(aside, copy, facts.format), "label": "fake", "generator": generator}
+            rows[-1] |= {"path": _write(folder, copy, facts.format), "label": "fake", "generator": generator}
             counted["reconstructed"] += 1
         columns = dict.fromkeys([*MANIFEST_COLUMNS, "uri"]) | dict.fromkeys(name for row in rows for name in row)
-        with (aside / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
+        with (folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, list(columns), lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
-        (aside / DESCRIPTION).write_text(json.dumps(settings | {"images": dict(counted)}, indent=2) + "\n")
-        if output.exists():
-            output.rmdir()  # it is empty
-        aside.rename(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        (folder / DESCRIPTION).write_text(json.dumps(settings | {"images": dict(counted)}, indent=2) + "\n")
     return dict(counted)
 
 

@@ -8,7 +8,6 @@ quality, so that these tell nothing.
 import csv
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +24,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
+from trainer.files import whole_folder
 from trainer.progress import Bar
 from trainer.simulation.camera import photograph
 from trainer.simulation.fingerprints import GENERATORS, generate
@@ -93,25 +93,19 @@ def simulate(
     output, settings = Path(os.path.abspath(output)), _Settings(records, size, seed)  # noqa: PTH100 - keeps links
     if (counts := _existing(output, settings)) is not None:
         return counts
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.parent / f".{output.name}.{os.getpid()}.partial"
-    aside.mkdir()
     try:
-        rows = _draw(aside, settings, workers, progress)
-        counts = dict(Counter(row["split"] for row in rows))
-        with (aside / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, MANIFEST_COLUMNS, lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
-        (aside / "README.txt").write_text(_readme(settings), encoding="utf-8")
-        (aside / "simulation.json").write_text(json.dumps({**asdict(settings), "images": counts}, indent=2) + "\n")
-        try:
-            aside.rename(output)
-        except OSError as error:  # another process was faster
-            if (counts := _existing(output, settings)) is None:
-                raise SimulationError(f"cannot write {output} ({error.strerror})") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with whole_folder(output) as folder:
+            rows = _draw(folder, settings, workers, progress)
+            counts = dict(Counter(row["split"] for row in rows))
+            with (folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
+                table = csv.DictWriter(file, MANIFEST_COLUMNS, lineterminator="\n")
+                table.writeheader()
+                table.writerows(rows)
+            (folder / "README.txt").write_text(_readme(settings), encoding="utf-8")
+            (folder / "simulation.json").write_text(json.dumps({**asdict(settings), "images": counts}, indent=2) + "\n")
+    except OSError as error:
+        if (counts := _existing(output, settings)) is None:  # or another process was faster
+            raise SimulationError(f"cannot write {output} ({error.strerror})") from error
     return counts
 
 

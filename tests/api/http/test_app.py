@@ -350,7 +350,8 @@ def test_an_enrolment_is_reported_and_undone(own: TestClient) -> None:
 
 
 def test_a_detection_is_shown_replayed_disputed_and_drawn(own: TestClient) -> None:
-    own.post("/v1/references", data={"label": "real"}, files=files(png(1, False), field="images"))
+    added = own.post("/v1/references", data={"label": "real"}, files=files(png(1, False), field="images")).json()
+    wait_for(lambda: own.get("/v1/status").json()["calibration"]["revision"] == added["revision"])
     given = own.post("/v1/detect", params={"explain": "regions"}, files=files(png(5))).json()["results"][0]
     plain = own.post("/v1/detect", files=files(png(6))).json()["results"][0]
     url = f"/v1/detections/{given['id']}"
