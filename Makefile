@@ -9,6 +9,8 @@ SERVE ?= 1
 DATA ?=
 RECORDS ?= 600
 MINUTES ?= 3
+# Of the campaign `make soak`: all of it, or one of fuzz, kills and load.
+PART ?=
 
 ifeq ($(DATA),)
 DEMO := lineup-data/demo
@@ -28,7 +30,7 @@ help:
 	@echo "make test         the whole test suite"
 	@echo "make check        lint, types, import contracts, migrations"
 	@echo "make docs         draw the imports in docs/architecture.md anew"
-	@echo "make bench        speed of search, training and serving;  make soak: the long tests"
+	@echo "make bench        speed of search, training and serving;  make soak: the campaign   (PART=fuzz|kills|load)"
 
 # The lock holds hashes of CUDA 13 packages whose version pins only a current pip can read.
 $(VENV)/.locked: requirements.lock
@@ -75,8 +77,9 @@ check: $(LINEUP)
 docs: $(VENV)/.locked
 	$(BIN)/python docs/imports.py
 
+# Sizes: LINEUP_SOAK_FILES, LINEUP_SOAK_SEQUENCES, LINEUP_SOAK_MINUTES.
 soak: $(LINEUP)
-	$(RUN) pytest -q -m soak
+	$(RUN) pytest -q -m soak tests$(if $(PART),/journey/test_$(PART).py)
 
 bench: $(LINEUP)
 	for name in search training serving; do $(RUN) benchmarks.$$name || exit 1; done

@@ -1,16 +1,19 @@
 """Shared fixtures: small images, a tiny random checkpoint, and a real Postgres."""
 
+import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 
 import hypothesis
 import numpy as np
+import psutil
 import pytest
 from PIL import Image, ImageFilter
 from sqlalchemy import URL, create_engine, text
@@ -37,6 +40,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         item.add_marker(folder if folder in ("journey", "page") else "unit")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What `make soak` tried and what failed, as rows of the table in BENCHMARKS.md."""
+    if terminalreporter.config.option.markexpr != "soak":
+        return
+    machine = f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB"
+    rows = []
+    for report in (*terminalreporter.stats.get("passed", []), *terminalreporter.stats.get("failed", [])):
+        facts = dict(report.user_properties)
+        if report.when == "call" or report.failed:
+            failed = facts.get("failed", int(report.failed))
+            part = Path(report.fspath).stem.removeprefix("test_")
+            rows.append((part, facts.get("tried", report.nodeid), failed, datetime.now(UTC).date(), machine, part))
+    if rows:
+        terminalreporter.write_line("| part | tried | failed | date | machine | command |\n|---|---|---:|---|---|---|")
+    for *cells, part in rows:
+        terminalreporter.write_line(f"| {' | '.join(map(str, cells))} | `make soak PART={part}` |")
 
 
 def small_image(seed: int, fake: bool, size: int = 48) -> Image.Image:
