@@ -32,6 +32,16 @@ DATABASE_AWAY = (
 """What asking the store raises while Postgres does not answer."""
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether the database answers, and has no room left to write."""
+    return isinstance(getattr(error, "orig", error), psycopg.errors.DiskFull)
+
+
+def told(error: BaseException) -> str:
+    """What a caller is told of one of `DATABASE_AWAY`."""
+    return "the disk of the database is full" if is_full(error) else "the database does not answer"
+
+
 class Breaker:
     """Runs calls to the store in threads of its own and gives up on them after a while.
 
@@ -73,8 +83,9 @@ class Breaker:
         except TimeoutError:
             future.cancel()
             raise self._slow() from None
-        except DATABASE_AWAY:
-            self._resume = time.monotonic() + self.pause
+        except DATABASE_AWAY as error:
+            if not is_full(error):  # it goes on answering what needs no room
+                self._resume = time.monotonic() + self.pause
             raise
 
     def close(self) -> None:

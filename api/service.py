@@ -12,7 +12,7 @@ from prometheus_client import Gauge
 from sqlalchemy.exc import SQLAlchemyError
 
 from api.access import Caller, Keys, hide_paths
-from api.breaker import DATABASE_AWAY
+from api.breaker import DATABASE_AWAY, told
 from api.enrolment import Batch, enrol
 from api.judge.detector import Detector
 from api.judge.evidence import SearchQuery
@@ -276,7 +276,7 @@ def _told(error: Exception) -> str:
     """What a caller who may be anybody is told of a failure: one line, and no SQL."""
     if isinstance(error, SQLAlchemyError | psycopg.Error):
         away = isinstance(error, DATABASE_AWAY)
-        return "the database does not answer" if away else "the database refused a request; the log says which"
+        return told(error) if away else "the database refused a request; the log says which"
     return " ".join(str(error).split())
 
 

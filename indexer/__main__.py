@@ -118,7 +118,7 @@ def add(
                 store.enrolments.finish(report["enrolment"], report)
         active = store.checkpoints.active()
     if (report["rejected"] or report["conflicts"]) and not dry_run:
-        report["report"] = str(save_report(settings.home, "add", report))
+        save_report(settings.home, "add", report)
     answer(as_json, report, lambda: tell_added(report, dry_run))
     if not dry_run and active is not None and active.id != embedder.id:
         note(
@@ -217,7 +217,7 @@ def rebuild(
             with image_progress(total=todo) as advance:
                 report = reembed(embedder, store, max_pixels=settings.max_pixels, partial=partial, on_image=advance)
             if report["unreadable"]:
-                report["report"] = str(save_report(settings.home, "rebuild", report))
+                save_report(settings.home, "rebuild", report)
         report["indexes"] = [
             {"checkpoint": one.id, "size": len(renew_snapshot(settings, store, one.id, anew=True).index)}
             for one in store.checkpoints.list()
@@ -258,7 +258,7 @@ def evaluate(
         embedder = Embedder.load(settings.checkpoint_folder, device=settings.device, engine=settings.engine)
         follower = Follower(settings, store, embedder.id, embedder.dim)
         follower.load()
-        follower.save()
+        follower.try_to_save()
         images: dict[str, Any] = {"data": data, "split": split, "seed": seed, "on_image": advance}
         if output is None:
             evaluation, reused = measure(settings, follower, embedder, **images), False
@@ -295,7 +295,7 @@ def thumbnails(
     with opened(settings) as store, image_progress(total=missing_thumbnails(store)) as advance:
         report = fetch_thumbnails(store, max_bytes=max_bytes, max_pixels=settings.max_pixels, on_image=advance)
     if report["failed"]:
-        report["report"] = str(save_report(settings.home, "thumbnails", report))
+        save_report(settings.home, "thumbnails", report)
     answer(as_json, report, lambda: tell_thumbnails(report))
     if report["failed"] and not report["fetched"]:
         raise typer.Exit(1)
@@ -344,7 +344,7 @@ def import_command(
                     "LINEUP_CHECKPOINT names it"
                 )
     if report["conflicts"]:
-        report["report"] = str(save_report(settings.home, "import", report))
+        save_report(settings.home, "import", report)
     answer(as_json, report, lambda: tell_imported(report))
 
 

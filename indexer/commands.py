@@ -52,6 +52,8 @@ def expected_failures() -> Iterator[None]:
         reason = error.orig if isinstance(error, DBAPIError) else error
         if isinstance(reason, psycopg.errors.LockNotAvailable):
             fail(f"another transaction holds a lock ({reason}): end it (see pg_stat_activity), then run this again")
+        if isinstance(reason, psycopg.errors.DiskFull):
+            fail(f"the database has no room left ({reason}): make room on its disk, then run the command again")
         if isinstance(reason, psycopg.OperationalError):
             fail(f"the database stopped answering ({reason}); what was written stays, run the command again")
         if isinstance(reason, REFUSALS):
@@ -127,10 +129,13 @@ def renew_snapshot(
         store: The rows.
         checkpoint_id: Whose index.
         folder: See `recalibrate`.
-        anew: Do not trust the snapshot that is there.
+        anew: Do not trust the snapshot that is there, and fail where none can be written.
     """
     follower = Follower(settings, store, checkpoint_id, store.checkpoints.require(checkpoint_id).dim)
     follower.load(anew=anew)
-    follower.save()
+    if anew:
+        follower.save()
+    else:
+        follower.try_to_save()  # the rows are committed: the command has done what it was to do
     recalibrate(settings, follower, folder)
     return follower

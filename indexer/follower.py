@@ -156,6 +156,15 @@ class Follower:
             index.save(path, header)
             self._saved = str(header["store"]), position
 
+    def try_to_save(self) -> None:
+        """`save`, where it can be written; a warning says otherwise, for nothing is lost."""
+        try:
+            self.save()
+        except IndexChanged as error:
+            log.debug("%s", error)
+        except OSError as error:
+            log.warning("the snapshot was not written, the next start reads the database: %s", error)
+
     def start(self) -> None:
         """Follow in the background: on notification, and each second anyway. Call `load` before."""
         for work in (self._follow, self._keep_snapshot):
@@ -167,7 +176,7 @@ class Follower:
         self._end.set()
         for thread in self._threads:
             thread.join()
-        self._try_to_save()
+        self.try_to_save()
 
     def search(
         self,
@@ -327,16 +336,8 @@ class Follower:
             if self._saved == (self._store_id, self.position):
                 stale = now
             elif quiet or now - stale >= LATEST:
-                self._try_to_save()
+                self.try_to_save()
                 changed = stale = now  # one that failed is not tried again at once
-
-    def _try_to_save(self) -> None:
-        try:
-            self.save()
-        except IndexChanged as error:
-            log.debug("%s", error)
-        except OSError as error:
-            log.warning("the snapshot was not written, the next start reads the database: %s", error)
 
 
 def _number(names: dict[int, str], name: str | None, key: Callable[[str], str]) -> int | None:

@@ -85,11 +85,15 @@ def image_progress(
         yield lambda: bar.advance(task)
 
 
-def save_report(home: Path, command: str, report: Mapping[str, Any]) -> Path:
-    """Keep a command's report with everything that was skipped; returns where."""
+def save_report(home: Path, command: str, report: dict[str, Any]) -> None:
+    """Keep a command's report with everything that was skipped, and note in it where; or say that it cannot be kept."""
     path = home / "reports" / f"{command}-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
-    write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
-    return path
+    try:
+        write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+    except OSError as error:
+        note(f"warning: the report is not kept ({error}): look at LINEUP_HOME, or take --json")
+    else:
+        report["report"] = str(path)
 
 
 def tell_added(report: Mapping[str, Any], dry_run: bool) -> None:
@@ -139,7 +143,7 @@ def _tell_skipped(report: Mapping[str, Any], lines: Sequence[str]) -> None:
     for line in lines[:SKIPPED_LINES]:
         note(line)
     if len(lines) > SKIPPED_LINES:
-        note(f"... and {len(lines) - SKIPPED_LINES} more, see {report['report']}")
+        note(f"... and {len(lines) - SKIPPED_LINES} more, see {report.get('report', '--json')}")
 
 
 def tell_status(status: Mapping[str, Any]) -> None:

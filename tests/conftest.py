@@ -185,6 +185,16 @@ def populated(
         yield settings
 
 
+def fill_disk(store: Store) -> None:
+    """Let the server refuse new references as one does whose disk is full."""
+    refusal = "raise exception 'could not extend file: No space left on device' using errcode = 'disk_full'"
+    with store.engine.begin() as connection:
+        function = f"create function refuse() returns trigger language plpgsql as $$ begin {refusal}; end $$"
+        connection.execute(text(function))
+        trigger = "create trigger full_disk before insert on reference_image for each row execute function refuse()"
+        connection.execute(text(trigger))
+
+
 @pytest.fixture
 def settings(database_url: str, tmp_path: Path) -> ServiceSettings:
     """Settings of a fresh home and a fresh database, without a token."""

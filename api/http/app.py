@@ -17,7 +17,7 @@ from starlette.routing import Match, Mount
 from starlette.types import Scope
 
 from api.access import RateLimit
-from api.breaker import DATABASE_AWAY
+from api.breaker import DATABASE_AWAY, told
 from api.http import (
     detection_routes,
     docs,
@@ -64,6 +64,10 @@ async def on_bad_field(request: Request, error: RequestValidationError) -> JSONR
 async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
     """What the framework itself answers: no such path, no such method, a body that does not parse or is too large."""
     status, detail, headers = error.status_code, str(error.detail), dict(error.headers or {})
+    if isinstance(error.__cause__, OSError):  # of the temporary file that an upload is kept in
+        log.error("an upload cannot be kept", extra={"reason": str(error.__cause__)})
+        detail = "the temporary folder of the service takes no upload; the log says why"
+        return await on_api_error(request, ApiError("not-ready", detail, retry_after=60))
     if detail.startswith("Too many"):  # parts of a form
         status = 413
     if detail.startswith("Too many files"):
@@ -83,8 +87,9 @@ def _answers(request: Request, method: str) -> bool:
 
 async def on_database_away(request: Request, error: Exception) -> JSONResponse:
     """A call that cannot do without the database."""
-    log.warning("the database does not answer", extra={"reason": type(error).__name__})
-    return await on_api_error(request, ApiError("not-ready", "the database does not answer", retry_after=2))
+    detail = told(error)
+    log.warning(detail, extra={"reason": type(getattr(error, "orig", error)).__name__})
+    return await on_api_error(request, ApiError("not-ready", detail, retry_after=2))
 
 
 async def on_refusal(request: Request, error: Exception) -> JSONResponse:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 # A crash recovery may take this long; a server that exits at once is given less.
 PATIENCE_SECONDS = 180
 FAILURE_SECONDS = 10
+LEAST_BYTES = 16 * 1024 * 1024
+"""Room on its disk without which a server does not come up: one segment of the write-ahead log."""
 
 
 class EmbeddedFailure(RuntimeError):
@@ -229,14 +231,21 @@ class EmbeddedServer:
     def _attempts(self) -> Retrying:
         def stop(state: RetryCallState) -> bool:
             failed = state.outcome is not None and isinstance(state.outcome.exception(), subprocess.CalledProcessError)
-            return (state.seconds_since_start or 0) > (FAILURE_SECONDS if failed else PATIENCE_SECONDS)
+            hopeless = failed or self._lacks_room()  # without room no recovery ends
+            return (state.seconds_since_start or 0) > (FAILURE_SECONDS if hopeless else PATIENCE_SECONDS)
 
         # The package asserts where the server is still starting or recovering.
         passing = (AssertionError, subprocess.SubprocessError, psycopg.OperationalError)
         return Retrying(retry=retry_if_exception_type(passing), stop=stop, wait=wait_fixed(0.2), reraise=True)
 
+    def _lacks_room(self) -> bool:
+        """Whether the disk has less room left than the server needs for its next segment of the log."""
+        return shutil.disk_usage(self.home).free < LEAST_BYTES
+
     def _last_words(self, error: Exception) -> str:
         """The end of the server's log where the server itself failed, else the error, on one line."""
+        if self._lacks_room():
+            return "its disk is full"
         if isinstance(error, subprocess.SubprocessError):
             with contextlib.suppress(OSError, IndexError, KeyError):
                 if os.getuid() == 0 and self.data.stat().st_uid == 0:  # copied by root: PostgreSQL never runs as root

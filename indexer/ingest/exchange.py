@@ -168,7 +168,8 @@ def export_references(
     about["checkpoints"] = [
         {"id": checkpoint.id, "name": checkpoint.name, "dim": checkpoint.dim}
         | {"config": _exported_config(checkpoint.config, pictures)}
-        for checkpoint in store.checkpoints.list()
+        # The active one first, which an empty store makes its own active one.
+        for checkpoint in sorted(store.checkpoints.list(), key=lambda checkpoint: not checkpoint.active)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.part")

@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+from psycopg.errors import DiskFull
 from sqlalchemy.exc import OperationalError
 
 from api import breaker as module
@@ -15,6 +16,17 @@ def test_an_answer_and_a_bug_come_through() -> None:
     assert breaker.ask(int, "ff", base=16) == 255
     with pytest.raises(ZeroDivisionError):
         breaker.ask(lambda: 1 // 0)
+    assert breaker.ask(int, "1") == 1
+    breaker.close()
+
+
+def test_a_full_disk_is_no_reason_to_ask_no_more() -> None:
+    def write() -> None:
+        raise OperationalError("insert", {}, DiskFull("could not extend file"))
+
+    breaker = Breaker(pause=3600)
+    with pytest.raises(OperationalError):
+        breaker.ask(write)
     assert breaker.ask(int, "1") == 1
     breaker.close()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from conftest import fill_disk
 from hashing import HashingEmbedder
 from sqlalchemy import Connection, Engine, event, make_url
 from typer.testing import CliRunner, Result
@@ -392,6 +393,29 @@ def test_a_database_that_goes_away_is_one_line_and_the_next_run_goes_on(
     assert line.endswith("run the command again")
     assert document(run("add", images, "--json"))["added"] == 16
     assert document(run("check", "--json"))["agree"] is True
+
+
+def test_a_home_that_cannot_be_written_to_costs_snapshot_and_report_alone(
+    run: Run, images: Path, settings: Settings
+) -> None:
+    settings.home.mkdir()
+    for name in ("index", "reports"):
+        (settings.home / name).write_text("a file where the folder should be")
+    added = run("add", images)
+    assert added.exit_code == 0
+    assert added.stdout.startswith("added 16 of 17 images")
+    assert "warning: the report is not kept" in added.stderr
+    removed = run("remove", "--generator", "gen-a", "--json")
+    assert (removed.exit_code, document(removed)["removed"]) == (0, 4)
+    assert run("rebuild").exit_code == 1
+
+
+def test_a_full_database_is_told_as_such(run: Run, images: Path, store: Store) -> None:
+    fill_disk(store)
+    refused = run("add", images)
+    assert refused.exit_code == 1
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("error: the database has no room left (")
 
 
 def test_a_transaction_left_open_is_one_line(

@@ -5,6 +5,7 @@ import gc
 import io
 import shutil
 import socket
+import tempfile
 import threading
 import time
 import weakref
@@ -19,13 +20,14 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
-from conftest import small_image
+from conftest import fill_disk, small_image
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from httpx2 import Response
 from PIL import Image
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
+from starlette.formparsers import MultiPartParser
 from typer.testing import CliRunner
 
 from api import access, service
@@ -482,6 +484,22 @@ def test_too_large(client: TestClient) -> None:
     assert "300,000 are allowed (LINEUP_MAX_REQUEST_BYTES" in body["detail"]
     body = problem(client.post("/v1/detect", files=files(*[png()] * 5)), 413, "too-large")
     assert body["detail"].startswith("Too many files. Maximum number of files is 4. LINEUP_MAX_FILES")
+
+
+def test_an_upload_that_the_temporary_folder_does_not_take_is_no_fault_of_the_caller(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    monkeypatch.setattr(MultiPartParser, "spool_max_size", 10)
+    body = problem(client.post("/v1/detect", files=files(png())), 503, "not-ready")
+    assert "temporary folder" in body["detail"]
+    assert str(tmp_path) not in body["detail"]
+
+
+def test_a_full_database_is_told_as_such(own: TestClient) -> None:
+    fill_disk(store_of(own))
+    answer = own.post("/v1/references", data={"label": "real"}, files=files(png(), field="images"))
+    assert problem(answer, 503, "not-ready")["detail"] == "the disk of the database is full"
 
 
 def test_a_reference_that_is_too_large_is_rejected_with_its_size(

@@ -292,6 +292,20 @@ def test_a_folder_that_is_something_else_is_left_alone(home: Path) -> None:
     assert (home / "postgres/mine.txt").read_text() == "keep"
 
 
+def test_a_server_that_has_no_room_to_recover_is_given_up_soon(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recovering(server: EmbeddedServer) -> None:
+        raise psycopg.OperationalError("the database system is in recovery mode")
+
+    (home / "postgres").mkdir()
+    (home / "postgres/PG_VERSION").write_text("18")
+    monkeypatch.setattr(EmbeddedServer, "_run", recovering)
+    monkeypatch.setattr("indexer.database.embedded.FAILURE_SECONDS", 0)
+    usage = shutil.disk_usage(home)._replace(free=0)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(EmbeddedFailure, match="its disk is full"):
+        EmbeddedServer(home).start()
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root's copies belong to root")
 def test_a_home_that_root_copied_says_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("indexer.database.embedded.FAILURE_SECONDS", 0)

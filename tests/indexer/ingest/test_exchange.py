@@ -16,6 +16,7 @@ from conftest import new_database
 from numbered import CHECKPOINT, DIM, new, opened, vector
 from sqlalchemy import URL
 
+from indexer.database.connection import connect
 from indexer.ingest import exchange
 from indexer.ingest.exchange import BadExport, export_references, import_references
 from indexer.settings import Settings
@@ -95,6 +96,21 @@ def test_a_set_arrives_as_it_was(source: Store, target: Store, tmp_path: Path) -
     assert (again["added"], again["embeddings"], again["enrolment"]) == (0, 0, None)
     assert len(target.enrolments.list()) == 1
     assert target.checkpoints.revision(CHECKPOINT) == 2  # two pages
+
+
+def test_the_active_checkpoint_is_that_of_an_empty_store_too(
+    source: Store, postgres_server: URL, tmp_path: Path
+) -> None:
+    assert source.checkpoints.activate(OTHER, without=source.changes.embedded_ids(CHECKPOINT).tolist())
+    path = tmp_path / "set.lineup"
+    export_references(source, path)
+    with new_database(postgres_server) as url:
+        empty = Store(connect(Settings(home=tmp_path / "empty", database_url=url)))
+        import_references(empty, path)
+        active = empty.checkpoints.active()
+        empty.engine.dispose()
+    assert active is not None
+    assert active.id == OTHER
 
 
 def test_a_set_without_pictures_holds_nothing_but_what_is_public(source: Store, target: Store, tmp_path: Path) -> None:
