@@ -1,4 +1,7 @@
-"""Whatever is killed and whenever, running it again ends with the same rows, and rows, index and snapshot agree."""
+"""Whatever is killed and whenever, running it again ends with the same rows, and rows, index and snapshot agree.
+
+A small form runs with the other tests; `make soak PART=kills` makes `LINEUP_SOAK_KILLS` (300) runs that are killed.
+"""
 
 import contextlib
 import json
@@ -9,7 +12,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +26,24 @@ from indexer.settings import Settings
 from indexer.store import Store
 
 ROOT = Path(__file__).parents[2]
+KILLS = int(os.environ.get("LINEUP_SOAK_KILLS", "300"))
+RUNS = 12
+"""Of commands, between two comparisons."""
 
 
-@pytest.fixture
-def home() -> Iterator[Path]:
+@contextlib.contextmanager
+def short_home() -> Iterator[Path]:
+    """A folder whose path a unix socket can have; the server in it is stopped at the end."""
     folder = Path(tempfile.mkdtemp(prefix="lineup-"))
     yield folder
     EmbeddedServer(folder / "home").stop()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    with short_home() as folder:
+        yield folder
 
 
 def start(home: Path, *arguments: object, seconds: float = 0.0) -> "subprocess.Popen[str]":
@@ -60,25 +74,36 @@ def result(process: "subprocess.Popen[str]") -> dict[str, Any]:
 
 
 def assert_all_is_there(home: Path) -> None:
-    """The rows of the whole image folder, in agreement with index and snapshot."""
+    """The rows of the whole image folder, in agreement with index and snapshot, and nothing half-written."""
     settings = Settings(home=home / "home", database_url=None)
     engine = connect(settings)
     store = Store(engine)
     rows = [(row.label, row.generator) for row in store.references.list(limit=10_000)]
     assert {kind: rows.count(kind) for kind in set(rows)} == {(0, None): 60, (1, "gen-a"): 30, (1, "gen-b"): 30}
-    (checkpoint,) = store.checkpoints.list()
-    agreement = compare(settings, store, checkpoint)
+    agreements = {checkpoint.active: compare(settings, store, checkpoint) for checkpoint in store.checkpoints.list()}
     engine.dispose()
-    assert (agreement.problems, agreement.rows, agreement.index) == ([], 120, 120)
-    assert agreement.snapshot == agreement.revision
+    assert [problem for agreement in agreements.values() for problem in agreement.problems] == []
+    active = agreements[True]
+    assert (active.rows, active.index, active.snapshot) == (120, 120, active.revision)
+    assert list(home.rglob("*.part")) == []
 
 
-def kill_again_and_again(home: Path, images: Path, times: int, seed: int) -> None:
-    """Kill adding, removing, rebuilding, following at random moments, the first start included; then one add runs."""
-    moments = random.Random(seed)
-    commands: list[list[object]] = [["add", images]] * 3 + [["remove", "--generator", "gen-a"], ["rebuild"]]
+def kill_again_and_again(home: Path, images: Path, times: int, seed: int) -> Counter[str]:
+    """Kill commands, following and the database at random moments, the first start included; then all run to the end.
+
+    Returns:
+        How many were killed, by what they were doing.
+    """
+    moments, archive, killed = random.Random(seed), home / "set", Counter[str]()
+    others: list[list[object]] = [
+        ["remove", "--generator", "gen-a"],
+        ["rebuild"],
+        ["rebuild", "--checkpoint", home / "newer"],
+        ["export", archive],
+        ["import", archive],
+    ]
     for turn in range(times):
-        command = ["add", images] if turn < 3 else moments.choice(commands)
+        command = ["add", images] if turn < 3 or moments.random() < 0.3 else moments.choice(others)
         processes = [start(home, *command, seconds=0.05)]
         if turn % 3 == 2:
             processes.append(start(home, "follow"))  # what the others write meanwhile
@@ -87,25 +112,47 @@ def kill_again_and_again(home: Path, images: Path, times: int, seed: int) -> Non
             assert process.stderr.readline() == "ready\n"
         with contextlib.suppress(subprocess.TimeoutExpired):
             processes[0].wait(moments.uniform(0, 1.5))
+        database = home / "home/postgres/postmaster.pid"
+        if turn % 4 == 3 and database.exists():
+            killed["database"] += 1
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(database.read_text().splitlines()[0]), signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                processes[0].wait(60)
         for process in processes:
             if process.poll() is None:
+                killed[str(command[0])] += 1
                 os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            assert "Traceback" not in process.communicate()[1]
+    result(start(home, "rebuild", "--checkpoint", home / "hashing", "--json"))
     report = result(start(home, "add", images, "--json"))
     assert report["added"] + report["known"] == 120
     assert report["rejected"] == report["conflicts"] == []
+    assert result(start(home, "export", archive, "--json"))["references"] == 120
+    assert result(start(home, "import", archive, "--json"))["added"] == 0
     assert_all_is_there(home)
+    return killed
 
 
 def test_kills_lose_nothing(home: Path, image_folder: Path) -> None:
-    kill_again_and_again(home, image_folder, times=10, seed=1)
+    kill_again_and_again(home, image_folder, times=8, seed=1)
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", range(2, 12))
-def test_many_kills_lose_nothing(home: Path, image_folder: Path, seed: int) -> None:
-    kill_again_and_again(home, image_folder, times=12, seed=seed)
+@pytest.mark.timeout(8 * 3600)
+def test_many_kills_lose_nothing(image_folder: Path, record_property: Callable[[str, object], None]) -> None:
+    killed, faults, seed = Counter[str](), [], 2
+    while killed.total() < KILLS:
+        with short_home() as folder:
+            try:
+                killed += kill_again_and_again(folder, image_folder, times=RUNS, seed=seed)
+            except (AssertionError, subprocess.TimeoutExpired) as error:
+                faults.append(f"seed {seed}: {error}")
+        seed += 1
+        record_property("tried", f"{killed.total()} kills: {', '.join(f'{n} {name}' for name, n in killed.items())}")
+        record_property("failed", len(faults))
+        assert len(faults) < 10, faults
+    assert faults == []
 
 
 def test_two_processes_that_add_at_once_lose_nothing(home: Path, image_folder: Path) -> None:
