@@ -7,17 +7,19 @@ Every image of the project comes through `decode_image`. It refuses with one of 
     └── UnsupportedFormat  no image, or an image of another format
 """
 
+import ctypes
 import hashlib
 import io
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain, product
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, _imaging
 from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ExifTags import Base
@@ -152,6 +154,8 @@ def decode_image(
         UnreadableImage: Empty, truncated, broken, or made of more parts than are read.
     """
     image, name = open_image(data, max_pixels=max_pixels)
+    if name == "TIFF":
+        _silence_libtiff()
     try:
         image.load()
         rgb = _rgb(_upright(image) if upright else image)
@@ -165,6 +169,13 @@ def decode_image(
         format=name,
         jpeg_quality=_jpeg_quality(getattr(image, "quantization", None)) if name == "JPEG" else None,
     )
+
+
+@cache
+def _silence_libtiff() -> None:
+    """Keep libtiff from printing to stderr the errors that Pillow raises as well."""
+    with suppress(AttributeError, OSError):  # where Pillow has no libtiff, or hides it
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 
 def _reason(error: Exception) -> str:

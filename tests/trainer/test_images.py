@@ -178,6 +178,18 @@ def test_truncated_files_are_unreadable(file_format: str, share: float) -> None:
         decode_image(data[: max(1, int(len(data) * share))])
 
 
+def test_a_damaged_tiff_writes_nothing_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    """Libtiff has a handler for errors that prints them, amid a log of JSON."""
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "TIFF", compression="tiff_lzw")
+    data = bytearray(buffer.getvalue())
+    data[200:1200] = bytes(1000)
+    with pytest.raises(UnreadableImage, match="broken TIFF"):
+        decode_image(bytes(data))
+    assert capfd.readouterr().err == ""
+
+
 def test_a_png_that_lacks_only_its_end_mark_has_all_its_pixels() -> None:
     data = encode(noise(64, 64), "PNG")
     np.testing.assert_array_equal(np.asarray(decode_image(data[:-10])[0]), np.asarray(noise(64, 64)))
