@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 LINEUP := $(BIN)/lineup
+TOOLS := .tools/bin
 SERVE ?= 1
 # A real image set instead of the simulated one: `make demo DATA=/path/to/images`.
 DATA ?=
@@ -22,7 +23,7 @@ IMAGES := $(DATA)
 endif
 demo: export LINEUP_HOME ?= $(DEMO)
 
-.PHONY: demo test check docs bench soak clean
+.PHONY: demo test check docs bench soak audit sbom clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +31,7 @@ help:
 	@echo "make test         the whole test suite"
 	@echo "make check        lint, types, import contracts, migrations"
 	@echo "make docs         draw the imports in docs/architecture.md anew"
+	@echo "make audit        known vulnerabilities of what the lock names;  make sbom: what each image holds, in build/sbom"
 	@echo "make bench        speed of search, training and serving;  make soak: the campaign   (PART=fuzz|kills|load)"
 
 # The lock holds hashes of CUDA 13 packages whose version pins only a current pip can read.
@@ -84,5 +86,31 @@ soak: $(LINEUP)
 bench: $(LINEUP)
 	for name in search training serving; do $(RUN) benchmarks.$$name || exit 1; done
 
+# Of no use to the project itself, so they are neither in its lock nor in its environment.
+$(TOOLS)/.locked: tools.lock
+	$(PYTHON) -m venv .tools
+	$(TOOLS)/pip install --quiet --require-hashes -r tools.lock
+	@touch $@
+
+REACHED := import requests; from pip_audit._service.osv import OsvService as osv; requests.get(osv.OSV_QUERY_URL, timeout=20)
+
+audit: $(TOOLS)/.locked
+	@$(TOOLS)/python -c '$(REACHED)' 2>/dev/null || \
+		{ echo "not audited: the database of vulnerabilities (OSV) cannot be reached from here" >&2; exit 1; }
+	for lock in requirements.lock docker/faiss-cpu.lock docker/pip.lock tools.lock; do \
+		$(TOOLS)/pip-audit --strict --vulnerability-service osv --disable-pip --require-hashes --requirement $$lock || exit 1; done
+
+build/sbom/lean.json: EXTRAS := cpu
+build/sbom/cpu.json: EXTRAS := cpu train
+build/sbom/cuda.json: EXTRAS := gpu train datasets export
+build/sbom/%.json: $(TOOLS)/.locked pyproject.toml requirements.lock docker/faiss-cpu.lock docker/pip.lock
+	@mkdir -p $(@D)
+	{ $(TOOLS)/python docker/extras.py $(EXTRAS); cat docker/pip.lock; } | $(TOOLS)/uv pip compile --quiet --generate-hashes \
+		--no-header --no-annotate --python-version 3.11 --constraint requirements.lock --constraint docker/faiss-cpu.lock \
+		--output-file $(@:.json=.lock) -
+	$(TOOLS)/cyclonedx-py requirements --output-reproducible --pyproject pyproject.toml --output-file $@ $(@:.json=.lock)
+
+sbom: build/sbom/lean.json build/sbom/cpu.json build/sbom/cuda.json
+
 clean:
-	rm -rf lineup-data build *.egg-info
+	rm -rf lineup-data build .tools *.egg-info

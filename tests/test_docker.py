@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def test_copied_paths_exist_and_reach_the_build() -> None:
     paths = {path for line in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE) for path in line.split()}
     assert {"trainer", "indexer", "api", "migrations", "pyproject.toml", "requirements.lock"} <= paths
     assert {path for path in paths if f"!{path}" not in ignored} == set()
-    assert {path for path in paths - {"README.md"} if not (ROOT / path).exists()} == set()
+    assert {path for path in paths if not (ROOT / path).exists()} == set()
 
 
 def test_every_copied_package_is_installed_and_every_target_exists(services: dict[str, Any]) -> None:
@@ -46,13 +47,65 @@ def test_every_copied_package_is_installed_and_every_target_exists(services: dic
     assert (ROOT / "docker" / services["api"]["build"]["context"] / services["api"]["build"]["dockerfile"]).exists()
 
 
+def wanted(image: str) -> list[str]:
+    """What a stage of the Dockerfile asks pip for."""
+    stage = re.split(r"^FROM ", DOCKERFILE.split(f" AS {image}\n")[1], flags=re.MULTILINE)[0]
+    [extras] = re.findall(r"python extras\.py (.*?) >", stage)
+    command = [sys.executable, "docker/extras.py", *extras.split()]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def test_the_lean_image_installs_no_training_library() -> None:
-    lean = DOCKERFILE.split("FROM base AS lean")[1].split("FROM ")[0]
-    assert re.findall(r"pip install (.*)", lean) == ['".[cpu]"']
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = " ".join(project["dependencies"] + project["optional-dependencies"]["cpu"])
+    needed = " ".join(wanted("lean"))
     assert "openvino" in needed
     assert not re.search("torch|timm|scikit|opencv|webdataset", needed)
+
+
+@pytest.mark.parametrize("image", ["lean", "cpu", "cuda"])
+def test_an_image_has_what_it_needs_from_the_lock_and_no_test_tool(image: str) -> None:
+    locks = [ROOT / "requirements.lock", ROOT / "docker" / "faiss-cpu.lock"][: 1 if image == "cuda" else 2]
+    locked = set(re.findall(r"^([a-z0-9-]+)==\S+ \\\n    --hash=", "\n".join(map(Path.read_text, locks)), re.MULTILINE))
+    names = {re.split(r"[^\w-]", requirement)[0] for requirement in wanted(image)}
+    assert {name for name in names if "faiss" in name} == {"faiss-gpu-cuvs" if image == "cuda" else "faiss-cpu"}
+    assert names <= locked
+    tests = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
+    assert not names.intersection(tests)
+
+
+def test_all_that_pip_installs_is_pinned_by_hash() -> None:
+    commands = re.findall(r"pip install (.*)", DOCKERFILE)
+    assert len(commands) == 6
+    for command in commands:
+        ours = command == "--no-deps --no-build-isolation ."
+        assert ours or command.startswith("--require-hashes "), command
+
+
+def test_the_bill_of_materials_is_of_what_the_images_install() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    told = dict(re.findall(r"^build/sbom/(\w+)\.json: EXTRAS := (.*)$", makefile, re.MULTILINE))
+    assert told == {
+        image: re.findall(rf" AS {image}\n(?:.*\n)*?RUN python extras\.py (.*?) >", DOCKERFILE)[0]
+        for image in ("lean", "cpu", "cuda")
+    }
+
+
+def test_every_image_runs_as_a_user_without_rights() -> None:
+    for stage in re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[2:]:
+        assert re.findall(r"^USER (\w+)$", stage, re.MULTILINE)[-1] == "lineup"
+
+
+def test_containers_are_confined(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert "cap_add" not in service, name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["read_only"] is True, name
+        assert service["mem_limit"] in ("2g", "4g"), name
+        assert 64 <= service["pids_limit"] <= 1024, name
+        assert service["tmpfs"], name
+        assert service.get("user", "lineup") in ("lineup", "postgres"), name
+    [size] = re.findall(r"/tmp:size=(\d+)m", str(services["api"]["tmpfs"]))
+    assert int(size) * 2**20 > ServiceSettings.model_fields["max_inflight_bytes"].default
 
 
 def test_commands_exist(services: dict[str, Any]) -> None:
