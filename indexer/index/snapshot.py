@@ -4,7 +4,6 @@ The checksum of each member of the zip is compared before anything in it is beli
 """
 
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from zipfile import BadZipFile, ZipFile, ZipInfo
 import numpy as np
 from filelock import FileLock
 
+from trainer.files import whole_file
+
 HEADER = "header.json"
 
 
@@ -27,7 +28,7 @@ class BadSnapshot(ValueError):
 def write_snapshot(path: Path, header: Mapping[str, Any], arrays: Iterable[np.ndarray]) -> None:
     """Write a header and arrays, which are kept in their order; nothing of it is seen before all is on disk.
 
-    Processes that write the same path wait for each other; what a killed one left behind is overwritten.
+    Processes that write the same path wait for each other.
 
     Args:
         path: The file; its folder is made.
@@ -35,20 +36,15 @@ def write_snapshot(path: Path, header: Mapping[str, Any], arrays: Iterable[np.nd
         arrays: Their bytes are stored as they are. An exception that they raise leaves the file as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.part")
-    with FileLock(path.with_name(f"{path.name}.lock")):
-        try:
-            with aside.open("wb") as file:
-                with ZipFile(file, "w") as archive:
-                    archive.writestr(ZipInfo(HEADER), json.dumps(header))
-                    for number, array in enumerate(arrays):
-                        with archive.open(f"{number}.npy", "w", force_zip64=True) as member:
-                            np.lib.format.write_array(member, array, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
+    with (
+        FileLock(path.with_name(f"{path.name}.lock")),
+        whole_file(path) as file,
+        ZipFile(file, "w") as archive,
+    ):
+        archive.writestr(ZipInfo(HEADER), json.dumps(header))
+        for number, array in enumerate(arrays):
+            with archive.open(f"{number}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from indexer.ingest.thumbnails import missing_thumbnails
 from indexer.store import Store
 from indexer.store.generators import GENERATOR_FACTS, GeneratorExists, check_generator_name
 from indexer.store.reference_facts import PUBLIC, ImageFacts, NewReference
+from trainer.files import whole_file
 
 FORMAT = "lineup references 2"
 FORMATS = ("lineup references 1", FORMAT)
@@ -151,7 +152,7 @@ PAGE = TypeAdapter(Annotated[list[ExportedReference], Field(max_length=TRANSACTI
 def export_references(
     store: Store, path: Path, on_image: Callable[[], None] = lambda: None, *, pictures: bool = True
 ) -> dict[str, Any]:
-    """Write everything to a file, aside first; references that come or go meanwhile may be in it or not.
+    """Write everything to a file, replaced as a whole; references that come or go meanwhile may be in it or not.
 
     Args:
         store: The references.
@@ -171,25 +172,19 @@ def export_references(
         # The active one first, which an empty store makes its own active one.
         for checkpoint in sorted(store.checkpoints.list(), key=lambda checkpoint: not checkpoint.active)
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.part")
-    try:
-        # Thumbnails and vectors are as good as incompressible.
-        with ZipFile(aside, "w") as archive:
-            for rows, data in _pages(store, pictures, vector_type):
-                archive.writestr(f"{about['pages']}.json", json.dumps(rows), ZIP_DEFLATED)
-                archive.writestr(f"{about['pages']}.bin", data)
-                about["pages"] += 1
-                about["references"] += len(rows)
-                for _ in rows:
-                    on_image()
-            about["generators"] = [
-                {name: getattr(generator, name) for name in GENERATOR_FACTS} for generator in store.generators.list()
-            ]
-            archive.writestr("about.json", json.dumps(about, default=str))
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    # Thumbnails and vectors are as good as incompressible.
+    with whole_file(path) as file, ZipFile(file, "w") as archive:
+        for rows, data in _pages(store, pictures, vector_type):
+            archive.writestr(f"{about['pages']}.json", json.dumps(rows), ZIP_DEFLATED)
+            archive.writestr(f"{about['pages']}.bin", data)
+            about["pages"] += 1
+            about["references"] += len(rows)
+            for _ in rows:
+                on_image()
+        about["generators"] = [
+            {name: getattr(generator, name) for name in GENERATOR_FACTS} for generator in store.generators.list()
+        ]
+        archive.writestr("about.json", json.dumps(about, default=str))
     checkpoints = [checkpoint["id"] for checkpoint in about["checkpoints"]]
     return {"file": str(path), "references": about["references"], "checkpoints": checkpoints}
 

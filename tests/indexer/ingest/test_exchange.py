@@ -76,8 +76,10 @@ def vectors(store: Store, checkpoint: str) -> dict[str, list[float]]:
 
 def test_a_set_arrives_as_it_was(source: Store, target: Store, tmp_path: Path) -> None:
     path = tmp_path / "out/set.lineup"
-    exported = export_references(source, path)
+    beside: set[Path] = set()  # what a kill at any of these moments would leave
+    exported = export_references(source, path, lambda: beside.update(path.parent.iterdir()))
     assert exported == {"file": str(path), "references": 300, "checkpoints": [CHECKPOINT, OTHER]}
+    assert beside == set()
     imported = import_references(target, path)
     assert (imported["references"], imported["added"], imported["embeddings"]) == (300, 300, 310)
     assert (imported["conflicts"], imported["blocked"]) == ([], [])
