@@ -256,7 +256,6 @@ def import_(
     preprocess: Annotated[
         Literal["center_crop", "resize_crop"], typer.Option(help="Of images; center_crop is the official inference.")
     ] = "center_crop",
-    trust_pickles: Annotated[bool, typer.Option(help="Load pickled heads: they can run any code.")] = False,
     as_json: Json = False,
 ) -> None:
     """Turn weights in the hub's layout, the official ones among them, into a checkpoint."""
@@ -264,12 +263,11 @@ def import_(
         from trainer.heads.calibration_set import refit_command
         from trainer.hub.importer import import_checkpoint
 
-        imported = import_checkpoint(source, output, name=name, preprocess=preprocess, trust_pickles=trust_pickles)
+        imported = import_checkpoint(source, output, name=name, preprocess=preprocess)
     lines = [f"wrote checkpoint {imported.checkpoint} to {output}"]
-    if imported.heads is None:
-        lines.append(f"no heads: fit them with `{refit_command(output)}`")
+    lines.append(f"no heads: fit them with `{refit_command(output)}`")
     if imported.refused:
-        lines.append(f"left out pickled heads ({', '.join(imported.refused)}); --trust-pickles would run them")
+        lines.append(f"left out pickled heads, which can run any code: {', '.join(imported.refused)}")
     report(as_json, {"output": str(output)} | asdict(imported), *lines)
 
 

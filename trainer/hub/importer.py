@@ -1,12 +1,11 @@
 """Checkpoints from the hub's layout of transformers (`ViTModel`).
 
 The official weights (`aimagelab/CoDE`) are such a `ViTModel`: LayerNorm epsilon 1e-12, pooler unused, the feature is
-the last hidden state at the CLS token. Their heads are pickles, which can run any code when loaded.
+the last hidden state at the CLS token. Their heads are pickles, which can run any code when loaded, and are left out.
 """
 
 import json
 import re
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trainer.heads.heads import Heads, LinearHead, NearestHead, OneClassHead, unit_length
 from trainer.hub.vit_names import HubError, architecture_args, from_transformers
 from trainer.model.checkpoint import CheckpointConfig, CheckpointError, save_checkpoint
 from trainer.model.embedder import Embedder
@@ -33,8 +31,6 @@ class Imported:
 
     checkpoint: str
     """Its id."""
-    heads: str | None
-    """Id of the heads, None when there were none or they were refused."""
     refused: list[str]
     """Pickled heads that were left out."""
 
@@ -45,7 +41,6 @@ def import_checkpoint(
     *,
     name: str | None = None,
     preprocess: Literal["center_crop", "resize_crop"] = "center_crop",
-    trust_pickles: bool = False,
 ) -> Imported:
     """Turn a transformers `ViTModel` into a checkpoint folder.
 
@@ -54,12 +49,11 @@ def import_checkpoint(
         output: The checkpoint folder to write.
         name: Of the checkpoint; by default what an exported one says, or the source's last part.
         preprocess: How images are brought to size, unless an exported checkpoint says it itself.
-        trust_pickles: Load pickled heads: they can run any code.
 
     Raises:
         HubError: No such source, or not a ViT that fits.
     """
-    folder = _folder(source, trust_pickles, output)
+    folder = _folder(source, output)
     hub = _json(folder / "config.json")
     origin = hub.get("lineup", {})
     tensors = from_transformers(_tensors(folder))
@@ -82,14 +76,10 @@ def import_checkpoint(
     (output / METRICS_FILE).unlink(missing_ok=True)
     write_card(output)
     pickles = sorted([*folder.glob("sklearn/*.sav"), *folder.glob("sklearn/*.joblib")])
-    if not trust_pickles or not pickles:
-        return Imported(identity, None, [str(path.relative_to(folder)) for path in pickles])
-    heads = read_pickled_heads(pickles)
-    heads.save(output)
-    return Imported(identity, heads.id, [])
+    return Imported(identity, [str(path.relative_to(folder)) for path in pickles])
 
 
-def _folder(source: str, trust_pickles: bool, output: Path) -> Path:
+def _folder(source: str, output: Path) -> Path:
     """The source as a local folder, fetched from the hub where it is none."""
     if Path(source).is_dir():
         return Path(source)
@@ -98,19 +88,18 @@ def _folder(source: str, trust_pickles: bool, output: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    patterns = ["config.json", "README.md", *HUB_WEIGHTS, *(["sklearn/*"] if trust_pickles else [])]
+    patterns = ["config.json", "README.md", *HUB_WEIGHTS]
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         folder = source.rpartition("/")[2]
         files = " ".join(f"--include {quote(pattern)}" for pattern in patterns)
-        trust = "--trust-pickles " if trust_pickles else ""
         raise HubError(
             f"{source} is no folder here, and the hub did not give it ({reason}). On a machine with the network: "
             f"`hf download {source} {files} --local-dir {folder}`, or save config.json, README.md and "
             f"{HUB_WEIGHTS[0]} (where there is none {HUB_WEIGHTS[1]}) of https://huggingface.co/{source}/tree/main in "
-            f"a folder {folder}. Then, here: `lineup train import {folder} {trust}--output {quote(str(output))}`"
+            f"a folder {folder}. Then, here: `lineup train import {folder} --output {quote(str(output))}`"
         ) from error
 
 
@@ -160,52 +149,3 @@ def _licence(folder: Path) -> str:
 def _revision(folder: Path) -> str:
     """The commit of a hub snapshot, whose folder is named by it; empty for any other folder."""
     return folder.name if folder.parent.name == "snapshots" else ""
-
-
-def read_pickled_heads(paths: Sequence[Path]) -> Heads:
-    """Load trusted joblib files and keep their arrays.
-
-    Args:
-        paths: Files of a LogisticRegression, and optionally a KNeighborsClassifier (1-NN, cosine) and a OneClassSVM
-            (+1 is real); what each is follows from its class.
-
-    Raises:
-        CheckpointError: No logistic regression is among them, or a head is none of these.
-    """
-    import joblib
-
-    models: dict[str, Any] = {}
-    for path in paths:
-        try:
-            loaded = joblib.load(path)
-        except Exception as error:  # a pickle may raise anything
-            raise CheckpointError(f"{path} does not unpickle ({type(error).__name__}: {error})") from error
-        models[type(loaded).__name__] = loaded
-    if "LogisticRegression" not in models:
-        raise CheckpointError(f"no LogisticRegression among {', '.join(path.name for path in paths)}")
-    linear = models["LogisticRegression"]
-    return Heads(
-        linear=LinearHead(np.asarray(linear.coef_[0], np.float64), float(linear.intercept_[0])),
-        svm=_one_class(models["OneClassSVM"]) if "OneClassSVM" in models else None,
-        nearest=_nearest(models["KNeighborsClassifier"]) if "KNeighborsClassifier" in models else None,
-        maps={},
-        settings={"files": [path.name for path in paths]},
-    )
-
-
-def _one_class(svm: Any) -> OneClassHead:
-    if svm.kernel != "poly":
-        raise CheckpointError(f"the pickled OneClassSVM has kernel {svm.kernel!r}; expected poly")
-    return OneClassHead(
-        support=np.asarray(svm.support_vectors_, np.float32),
-        dual=np.asarray(svm.dual_coef_[0], np.float64),
-        intercept=float(svm.intercept_[0]),
-        gamma=float(svm._gamma),
-        coef0=float(svm.coef0),
-        degree=int(svm.degree),
-    )
-
-
-def _nearest(knn: Any) -> NearestHead:
-    labels = np.asarray(knn.classes_)[np.asarray(knn._y).reshape(-1)]
-    return NearestHead(unit_length(np.asarray(knn._fit_X)).astype(np.float16), (labels != 0).astype(np.uint8))
