@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from api.inflight import deadline_in_use
 from api.judge.detector import Detector
-from api.judge.uploads import Upload, decode
+from api.judge.uploads import Question, Upload, prepare
 from api.schemas import LABELS, Label
 from api.schemas.problems import ApiError, FieldError
 from api.schemas.resources import Added, Removed
@@ -14,6 +15,7 @@ from indexer.measure.enrolment_effect import consequences
 from indexer.store.generators import check_generator_name
 from indexer.store.removing import Removed as RemovedRows
 from trainer.data.entry import Entry
+from trainer.process_pool import DeadlinePassed
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +64,27 @@ def enrol(detector: Detector, uploads: Sequence[Upload], batch: Batch) -> Added:
 
     Raises:
         ApiError: conflict, when all are known with another label or generator; the first file's own problem, when
-            none can be read. Images that may not come back are only listed as rejected.
+            none can be read; not-ready, when the request has no time left. Images that may not come back are only
+            listed as rejected.
         CheckpointSwitched: The detector's checkpoint is no longer the active one, though no setting names it.
     """
     settings = detector.settings
     excesses = [(upload, upload.excess(settings)) for upload in uploads]
-    report = ingest(
-        (batch.entry(upload) for upload, excess in excesses if not excess),
-        detector.embedder,
-        detector.store,
-        max_pixels=settings.max_pixels,
-        generator=batch.generator,
-        source=batch.source,
-        keep_bytes=settings.keep_uploads,
-        while_active=not detector.named,
-    )
+    try:
+        report = ingest(
+            (batch.entry(upload) for upload, excess in excesses if not excess),
+            detector.embedder,
+            detector.store,
+            max_pixels=settings.max_pixels,
+            image_seconds=settings.image_seconds,
+            deadline=deadline_in_use(),
+            generator=batch.generator,
+            source=batch.source,
+            keep_bytes=settings.keep_uploads,
+            while_active=not detector.named,
+        )
+    except DeadlinePassed as error:
+        raise ApiError("not-ready", f"{error}; send fewer images at once", retry_after=5) from error
     large = [{"file": upload.file, "reason": excess} for upload, excess in excesses if excess]
     added = Added.model_validate(report | {"rejected": [*report["rejected"], *large]})
     if not (added.added or added.known or added.embedded):
@@ -84,7 +92,7 @@ def enrol(detector: Detector, uploads: Sequence[Upload], batch: Batch) -> Added:
             detail = "every image is known with another label or generator; remove those references first"
             raise ApiError("conflict", detail, conflicts=added.conflicts)
         if not added.conflicts and all(item.reason != FORGOTTEN for item in added.rejected):
-            decode(uploads[0], settings)  # raises what is wrong with it
+            prepare(uploads[0], Question(), detector.embedder.preprocess, settings)  # raises what is wrong with it
     detector.follower.catch_up()
     if added.enrolment is not None:
         changed = consequences(settings, detector.follower, added.enrolment)

@@ -1,5 +1,6 @@
 """The budget of bytes that the bodies of all requests in work share, and what each request has of it."""
 
+import math
 import threading
 from concurrent.futures import Future
 from contextvars import ContextVar
@@ -26,10 +27,11 @@ class Reservation:
 
     Args:
         budget: Of all requests.
+        deadline: When the request has no time left, by `time.monotonic`.
     """
 
-    def __init__(self, budget: Budget) -> None:
-        self.size, self._budget, self._holders = 0, budget, 1
+    def __init__(self, budget: Budget, deadline: float = math.inf) -> None:
+        self.size, self.deadline, self._budget, self._holders = 0, deadline, budget, 1
 
     def grow(self, size: int) -> None:
         """Hold so many bytes in all, or more.
@@ -62,4 +64,10 @@ class Reservation:
 
 
 reservation_in_use: ContextVar[Reservation | None] = ContextVar("reservation_in_use", default=None)
-"""Of the request that the current task works for."""
+"""Of the request that the current task, or the thread, works for."""
+
+
+def deadline_in_use() -> float:
+    """When the request that is worked for has no time left, by `time.monotonic`; infinite outside of requests."""
+    reservation = reservation_in_use.get()
+    return math.inf if reservation is None else reservation.deadline

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 async def run_in(pool: Executor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """What `work` returns in a thread of the pool, which holds the request's bytes until it has ended."""
-    calls = [partial(work, *args, **kwargs)]
+    calls = [partial(copy_context().run, partial(work, *args, **kwargs))]
     future = pool.submit(lambda: calls.pop()())
     future.add_done_callback(lambda _: calls.clear())  # the pool keeps what was cancelled until a thread is free
     if reservation := reservation_in_use.get():

@@ -105,6 +105,7 @@ def add(
                 embedder,
                 store,
                 max_pixels=settings.max_pixels,
+                image_seconds=settings.image_seconds,
                 generator=generator,
                 source=source,
                 dry_run=dry_run,

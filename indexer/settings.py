@@ -38,6 +38,8 @@ class Settings(BaseSettings):
     """Share of fake images that may be called real, 0..1."""
     max_pixels: int = Field(default=50_000_000, ge=1)
     """Largest image that is decoded, width times height in pixels."""
+    image_seconds: float = Field(default=20.0, gt=0)
+    """Time that decoding an image and reading what it says of itself may take, seconds; then its process is ended."""
 
     @field_validator("database_url")
     @classmethod

@@ -102,6 +102,11 @@ class FileFacts:
     jpeg_quality: int | None
 
 
+def decoding_memory(max_pixels: int) -> int:
+    """Bytes of data that a process may have which decodes and explains images of so many pixels."""
+    return PROGRAM_MEMORY + PIXEL_MEMORY * max_pixels
+
+
 def open_image(data: bytes, *, max_pixels: int = 50_000_000) -> tuple[ImageFile.ImageFile, str]:
     """Read the header of an image and find its format, once its structure and size are known to be bearable.
 
@@ -322,6 +327,9 @@ def thumbnail(image: Image.Image, size: int = 256) -> bytes:
 
 _SHORTEST = np.float32(1e-12)
 """Length of an embedding below which it has no direction."""
+
+PIXEL_MEMORY, PROGRAM_MEMORY = 20, 2**28
+"""Bytes that decoding takes at most for each pixel (16 for a WebP with alpha), and those of programs and windows."""
 
 Box = tuple[int, int, int, int]
 """x, y, width, height in pixels of the upright image."""

@@ -76,7 +76,7 @@ class Envelope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status, size, reservation = time.perf_counter(), 0, 0, Reservation(self.budget)
+        start, status, size = time.perf_counter(), 0, 0
         headers = Headers(scope=scope)
         method = scope["method"] if scope["method"] in METHODS else "other"
         framed_twice = "transfer-encoding" in headers and "content-length" in headers  # RFC 9112, 6.1
@@ -85,6 +85,7 @@ class Envelope:
         scope.setdefault("state", {})["request_id"] = request_id
         is_form = headers.get("content-type", "").startswith("multipart/")
         limit, seconds = self.settings.max_request_bytes, self.settings.request_seconds
+        reservation = Reservation(self.budget, time.monotonic() + seconds)
         most = limit if is_form else min(limit, MOST_JSON)
         length = headers.get("content-length", "")
         declared = int(length) if length.isdecimal() else 0

@@ -2,12 +2,14 @@
 
 import logging
 from functools import partial
+from threading import Thread
 
 from sqlalchemy import text
 
 from api.breaker import Breaker
 from api.judge.calibrator import Calibrator
 from api.judge.detector import Detector
+from api.judge.uploads import prepare
 from api.schemas.verdicts import ModelFacts
 from api.service_settings import ServiceSettings
 from indexer.database.connection import connect
@@ -20,6 +22,7 @@ from trainer.heads.calibration_set import CalibrationSet, refit_command
 from trainer.heads.heads import HEADS_FILE, Heads
 from trainer.model.checkpoint import CONFIG_FILE, CheckpointError, read_sections
 from trainer.model.embedder import Embedder
+from trainer.process_pool import decoding_pool
 
 log = logging.getLogger(__name__)
 STATEMENT_SECONDS = 60
@@ -39,6 +42,7 @@ def load_detector(settings: ServiceSettings) -> Detector:
         DatabaseUnreachable: No database answers.
         DatabaseBehind: Its schema is another one.
     """
+    Thread(target=decoding_pool().warm, args=(prepare.__module__,), daemon=True).start()  # a second, beside the others
     no_database = settings.database_url is None and not EmbeddedServer(settings.home).data.exists()
     if no_database or settings.checkpoint is not None:  # no other can be the active one, or none is asked for
         read_sections(settings.checkpoint_folder)

@@ -6,12 +6,23 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from api.inflight import deadline_in_use
 from api.judge.provenance import read_provenance
 from api.judge.regions import judged_boxes, region_pixels, variant_windows, windows_and_shortfall
 from api.schemas.problems import ApiError, Kind
 from api.schemas.verdicts import Explanation, ImageFacts, Provenance
 from api.service_settings import ServiceSettings
-from trainer.images import Box, FileFacts, ImageTooLarge, Preprocess, UnreadableImage, UnsupportedFormat, decode_image
+from trainer.images import (
+    Box,
+    FileFacts,
+    ImageTooLarge,
+    Preprocess,
+    UnreadableImage,
+    UnsupportedFormat,
+    decode_image,
+    decoding_memory,
+)
+from trainer.process_pool import DeadlinePassed, LimitExceeded, decoding_pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +77,14 @@ def file_name(name: str | None) -> str:
     return "".join(c if c.isprintable() else "?" for c in (name or "")[:255]) or "unnamed"
 
 
-def decode(upload: Upload, settings: ServiceSettings) -> tuple[Image.Image, FileFacts]:
-    """The upright RGB image of an upload, within the limits of the settings.
+def decode(upload: Upload, max_pixels: int) -> tuple[Image.Image, FileFacts]:
+    """The upright RGB image of an upload.
 
     Raises:
         ApiError: too-large, not-an-image or unreadable.
     """
-    if excess := upload.excess(settings):
-        raise ApiError("too-large", f"{upload.file} {excess}")
     try:
-        return decode_image(upload.data, max_pixels=settings.max_pixels)
+        return decode_image(upload.data, max_pixels=max_pixels)
     except UnreadableImage as error:
         kinds: dict[type[UnreadableImage], Kind] = {ImageTooLarge: "too-large", UnsupportedFormat: "not-an-image"}
         raise ApiError(kinds.get(type(error), "unreadable"), f"{upload.file}: {error}") from error
@@ -90,13 +99,37 @@ def shown_windows(preprocess: Preprocess, width: int, height: int) -> list[Box] 
 def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings: ServiceSettings) -> Prepared:
     """Check, decode and preprocess one upload, with the views that the question's explanations need.
 
+    This is done in a process of its own, which ends with the time of the request.
+
+    Raises:
+        ApiError: too-large, not-an-image, unreadable, or not-ready where the request has no time left.
+    """
+    if excess := upload.excess(settings):
+        raise ApiError("too-large", f"{upload.file} {excess}")
+    try:
+        return decoding_pool().call(
+            prepare_here,
+            *(upload, question, preprocess, settings.max_pixels),
+            seconds=settings.image_seconds,
+            memory=decoding_memory(settings.max_pixels),
+            deadline=deadline_in_use(),
+        )
+    except LimitExceeded as error:
+        raise ApiError("unreadable", f"{upload.file}: {error}") from error
+    except DeadlinePassed as error:
+        raise ApiError("not-ready", f"{upload.file}: {error}; try again", retry_after=5) from error
+
+
+def prepare_here(upload: Upload, question: Question, preprocess: Preprocess, max_pixels: int) -> Prepared:
+    """As `prepare`, but in this process.
+
     Of an image with too little to judge no variants are made: there is no score that could hold or change.
 
     Raises:
         ApiError: too-large, not-an-image or unreadable.
     """
     start = time.perf_counter()
-    image, facts = decode(upload, settings)
+    image, facts = decode(upload, max_pixels)
     windows, shortage = windows_and_shortfall(image, preprocess)
     boxes = judged_boxes(image, preprocess) if "regions" in question.explain else []
     variants = variant_windows(image, preprocess) if "stability" in question.explain and not shortage else None
@@ -118,6 +151,6 @@ def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings
         views=views,
         boxes=boxes,
         variants=None if variants is None else tuple(variants),
-        provenance=read_provenance(upload.data, max_pixels=settings.max_pixels),
+        provenance=read_provenance(upload.data, max_pixels=max_pixels),
         decode_ms=1000 * (time.perf_counter() - start),
     )

@@ -1,6 +1,7 @@
 """From the entries of a data set to rows: skip what is known, decode, embed, write, all at the same time."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -8,7 +9,7 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -19,8 +20,11 @@ from indexer.store.reference_facts import LABEL_NAMES, NewReference, kind
 from indexer.store.references import Known
 from trainer.cores import usable_cores
 from trainer.data.entry import Entry
-from trainer.images import UnreadableImage, decode_image, thumbnail
+from trainer.images import FileFacts, Preprocess, UnreadableImage, decode_image, decoding_memory, thumbnail
 from trainer.model.embedder import Embedder
+from trainer.process_pool import DeadlinePassed, LimitExceeded, decoding_pool
+
+T = TypeVar("T")
 
 WRITE_IMAGES = 256
 WRITE_SECONDS = 2.0
@@ -92,6 +96,8 @@ def ingest(
     store: Store,
     *,
     max_pixels: int = 50_000_000,
+    image_seconds: float = 20.0,
+    deadline: float = math.inf,
     generator: str | None = None,
     source: str | None = None,
     dry_run: bool = False,
@@ -110,6 +116,8 @@ def ingest(
         embedder: The checkpoint; it becomes known to the store (and active, if it is the first).
         store: Where to.
         max_pixels: Larger images are rejected.
+        image_seconds: Images that take longer to decode are rejected.
+        deadline: When nobody waits any more, by `time.monotonic`.
         generator: Written on the enrolment; the entries carry their own.
         source: Written on the enrolment too.
         dry_run: Read and decode, but embed and write nothing; `added` is what would be added.
@@ -122,6 +130,7 @@ def ingest(
         `Report` as a dict, which is what `lineup index add --json` prints.
 
     Raises:
+        DeadlinePassed: Nobody waits any more; what was not added by then is not.
         CheckpointSwitched: Another checkpoint is the active one, though `while_active`; what was added has been
             embedded with that one too.
     """
@@ -136,6 +145,8 @@ def ingest(
             pool=pool,
             chunk=16 * workers,
             max_pixels=max_pixels,
+            image_seconds=image_seconds,
+            deadline=deadline,
             keep_bytes=keep_bytes,
             generator=generator,
             source=source,
@@ -172,6 +183,8 @@ class _Ingestion:
     pool: Executor
     chunk: int
     max_pixels: int
+    image_seconds: float
+    deadline: float
     keep_bytes: bool
     generator: str | None
     source: str | None
@@ -225,9 +238,8 @@ class _Ingestion:
         return True
 
     def _add_thumbnail(self, image_id: int, data: bytes) -> None:
-        with suppress(UnreadableImage, MemoryError):
-            image, _ = decode_image(data, max_pixels=self.max_pixels)
-            self.store.references.add_thumbnail(image_id, thumbnail(image))
+        with suppress(UnreadableImage, LimitExceeded):
+            self.store.references.add_thumbnail(image_id, self._in_process(_thumbnail, data, self.max_pixels))
 
     def _read(self, entry: Entry) -> File | None:
         try:
@@ -240,8 +252,8 @@ class _Ingestion:
     def _decode(self, file: File) -> Prepared | None:
         entry, data, sha256 = file
         try:
-            image, facts = decode_image(data, max_pixels=self.max_pixels, sha256=sha256)
-            windows = self.embedder.preprocess([image])  # (w, 3, s, s)
+            decoded = self._in_process(_decoded, data, sha256, self.max_pixels, self.embedder.preprocess)
+            facts = decoded.facts
             reference = NewReference(
                 sha256=facts.sha256,
                 label=entry.label,
@@ -255,15 +267,19 @@ class _Ingestion:
                 height=facts.height,
                 format=facts.format,
                 jpeg_quality=facts.jpeg_quality,
-                fingerprint=fingerprint(image),
-                thumbnail=thumbnail(image),
+                fingerprint=decoded.fingerprint,
+                thumbnail=decoded.thumbnail,
                 attributes=entry.attributes,
                 data=data if self.keep_bytes else None,
             )
-            return Prepared(entry, reference, windows)
-        except (UnreadableImage, MemoryError) as error:
+            return Prepared(entry, reference, decoded.windows)
+        except (UnreadableImage, LimitExceeded) as error:
             self._reject(entry, error)
             return None
+
+    def _in_process(self, work: Callable[..., T], *args: object) -> T:
+        memory = decoding_memory(self.max_pixels)
+        return decoding_pool().call(work, *args, seconds=self.image_seconds, memory=memory, deadline=self.deadline)
 
     def _reject(self, entry: Entry, error: Exception) -> None:
         self.report.reject(entry.key, str(error) or type(error).__name__)
@@ -283,16 +299,20 @@ class _Ingestion:
     def write(self, embedded: Iterable[list[Embedded]]) -> None:
         """Write a few hundred images or two seconds at a time; the first of them open an enrolment."""
         waiting: list[Embedded] = []
-        last = time.monotonic()
+        first = 0.0
         for batch in embedded:
+            if not waiting:
+                first = time.monotonic()
             waiting += batch
-            if len(waiting) >= WRITE_IMAGES or time.monotonic() - last > WRITE_SECONDS:
+            if len(waiting) >= WRITE_IMAGES or time.monotonic() - first > WRITE_SECONDS:
                 self._add(waiting)
-                waiting, last = [], time.monotonic()
+                waiting = []
         self._add(waiting)
 
     def _add(self, rows: Sequence[Embedded]) -> None:
         report = self.report
+        if time.monotonic() > self.deadline:
+            raise DeadlinePassed("nobody waits for the images that are left")
         if rows and report.enrolment is None:
             report.enrolment = self.store.enrolments.open(self.generator, self.source)
         for start in range(0, len(rows), WRITE_IMAGES):
@@ -332,6 +352,25 @@ def register(embedder: Embedder, store: Store) -> None:
         ValueError: It is known with another dimension.
     """
     store.checkpoints.register(embedder.id, embedder.name, embedder.dim, embedder.config.to_json(), embedder.folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What a row needs of an image's pixels, its windows of shape (w, 3, s, s), float32."""
+
+    facts: FileFacts
+    windows: np.ndarray
+    fingerprint: int
+    thumbnail: bytes
+
+
+def _decoded(data: bytes, sha256: str, max_pixels: int, preprocess: Preprocess) -> Decoded:
+    image, facts = decode_image(data, max_pixels=max_pixels, sha256=sha256)
+    return Decoded(facts, preprocess([image]), fingerprint(image), thumbnail(image))
+
+
+def _thumbnail(data: bytes, max_pixels: int) -> bytes:
+    return thumbnail(decode_image(data, max_pixels=max_pixels)[0])
 
 
 def fingerprint(image: Image.Image) -> int:

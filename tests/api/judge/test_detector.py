@@ -3,6 +3,7 @@
 import copy
 import io
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -15,6 +16,7 @@ from sqlalchemy.exc import OperationalError
 
 from api import verdict_log
 from api.access import Caller
+from api.inflight import Budget, Reservation, reservation_in_use
 from api.judge import evidence
 from api.judge.detector import FLIPS, RECORD_VERSION, Case, Detector
 from api.judge.evidence import SearchQuery
@@ -464,6 +466,20 @@ def test_limits_on_bytes_and_pixels(detector: Detector) -> None:
         with pytest.raises(ApiError, match=f"LINEUP_{name.upper()}") as caught:
             with_settings(detector, **{name: limit}).prepare(upload)
         assert caught.value.status == 413
+
+
+def test_limits_on_time_end_the_work_itself(detector: Detector) -> None:
+    with pytest.raises(ApiError, match=r"more than 1e-05 seconds to read") as caught:
+        with_settings(detector, image_seconds=1e-5).prepare(query())
+    assert caught.value.kind == "unreadable"
+    token = reservation_in_use.set(Reservation(Budget(1), deadline=time.monotonic()))
+    try:
+        with pytest.raises(ApiError, match="time for it") as caught:
+            detector.prepare(query())
+    finally:
+        reservation_in_use.reset(token)
+    assert caught.value.kind == "not-ready"
+    assert detector.prepare(query()).image.width == 64
 
 
 def test_while_the_database_is_away_memory_answers(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:

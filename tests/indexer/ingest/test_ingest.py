@@ -4,6 +4,7 @@ import hashlib
 import io
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from trainer.data.datasets import read_dataset
 from trainer.data.entry import Entry
 from trainer.images import decode_image
 from trainer.model.embedder import Embedder
+from trainer.process_pool import DeadlinePassed
 
 
 @pytest.fixture
@@ -332,3 +334,16 @@ def test_closing_a_prefetch_ends_its_thread() -> None:
     stream.close()
     assert threading.active_count() == before
     assert closed.wait(10)
+
+
+def test_nothing_is_written_for_somebody_who_no_longer_waits(store: Store, folder: Path) -> None:
+    with pytest.raises(DeadlinePassed):
+        ingest(read_dataset(folder), HashingEmbedder(), store, deadline=time.monotonic())
+    report = ingest(read_dataset(folder), HashingEmbedder(), store)
+    assert (report["added"], report["known"]) == (24, 0)
+
+
+def test_an_image_that_takes_too_long_is_rejected(store: Store, folder: Path) -> None:
+    report = ingest(read_dataset(folder), HashingEmbedder(), store, image_seconds=1e-5)
+    assert report["added"] == 0
+    assert {item["reason"] for item in report["rejected"]} == {"it takes more than 1e-05 seconds to read"}

@@ -1,0 +1,80 @@
+"""Work in processes of its own: what takes too much ends alone, and nobody else notices."""
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from trainer.process_pool import KEPT, DeadlinePassed, LimitExceeded, ProcessPool
+
+LIMITS = {"seconds": 60.0, "memory": 2**30}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPool]:
+    pool = ProcessPool(2)
+    pool.warm("os")
+    yield pool
+    for _ in range(2):
+        worker = pool._places.get()
+        assert worker
+        worker.end()
+
+
+def call(pool: ProcessPool, work: object, *args: object, **limits: float) -> object:
+    return pool.call(work, *args, **(LIMITS | limits))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [0, 10, KEPT + 1])
+def test_results_and_errors_come_back(pool: ProcessPool, size: int) -> None:
+    data = os.urandom(size)
+    assert call(pool, bytes.__add__, data, b"a") == data + b"a"
+    with pytest.raises(ZeroDivisionError, match="by zero"):
+        call(pool, divmod, 1, 0)
+    assert call(pool, os.getpid) != os.getpid()
+
+
+def test_what_takes_too_long_is_ended_while_others_go_on(pool: ProcessPool) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        hanging = thread.submit(call, pool, time.sleep, 60, seconds=1.0)
+        while pool._places.qsize() == 2:
+            time.sleep(0.01)
+        others = {call(pool, os.getpid) for _ in range(20)}
+        assert not hanging.done()
+        assert len(others) == 1  # the warm one
+        with pytest.raises(LimitExceeded, match="more than 1 seconds"):
+            hanging.result(30)
+    with ThreadPoolExecutor(2) as threads:
+        both = list(threads.map(lambda _: call(pool, time.sleep, 0.2), range(2)))
+    assert both == [None, None]  # it was replaced
+
+
+def test_what_takes_too_much_memory_ends_alone(pool: ProcessPool) -> None:
+    with pytest.raises(LimitExceeded, match="more memory"):
+        call(pool, bytearray, 2**31)
+    assert call(pool, len, bytes(10)) == 10
+    assert call(pool, bytearray, 10, memory=2**31) == bytearray(10)
+
+
+def test_what_breaks_its_process_is_refused_alone(pool: ProcessPool) -> None:
+    with pytest.raises(LimitExceeded, match="breaks what reads it"):
+        call(pool, os.abort)
+    assert call(pool, abs, -1) == 1
+
+
+def test_work_ends_with_the_time_of_who_waits_for_it(pool: ProcessPool) -> None:
+    start = time.monotonic()
+    with pytest.raises(DeadlinePassed):
+        call(pool, time.sleep, 60, deadline=start + 0.2)
+    with ThreadPoolExecutor(2) as threads:
+        busy = [threads.submit(call, pool, time.sleep, 60, seconds=1.0) for _ in range(2)]
+        while pool._places.qsize():
+            time.sleep(0.01)
+        with pytest.raises(DeadlinePassed, match="before its turn"):
+            call(pool, abs, -1, deadline=time.monotonic() + 0.1)
+        assert all(isinstance(one.exception(30), LimitExceeded) for one in busy)
+    assert time.monotonic() - start < 30
+    assert call(pool, abs, -1, deadline=math.inf) == 1

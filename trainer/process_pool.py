@@ -1,0 +1,197 @@
+"""Processes of their own for work on files that anybody may have made: one that takes too much ends alone."""
+
+import math
+import os
+import pickle
+import queue
+import resource
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from mmap import MADV_REMOVE, mmap
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
+from typing import Any, TypeVar
+
+from trainer.cores import usable_cores
+
+T = TypeVar("T")
+
+LARGEST_MESSAGE = 2**32
+"""Bytes of address space for what is sent; memory is taken for as much as was written."""
+KEPT = 2**24
+"""Bytes of a message above which its memory is given back once it is read."""
+
+
+class LimitExceeded(ValueError):
+    """The work took more time or memory than it may, or broke its process, which has ended."""
+
+
+class DeadlinePassed(RuntimeError):
+    """Nobody waits for the result any more; the process that worked on it has ended."""
+
+
+class Channel:
+    """A connection between two processes whose messages lie in memory that both see: a pipe would copy them in pieces.
+
+    Args:
+        connection: It tells when a message is there, and how long it is.
+        handle: Of the memory.
+    """
+
+    def __init__(self, connection: Connection, handle: int) -> None:
+        self.connection, self.memory = connection, mmap(handle, LARGEST_MESSAGE)
+        os.close(handle)
+
+    def send(self, message: object) -> None:
+        """Send what can be pickled, once the other side has read what was sent before."""
+        self.memory.seek(0)
+        pickle.dump(message, self.memory, pickle.HIGHEST_PROTOCOL)
+        self.connection.send(self.memory.tell())
+
+    def receive(self) -> Any:
+        """Wait for a message.
+
+        Raises:
+            EOFError: The other process has ended.
+        """
+        size = self.connection.recv()
+        with memoryview(self.memory) as memory:
+            message = pickle.loads(memory[:size])
+        if size > KEPT:
+            self.memory.madvise(MADV_REMOVE)
+        return message
+
+
+class Worker:
+    """One process, which works on one thing after the other.
+
+    It is forked from a server process without threads that has imported the modules already, and so starts in some
+    milliseconds.
+
+    Args:
+        modules: What the server process imports, if it does not run yet.
+    """
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["__main__", __name__, *modules])
+        ours, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs,), name="worker", daemon=True)
+        self._process.start()
+        theirs.close()
+        handle = os.memfd_create("messages")
+        os.truncate(handle, LARGEST_MESSAGE)
+        send_handle(ours, handle, self._process.pid)
+        self._channel = Channel(ours, handle)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be asked."""
+        return self._process.is_alive()
+
+    def ask(self, task: tuple[Any, ...], seconds: float, deadline: float) -> Any:
+        """What a task gives; see `ProcessPool.call`. What is raised but by the task ends the process."""
+        until = min(time.monotonic() + seconds, deadline)
+        try:
+            self._channel.send(task)
+            if (left := until - time.monotonic()) <= 0 or not self._channel.connection.poll(left):
+                if until == deadline:
+                    raise DeadlinePassed("the time for it has passed")
+                raise LimitExceeded(f"it takes more than {seconds:g} seconds to read")
+            succeeded, result = self._channel.receive()
+        except (EOFError, OSError):
+            self.end()
+            raise LimitExceeded("it takes more memory to read than an image may, or breaks what reads it") from None
+        except BaseException:
+            self.end()
+            raise
+        if succeeded:
+            return result
+        if isinstance(result, MemoryError):
+            raise LimitExceeded("it takes more memory to read than an image may")
+        raise result
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.join()
+        self._channel.connection.close()
+        self._channel.memory.close()
+
+
+def _work(connection: Connection) -> None:
+    """What a process does until the other end of the connection is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides when this ends
+    channel = Channel(connection, recv_handle(connection))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    while True:
+        try:
+            work, args, memory = channel.receive()
+        except EOFError:
+            return
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, most))
+        try:
+            answer = True, work(*args)
+        except Exception as error:
+            answer = False, error
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        channel.send(answer)
+        del work, args, answer
+
+
+class ProcessPool:
+    """Processes that are started when they are needed first, and kept. Threads may share it.
+
+    Args:
+        processes: At most so many; further callers wait.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self._places: queue.LifoQueue[Worker | None] = queue.LifoQueue()
+        for _ in range(processes):
+            self._places.put(None)
+
+    def warm(self, module: str) -> None:
+        """Start every process that is not in use, once their server has imported a module."""
+        places = []
+        with suppress(queue.Empty):
+            while True:
+                places.append(self._places.get_nowait())
+        for worker in places:
+            self._places.put(worker or Worker([module]))
+
+    def call(self, work: Callable[..., T], *args: Any, seconds: float, memory: int, deadline: float = math.inf) -> T:
+        """What a function of a module returns, or raises, in one of the processes.
+
+        Args:
+            work: The function. The first one's module is imported once for all processes.
+            args: For it; they, and what it returns, are pickled.
+            seconds: It may take so long.
+            memory: Bytes of data that the process may have, its own included.
+            deadline: When the caller stops waiting, by `time.monotonic`.
+
+        Raises:
+            LimitExceeded: It took longer, or more memory, or broke the process.
+            DeadlinePassed: The caller has stopped waiting.
+        """
+        try:
+            worker = self._places.get(timeout=None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise DeadlinePassed("the time for it passed before its turn") from None
+        try:
+            if worker is None or not worker.alive:
+                worker = Worker([work.__module__])
+            result: T = worker.ask((work, args, memory), seconds, deadline)
+            return result
+        finally:
+            self._places.put(worker)
+
+
+@cache
+def decoding_pool() -> ProcessPool:
+    """The processes in which all of this process's uploads and references are decoded, one for each core."""
+    return ProcessPool(usable_cores())
