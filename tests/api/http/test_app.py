@@ -704,12 +704,14 @@ def test_a_head_that_never_ends_is_hung_up_on(populated: ServiceSettings, monkey
     try:
         wait_for(lambda: serving.started)
         port = serving.servers[0].sockets[0].getsockname()[1]
-        for sent, answers in ((b"", 0), (whole[:20], 0), (whole + whole[:20], 1), (smuggling + whole, 0)):
+        proxied = b"GET /v1/status HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n"
+        for sent, answers in ((b"", 0), (whole[:20], 0), (whole + whole[:20], 1), (smuggling + whole, 0), (proxied, 0)):
             with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
                 connection.sendall(sent)
                 got = b"".join(iter(partial(connection.recv, 65536), b""))  # until the server closes
             assert got.count(b"HTTP/1.1 200") == answers
             assert (sent[:4] == b"POST") == (b"HTTP/1.1 400" in got)
+            assert (sent == proxied) == (b"no proxy may stand between (HTTP/1.0)" in got)
     finally:
         serving.should_exit = True
         thread.join(20)
@@ -751,6 +753,17 @@ def test_with_keys_nobody_comes_in_without(keyed: TestClient) -> None:
     problem(keyed.get("/metrics"), 401, "unauthorized")
     for path in ("/", "/docs", "/openapi.json", "/health/live", "/health/ready"):
         assert keyed.get(path).status_code == 200, path
+
+
+def test_who_guesses_keys_is_told_to_wait_and_who_has_one_is_not(keyed: TestClient) -> None:
+    _, headers = make_key(keyed, "detect")
+    assert keyed.get("/v1/status", headers=headers).status_code == 200
+    service_of(keyed)._keys.failures.per_minute = 2
+    guesses = [keyed.get("/v1/status", headers={"authorization": f"Bearer {guess}"}) for guess in "abc"]
+    assert [answer.status_code for answer in guesses] == [401, 401, 429]
+    problem(guesses[-1], 429, "too-many-requests")
+    assert guesses[-1].headers["retry-after"] == "30"
+    assert keyed.get("/v1/status", headers=headers).status_code == 200
 
 
 def test_scopes_open_what_they_name(keyed: TestClient) -> None:
