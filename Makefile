@@ -10,7 +10,7 @@ SERVE ?= 1
 DATA ?=
 RECORDS ?= 600
 MINUTES ?= 3
-# Of the campaign `make soak`: all of it, or one of fuzz, kills and load.
+# Of the campaign `make soak`: all of it, or one of fuzz, kills, faults and load.
 PART ?=
 
 ifeq ($(DATA),)
@@ -32,7 +32,7 @@ help:
 	@echo "make check        lint, types, import contracts, migrations"
 	@echo "make docs         draw the imports in docs/architecture.md anew"
 	@echo "make audit        known vulnerabilities of what the lock names;  make sbom: what each image holds, in build/sbom"
-	@echo "make bench        speed of search, training and serving;  make soak: the campaign   (PART=fuzz|kills|load)"
+	@echo "make bench        speed of search, training and serving;  make soak: the campaign   (PART=fuzz|kills|faults|load)"
 
 # The lock holds hashes of CUDA 13 packages whose version pins only a current pip can read.
 $(VENV)/.locked: requirements.lock

@@ -1,5 +1,6 @@
 """Reach the database: the server of `LINEUP_DATABASE_URL`, or an embedded one under `LINEUP_HOME`."""
 
+import logging
 import time
 from functools import partial
 from pathlib import Path
@@ -100,6 +101,8 @@ def connect(settings: Settings, *, check: bool = True, statement_seconds: int = 
     engine = create_engine(
         url.set(query={**CONNECTION, **url.query}), pool_pre_ping=True, max_overflow=30, pool_timeout=POOL_SECONDS
     )
+    # Whoever used a connection that broke off says so; the pool would add a traceback as it takes it back.
+    logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
     event.listen(engine, "do_connect", _open)
     event.listen(engine, "connect", partial(_limit_waiting, statement_seconds))
     try:

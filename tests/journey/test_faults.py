@@ -1,0 +1,180 @@
+"""A service whose database, connections or disk fail: what it acknowledged stays, and it recovers by itself.
+
+A small form runs with the other tests, `make soak PART=faults` the full one.
+"""
+
+import resource
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+from zipfile import ZipFile
+
+import httpx2
+import psutil
+import psycopg
+import pytest
+from served import ROOT, Load, Served, png, served, stored, wait_until_back
+
+from indexer.database.embedded import EmbeddedServer
+
+Record = Callable[[str, object], None]
+ENDING = "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid() and backend_type = %s"
+RESET = struct.pack("ii", 1, 0)
+"""SO_LINGER that makes close() reset the connection."""
+
+
+@pytest.fixture(scope="module")
+def service(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with served(tiny_checkpoint, tmp_path_factory.mktemp("served") / "log") as service:
+        load = Load(service.address)
+        with httpx2.Client(base_url=service.address, timeout=60) as client:
+            for seed in (1, 2):
+                load.add(client, seed)
+        yield service
+
+
+def stopped(home: Path, seconds: float) -> None:
+    """Stop the database, and start it again after so long."""
+    EmbeddedServer(home).stop()
+    time.sleep(seconds)
+    EmbeddedServer(home).start()
+
+
+def crashed(home: Path, seconds: float) -> None:
+    """Kill the database, and start it again after so long."""
+    psutil.Process(int((home / "postgres/postmaster.pid").read_text().splitlines()[0])).kill()
+    time.sleep(seconds)
+    EmbeddedServer(home).start()
+
+
+def ended(home: Path, seconds: float) -> None:
+    """End every connection to the database each second, for so long."""
+    url = EmbeddedServer(home).start().set(drivername="postgresql").render_as_string(hide_password=False)
+    for _ in range(round(seconds)):
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(ENDING, ["client backend"])
+        time.sleep(1)
+
+
+Fault = Callable[[Path, float], None]
+FAULTS: list[Fault] = [stopped, crashed, ended]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("fault", "seconds"),
+    [(crashed, 1.0), (ended, 2.0), *(pytest.param(fault, 20.0, marks=pytest.mark.soak) for fault in FAULTS)],
+)
+def test_a_database_that_fails_under_load_loses_nothing(
+    service: Served, fault: Fault, seconds: float, record_property: Record
+) -> None:
+    load = Load(service.address)
+    with httpx2.Client(base_url=service.address, timeout=60) as client:
+        before = stored(client)
+    number = 100 + 200 * FAULTS.index(fault) + int(seconds)  # images of its own
+    threads = [threading.Thread(target=load.work, args=(number + client,)) for client in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        time.sleep(1)
+        load.away.set()
+        fault(service.home, seconds)
+        wait_until_back(service.address)
+        load.away.clear()
+        time.sleep(1)
+    finally:
+        load.end.set()
+        for thread in threads:
+            thread.join()
+    record_property("tried", f"database {fault.__name__} for {seconds:g} s, {load.answers.total():,} answers")
+    record_property("failed", len(load.wrong))
+    assert load.wrong == []
+    with httpx2.Client(base_url=service.address, timeout=60) as client:
+        assert stored(client) == before | set(load.standing.values())
+        state = client.get("/v1/status").json()
+    assert state["index"]["size"] == len(before) + len(load.standing)
+    assert state["index"]["revision"] == state["revision"]
+
+
+def request(body: bytes, length: int) -> bytes:
+    """A detection with this much of its body, which is said to have that length."""
+    head = "POST /v1/detect HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    return f"{head}Content-Length: {length}\r\n\r\n".encode() + body
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.soak)])
+def test_connections_that_idle_crawl_or_break_leak_nothing(
+    service: Served, count: int, record_property: Record
+) -> None:
+    process, place = psutil.Process(service.process.pid), urlsplit(service.address)
+    disposition = b'Content-Disposition: form-data; name="image"; filename="a.png"'
+    body = b"--b\r\n" + disposition + b"\r\n\r\n" + png(5, True) + b"\r\n--b--\r\n"
+    client = httpx2.Client(base_url=service.address, timeout=60)
+    answers = [client.post("/v1/detect", files=Load.file(5, "image")).status_code]
+    before = process.num_fds(), process.num_threads(), process.memory_info().rss
+
+    def connect() -> socket.socket:
+        return socket.create_connection((place.hostname or "", place.port or 0), timeout=60)
+
+    with ExitStack() as idle:
+        idle.enter_context(closing(client))
+        for _ in range(2 * count):
+            idle.enter_context(connect())
+        slow = [idle.enter_context(connect()) for _ in range(count // 4)]
+        for connection in slow:
+            connection.sendall(request(b"", 10_000))
+        for number in range(count):
+            with connect() as broken, suppress(OSError):
+                broken.sendall(request(body[: len(body) // 2] if number % 2 else body, len(body)))
+                broken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            if number % 10 == 0:
+                answers.append(client.post("/v1/detect", files=Load.file(number, "image")).status_code)
+                for connection in slow:
+                    with suppress(OSError):
+                        connection.sendall(b"-")
+        parts = client.post("/v1/detect", files=[("image", ("", b""))] * 10_000)
+    deadline = time.monotonic() + 90
+    while (
+        process.num_fds() > before[0] + 4
+        or "lineup_queue_images 0.0" not in httpx2.get(f"{service.address}/metrics").text
+    ):
+        assert time.monotonic() < deadline, (process.num_fds(), before)
+        time.sleep(0.2)
+    wrong = [status for status in answers if status not in (200, 429, 503)]
+    record_property("tried", f"{2 * count} idle, {count // 4} slow and {count} broken connections, 10,000 parts")
+    record_property("failed", len(wrong))
+    assert wrong == []
+    assert answers.count(200) > len(answers) / 2
+    assert parts.status_code == 413
+    assert process.num_threads() <= before[1] + 40  # of pools that grow with work
+    assert process.memory_info().rss < before[2] + 300 * 2**20
+
+
+@pytest.mark.parametrize("command", [["export", "OUT/set"], ["rebuild"]])
+def test_a_full_disk_ends_a_command_in_one_line(
+    service: Served, tiny_checkpoint: Path, tmp_path: Path, command: list[str]
+) -> None:
+    own = {"LINEUP_HOME": str(service.home), "LINEUP_CHECKPOINT": str(tiny_checkpoint), "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "indexer", *(part.replace("OUT", str(tmp_path)) for part in command)],
+        env={"PATH": "/usr/bin:/bin"} | own,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)),  # a stand-in for a full disk
+    )
+    assert result.returncode == 1, result.stdout
+    assert [line for line in result.stderr.splitlines() if "File too large" in line] != [], result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+    for snapshot in (service.home / "index").rglob("snapshot"):
+        with ZipFile(snapshot) as archive:
+            assert archive.testzip() is None
