@@ -12,8 +12,9 @@ from typing import ParamSpec, TypeVar
 
 import numpy as np
 
+from api.admission import Admission
 from api.batcher import Batcher, BatcherFull, Item, Result
-from api.inflight import reservation_in_use
+from api.inflight import deadline_in_use, reservation_in_use
 from api.judge.detector import Case, Detector
 from api.judge.uploads import Question, Upload
 from api.monitoring import Metrics
@@ -25,6 +26,8 @@ CAPACITY, CAPACITY_PER_WINDOW = 512, 48
 
 The explained images of one request, three at a time, fill half of it at most.
 """
+DECODE_SECONDS, DECODE_SECONDS_PER_BYTE = 0.01, 5e-8
+"""What reading an upload takes, and more for each of its bytes: a JPEG on one core, to begin with."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -48,11 +51,12 @@ class Serving:
     Args:
         detector: A loaded one, started here.
         decoders: The threads in which uploads are decoded.
+        admission: To these threads.
         metrics: They count batches.
     """
 
-    def __init__(self, detector: Detector, decoders: Executor, metrics: Metrics) -> None:
-        self.detector, self.users, self._decoders = detector, 0, decoders
+    def __init__(self, detector: Detector, decoders: Executor, admission: Admission, metrics: Metrics) -> None:
+        self.detector, self.users, self._decoders, self._admission = detector, 0, decoders, admission
         self.embedding: Batcher[Sequence[np.ndarray], np.ndarray]
         capacity = CAPACITY + CAPACITY_PER_WINDOW * (detector.embedder.preprocess.windows - 1)
         self.embedding = Batcher(
@@ -76,7 +80,9 @@ class Serving:
         Raises:
             ApiError: too-large, not-an-image, unreadable, or not-ready where too many images wait.
         """
-        prepared = await run_in(self._decoders, self.detector.prepare, upload, question)
+        seconds = DECODE_SECONDS + DECODE_SECONDS_PER_BYTE * len(upload.data)
+        with self._admission.admitted(seconds, deadline_in_use()):
+            prepared = await run_in(self._decoders, self.detector.prepare, upload, question)
         start = time.perf_counter()
         windows = sum(map(len, prepared.views))  # each weighs: a pass has room for so many, and memory
         embeddings = await _join(self.embedding, prepared.views, windows)

@@ -12,8 +12,10 @@ from prometheus_client import Gauge
 from sqlalchemy.exc import SQLAlchemyError
 
 from api.access import Caller, Keys, hide_paths
+from api.admission import Admission
 from api.breaker import DATABASE_AWAY, told
 from api.enrolment import Batch, enrol
+from api.inflight import deadline_in_use
 from api.judge.detector import Detector
 from api.judge.evidence import SearchQuery
 from api.judge.loader import load_detector, load_successor
@@ -34,6 +36,14 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 DATABASE_THREADS = 16
+ENROLLING_THREADS = 4
+"""Enrolments that are worked on at once, in threads of their own: they take seconds, other calls do not."""
+MOST_ENROLLING, ENROL_SECONDS = 16, 0.05
+"""Enrolments that may be in work or wait, and what each of their images takes, to begin with."""
+MOST_DECODING = 512
+"""Images that may be in work or wait to be read."""
+STALE_SECONDS = 120.0
+"""After which an index that is not known to be complete is no longer ready to answer."""
 AT_ONCE = 8
 """Images of one request that are in work at the same time."""
 EXPLAINED_AT_ONCE = 3
@@ -64,6 +74,9 @@ class Service:
         self._decoders = ThreadPoolExecutor(usable_cores(), "decode")
         self._askers = ThreadPoolExecutor(2 * usable_cores(), "ask")
         self._workers = ThreadPoolExecutor(DATABASE_THREADS, "work")
+        self._enrollers = ThreadPoolExecutor(ENROLLING_THREADS, "enrol")
+        self._decoding = Admission(usable_cores(), MOST_DECODING, "images")
+        self._enrolling = Admission(ENROLLING_THREADS, MOST_ENROLLING, "enrolments")
         self._counters = ThreadPoolExecutor(2, "count")
         self._keys: Keys
         self._serving: Serving
@@ -121,7 +134,7 @@ class Service:
             detector.calibrator.refresh()  # or the first verdicts would be uncertain while it is being fitted
         except Exception:
             log.warning("the first calibration failed; serving without one, and trying again", exc_info=True)
-        self._serving = Serving(detector, self._decoders, self.metrics)
+        self._serving = Serving(detector, self._decoders, self._decoding, self.metrics)
         self._watch()
         self._ready = True
 
@@ -141,7 +154,7 @@ class Service:
                 old.detector.hindrance = None
                 try:
                     self._detector = await self.run(load_successor, old.detector)
-                    self._serving = Serving(self._detector, self._decoders, self.metrics)
+                    self._serving = Serving(self._detector, self._decoders, self._decoding, self.metrics)
                 except Exception as error:  # the old one goes on; what hinders may pass, or be put right
                     old.detector.hindrance = " ".join(str(error).split()) or type(error).__name__
                 else:
@@ -183,6 +196,7 @@ class Service:
         was_ready, self._ready = self._ready, False
         self._decoders.shutdown(cancel_futures=True)
         self._workers.shutdown()
+        self._enrollers.shutdown()
         if was_ready:
             self._serving.stop()
         if self._retired is not None:
@@ -195,6 +209,19 @@ class Service:
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call something that waits for the database, off the event loop."""
         return await run_in(self._workers, work, *args, **kwargs)
+
+    def check_capacity(self) -> None:
+        """Whether an image that came now would be judged in time, by an index that is up to date.
+
+        Raises:
+            ApiError: not-ready.
+        """
+        wait, lag = self._decoding.wait, self.serving.detector.follower.lag
+        if self._decoding.full or wait > self.settings.request_seconds / 2:
+            detail = f"{self._decoding.inside} images are in work or wait, which takes about {wait:.0f} s"
+            raise ApiError("not-ready", detail, retry_after=wait)
+        if lag > STALE_SECONDS:
+            raise ApiError("not-ready", f"the index has not been known to be complete for {lag:.0f} s", retry_after=5)
 
     async def keys_exist(self) -> bool:
         """Whether any key was ever made, see `Keys.exist`."""
@@ -246,8 +273,9 @@ class Service:
         while True:
             serving = self.serving
             try:
-                with serving.used():
-                    return await self.run(enrol, serving.detector, uploads, batch)
+                seconds = ENROL_SECONDS * len(uploads)
+                with serving.used(), self._enrolling.admitted(seconds, deadline_in_use()):
+                    return await run_in(self._enrollers, enrol, serving.detector, uploads, batch)
             except CheckpointSwitched:
                 log.info("waiting for the active checkpoint")
             while self._serving is serving:

@@ -30,8 +30,11 @@ async def live() -> Health:
 
 
 @router.get("/health/ready", responses=documented("not-ready"))
-async def ready(detector: Loaded) -> Health:
-    """The checkpoint is loaded, the index followed, even if it is empty, and what can be calibrated is."""
+async def ready(service: Served) -> Health:
+    """The checkpoint is loaded, the index followed, even if it is empty, what can be calibrated is, and an image that
+    came now would have its turn in time.
+    """
+    service.check_capacity()
     return Health(status="ready")
 
 

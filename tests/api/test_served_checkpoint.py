@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from api.admission import Admission
 from api.judge.detector import Detector
 from api.judge.uploads import Upload, prepare
 from api.monitoring import Metrics
@@ -41,7 +42,7 @@ def test_every_window_counts_in_the_queue_and_an_upload_is_embedded_as_everywher
     file, weights = io.BytesIO(), []
     image.save(file, "PNG")
     with ThreadPoolExecutor(1) as decoders:
-        serving = Serving(cast(Detector, Unindexed(windowed)), decoders, Metrics())
+        serving = Serving(cast(Detector, Unindexed(windowed)), decoders, Admission(1, 9, "images"), Metrics())
         submit = serving.embedding.submit
 
         def weighed(item: Any, weight: int = 1) -> Any:

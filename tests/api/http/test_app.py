@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import io
+import math
 import shutil
 import socket
 import tempfile
@@ -11,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -41,6 +42,8 @@ from api.judge.detector import Detector
 from api.judge.loader import load_detector, load_successor
 from api.judge.regions import MOST_REGIONS, VARIANTS
 from api.judge.uploads import Prepared, Question, Upload
+from api.schemas.problems import ApiError
+from api.schemas.resources import Added
 from api.schemas.verdicts import Verdict
 from api.served_checkpoint import CAPACITY_PER_WINDOW, run_in
 from api.service import Service
@@ -1365,3 +1368,42 @@ def test_openapi_documents_every_error_with_an_example(client: TestClient) -> No
     assert Verdict.model_validate(example).verdict == "fake"
     assert "<code>/v1/detect</code>" in client.get("/docs").text
     assert "<script" not in client.get("/docs").text
+
+
+# Capacity
+
+
+def test_readiness_tells_of_saturation_and_a_stale_index(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = cast(Service, client.app.state.service)  # type: ignore[attr-defined]
+    with ExitStack() as work:
+        while not served._decoding.wait:
+            work.enter_context(served._decoding.admitted(1000.0, math.inf))
+        answer = client.get("/health/ready")
+        assert "images are in work or wait" in problem(answer, 503, "not-ready")["detail"]
+        assert int(answer.headers["retry-after"]) > 30
+        answer = client.post("/v1/detect", files=files(png()))
+        assert "images are in work or wait" in problem(answer, 503, "not-ready")["detail"]
+    assert client.get("/health/ready").status_code == 200
+    monkeypatch.setattr(service, "STALE_SECONDS", -1.0)
+    assert "known to be complete" in problem(client.get("/health/ready"), 503, "not-ready")["detail"]
+
+
+def test_slow_enrolments_hold_up_no_other_call(own: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    going, enrolling = threading.Event(), cast(Service, own.app.state.service)._enrolling  # type: ignore[attr-defined]
+
+    def slow(*args: object) -> Added:
+        assert going.wait(60)
+        raise ApiError("bad-field", "late")
+
+    monkeypatch.setattr(service, "enrol", slow)
+    monkeypatch.setattr(enrolling, "most", service.DATABASE_THREADS)
+    sent: dict[str, Any] = {"data": {"label": "real"}, "files": files(png(), field="images")}
+    with ThreadPoolExecutor(enrolling.most) as pool:
+        enrolments = [pool.submit(own.post, "/v1/references", **sent) for _ in range(enrolling.most)]
+        try:
+            wait_for(lambda: enrolling.full)
+            assert own.get("/v1/generators").status_code == 200
+            assert "enrolments are in work" in problem(own.post("/v1/references", **sent), 503, "not-ready")["detail"]
+        finally:
+            going.set()
+    assert {enrolment.result().status_code for enrolment in enrolments} == {422}
