@@ -55,7 +55,7 @@ def crashed(home: Path, seconds: float) -> None:
 
 
 def ended(home: Path, seconds: float) -> None:
-    """End every connection to the database each second, for so long."""
+    """End each second every connection to the database, for so long."""
     url = EmbeddedServer(home).start().set(drivername="postgresql").render_as_string(hide_password=False)
     for _ in range(round(seconds)):
         with psycopg.connect(url, autocommit=True) as connection:
