@@ -25,9 +25,9 @@ FRESH = 2.0
 STALE = 300.0
 """Seconds that a key which was good goes on being honoured while the database is away."""
 MOST_REMEMBERED = 4096
-"""Keys kept in memory, good or bad."""
+"""Keys kept in memory, of those that there are and of wrong ones each."""
 WRONG_KEYS = 60
-"""Wrong keys that one address may send per minute; then only keys that were good of late are looked up for it."""
+"""Wrong keys that one address may send per minute before it is told to stop; good ones go on being honoured."""
 FORWARDING = (
     *("forwarded", "via", "cdn-loop", "client-ip", "x-client-ip", "x-cluster-client-ip", "x-real-ip", "x-proxyuser-ip"),
     *("true-client-ip", "cf-connecting-ip", "cf-ray", "fastly-client-ip", "fly-client-ip", "x-amzn-trace-id"),
@@ -89,13 +89,12 @@ class RateLimit:
     _buckets: OrderedDict[Hashable, tuple[float, float]] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def spend(self, caller: Hashable, now: float, count: int = 1) -> None:
-        """Take tokens, where there is one.
+    def spend(self, caller: Hashable, now: float) -> None:
+        """Take a token, where there is one.
 
         Args:
             caller: Whose bucket.
             now: Seconds of a clock that never goes back.
-            count: Tokens to take; 0 only looks whether there is one.
 
         Raises:
             ApiError: too-many-requests, with the seconds until the next token.
@@ -105,7 +104,7 @@ class RateLimit:
         with self._lock:
             tokens, last = self._buckets.get(caller, (float(self.per_minute), now))
             tokens = min(float(self.per_minute), tokens + (now - last) * self.per_minute / 60)
-            self._buckets[caller] = (tokens - count if tokens >= 1 else tokens, now)
+            self._buckets[caller] = (tokens - 1 if tokens >= 1 else tokens, now)
             self._buckets.move_to_end(caller)
             if len(self._buckets) > MOST_REMEMBERED:
                 self._buckets.popitem(last=False)
@@ -116,14 +115,18 @@ class RateLimit:
 
 @dataclass(slots=True)
 class Keys:
-    """Looks keys up, remembering each answer for two seconds, and for longer while the database is away."""
+    """Looks keys up, remembering each answer for two seconds, and for longer while the database is away.
+
+    An address that sends many wrong keys is told so, and looked up all the same: behind a proxy it is everybody's.
+    """
 
     keys: ApiKeys
     breaker: Breaker
     failures: RateLimit = field(
         default_factory=lambda: RateLimit(WRONG_KEYS, "this address may send {} wrong keys per minute")
     )
-    _seen: OrderedDict[bytes, tuple[float, ApiKey | None]] = field(default_factory=OrderedDict)
+    _known: OrderedDict[bytes, tuple[float, ApiKey | None]] = field(default_factory=OrderedDict)
+    _unknown: OrderedDict[bytes, tuple[float, ApiKey | None]] = field(default_factory=OrderedDict)
     _any: tuple[float, bool] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -156,16 +159,11 @@ class Keys:
 
         Raises:
             ApiError: unauthorized for an unknown, revoked or expired key; too-many-requests after many of them from
-                this address, unless this one was good of late; not-ready when that cannot be found out.
+                this address; not-ready when that cannot be found out.
         """
-        digest, sender, now = hash_secret(secret), site(address), time.monotonic()
-        with self._lock:
-            at, key = self._seen.get(digest, (-math.inf, None))
-        if key is None or now - at > STALE:
-            self.failures.spend(sender, now, 0)
-        key = self._find(digest)
+        key = self._find(hash_secret(secret))
         if key is None or not in_force(key, datetime.now(UTC)):
-            self.failures.spend(sender, now)
+            self.failures.spend(site(address), time.monotonic())
             detail = "this API key is unknown, revoked or expired; the token of the start ends with the first key"
             raise ApiError("unauthorized", detail)
         return Caller(key.id, key.name, frozenset(key.scopes))
@@ -173,7 +171,7 @@ class Keys:
     def _find(self, digest: bytes) -> ApiKey | None:
         now = time.monotonic()
         with self._lock:
-            at, key = self._seen.get(digest, (-math.inf, None))
+            at, key = self._known.get(digest) or self._unknown.get(digest) or (-math.inf, None)
         if now - at < FRESH:
             return key
         try:
@@ -183,11 +181,14 @@ class Keys:
                 return key
             detail = "the database does not answer, so this key cannot be checked"
             raise ApiError("not-ready", detail, retry_after=2) from error
+        # Apart, so that no number of wrong keys has those forgotten that are in use.
+        seen, others = (self._unknown, self._known) if key is None else (self._known, self._unknown)
         with self._lock:
-            self._seen[digest] = (now, key)
-            self._seen.move_to_end(digest)
-            if len(self._seen) > MOST_REMEMBERED:
-                self._seen.popitem(last=False)
+            others.pop(digest, None)
+            seen[digest] = (now, key)
+            seen.move_to_end(digest)
+            if len(seen) > MOST_REMEMBERED:
+                seen.popitem(last=False)
         return key
 
 

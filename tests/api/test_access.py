@@ -1,6 +1,7 @@
 """Loopback rules, keys and their cache, and the rate limit, without a server."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -159,13 +160,21 @@ def test_the_door_stays_shut_when_the_database_was_never_asked(clock: list[float
     assert caught.value.status == 503
 
 
-def test_bad_keys_do_not_fill_memory(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_keys_fill_no_memory_and_displace_no_good_one(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(access, "MOST_REMEMBERED", 10)
-    keys = Keys(Rows(), Breaker())
+    secret = new_secret()
+    rows = Rows((secret, key()))
+    keys = Keys(rows, Breaker(pause=0))
+    keys.authenticate(secret)
     for number in range(50):
         with pytest.raises(ApiError):
             keys.authenticate(str(number))
-    assert len(keys._seen) == 10
+    assert (len(keys._known), len(keys._unknown)) == (1, 10)
+    rows.away = True
+    clock[0] += access.STALE - 1
+    assert keys.authenticate(secret).key_id == 7
 
 
 def test_the_bucket_refills() -> None:
@@ -187,35 +196,33 @@ def test_buckets_of_the_latest_callers_are_kept(monkeypatch: pytest.MonkeyPatch)
     assert len(limit._buckets) == 10
 
 
-def test_who_guesses_keys_is_no_longer_looked_up(clock: list[float]) -> None:
+def test_who_guesses_is_told_to_stop_and_shuts_nobody_out_who_shares_the_address(clock: list[float]) -> None:
     used, fresh = new_secret(), new_secret()
-    rows = Rows((used, key()), (fresh, key()))
-    keys = Keys(rows, Breaker(pause=0))
+    keys = Keys(Rows((used, key()), (fresh, key())), Breaker(pause=0))
     keys.authenticate(used, "2001:db8::1")
     for number in range(access.WRONG_KEYS):
         with pytest.raises(ApiError, match="unknown"):
             keys.authenticate(f"wrong-{number}", f"2001:db8::{number:x}")  # one network, one customer
-    asked = rows.asked
-    for secret in ("wrong", fresh):
-        with pytest.raises(ApiError) as caught:
-            keys.authenticate(secret, "2001:db8::1")
-        assert (caught.value.status, caught.value.headers) == (429, {"retry-after": "1"})
-    assert rows.asked == asked
-    clock[0] += 60  # the bucket is full again, and what was good of late is looked up whatever is left
-    for address in ("2001:db8::1", "2001:db8:0:1::1", "10.0.0.1", None):
-        keys.authenticate(used, address)
-        keys.authenticate(fresh, address)
-
-
-def test_a_key_in_use_is_not_shut_out_by_who_guesses_from_the_same_address(clock: list[float]) -> None:
-    secret = new_secret()
-    keys = Keys(Rows((secret, key())), Breaker(pause=0))
-    keys.authenticate(secret, "10.0.0.1")
-    for number in range(access.WRONG_KEYS + 5):
-        with pytest.raises(ApiError):
-            keys.authenticate(str(number), "10.0.0.1")
+    with pytest.raises(ApiError) as caught:
+        keys.authenticate("wrong", "2001:db8::1")
+    assert (caught.value.status, caught.value.headers) == (429, {"retry-after": "1"})
+    assert keys.authenticate(fresh, "2001:db8::1").key_id == 7
     clock[0] += access.FRESH
-    assert keys.authenticate(secret, "10.0.0.1").key_id == 7
+    assert keys.authenticate(used, "2001:db8::1").key_id == 7
+    for address in ("2001:db8:0:1::1", "10.0.0.1", None):
+        with pytest.raises(ApiError, match="unknown"):
+            keys.authenticate("wrong", address)
+
+
+def test_a_key_counts_when_it_is_made_and_no_more_when_it_is_deleted(clock: list[float]) -> None:
+    secret = new_secret()
+    rows = Rows()
+    keys = Keys(rows, Breaker(pause=0))
+    for made in (False, True, False, True):
+        rows.rows = {hash_secret(secret): key()} if made else {}
+        clock[0] += access.FRESH
+        with nullcontext() if made else pytest.raises(ApiError, match="unknown"):
+            assert keys.authenticate(secret).key_id == 7
 
 
 def test_no_limit_by_default() -> None:
