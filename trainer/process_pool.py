@@ -7,8 +7,10 @@ import queue
 import resource
 import signal
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from mmap import MADV_REMOVE, mmap
 from multiprocessing import get_context
@@ -22,8 +24,10 @@ T = TypeVar("T")
 
 LARGEST_MESSAGE = 2**32
 """Bytes of address space for what is sent; memory is taken for as much as was written."""
-KEPT = 2**24
+LARGE_MESSAGE = 2**24
 """Bytes of a message above which its memory is given back once it is read."""
+ORPHAN_SECONDS = 1.0
+"""How much longer than allowed work may take where nobody is left to end it."""
 
 
 class LimitExceeded(ValueError):
@@ -32,6 +36,10 @@ class LimitExceeded(ValueError):
 
 class DeadlinePassed(RuntimeError):
     """Nobody waits for the result any more; the process that worked on it has ended."""
+
+
+class WorkerEnded(RuntimeError):
+    """The process ended before it gave a result: by the work, by a signal, or for memory that others took."""
 
 
 class Channel:
@@ -61,16 +69,25 @@ class Channel:
         size = self.connection.recv()
         with memoryview(self.memory) as memory:
             message = pickle.loads(memory[:size])
-        if size > KEPT:
+        if size > LARGE_MESSAGE:
             self.memory.madvise(MADV_REMOVE)
         return message
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a process is to do, and the seconds and bytes of data that it may take."""
+
+    work: Callable[..., Any]
+    args: tuple[Any, ...]
+    seconds: float
+    memory: int
 
 
 class Worker:
     """One process, which works on one thing after the other.
 
-    It is forked from a server process without threads that has imported the modules already, and so starts in some
-    milliseconds.
+    It is forked from a server process that has imported the modules already, and so starts in some milliseconds.
 
     Args:
         modules: What the server process imports, if it does not run yet.
@@ -93,26 +110,30 @@ class Worker:
         """Whether it can be asked."""
         return self._process.is_alive()
 
-    def ask(self, task: tuple[Any, ...], seconds: float, deadline: float) -> Any:
-        """What a task gives; see `ProcessPool.call`. What is raised but by the task ends the process."""
-        until = min(time.monotonic() + seconds, deadline)
+    def ask(self, task: Task, deadline: float) -> Any:
+        """What a task gives; see `ProcessPool.call`. What is raised but by the task ends the process.
+
+        Raises:
+            WorkerEnded: The process ended before.
+        """
+        until = min(time.monotonic() + task.seconds, deadline)
         try:
             self._channel.send(task)
             if (left := until - time.monotonic()) <= 0 or not self._channel.connection.poll(left):
                 if until == deadline:
                     raise DeadlinePassed("the time for it has passed")
-                raise LimitExceeded(f"it takes more than {seconds:g} seconds to read")
+                raise LimitExceeded(f"it takes more than {task.seconds:g} seconds to read (LINEUP_IMAGE_SECONDS)")
             succeeded, result = self._channel.receive()
-        except (EOFError, OSError):
+        except (EOFError, OSError) as error:
             self.end()
-            raise LimitExceeded("it takes more memory to read than an image may, or breaks what reads it") from None
+            raise WorkerEnded from error
         except BaseException:
             self.end()
             raise
         if succeeded:
             return result
         if isinstance(result, MemoryError):
-            raise LimitExceeded("it takes more memory to read than an image may")
+            raise LimitExceeded(f"it takes more memory to read than an image may, {_limit(task.memory)}")
         raise result
 
     def end(self) -> None:
@@ -123,24 +144,34 @@ class Worker:
         self._channel.memory.close()
 
 
+def _limit(memory: int) -> str:
+    return f"{memory:,} bytes (by LINEUP_MAX_PIXELS)"
+
+
 def _work(connection: Connection) -> None:
     """What a process does until the other end of the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides when this ends
+    warnings.simplefilter("ignore")  # a broken image makes libraries print thousands
     channel = Channel(connection, recv_handle(connection))
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
     while True:
         try:
-            work, args, memory = channel.receive()
+            task: Task = channel.receive()
         except EOFError:
             return
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # who stops a service stops this: not amid work
+        signal.setitimer(signal.ITIMER_REAL, task.seconds + ORPHAN_SECONDS)
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        memory = task.memory if most == resource.RLIM_INFINITY else min(task.memory, most)
         resource.setrlimit(resource.RLIMIT_DATA, (memory, most))
         try:
-            answer = True, work(*args)
+            answer = True, task.work(*task.args)
         except Exception as error:
             answer = False, error
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        signal.setitimer(signal.ITIMER_REAL, 0)
         channel.send(answer)
-        del work, args, answer
+        del task, answer
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 class ProcessPool:
@@ -161,8 +192,13 @@ class ProcessPool:
         with suppress(queue.Empty):
             while True:
                 places.append(self._places.get_nowait())
-        for worker in places:
-            self._places.put(worker or Worker([module]))
+        try:
+            while places:
+                self._places.put(places[-1] or Worker([module]))
+                places.pop()
+        finally:
+            for place in places:
+                self._places.put(place)  # those that could not be started
 
     def call(self, work: Callable[..., T], *args: Any, seconds: float, memory: int, deadline: float = math.inf) -> T:
         """What a function of a module returns, or raises, in one of the processes.
@@ -175,18 +211,25 @@ class ProcessPool:
             deadline: When the caller stops waiting, by `time.monotonic`.
 
         Raises:
-            LimitExceeded: It took longer, or more memory, or broke the process.
+            LimitExceeded: It took longer, or more memory, or broke two processes.
             DeadlinePassed: The caller has stopped waiting.
         """
         try:
             worker = self._places.get(timeout=None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             raise DeadlinePassed("the time for it passed before its turn") from None
+        task = Task(work, args, seconds, memory)
         try:
-            if worker is None or not worker.alive:
+            try:
+                worker = worker if worker and worker.alive else Worker([work.__module__])
+                result: T = worker.ask(task, deadline)
+            except WorkerEnded:  # perhaps others ended it; a second time it is the work's doing
                 worker = Worker([work.__module__])
-            result: T = worker.ask((work, args, memory), seconds, deadline)
+                result = worker.ask(task, deadline)
             return result
+        except WorkerEnded as error:
+            reason = f"it takes more memory to read than an image may, {_limit(memory)}, or breaks what reads it"
+            raise LimitExceeded(reason) from error
         finally:
             self._places.put(worker)
 
