@@ -43,7 +43,7 @@ MOST_ENROLLING, ENROL_SECONDS = 16, 0.05
 MOST_DECODING = 512
 """Images that may be in work or wait to be read."""
 STALE_SECONDS = 120.0
-"""After which an index that is not known to be complete is no longer ready to answer."""
+"""After which an index that is not known to be complete, though the database answers, is no longer ready."""
 AT_ONCE = 8
 """Images of one request that are in work at the same time."""
 EXPLAINED_AT_ONCE = 3
@@ -213,14 +213,16 @@ class Service:
     def check_capacity(self) -> None:
         """Whether an image that came now would be judged in time, by an index that is up to date.
 
+        One that is stale for want of the database is good enough: all replicas have lost that, and answer from memory.
+
         Raises:
             ApiError: not-ready.
         """
-        wait, lag = self._decoding.wait, self.serving.detector.follower.lag
+        wait, follower = self._decoding.wait, self.serving.detector.follower
         if self._decoding.full or wait > self.settings.request_seconds / 2:
             detail = f"{self._decoding.inside} images are in work or wait, which takes about {wait:.0f} s"
             raise ApiError("not-ready", detail, retry_after=wait)
-        if lag > STALE_SECONDS:
+        if (lag := follower.lag) > STALE_SECONDS and not follower.away:
             raise ApiError("not-ready", f"the index has not been known to be complete for {lag:.0f} s", retry_after=5)
 
     async def keys_exist(self) -> bool:

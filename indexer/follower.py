@@ -54,6 +54,7 @@ class Follower:
         position: Where the index is complete up to in the history of the store.
         active: The store's active checkpoint, which may be another one than is followed here.
         degraded: Whether following failed last time, mostly for want of the database; searches go on from memory.
+        away: Whether it was for want of the database.
         generator_names: Names by id.
         source_names: Names by the source numbers of the index.
 
@@ -69,7 +70,7 @@ class Follower:
         self.index = VectorIndex(dim, settings.device)
         self.position = Position()
         self.active: Checkpoint | None = None
-        self.degraded = False
+        self.degraded = self.away = False
         self.generator_names: dict[int, str] = {}
         self.source_names: dict[int, str] = {}
         self._store_id = ""
@@ -262,7 +263,7 @@ class Follower:
             log.warning("the database is back")
         self.position = self._begun = target
         self.generator_names, self.active = names, active
-        self._complete_at, self.degraded = start, False
+        self._complete_at, self.degraded, self.away = start, False, False
         return target.revision
 
     def _apply(self, index: VectorIndex, seen: int, target: int) -> None:
@@ -282,7 +283,7 @@ class Follower:
     def _lose(self, error: Exception) -> None:
         if not self.degraded:
             log.warning("the database is away, searches go on from memory: %s", " ".join(str(error).split()))
-        self.degraded = True
+        self.degraded = self.away = True
 
     def _follow(self) -> None:
         while not self._end.is_set():
@@ -298,7 +299,7 @@ class Follower:
             except Exception:  # a fault of ours must not end the following
                 if not self.degraded:
                     log.exception("following failed, searches go on from memory while it is tried again")
-                self.degraded = True
+                self.degraded, self.away = True, False
                 self._end.wait(POLL)
 
     def _listen(self) -> AnsweringConnection:

@@ -241,7 +241,7 @@ def test_any_failure_of_following_degrades(
     follower.load()
     follower.start()
     until(lambda: not failures)
-    assert follower.degraded
+    assert (follower.degraded, follower.away) == (True, False)
     mended.set()
     until(lambda: not follower.degraded)
     follower.stop()
@@ -263,11 +263,12 @@ def test_an_outage_is_survived(
         assert len(started.search(vector(1)[None], 1)[0]) == 1
         with pytest.raises(OperationalError):
             started.catch_up()
+        assert started.away
         lag = started.lag
         connection.execute(text(f"alter database {url.database} allow_connections true"))
     add(store, 2)
     until(lambda: started.revision == 2)
-    assert not started.degraded
+    assert (started.degraded, started.away) == (False, False)
     assert started.lag < lag + 20
     assert_equal(started, store)
     admin.dispose()

@@ -1373,7 +1373,12 @@ def test_openapi_documents_every_error_with_an_example(client: TestClient) -> No
 # Capacity
 
 
-def test_readiness_tells_of_saturation_and_a_stale_index(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readiness_tells_of_saturation_and_an_index_that_is_stale_though_the_database_answers(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> str:
+        raise OperationalError("select", {}, Exception("connection refused"))
+
     served = cast(Service, client.app.state.service)  # type: ignore[attr-defined]
     with ExitStack() as work:
         while not served._decoding.wait:
@@ -1386,6 +1391,14 @@ def test_readiness_tells_of_saturation_and_a_stale_index(client: TestClient, mon
     assert client.get("/health/ready").status_code == 200
     monkeypatch.setattr(service, "STALE_SECONDS", -1.0)
     assert "known to be complete" in problem(client.get("/health/ready"), 503, "not-ready")["detail"]
+    follower = detector_of(client).follower
+    with monkeypatch.context() as outage:
+        outage.setattr(follower.store, "id", refuse)
+        with pytest.raises(OperationalError):
+            follower.catch_up()
+        assert client.get("/health/ready").status_code == 200
+    follower.catch_up()
+    problem(client.get("/health/ready"), 503, "not-ready")
 
 
 def test_slow_enrolments_hold_up_no_other_call(own: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
