@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -27,25 +28,39 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file without a name while it is written, so that a kill leaves nothing; it takes `path`'s place at the end."""
+    """A file without a name while it is written, so that a kill leaves nothing; it takes `path`'s place at the end.
+
+    Where the system has no such files it has a name of its own. Of several writers the last one's file stays, whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.part")
-    aside.unlink(missing_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
-        handle = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o666)
-    except (AttributeError, OSError):  # a system, or a file system, that has no such files
-        handle = os.open(aside, os.O_CREAT | os.O_RDWR, 0o666)
+        handle, unnamed = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o666), True
+    except (AttributeError, OSError):
+        handle, unnamed = os.open(aside, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666), False
     try:
         with os.fdopen(handle, "w+b") as file:
             yield file
             file.flush()
             os.fsync(handle)
-            if not aside.exists():
-                # Given a folder, Python calls linkat(2), which alone takes the file for its link in /proc.
-                os.link(f"/proc/self/fd/{handle}", aside, src_dir_fd=handle)
+            if unnamed:
+                _name(file, aside)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _name(file: BinaryIO, path: Path) -> None:
+    """Give a file without a name one, by a link, or by a copy where the system links none."""
+    try:
+        # Given a folder, Python calls linkat(2), which alone takes the file for its link in /proc.
+        os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=file.fileno())
+    except OSError:  # as without /proc
+        file.seek(0)
+        with path.open("xb") as copy:
+            shutil.copyfileobj(file, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
 
 
 @contextmanager

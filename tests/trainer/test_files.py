@@ -7,16 +7,27 @@ import pytest
 from trainer.files import whole_file, write_atomically
 
 
-@pytest.mark.parametrize("unnamed", [True, False])
-def test_a_file_is_there_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unnamed: bool) -> None:
-    path = tmp_path / "folder/file"
-    if not unnamed:
+@pytest.fixture(params=["linked", "copied", "named"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the system lets a file take its place."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise FileNotFoundError("no /proc")
+
+    if request.param == "copied":
+        monkeypatch.setattr("os.link", refuse)
+    elif request.param == "named":
         monkeypatch.delattr("os.O_TMPFILE")
+    return str(request.param)
+
+
+def test_a_file_is_there_when_it_is_whole(tmp_path: Path, way: str) -> None:
+    path = tmp_path / "folder/file"
     for content in (b"old", b"new"):
         with whole_file(path) as file:
             file.write(content)
             others = [entry for entry in path.parent.iterdir() if entry != path]
-            assert len(others) == (0 if unnamed else 1)
+            assert len(others) == (1 if way == "named" else 0)
         assert path.read_bytes() == content
 
     def fail() -> None:
@@ -28,6 +39,19 @@ def test_a_file_is_there_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.Mo
         fail()
     assert path.read_bytes() == b"new"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_no_writer_takes_the_half_of_another(tmp_path: Path, way: str) -> None:
+    path = tmp_path / "file"
+    with whole_file(path) as first:
+        first.write(b"half, ")
+        first.flush()
+        with whole_file(path) as second:
+            second.write(b"of another")
+        assert path.read_bytes() == b"of another"
+        first.write(b"whole")
+    assert path.read_bytes() == b"half, whole"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
