@@ -30,6 +30,8 @@ MOST_RESOURCE_BYTES = 2**20
 """Of a JPEG's resources of Photoshop, which hold a preview."""
 MOST_BLOCKS = 5_000
 """Of a GIF's extensions, 255 bytes each; one for each frame, and more for comments and metadata."""
+LEAST_BLOCK = 150
+"""Bytes that a GIF's blocks of pixels have in the mean at least, beside the last of each frame; encoders write 255."""
 MOST_COMPRESSED = 100
 """Compressed texts of a PNG, each of which may swell to a megabyte."""
 MOST_STRIPS = 2_500
@@ -160,7 +162,8 @@ def _check_png(data: bytes) -> None:
 
 
 def _check_gif(data: bytes) -> None:
-    at, frames, parts, blocks, fill = 13 + _colours(data[10:11]), 0, 0, 0, 0
+    at, frames, parts, blocks, pixels, fill = 13 + _colours(data[10:11]), 0, 0, 0, 0, 0
+    most_pixels = MOST_PIXEL_PARTS + len(data) // LEAST_BLOCK
     while at < len(data) and data[at] != 0x3B:
         introducer = data[at]
         if introducer == 0x2C:
@@ -174,14 +177,14 @@ def _check_gif(data: bytes) -> None:
             fill += 1
             _at_most(fill, MOST_FILL, "fill bytes in a GIF")
             continue
-        start = blocks
         while at < len(data) and (length := data[at]):
             at += length + 1
-            blocks += 1
             if introducer == 0x21:
+                blocks += 1
                 _at_most(blocks, MOST_BLOCKS, "blocks of comments and metadata in a GIF")
-        if introducer == 0x2C:
-            blocks = start  # those of pixels do not count
+            else:
+                pixels += 1
+                _at_most(pixels, most_pixels, "blocks of pixels in a GIF of its size")
         at += 1
         _at_most(parts, MOST_PARTS, "extensions in a GIF")
         _at_most(frames, MOST_PIXEL_PARTS, "frames in a GIF")
@@ -280,7 +283,8 @@ def _first_directory(data: bytes, format: str) -> list[tuple[int, int, int]]:
             if len(seen) == 1:
                 first.append((tag, count, number(place, width)))
             if tag in _POINTERS:
-                pointers.extend(range(place, place + 4 * min(count, MOST_PARTS), 4))
+                _at_most(len(seen) + len(pointers) + count, MOST_PARTS, f"pages in {format}")
+                pointers.extend(range(place, place + 4 * count, 4))
             _at_most(numbers, MOST_NUMBERS, f"numbers in tags of {format}")
             # Where several tags share their bytes they may hold more than the file.
             _at_most(size, len(data) + 2**20, f"bytes in tags of {format}")

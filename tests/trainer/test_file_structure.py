@@ -66,6 +66,12 @@ def tiff(tags: dict[int, tuple[int, int, bytes]], size: tuple[int, int] = (64, 4
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + rest
 
 
+def pointers(tags: int, count: int) -> bytes:
+    """A TIFF with so many tags, each of which says that so many further pages follow behind them."""
+    entry = struct.pack("<HHII", 330, 1, count, 14 + 12 * tags)
+    return b"II*\0" + struct.pack("<IH", 8, tags) + entry * tags + bytes(4)
+
+
 def strips(count: int, **others: int) -> bytes:
     numbers = np.full(count, 8, "<u4").tobytes()
     fill_order = {266: (3, 1, struct.pack("<I", others["fill_order"]))} if others else {}
@@ -107,6 +113,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "a TIFF whose tags share their bytes": lambda: tiff(
         {40_000 + number: (7, 15 * MB, bytes(4 if number else 15 * MB)) for number in range(500)}
     ),
+    "a TIFF of many pages in each tag": lambda: pointers(4_990, count=1_000) + bytes(5 * MB),
     "a JPEG of many APP segments": lambda: segments(0xE5, b"", 2 * MB),
     "a JPEG of many comments": lambda: segments(0xFE, b"a", 2 * MB),
     "a JPEG of many quantisation tables": lambda: segments(0xDB, (b"\0" + bytes([1] * 64)) * 1_000, 100),
@@ -117,6 +124,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "a GIF of many comments": lambda: gif(b"\x21\xfe\1a\0" * (2 * MB)),
     "a GIF of a long comment": lambda: gif(b"\x21\xfe" + b"\1a" * (10 * MB) + b"\0"),
     "a GIF of many frames": lambda: gif(b"\x2c\0\0\0\0\1\0\1\0\0\2\1\x44\0" * MB),
+    "a GIF of pixels a byte each": lambda: gif(b"\x2c\0\0\0\0\x40\0\x30\0\0\2" + b"\1a" * (10 * MB) + b"\0"),
     "a GIF of fill bytes": lambda: gif(bytes(20 * MB)),
     "a BMP of run lengths": run_lengths,
     "a WebP of many chunks": lambda: webp(b"teSt\0\0\0\0" * (2 * MB)),
@@ -205,6 +213,10 @@ def test_exif_of_many_numbers_is_not_read() -> None:
         check_exif(b"Exif\0\0" + numbers)
     with pytest.raises(CostlyFile, match="unknown kind"):
         check_exif(b"Exif\0\0" + b"II+" + numbers[3:])
+    start = time.process_time()
+    with pytest.raises(CostlyFile, match="1,000 pages in EXIF"):
+        check_exif(pointers(1_100, count=999))
+    assert time.process_time() - start < 0.01
     image = Image.open(io.BytesIO(encode("PNG", exif=b"Exif\0\0" + numbers)))
     with pytest.raises(CostlyFile):
         read_exif(image)
