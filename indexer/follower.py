@@ -77,6 +77,7 @@ class Follower:
         self._begun = Position()  # further than `position` where applying ended half-way
         self._saved: tuple[str, Position] | None = None  # store and position of the snapshot on disk
         self._complete_at = time.monotonic()
+        self._warned: set[str] = set()  # of what fails again and again, since it last went well
         self._following = threading.Lock()
         self._end = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -156,6 +157,7 @@ class Follower:
         if self._saved != (header["store"], position) and not half_way:
             index.save(path, header)
             self._saved = str(header["store"]), position
+            self._warned.clear()
 
     def try_to_save(self) -> None:
         """`save`, where it can be written; a warning says otherwise, for nothing is lost."""
@@ -164,7 +166,7 @@ class Follower:
         except IndexChanged as error:
             log.debug("%s", error)
         except OSError as error:
-            log.warning("the snapshot was not written, the next start reads the database: %s", error)
+            self._warn_once(f"the snapshot was not written, the next start reads the database: {error}")
 
     def start(self) -> None:
         """Follow in the background: on notification, and each second anyway. Call `load` before."""
@@ -261,6 +263,7 @@ class Follower:
             self._apply(self.index, self.revision, target.revision)
         if self.degraded:
             log.warning("the database is back")
+            self._warned.clear()
         self.position = self._begun = target
         self.generator_names, self.active = names, active
         self._complete_at, self.degraded, self.away = start, False, False
@@ -312,13 +315,18 @@ class Follower:
         return connection
 
     def _revive(self) -> None:
-        """Start the embedded server again after a crash; one that was stopped leaves no pid file, and stays down."""
+        """Start the embedded server again after a crash; one that was stopped stays down."""
         server = EmbeddedServer(self.settings.home)
-        if self.settings.database_url is None and (server.data / "postmaster.pid").exists():
+        if self.settings.database_url is None and not server.was_stopped():
             try:
                 server.start()
             except EmbeddedFailure as error:
-                log.warning("%s", error)
+                self._warn_once(str(error))
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            log.warning("%s", message)
+        self._warned.add(message)
 
     def _keep_snapshot(self) -> None:
         revision, changed, stale, may_grow = self.revision, time.monotonic(), time.monotonic(), True

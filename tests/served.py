@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from conftest import small_image
 
 from indexer.database.embedded import EmbeddedServer
 
+MOST_TRIES = 1000
+"""Of one call, so that clients end where a database never comes back."""
 ROOT = Path(__file__).parents[1]
 
 
@@ -31,17 +33,40 @@ class Served(NamedTuple):
     process: "subprocess.Popen[bytes]"
     address: str
     home: Path
+    log: Path
 
 
 @contextmanager
-def served(checkpoint: Path, log: Path) -> Iterator[Served]:
+def short_folder(disk: str = "") -> Iterator[Path]:
+    """A folder whose path a unix socket can have; the embedded database in it is stopped at the end.
+
+    Args:
+        disk: Mount options of a disk in memory that the folder is to be; `Path.is_mount` tells where none can be
+            mounted, and it is an ordinary one.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="lineup-"))
+    if disk:
+        with suppress(FileNotFoundError):
+            subprocess.run(["mount", "-t", "tmpfs", "-o", disk, "tmpfs", folder], stderr=subprocess.DEVNULL)
+    try:
+        yield folder
+    finally:
+        if (folder / "postgres").exists():
+            EmbeddedServer(folder).stop()
+        if folder.is_mount():
+            subprocess.run(["umount", folder], check=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def served(checkpoint: Path, home: Path, log: Path, request_seconds: int = 60) -> Iterator[Served]:
     """Start a service that writes its log to a file, and stop it; no line of the log may be an error."""
-    home = Path(tempfile.mkdtemp(prefix="lineup-"))  # a short path, as a unix socket needs
     environment = os.environ | {
         "LINEUP_HOME": str(home),
         "LINEUP_CHECKPOINT": str(checkpoint),
         "LINEUP_DEVICE": "cpu",
         "LINEUP_OPEN": "true",
+        "LINEUP_REQUEST_SECONDS": str(request_seconds),
     }
     environment.pop("LINEUP_DATABASE_URL", None)
     with log.open("w") as stderr:
@@ -54,12 +79,10 @@ def served(checkpoint: Path, log: Path) -> Iterator[Served]:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         lines = (json.loads(line) for line in log.read_text().splitlines())
-        yield Served(process, next(line["address"] for line in lines if "address" in line), home)
+        yield Served(process, next(line["address"] for line in lines if "address" in line), home, log)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(120)
-        EmbeddedServer(home).stop()
-        shutil.rmtree(home, ignore_errors=True)
     errors = [line for line in log.read_text().splitlines() if json.loads(line)["level"] == "error"]
     assert errors == []
 
@@ -112,7 +135,7 @@ class Load:
 
     def call(self, client: httpx2.Client, kind: str, path: str, data: dict[str, str], files: Any) -> dict[str, Any]:
         """Post until the answer is no 503; one while the database was not away is wrong."""
-        while True:
+        for _ in range(MOST_TRIES):
             was_away = self.away.is_set()
             response = client.post(path, data=data, files=files)
             self.answers[f"{kind} {response.status_code}"] += 1
@@ -120,8 +143,9 @@ class Load:
                 answer: dict[str, Any] = response.json()
                 return answer
             if response.status_code != 503 or not (was_away or self.away.is_set()):
-                raise AssertionError(f"{kind}: {response.status_code} {response.text[:300]}")
+                break
             time.sleep(0.2)
+        raise AssertionError(f"{kind}: {response.status_code} {response.text[:300]}")
 
     def detect(self, client: httpx2.Client, rng: random.Random) -> None:
         was_away = self.away.is_set()
@@ -147,14 +171,15 @@ class Load:
     def remove(self, client: httpx2.Client, seed: int) -> None:
         with self.lock:
             reference = self.standing.pop(seed)
-        while True:
+        for _ in range(MOST_TRIES):
             response = client.delete(f"/v1/references/{reference}")
             self.answers[f"remove {response.status_code}"] += 1
             if response.status_code in (200, 404):  # 404: done by a try whose answer was lost
                 return
             if response.status_code != 503:
-                raise AssertionError(f"remove: {response.status_code} {response.text[:300]}")
+                break
             time.sleep(0.2)
+        raise AssertionError(f"remove: {response.status_code} {response.text[:300]}")
 
 
 def stored(client: httpx2.Client) -> set[int]:

@@ -10,12 +10,23 @@ from typing import BinaryIO
 from uuid import uuid4
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of the disk, which name no file themselves, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside the file, then rename over it: a reader sees the old bytes or the new, never half of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with naming(path), os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -39,7 +50,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     except (AttributeError, OSError):
         handle, unnamed = os.open(aside, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666), False
     try:
-        with os.fdopen(handle, "w+b") as file:
+        with naming(path), os.fdopen(handle, "w+b") as file:
             yield file
             file.flush()
             os.fsync(handle)

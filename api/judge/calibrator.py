@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from api.breaker import DATABASE_AWAY
 from api.schemas.verdicts import CalibrationFacts, Thresholds
 from indexer.follower import Follower
 from indexer.measure.calibrate import calibrate, saved_calibration
@@ -146,6 +147,8 @@ class Calibrator:
                 try:
                     self.refresh()
                     stale_since = now
-                except Exception:  # the database may be away; the last calibration stays in use
+                except DATABASE_AWAY:  # the follower says so; the last calibration stays in use
+                    self._end.wait(2)
+                except Exception:
                     log.warning("calibration failed; trying again", exc_info=True)
                     self._end.wait(2)

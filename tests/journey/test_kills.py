@@ -7,11 +7,9 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from served import short_folder
 
 from indexer.database.connection import connect
-from indexer.database.embedded import EmbeddedServer
 from indexer.measure.check import compare
 from indexer.settings import Settings
 from indexer.store import Store
@@ -32,18 +30,9 @@ RUNS = 12
 """Of commands, between two comparisons."""
 
 
-@contextlib.contextmanager
-def short_home() -> Iterator[Path]:
-    """A folder whose path a unix socket can have; the server in it is stopped at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="lineup-"))
-    yield folder
-    EmbeddedServer(folder / "home").stop()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 @pytest.fixture
 def home() -> Iterator[Path]:
-    with short_home() as folder:
+    with short_folder() as folder:
         yield folder
 
 
@@ -52,7 +41,7 @@ def start(home: Path, *arguments: object, seconds: float = 0.0) -> "subprocess.P
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "LINEUP_HOME": str(home / "home"),
+        "LINEUP_HOME": str(home),
         "LINEUP_CHECKPOINT": str(home / "hashing"),
         "HASHING_SECONDS": str(seconds),
     }
@@ -76,7 +65,7 @@ def result(process: "subprocess.Popen[str]") -> dict[str, Any]:
 
 def assert_all_is_there(home: Path) -> None:
     """The rows of the whole image folder, in agreement with index and snapshot, and nothing half-written."""
-    settings = Settings(home=home / "home", database_url=None)
+    settings = Settings(home=home, database_url=None)
     engine = connect(settings)
     store = Store(engine)
     rows = [(row.label, row.generator) for row in store.references.list(limit=10_000)]
@@ -118,7 +107,7 @@ def kill_again_and_again(home: Path, images: Path, times: int, seed: int) -> Cou
             assert process.stderr.readline() == "ready\n"
         with contextlib.suppress(subprocess.TimeoutExpired):
             processes[0].wait(moments.uniform(0, longest))
-        database = home / "home/postgres/postmaster.pid"
+        database = home / "postgres/postmaster.pid"
         if turn % 4 == 3 and database.exists():
             killed["database"] += 1
             with contextlib.suppress(ProcessLookupError):
@@ -149,7 +138,7 @@ def test_kills_lose_nothing(home: Path, image_folder: Path) -> None:
 def test_many_kills_lose_nothing(image_folder: Path, record_property: Callable[[str, object], None]) -> None:
     killed, faults, seed = Counter[str](), [], 2
     while killed.total() < KILLS:
-        with short_home() as folder:
+        with short_folder() as folder:
             try:
                 killed += kill_again_and_again(folder, image_folder, times=RUNS, seed=seed)
             except (AssertionError, subprocess.TimeoutExpired) as error:
@@ -172,7 +161,7 @@ def test_two_processes_that_add_at_once_lose_nothing(home: Path, image_folder: P
 
 def test_termination_leaves_the_server_properly(home: Path, image_folder: Path) -> None:
     process = start(home, "add", image_folder, seconds=10)
-    users = home / "home/postgres.users.json"
+    users = home / "postgres.users.json"
     for _ in range(600):
         if users.exists() and users.read_text().startswith("[["):
             break
@@ -182,4 +171,4 @@ def test_termination_leaves_the_server_properly(home: Path, image_folder: Path) 
     process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     assert users.read_text() == "[]"
-    assert not (home / "home/postgres/postmaster.pid").exists()
+    assert not (home / "postgres/postmaster.pid").exists()

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx2
 import psutil
 import pytest
-from served import Load, Served, served, stored, wait_until_back
+from served import Load, Served, served, short_folder, stored, wait_until_back
 
 from indexer.database.embedded import EmbeddedServer
 
@@ -24,7 +24,7 @@ AWAY_SECONDS = 20.0
 
 @pytest.fixture
 def server(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[Served]:
-    with served(tiny_checkpoint, tmp_path / "log") as service:
+    with short_folder() as home, served(tiny_checkpoint, home, tmp_path / "log") as service:
         yield service
 
 
@@ -33,7 +33,7 @@ def server(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[Served]:
 def test_mixed_load_loses_nothing_and_leaks_nothing(
     server: Served, record_property: Callable[[str, object], None]
 ) -> None:
-    process, address, home = server
+    process, address, home = server.process, server.address, server.home
     load = Load(address)
     for seed in (1, 2):
         with httpx2.Client(base_url=address, timeout=60) as client:

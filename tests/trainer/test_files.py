@@ -1,5 +1,6 @@
 """Files that are replaced as a whole."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,18 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_the_disk_does_not_take_is_named(tmp_path: Path) -> None:
+    path, limits = tmp_path / "file", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_bytes(b"old")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(OSError, match=f"File too large: '{path}'"):
+            write_atomically(path, bytes(2000))
+        with pytest.raises(OSError, match=f"File too large: '{path}'"), whole_file(path) as file:
+            file.write(bytes(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -230,12 +231,14 @@ def test_a_killed_server_recovers_even_if_its_pid_is_taken(home: Path) -> None:
         lines = (home / "postgres" / name).read_text().split("\n")
         (home / "postgres" / name).write_text("\n".join([str(os.getpid()), *lines[1:]]))
     engine.dispose()
+    assert not EmbeddedServer(home).was_stopped()
     engine = connect(settings)
     with engine.connect() as connection:
         assert connection.scalar(text("select count(*) from kept")) == 0
     engine.dispose()
     assert stop(settings)
     assert not stop(settings)
+    assert EmbeddedServer(home).was_stopped()
 
 
 def test_users_that_are_gone_or_whose_pid_is_anothers_do_not_count(home: Path) -> None:
@@ -248,6 +251,22 @@ def test_users_that_are_gone_or_whose_pid_is_anothers_do_not_count(home: Path) -
     (home / "postgres.users.json").write_text(json.dumps(users))
     server.leave()
     wait_until_gone(pid)
+
+
+def test_a_list_of_users_that_the_disk_does_not_take_stays_as_it_was(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, limits, users = EmbeddedServer(home), resource.getrlimit(resource.RLIMIT_FSIZE), '[[1, "a start"]]'
+    (home / "postgres.users.json").write_text(users)
+    monkeypatch.setattr(EmbeddedServer, "_initialise", lambda server: None)
+    monkeypatch.setattr(EmbeddedServer, "_run", lambda server: None)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        with pytest.raises(EmbeddedFailure, match="File too large"):
+            server.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (home / "postgres.users.json").read_text() == users
 
 
 def test_a_step_of_the_clock_takes_the_server_from_nobody(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
