@@ -130,7 +130,7 @@ def ingest(
         `Report` as a dict, which is what `lineup index add --json` prints.
 
     Raises:
-        DeadlinePassed: Nobody waits any more; what was not added by then is not.
+        DeadlinePassed: Nobody waits any more; it names the enrolment of what was added by then, which is reported.
         CheckpointSwitched: Another checkpoint is the active one, though `while_active`; what was added has been
             embedded with that one too.
     """
@@ -138,37 +138,37 @@ def ingest(
     workers = min(32, usable_cores())
     if not dry_run:
         register(embedder, store)
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        run = _Ingestion(
-            embedder=embedder,
-            store=store,
-            pool=pool,
-            chunk=16 * workers,
-            max_pixels=max_pixels,
-            image_seconds=image_seconds,
-            deadline=deadline,
-            keep_bytes=keep_bytes,
-            generator=generator,
-            source=source,
-            while_active=while_active,
-            dry_run=dry_run,
-            on_image=on_image,
-        )
-        prepared = prefetch(run.prepare(entries), 2 * batch_size)
-        if dry_run:
-            run.count(prepared)
-        else:
-            with closing(prefetch(run.embed(prepared, batch_size), 4)) as embedded:
-                run.write(embedded)
-            run.report.revision = store.checkpoints.revision(embedder.id)
-    report = run.report
-    report.images = run.images
-    report.known += run.known
-    report.rejected.sort(key=itemgetter("file"))
-    report.seconds = round(time.monotonic() - start, 3)
-    if report.enrolment is not None:
-        store.enrolments.finish(report.enrolment, asdict(report))
-    return asdict(report)
+    try:
+        with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+            run = _Ingestion(
+                embedder=embedder,
+                store=store,
+                pool=pool,
+                chunk=16 * workers,
+                max_pixels=max_pixels,
+                image_seconds=image_seconds,
+                deadline=deadline,
+                keep_bytes=keep_bytes,
+                generator=generator,
+                source=source,
+                while_active=while_active,
+                dry_run=dry_run,
+                on_image=on_image,
+            )
+            prepared = prefetch(run.prepare(entries), 2 * batch_size)
+            if dry_run:
+                run.count(prepared)
+            else:
+                with closing(prefetch(run.embed(prepared, batch_size), 4)) as embedded:
+                    run.write(embedded)
+                run.report.revision = store.checkpoints.revision(embedder.id)
+    except DeadlinePassed as error:
+        if run.report.enrolment is None:
+            raise
+        report = run.finish(start)
+        detail = f"{error}; {report.added} images were added before, as enrolment {report.enrolment}"
+        raise DeadlinePassed(detail) from error
+    return asdict(run.finish(start))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -309,11 +309,24 @@ class _Ingestion:
                 waiting = []
         self._add(waiting)
 
+    def finish(self, start: float) -> Report:
+        """The report, which an enrolment keeps, since this time by `time.monotonic`."""
+        report = self.report
+        report.images = self.images
+        report.known += self.known
+        report.rejected.sort(key=itemgetter("file"))
+        report.seconds = round(time.monotonic() - start, 3)
+        if report.enrolment is not None:
+            self.store.enrolments.finish(report.enrolment, asdict(report))
+        return report
+
     def _add(self, rows: Sequence[Embedded]) -> None:
         report = self.report
+        if not rows:
+            return
         if time.monotonic() > self.deadline:
             raise DeadlinePassed("nobody waits for the images that are left")
-        if rows and report.enrolment is None:
+        if report.enrolment is None:
             report.enrolment = self.store.enrolments.open(self.generator, self.source)
         for start in range(0, len(rows), WRITE_IMAGES):
             entries, batch = zip(*rows[start : start + WRITE_IMAGES], strict=True)

@@ -124,7 +124,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "a GIF of many comments": lambda: gif(b"\x21\xfe\1a\0" * (2 * MB)),
     "a GIF of a long comment": lambda: gif(b"\x21\xfe" + b"\1a" * (10 * MB) + b"\0"),
     "a GIF of many frames": lambda: gif(b"\x2c\0\0\0\0\1\0\1\0\0\2\1\x44\0" * MB),
-    "a GIF of pixels a byte each": lambda: gif(b"\x2c\0\0\0\0\x40\0\x30\0\0\2" + b"\1a" * (10 * MB) + b"\0"),
+    "a GIF of pixels a byte each": lambda: gif(b"\x2c\0\0\0\0\x40\0\x30\0\0\2" + b"\1a" * (5 * MB) + b"\0"),
     "a GIF of fill bytes": lambda: gif(bytes(20 * MB)),
     "a BMP of run lengths": run_lengths,
     "a WebP of many chunks": lambda: webp(b"teSt\0\0\0\0" * (2 * MB)),

@@ -6,8 +6,10 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from PIL import Image
 from sqlalchemy import text
 
 from indexer.database.connection import connect
+from indexer.ingest import ingest as module
 from indexer.ingest.ingest import fingerprint, hamming_distance, ingest
 from indexer.ingest.prefetch import prefetch
 from indexer.ingest.reembed import reembed
@@ -341,6 +344,28 @@ def test_nothing_is_written_for_somebody_who_no_longer_waits(store: Store, folde
         ingest(read_dataset(folder), HashingEmbedder(), store, deadline=time.monotonic())
     report = ingest(read_dataset(folder), HashingEmbedder(), store)
     assert (report["added"], report["known"]) == (24, 0)
+
+
+@pytest.mark.parametrize(("batch", "added"), [(8, 8), (24, 24)])
+def test_what_was_added_before_the_time_passed_is_reported(
+    batch: int, added: int, store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    past: list[float] = []  # the clock goes on by an hour once the first images are written
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + sum(past[:1]))
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(module, "WRITE_IMAGES", batch)
+    with nullcontext() if added == 24 else pytest.raises(DeadlinePassed, match="8 images were added before, as enrol"):
+        ingest(
+            read_dataset(folder),
+            HashingEmbedder(),
+            store,
+            deadline=time.monotonic() + 600,
+            batch_size=batch,
+            on_image=lambda: past.append(3600),
+        )
+    [enrolment] = store.enrolments.list()
+    assert enrolment.report
+    assert enrolment.references == enrolment.report["added"] == added
 
 
 def test_an_image_that_takes_too_long_is_rejected(store: Store, folder: Path) -> None:
