@@ -222,8 +222,10 @@ def evaluate(
         from trainer.evaluation.head_evaluation import card_figures
         from trainer.evaluation.head_evaluation import evaluate as measure_heads
         from trainer.evaluation.report import print_summary, write_report
-        from trainer.model.model_card import add_evaluation
+        from trainer.model.model_card import add_evaluation, read_metrics
 
+        if card:
+            read_metrics(checkpoint)  # first: what hinders the card is told before all is measured
         with counting_bar("embedding") as advance:
             result = measure_heads(
                 checkpoint,

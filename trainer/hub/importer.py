@@ -18,7 +18,7 @@ import numpy as np
 from trainer.hub.vit_names import HubError, architecture_args, from_transformers
 from trainer.model.checkpoint import CheckpointConfig, CheckpointError, save_checkpoint
 from trainer.model.embedder import Embedder
-from trainer.model.model_card import METRICS_FILE, write_card
+from trainer.model.model_card import EVALUATION_FILE, METRICS_FILE, write_card
 from trainer.model.seen_images import SEEN_FILE
 
 HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -73,7 +73,8 @@ def import_checkpoint(
         Embedder.load(output, device="cpu")
     except CheckpointError as error:
         raise HubError(f"{source} is no ViT that this project can hold: {error}") from error
-    (output / METRICS_FILE).unlink(missing_ok=True)
+    for figures in (METRICS_FILE, EVALUATION_FILE):
+        (output / figures).unlink(missing_ok=True)
     write_card(output)
     pickles = sorted([*folder.glob("sklearn/*.sav"), *folder.glob("sklearn/*.joblib")])
     return Imported(identity, [str(path.relative_to(folder)) for path in pickles])

@@ -1,4 +1,4 @@
-"""README.md of a checkpoint in the hub's form, made of what its folder says: `config.json` and `metrics.json`."""
+"""README.md of a checkpoint in the hub's form, made of `config.json`, `metrics.json` and `evaluation.json`."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +9,7 @@ from trainer.files import write_atomically
 from trainer.model.checkpoint import CheckpointConfig, CheckpointError, check_file, read_config, write_file
 
 METRICS_FILE = "metrics.json"
+EVALUATION_FILE = "evaluation.json"
 CARD_FILE = "README.md"
 
 
@@ -16,9 +17,12 @@ def write_card(folder: Path) -> None:
     """Write README.md of a checkpoint folder anew.
 
     Raises:
-        CheckpointError: The folder holds no checkpoint, or its metrics do not read.
+        CheckpointError: The folder holds no checkpoint, or its metrics or its evaluation do not read.
     """
-    write_atomically(folder / CARD_FILE, model_card(read_config(folder), read_metrics(folder)).encode())
+    metrics = read_metrics(folder)
+    if evaluation := _read(folder, EVALUATION_FILE):
+        metrics["evaluation"] = evaluation
+    write_atomically(folder / CARD_FILE, model_card(read_config(folder), metrics).encode())
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -27,12 +31,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It is damaged or not JSON.
     """
-    path, remedy = folder / METRICS_FILE, "restore it, or delete it to do without"
-    check_file(folder, METRICS_FILE, remedy)
-    try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): {remedy}") from error
+    return _read(folder, METRICS_FILE)
 
 
 def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
@@ -41,11 +40,13 @@ def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: The folder holds no checkpoint.
     """
-    write_file(folder, METRICS_FILE, (json.dumps(metrics, indent=2) + "\n").encode())
+    _write(folder, METRICS_FILE, metrics)
 
 
 def add_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
-    """Put figures measured on other images into the metrics and the card of a checkpoint.
+    """Put figures measured on other images into `evaluation.json` of a checkpoint, and into its card.
+
+    The file holds nothing else, so that this, run again, mends what a kill has left of it.
 
     Args:
         folder: Of the checkpoint.
@@ -55,8 +56,21 @@ def add_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: The folder holds no checkpoint, or its metrics do not read.
     """
-    write_metrics(folder, read_metrics(folder) | {"evaluation": dict(evaluation)})
+    _write(folder, EVALUATION_FILE, evaluation)
     write_card(folder)
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    path, remedy = folder / name, "restore it, or delete it to do without"
+    check_file(folder, name, remedy)
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): {remedy}") from error
+
+
+def _write(folder: Path, name: str, values: Mapping[str, Any]) -> None:
+    write_file(folder, name, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def model_card(config: CheckpointConfig, metrics: Mapping[str, Any]) -> str:

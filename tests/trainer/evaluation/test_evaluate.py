@@ -38,7 +38,7 @@ from trainer.heads.heads import Heads, HeadsError, NearestHead, nearest_similari
 from trainer.images import FileFacts, Preprocess
 from trainer.model.checkpoint import CheckpointConfig, build_backbone, save_checkpoint
 from trainer.model.embedder import Embedder
-from trainer.model.model_card import add_evaluation
+from trainer.model.model_card import add_evaluation, write_metrics
 from trainer.model.seen_images import LeftOut, SeenImages
 
 SIZE, DIM = 32, 24
@@ -311,6 +311,10 @@ def test_the_model_card_gets_the_figures_of_the_best_head(
     assert f"| {source} | {shares['images']:.0f} | {shares['combined']:.3f} |" in card
     add_evaluation(folder, {"data": "again"} | card_figures(evaluation))
     assert "`mine`" not in (folder / "README.md").read_text()
+    write_metrics(folder, {})
+    (folder / "metrics.json").write_text("[]")
+    arguments = ["evaluate", "--checkpoint", str(folder), "--data", str(tmp_path / "none"), "--card"]
+    assert "metrics.json is damaged" in CliRunner().invoke(app, arguments).stderr  # before the data are looked at
 
 
 def test_heads_take_the_training_split_and_say_how_long_it_takes(checkpoint: Path, tmp_path: Path) -> None:

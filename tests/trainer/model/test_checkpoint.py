@@ -31,7 +31,7 @@ from trainer.model.checkpoint import (
     stem_channels,
 )
 from trainer.model.embedder import Embedder
-from trainer.model.model_card import read_metrics, write_card, write_metrics
+from trainer.model.model_card import add_evaluation, read_metrics, write_card, write_metrics
 from trainer.model.seen_images import SeenImages
 from trainer.model.vit_openvino import NotPlain, build_graph
 
@@ -217,6 +217,23 @@ def test_a_kill_between_a_file_and_its_hash_is_refused_and_mended_by_writing_aga
     fewer.save(folder)
     assert CalibrationSet.load(folder).digest == fewer.digest
     assert Heads.load(folder).id == json.loads((folder / "config.json").read_text())["heads"]["id"]
+
+
+def test_figures_whose_writing_was_killed_are_written_by_measuring_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = {"head": "linear", "rows": [], "sources": {}, "left_out": 0}
+    write_metrics(folder, {"checkpoint": "of tests"})
+    add_evaluation(folder, {"data": "first"} | figures)
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.model.checkpoint.write_config", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            add_evaluation(folder, {"data": "second"} | figures)
+    with pytest.raises(CheckpointError, match=r"evaluation\.json is damaged"):
+        write_card(folder)
+    add_evaluation(folder, {"data": "second"} | figures)
+    assert "Of `second`" in (folder / "README.md").read_text()
+    assert read_metrics(folder) == {"checkpoint": "of tests"}
 
 
 def test_a_checkpoint_without_hashes_is_read_as_far_as_it_makes_sense(folder: Path) -> None:
