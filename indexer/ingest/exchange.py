@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from datetime import date
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Self
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
@@ -36,6 +37,7 @@ from indexer.ingest.thumbnails import missing_thumbnails
 from indexer.store import Store
 from indexer.store.generators import GENERATOR_FACTS, GeneratorExists, check_generator_name
 from indexer.store.reference_facts import PUBLIC, ImageFacts, NewReference
+from trainer.data.entry import check_source
 from trainer.files import whole_file
 
 FORMAT = "lineup references 2"
@@ -123,8 +125,7 @@ class ExportedReference(ExportPart):
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     label: Annotated[int, Field(ge=0, le=1)]
     generator: GeneratorName | None
-    source: Annotated[str, StringConstraints(max_length=650)]
-    """Its bytes have to fit an entry of a b-tree."""
+    source: Annotated[str, AfterValidator(partial(check_source, where="source"))]
     group: str
     uri: str | None
     file_bytes: Annotated[int, Field(ge=0, lt=2**63)]

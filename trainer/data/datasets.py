@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path, PurePath
 from urllib.parse import unquote, urlsplit
 
-from trainer.data.entry import DatasetError, Entry, default_split, read_file
+from trainer.data.entry import DatasetError, Entry, check_source, default_split, read_file
 from trainer.data.folders import (
     IMAGE_SUFFIXES,
     d3_names,
@@ -72,6 +72,7 @@ def read_dataset(
             raise DatasetError(f"{path} does not exist")
     entries, has_splits = _open_layout(path, label, generator)
     if source is not None:
+        check_source(source, "--source")
         entries = (replace(entry, source=source) for entry in entries)
     other_splits: set[str] = set()
     if split is not None:

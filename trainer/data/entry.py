@@ -20,6 +20,8 @@ MAX_FILE_BYTES = 2**30
 GENERATOR = r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}"
 """What may name a generator, but for `RESERVED` words in any case."""
 RESERVED = ("real", "all", "unknown", "none")
+MOST_SOURCE_BYTES = 2600
+"""Of the name of a source in UTF-8: an entry of Postgres' b-trees has 2,704 bytes."""
 
 
 class DatasetError(ValueError):
@@ -95,6 +97,17 @@ def generator_fault(name: str) -> str | None:
         f"{name!r} cannot name a generator; expected 1-100 letters, digits, spaces or . _ + -, "
         f"starting with a letter or digit, and none of {', '.join(RESERVED)}"
     )
+
+
+def check_source(name: str, where: str) -> str:
+    """The name, if it may name a source.
+
+    Raises:
+        DatasetError: It is too long; `where` says which line or option it came from.
+    """
+    if (size := len(os.fsencode(name))) > MOST_SOURCE_BYTES:
+        raise DatasetError(f"{where}: {name[:20]!r}... has {size:,} bytes; a source has at most {MOST_SOURCE_BYTES:,}")
+    return name
 
 
 def plain(text: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from urllib.parse import quote
 
-from trainer.data.entry import DatasetError, Entry, check_generator, file_entry, plain
+from trainer.data.entry import DatasetError, Entry, check_generator, check_source, file_entry, plain
 
 LABEL_CELLS = {"real": 0, "0": 0, "fake": 1, "1": 1}
 REQUIRED_COLUMNS = ("path", "label")
@@ -76,7 +76,7 @@ def _row(cells: dict[str, str | None], where: str) -> Row:
         label=label,
         generator=generator,
         split=values.get("split"),
-        source=values.get("source"),
+        source=check_source(values["source"], where) if "source" in values else None,
         group=values.get("group"),
         public_uri=public_uri,
         attributes={name: value for name, value in values.items() if name not in (*MANIFEST_COLUMNS, *columns)},

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from datetime import date
 from functools import reduce
 from pathlib import Path
+from random import Random
+from string import ascii_letters
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
@@ -22,6 +24,7 @@ from indexer.ingest.exchange import BadExport, export_references, import_referen
 from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.changes import Additions
+from trainer.data.entry import MOST_SOURCE_BYTES
 from trainer.model.checkpoint import CheckpointConfig
 
 OTHER, TRAINED, IMPORTED = "d" * 32, "e" * 32, "f" * 32
@@ -29,11 +32,12 @@ OTHER, TRAINED, IMPORTED = "d" * 32, "e" * 32, "f" * 32
 
 @pytest.fixture
 def source(settings: Settings) -> Iterator[Store]:
-    """300 references of two checkpoints, one of them an upload that was kept."""
+    """300 references of two checkpoints, one of them an upload that was kept, of the longest source."""
     store = opened(settings)
     store.checkpoints.register(OTHER, "wide", 2, {"image_size": 8}, Path("wide"))
     store.generators.create("SD-XL", vendor="Stability AI", released_on=date(2023, 7, 26))
-    upload = new(1, "SD-XL", data=b"the file", attributes={"prompt": "a cat"}, fingerprint=-5, jpeg_quality=90)
+    longest = "".join(Random(0).choices(ascii_letters, k=MOST_SOURCE_BYTES))  # what Postgres cannot compress
+    upload = new(1, "SD-XL", longest, data=b"the file", attributes={"prompt": "a cat"}, fingerprint=-5, jpeg_quality=90)
     store.references.add([upload, *(new(n, "SD-XL" if n % 3 else None) for n in range(2, 300))], CHECKPOINT)
     store.references.add([new(n, "SD-XL" if n % 3 else None, vector=vector(n)[:2]) for n in range(290, 301)], OTHER)
     yield store

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from trainer.data.datasets import read_dataset, read_uri
-from trainer.data.entry import FIT_FORBIDDEN_SPLITS, DatasetError, Entry, default_split, role
+from trainer.data.entry import FIT_FORBIDDEN_SPLITS, MOST_SOURCE_BYTES, DatasetError, Entry, default_split, role
 from trainer.data.shards import D3_GENERATORS
 from trainer.images import ImageTooLarge, UnreadableImage, decode_image
 
@@ -176,6 +176,14 @@ def test_one_folder_of_one_kind(tmp_path: Path) -> None:
             read_dataset(root, **options)
 
 
+def test_a_source_has_a_name_that_an_index_can_hold(tmp_path: Path) -> None:
+    place(tmp_path, "real/a.png")
+    (entry,) = read_dataset(tmp_path, source="s" * MOST_SOURCE_BYTES)
+    assert entry.source == "s" * MOST_SOURCE_BYTES
+    with pytest.raises(DatasetError, match=r"--source: .* has 2,601 bytes; a source has at most 2,600"):
+        read_dataset(tmp_path, source="s" * (MOST_SOURCE_BYTES + 1))
+
+
 def test_label_is_refused_where_the_data_say_it(tmp_path: Path) -> None:
     place(tmp_path / "a", "real/a.png", "fake/g/a.png")
     place(tmp_path / "b", "a.png")
@@ -250,6 +258,7 @@ def test_a_manifest_says_where_its_images_were_published(tmp_path: Path) -> None
         ("path,label,generator\na.png,fake,\n", "line 2: '' cannot name a generator"),
         ("path,label,generator\na.png,fake,All\n", "'All' cannot name a generator"),
         ("path,label,generator\na.png,real,SD\n", "a real image has generator 'SD'"),
+        (f"path,label,source\na.png,real,{'ü' * 1301}\n", "line 2: 'üüüüüüüüüüüüüüüüüüüü'... has 2,602 bytes"),
         ("path,label\na.png,real,more\n", "more cells"),
         ("path,label\n\udcff,real\n", "no readable UTF-8"),
         ("path,label\n", "has no images"),
