@@ -1,4 +1,4 @@
-"""How many CPU cores there are to share."""
+"""How many CPU cores there are to share, and how much memory."""
 
 import math
 import os
@@ -17,20 +17,26 @@ def usable_cores() -> int:
     `os.cpu_count` tells those of the machine, whatever a container or a unit of systemd is allowed.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min([cores, *map(_quota, _groups())])))
+    return max(1, math.ceil(min([cores, *map(_quota, _groups("cpu"))])))
 
 
-def _groups() -> Iterator[Path]:
+def usable_memory() -> int:
+    """Bytes of memory that this process and its children may use: the machine's, within the limits of groups."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min([machine, *map(_memory_limit, _groups("memory"))]))
+
+
+def _groups(controller: str) -> Iterator[Path]:
     """Folders of this process's control groups, by version 2 and 1, each with those above it up to the root.
 
     Each of them limits what is in it. Some may be out of sight, and are no folders then.
     """
-    paths = {"": "/", "cpu": "/"}
+    paths = {"": "/", controller: "/"}
     with suppress(OSError, ValueError):  # no control groups
         for line in MEMBERSHIP.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             paths |= dict.fromkeys(controllers.split(","), path)
-    for root, path in ((CGROUPS, paths[""]), (CGROUPS / "cpu", paths["cpu"])):
+    for root, path in ((CGROUPS, paths[""]), (CGROUPS / controller, paths[controller])):
         group = PurePosixPath(path.lstrip("/"))
         yield from (root / folder for folder in (group, *group.parents))
 
@@ -45,3 +51,11 @@ def _quota(group: Path) -> float:
         return int(quota) / int(period) if int(quota) > 0 else math.inf
     except (OSError, ValueError):  # no such group, or no limit ("max")
         return math.inf
+
+
+def _memory_limit(group: Path) -> float:
+    """Bytes of memory that this control group allows; infinite where it sets no limit."""
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no such group or file, or no limit ("max")
+            return int((group / name).read_text())
+    return math.inf

@@ -6,10 +6,11 @@ import pickle
 import queue
 import resource
 import signal
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from mmap import MADV_REMOVE, mmap
@@ -18,7 +19,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, TypeVar
 
-from trainer.cores import usable_cores
+from trainer.cores import usable_cores, usable_memory
 
 T = TypeVar("T")
 
@@ -26,6 +27,8 @@ LARGEST_MESSAGE = 2**32
 """Bytes of address space for what is sent; memory is taken for as much as was written."""
 LARGE_MESSAGE = 2**24
 """Bytes of a message above which its memory is given back once it is read."""
+DECODING_SHARE = 0.75
+"""Of the memory that there is, what all processes together may be allowed; the rest is for who started them."""
 ORPHAN_SECONDS = 1.0
 """How much longer than allowed work may take where nobody is left to end it."""
 
@@ -179,9 +182,11 @@ class ProcessPool:
 
     Args:
         processes: At most so many; further callers wait.
+        memory: Bytes that those at work may be allowed in all; one alone may always be.
     """
 
-    def __init__(self, processes: int) -> None:
+    def __init__(self, processes: int, memory: float = math.inf) -> None:
+        self._memory, self._free, self._freed = memory, memory, threading.Condition()
         self._places: queue.LifoQueue[Worker | None] = queue.LifoQueue()
         for _ in range(processes):
             self._places.put(None)
@@ -214,27 +219,51 @@ class ProcessPool:
             LimitExceeded: It took longer, or more memory, or broke two processes.
             DeadlinePassed: The caller has stopped waiting.
         """
-        try:
-            worker = self._places.get(timeout=None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            raise DeadlinePassed("the time for it passed before its turn") from None
-        task = Task(work, args, seconds, memory)
-        try:
+        with self._reserved(memory, deadline):
             try:
-                worker = worker if worker and worker.alive else Worker([work.__module__])
-                result: T = worker.ask(task, deadline)
-            except WorkerEnded:  # perhaps others ended it; a second time it is the work's doing
-                worker = Worker([work.__module__])
-                result = worker.ask(task, deadline)
-            return result
-        except WorkerEnded as error:
-            reason = f"it takes more memory to read than an image may, {_limit(memory)}, or breaks what reads it"
-            raise LimitExceeded(reason) from error
+                worker = self._places.get(timeout=_left(deadline))
+            except queue.Empty:
+                raise DeadlinePassed("the time for it passed before its turn") from None
+            task = Task(work, args, seconds, memory)
+            try:
+                try:
+                    worker = worker if worker and worker.alive else Worker([work.__module__])
+                    result: T = worker.ask(task, deadline)
+                except WorkerEnded:  # perhaps others ended it; a second time it is the work's doing
+                    worker = Worker([work.__module__])
+                    result = worker.ask(task, deadline)
+                return result
+            except WorkerEnded as error:
+                reason = f"it takes more memory to read than an image may, {_limit(memory)}, or breaks what reads it"
+                raise LimitExceeded(reason) from error
+            finally:
+                self._places.put(worker)
+
+    @contextmanager
+    def _reserved(self, memory: int, deadline: float) -> Iterator[None]:
+        """Have so much of the memory, once it is free."""
+        size = min(memory, self._memory)
+        with self._freed:
+            if not self._freed.wait_for(lambda: self._free >= size, _left(deadline)):
+                raise DeadlinePassed("the time for it passed before its turn")
+            self._free -= size
+        try:
+            yield
         finally:
-            self._places.put(worker)
+            with self._freed:
+                self._free += size
+                self._freed.notify_all()
+
+
+def _left(deadline: float) -> float | None:
+    """Seconds until then; None where there is no end."""
+    return None if deadline == math.inf else max(0.0, deadline - time.monotonic())
 
 
 @cache
 def decoding_pool() -> ProcessPool:
-    """The processes in which all of this process's uploads and references are decoded, one for each core."""
-    return ProcessPool(usable_cores())
+    """The processes in which all of this process's uploads and references are decoded: for each core one.
+
+    Where memory is short fewer of them work at a time.
+    """
+    return ProcessPool(usable_cores(), DECODING_SHARE * usable_memory())

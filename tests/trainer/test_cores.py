@@ -3,13 +3,14 @@
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 
 from api.monitoring import Metrics
 from api.service import Service
 from api.service_settings import ServiceSettings
 from trainer import cores
-from trainer.cores import usable_cores
+from trainer.cores import usable_cores, usable_memory
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +70,29 @@ def test_the_least_quota_on_the_way_to_the_root_counts(
     monkeypatch.setattr(cores, "MEMBERSHIP", tmp_path / "membership")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     assert usable_cores() == count
+
+
+@pytest.mark.parametrize(
+    ("files", "size"),
+    [
+        ({}, None),
+        ({"memory.max": "max\n"}, None),
+        ({"memory.max": "1000000\n"}, 1_000_000),
+        ({"memory.max": "2000000\n", "a/memory.max": "1000000\n"}, 1_000_000),
+        ({"memory/a/memory.limit_in_bytes": "1000000\n"}, 1_000_000),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),
+    ],
+)
+def test_memory_is_the_machines_within_the_limits(
+    files: dict[str, str], size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "membership").write_text("9:memory:/a\n0::/a\n")
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cores, "MEMBERSHIP", tmp_path / "membership")
+    assert usable_memory() == (size or psutil.virtual_memory().total)
 
 
 def test_pools_keep_to_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

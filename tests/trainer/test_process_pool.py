@@ -131,3 +131,20 @@ def test_a_smaller_limit_of_the_system_holds(pool: ProcessPool) -> None:
 
 def test_libraries_print_no_warnings(pool: ProcessPool) -> None:
     assert call(pool, eval, "__import__('warnings').filters[0][0]") == "ignore"
+
+
+def test_those_who_may_take_all_memory_work_one_at_a_time() -> None:
+    pool = ProcessPool(2, memory=1.5 * 2**30)
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(call, pool, time.sleep, 0.5)
+        while pool._places.qsize() == 2:
+            time.sleep(0.01)
+        with pytest.raises(DeadlinePassed, match="before its turn"):
+            call(pool, abs, -1, deadline=time.monotonic() + 0.1)
+        assert call(pool, abs, -1, memory=2**29) == 1
+        assert call(pool, abs, -1) == 1
+        assert first.done()
+    assert call(pool, abs, -1, memory=2**32) == 1  # more than there is, but alone
+    for _ in range(2):
+        if worker := pool._places.get_nowait():
+            worker.end()
