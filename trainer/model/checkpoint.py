@@ -169,11 +169,11 @@ def write_file(folder: Path, name: str, data: bytes, sections: Mapping[str, Any]
         sections: What else changes in `config.json`.
 
     Raises:
-        CheckpointError: As `read_sections`.
+        CheckpointError: `config.json` has something else than hashes there, or as `read_sections`; nothing is written.
     """
     config = read_sections(folder)
+    hashes = _hashes(folder, config) | {name: sha256(data).hexdigest()}
     write_atomically(folder / name, data)
-    hashes = {**(config.get("files") or {}), name: sha256(data).hexdigest()}
     write_config(folder, {**config, **(sections or {}), "files": hashes})
 
 
@@ -190,9 +190,7 @@ def check_file(folder: Path, name: str, remedy: str) -> None:
     Raises:
         CheckpointError: They are other bytes, or as `read_sections`.
     """
-    hashes = read_sections(folder).get("files", {})
-    if not isinstance(hashes, dict):
-        raise CheckpointError(f"{folder / CONFIG_FILE} says files is {hashes!r}; expected hashes by name: {remedy}")
+    hashes = _hashes(folder, read_sections(folder))
     if name not in hashes:
         return
     with suppress(OSError), (folder / name).open("rb") as file:
@@ -200,6 +198,21 @@ def check_file(folder: Path, name: str, remedy: str) -> None:
             raise CheckpointError(
                 f"{folder / name} is damaged (its SHA-256 is {digest}, {CONFIG_FILE} says {expected}): {remedy}"
             )
+
+
+def _hashes(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The SHA-256 of files by name, as `config.json` of a folder has them; none in one of before.
+
+    Raises:
+        CheckpointError: It has something else there.
+    """
+    hashes = config.get("files", {})
+    if not isinstance(hashes, dict):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} says files is {hashes!r}; expected hashes by name: "
+            "restore it, or train or import again"
+        )
+    return hashes
 
 
 def save_checkpoint(

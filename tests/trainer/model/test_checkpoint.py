@@ -5,7 +5,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -201,6 +201,16 @@ def test_one_flipped_bit_of_a_file_is_refused(folder: Path, name: str) -> None:
         readers[name](folder)
     for other in readers.keys() - {name}:
         readers[other](folder)
+
+
+@pytest.mark.parametrize("files", [None, [], "of none"])
+def test_what_is_no_hashes_is_refused_by_readers_and_by_writers(folder: Path, files: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": files}))
+    for use in (read_metrics, partial(write_metrics, metrics={})):
+        with pytest.raises(CheckpointError, match=r"says files is .*; expected hashes by name"):
+            use(folder)
+    assert not (folder / "metrics.json").exists()
 
 
 def test_a_kill_between_a_file_and_its_hash_is_refused_and_mended_by_writing_again(
