@@ -137,8 +137,9 @@ def read_url(text: str) -> URL:
 
 
 def address(url: URL) -> str:
-    """A URL that may be shown: no password, and no parameter, for some are passwords too."""
-    return url.set(query={}).render_as_string(hide_password=True)
+    """A URL that may be shown: no password, and of the parameters, some of which are passwords too, only the place."""
+    place = {name: value for name, value in url.query.items() if name in ("host", "port")}
+    return url.set(query=place).render_as_string(hide_password=True)
 
 
 def _open(_: object, __: object, arguments: list[Any], options: dict[str, Any]) -> AnsweringConnection:

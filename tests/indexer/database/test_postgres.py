@@ -367,6 +367,12 @@ def test_an_unreachable_database_is_one_line_without_the_password(url: str) -> N
     assert "secret" not in str(caught.value)
 
 
+def test_the_place_of_a_database_is_told_also_where_parameters_say_it() -> None:
+    with pytest.raises(DatabaseUnreachable) as caught:
+        connect(Settings(database_url="postgresql:///db?host=/no/such/place&port=77&sslpassword=secret"))
+    assert "no database at postgresql+psycopg:///db?host=%2Fno%2Fsuch%2Fplace&port=77 (" in str(caught.value)
+
+
 def test_the_connection_limits_how_long_it_waits(settings: Settings) -> None:
     url = make_url(str(settings.database_url)).update_query_dict({"connect_timeout": "7"})
     shown = settings.model_copy(update={"database_url": url.render_as_string(hide_password=False)})
