@@ -332,7 +332,7 @@ def import_command(
 
     settings = Settings.read()
     with opened(settings) as store:
-        with image_progress() as advance:
+        with image_progress(what="checks and additions") as advance:
             report = import_references(store, file, advance)
         for checkpoint in store.checkpoints.list():
             if checkpoint.id not in report["checkpoints"]:

@@ -64,17 +64,18 @@ def note(line: str) -> None:
 
 @contextmanager
 def image_progress(
-    again: Callable[[], Iterable[object]] | None = None, total: int | None = None
+    again: Callable[[], Iterable[object]] | None = None, total: int | None = None, what: str = "images"
 ) -> Iterator[Callable[[], None]]:
     """A bar, see `Bar`, that the given function advances by one image.
 
     Args:
         again: Gives the images anew, to be counted in the background while the first of them are added.
         total: How many there are, where that is known.
+        what: What is counted.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
     with Bar(*columns, console=console) as bar:
-        task = bar.add_task("images", total=total)
+        task = bar.add_task(what, total=total)
 
         def count(images: Callable[[], Iterable[object]]) -> None:
             with suppress(DatasetError, OSError):  # adding them says it better

@@ -195,6 +195,11 @@ def import_references(store: Store, path: Path, on_image: Callable[[], None] = l
 
     `without_picture` counts all references that lack one afterwards, of this file or not.
 
+    Args:
+        store: Where to.
+        path: The file.
+        on_image: Called twice for each reference: when it has been checked, which all are first, and when it is done.
+
     Returns:
         {"references", "without_picture", "added", "embeddings", "conflicts": [{"sha256", "has", "wants"}],
         "blocked": [hashes], "checkpoints": [ids], "enrolment": its id, null where everything was known or blocked}.
@@ -202,7 +207,7 @@ def import_references(store: Store, path: Path, on_image: Callable[[], None] = l
     Raises:
         BadExport: The file is no export, damaged, or says what cannot be; nothing was added.
     """
-    about = _verified(path)
+    about = _verified(path, on_image)
     checkpoints = [checkpoint.id for checkpoint in about.checkpoints]
     dims = {known.id: known.dim for known in store.checkpoints.list()}
     for checkpoint in about.checkpoints:
@@ -314,7 +319,7 @@ def _slice(data: bytes, place: Place | None) -> bytes | None:
     return None if place is None else data[place[0] : place[1]]
 
 
-def _verified(path: Path) -> About:
+def _verified(path: Path, on_image: Callable[[], None]) -> About:
     """What `about.json` says, once every member has been found there, whole, and saying what can be."""
     try:
         with ZipFile(path) as archive:
@@ -326,7 +331,11 @@ def _verified(path: Path) -> About:
             names = archive.namelist()
             if len(names) != 2 * about.pages + 1:
                 raise ValueError(f"it has {len(names)} members, and {about.pages} pages need {2 * about.pages + 1}")
-            references = sum(len(_page(archive, number, about)[0]) for number in range(about.pages))
+            references = 0
+            for number in range(about.pages):
+                for _ in _page(archive, number, about)[0]:
+                    references += 1
+                    on_image()
             if references != about.references:
                 raise ValueError(f"it has {references} references, and about.json says {about.references}")
             for checkpoint in about.checkpoints:

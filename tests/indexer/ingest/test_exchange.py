@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from string import ascii_letters
 from typing import Any
+from unittest.mock import Mock
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import numpy as np
@@ -84,8 +85,10 @@ def test_a_set_arrives_as_it_was(source: Store, target: Store, tmp_path: Path) -
     exported = export_references(source, path, lambda: beside.update(path.parent.iterdir()))
     assert exported == {"file": str(path), "references": 300, "checkpoints": [CHECKPOINT, OTHER]}
     assert beside == set()
-    imported = import_references(target, path)
+    advance = Mock()
+    imported = import_references(target, path, advance)
     assert (imported["references"], imported["added"], imported["embeddings"]) == (300, 300, 310)
+    assert advance.call_count == 600  # each is checked and added
     assert (imported["conflicts"], imported["blocked"]) == ([], [])
     assert rows(target) == rows(source)
     for checkpoint in (CHECKPOINT, OTHER):
