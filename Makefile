@@ -79,7 +79,7 @@ check: $(LINEUP)
 docs: $(VENV)/.locked
 	$(BIN)/python docs/imports.py
 
-# Sizes: LINEUP_SOAK_FILES, LINEUP_SOAK_SEQUENCES, LINEUP_SOAK_KILLS, LINEUP_SOAK_MINUTES.
+# Sizes: LINEUP_SOAK_FILES, LINEUP_SOAK_REQUESTS, LINEUP_SOAK_SEQUENCES, LINEUP_SOAK_KILLS, LINEUP_SOAK_MINUTES.
 soak: $(LINEUP)
 	$(RUN) pytest -q -m soak tests$(if $(PART),/journey/test_$(PART).py)
 

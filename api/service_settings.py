@@ -15,7 +15,7 @@ from indexer.settings import Settings, SettingsError
 ELSEWHERE = (
     *("LINEUP_DB_PASSWORD", "LINEUP_CHECKPOINT_DIR", "LINEUP_TARGET"),
     *("LINEUP_TEST_DEBIAN", "LINEUP_SOAK_MINUTES", "LINEUP_SOAK_REPORT", "LINEUP_SOAK_FILES", "LINEUP_SOAK_SEQUENCES"),
-    "LINEUP_SOAK_KILLS",
+    *("LINEUP_SOAK_KILLS", "LINEUP_SOAK_REQUESTS"),
 )
 """Variables that are no settings: docker's compose file reads the first, the tests the others."""
 CLOSE = 0.8

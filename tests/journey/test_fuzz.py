@@ -1,24 +1,28 @@
-"""Random input: mutated image files, and sequences of changes to the store against a model of it.
+"""Random input: mutated image files, requests, and sequences of changes to the store against a model of it.
 
-A small form runs with the other tests; `make soak PART=fuzz` tries `LINEUP_SOAK_FILES` (40,000) files and
-`LINEUP_SOAK_SEQUENCES` (200) sequences of 30 steps.
+A small form runs with the other tests; `make soak PART=fuzz` tries `LINEUP_SOAK_FILES` (40,000) files,
+`LINEUP_SOAK_REQUESTS` (200) requests for each call and caller, and `LINEUP_SOAK_SEQUENCES` (200) sequences of 30 steps.
 """
 
 import io
 import os
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import schemathesis
 from conftest import new_database, small_image
-from hypothesis import HealthCheck, Phase, settings
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -29,9 +33,22 @@ from hypothesis.stateful import (
 )
 from numbered import CHECKPOINT, DIM, new, opened, sha256, vector
 from PIL import ExifTags, Image, PngImagePlugin
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    allow_header_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 from sqlalchemy import URL
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from api.access import hash_secret, new_secret
+from api.http.app import create_app
+from api.judge.loader import load_detector
 from api.judge.provenance import read_provenance
+from api.service_settings import ServiceSettings
 from indexer.follower import Follower
 from indexer.ingest.exchange import export_references, import_references
 from indexer.settings import Settings
@@ -39,12 +56,22 @@ from indexer.store.generators import GeneratorExists
 from trainer.images import FORMATS, UnreadableImage, decode_image
 
 FILES = int(os.environ.get("LINEUP_SOAK_FILES", "40000"))
+REQUESTS = int(os.environ.get("LINEUP_SOAK_REQUESTS", "200"))
 SEQUENCES = int(os.environ.get("LINEUP_SOAK_SEQUENCES", "200"))
 OTHER, OTHER_DIM = "d" * 32, 3
 DIMS = {CHECKPOINT: DIM, OTHER: OTHER_DIM}
 GENERATORS = ("gen-a", "gen-b", "gen-c")
 CHOICE = st.randoms(use_true_random=False)
 Record = Callable[[str, object], None]
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    allow_header_conformance,
+]
+"""Those that hold for multipart, where a file may be sent for any field."""
 
 
 def sound_files() -> dict[str, bytes]:
@@ -122,6 +149,68 @@ def test_mutated_files_are_read_or_refused(count: int, record_property: Record) 
     record_property("failed", len(faults))
     assert faults == []
     assert 0 < accepted < count
+
+
+def from_here(app: ASGIApp) -> ASGIApp:
+    """The same application, already started, called from this machine; the generator's own client has no address."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            for _ in range(2):
+                await send({"type": f"{(await receive())['type']}.complete"})
+            return
+        if scope["type"] == "http":
+            headers = [(name, value) for name, value in scope["headers"] if name != b"host"]
+            scope = dict(scope) | {"client": ("127.0.0.1", 1), "headers": [*headers, (b"host", b"localhost")]}
+        await app(scope, receive, send)
+
+    return call
+
+
+@pytest.fixture(scope="module", params=["without a key", "with a key", "with none where there is one"])
+def caller(populated: ServiceSettings, request: pytest.FixtureRequest) -> Iterator[tuple[Any, dict[str, str]]]:
+    """What calls an application, and with which headers."""
+    limited = populated.model_copy(update={"max_upload_bytes": 100_000})
+    detector, secret = load_detector(limited), new_secret()
+    detector.calibrator.refresh()
+    if request.param != "without a key":
+        detector.store.keys.create(request.param, hash_secret(secret), ["admin"])
+    headers = {"authorization": f"Bearer {secret}"} if request.param == "with a key" else {}
+    app = create_app(limited, detector)
+    with TestClient(app):
+        yield schemathesis.openapi.from_asgi("/openapi.json", from_here(app)), headers
+
+
+def operations() -> list[tuple[str, str]]:
+    """Path and method of every call."""
+    paths = create_app(ServiceSettings()).openapi()["paths"]
+    return [(path, method.upper()) for path, methods in paths.items() for method in methods]
+
+
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.parametrize("count", [4, pytest.param(REQUESTS, marks=pytest.mark.soak)])
+def test_generated_requests_get_answers_that_are_promised(
+    caller: tuple[Any, dict[str, str]], count: int, request: pytest.FixtureRequest, record_property: Record
+) -> None:
+    (schema, headers), answers, faults = caller, Counter[int](), []
+    for path, method in operations():
+
+        @settings(
+            max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+        )
+        @given(case=schema[path][method].as_strategy())
+        def check(case: Any) -> None:
+            answers[case.call_and_validate(checks=CHECKS, headers=headers).status_code] += 1
+
+        try:
+            check()
+        except Exception as error:
+            faults.append(f"{method} {path}: {error}")
+    name = request.node.callspec.params["caller"]
+    record_property("tried", f"{answers.total():,} generated requests {name}, answers {dict(sorted(answers.items()))}")
+    record_property("failed", len(faults))
+    assert faults == []
+    assert (answers[401] > answers[200]) == (name == "with none where there is one")
 
 
 @dataclass

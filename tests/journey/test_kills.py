@@ -1,6 +1,7 @@
 """Whatever is killed and whenever, running it again ends with the same rows, and rows, index and snapshot agree.
 
-A small form runs with the other tests; `make soak PART=kills` makes `LINEUP_SOAK_KILLS` (300) runs that are killed.
+A small form runs with the other tests; `make soak PART=kills` makes `LINEUP_SOAK_KILLS` (300) runs that are killed,
+and a tenth as many services that enrol.
 """
 
 import contextlib
@@ -10,22 +11,36 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import httpx2
+import psutil
 import pytest
-from served import short_folder
+from fastapi.testclient import TestClient
+from hashing import HashingEmbedder
+from served import png, served, short_folder
+from typer.testing import CliRunner
 
+from api.http.app import create_app
+from api.judge.loader import load_detector
+from api.service_settings import ServiceSettings
+from indexer.__main__ import app as commands
 from indexer.database.connection import connect
 from indexer.measure.check import compare
 from indexer.settings import Settings
 from indexer.store import Store
 
+Record = Callable[[str, object], None]
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("LINEUP_SOAK_KILLS", "300"))
+KINDS = {"add", "remove", "rebuild", "switch", "export", "import", "follow", "database"}
+"""Of what is killed; each occurs, however few the kills."""
 RUNS = 12
 """Of commands, between two comparisons."""
 
@@ -36,22 +51,27 @@ def home() -> Iterator[Path]:
         yield folder
 
 
+@contextlib.contextmanager
+def opened(settings: Settings) -> Iterator[Store]:
+    engine = connect(settings)
+    yield Store(engine)
+    engine.dispose()
+
+
+def environment(home: Path) -> dict[str, str]:
+    return {"LINEUP_HOME": str(home), "LINEUP_CHECKPOINT": str(home / "hashing")}
+
+
 def start(home: Path, *arguments: object, seconds: float = 0.0) -> "subprocess.Popen[str]":
     """The indexer's command line with the hashing embedder, in a process group of its own."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "LINEUP_HOME": str(home),
-        "LINEUP_CHECKPOINT": str(home / "hashing"),
-        "HASHING_SECONDS": str(seconds),
-    }
-    environment.pop("LINEUP_DATABASE_URL", None)
+    variables = os.environ | environment(home) | {"PYTHONPATH": str(ROOT), "HASHING_SECONDS": str(seconds)}
+    variables.pop("LINEUP_DATABASE_URL", None)
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tests/hashing.py"), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=variables,
         start_new_session=True,
     )
 
@@ -66,16 +86,34 @@ def result(process: "subprocess.Popen[str]") -> dict[str, Any]:
 def assert_all_is_there(home: Path) -> None:
     """The rows of the whole image folder, in agreement with index and snapshot, and nothing half-written."""
     settings = Settings(home=home, database_url=None)
-    engine = connect(settings)
-    store = Store(engine)
-    rows = [(row.label, row.generator) for row in store.references.list(limit=10_000)]
-    assert {kind: rows.count(kind) for kind in set(rows)} == {(0, None): 60, (1, "gen-a"): 30, (1, "gen-b"): 30}
-    agreements = {checkpoint.active: compare(settings, store, checkpoint) for checkpoint in store.checkpoints.list()}
-    engine.dispose()
+    with opened(settings) as store:
+        rows = Counter((row.label, row.generator) for row in store.references.list(limit=10_000))
+    assert rows == {(0, None): 60, (1, "gen-a"): 30, (1, "gen-b"): 30}
+    assert_all_agree(settings, 120)
+
+
+def assert_all_agree(settings: Settings, rows: int) -> None:
+    """Rows, index and snapshot of each checkpoint say the same, of so many rows, and nothing is half-written."""
+    with opened(settings) as store:
+        agreements = {each.active: compare(settings, store, each) for each in store.checkpoints.list()}
     assert [problem for agreement in agreements.values() for problem in agreement.problems] == []
     active = agreements[True]
-    assert (active.rows, active.index, active.snapshot) == (120, 120, active.revision)
-    assert list(home.rglob("*.part")) == []
+    assert (active.rows, active.index, active.snapshot) == (rows, rows, active.revision)
+    assert list(settings.home.rglob("*.part")) == []
+
+
+def finish(home: Path, *arguments: object) -> dict[str, Any]:
+    """Run a command to its end in this process, which by then needs no further time to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(home).items():
+            patch.setenv(name, value)
+        patch.delenv("LINEUP_DATABASE_URL", raising=False)
+        patch.setattr("trainer.model.embedder.Embedder", HashingEmbedder)
+        patch.setattr("signal.signal", lambda *_: None)  # the tests' own process keeps its handlers
+        done = CliRunner().invoke(commands, [*map(str, arguments), "--json"])
+    assert done.exit_code == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
 def kill_again_and_again(home: Path, images: Path, times: int, seed: int) -> Counter[str]:
@@ -85,21 +123,21 @@ def kill_again_and_again(home: Path, images: Path, times: int, seed: int) -> Cou
         How many were killed, by what they were doing.
     """
     moments, archive, killed, longest = random.Random(seed), home / "set", Counter[str](), 1.5
-    others: list[list[object]] = [
-        ["remove", "--generator", "gen-a"],
-        ["rebuild"],
-        ["rebuild", "--checkpoint", home / "newer"],
-        ["export", archive],
-        ["import", archive],
-    ]
+    others: dict[str, list[object]] = {
+        "remove": ["remove", "--generator", "gen-a"],
+        "rebuild": ["rebuild"],
+        "switch": ["rebuild", "--checkpoint", home / "newer"],
+        "export": ["export", archive],
+        "import": ["import", archive],
+    }
     for turn in range(times):
         if turn == 3:  # how long a command takes here, so that later kills hit all of it
             begin = time.monotonic()
-            result(start(home, "add", images, "--json"))
+            finish(home, "add", images)
             longest = time.monotonic() - begin
-            result(start(home, "export", archive, "--json"))
-        command = ["add", images] if turn < 3 or moments.random() < 0.3 else moments.choice(others)
-        processes = [start(home, *command, seconds=0.05)]
+            finish(home, "export", archive)
+        name = "add" if turn < 3 or moments.random() < 0.3 else moments.choice(list(others))
+        processes = [start(home, *others.get(name, ["add", images]), seconds=0.05)]
         if turn % 3 == 2:
             processes.append(start(home, "follow"))  # what the others write meanwhile
         for process in processes:
@@ -109,35 +147,36 @@ def kill_again_and_again(home: Path, images: Path, times: int, seed: int) -> Cou
             processes[0].wait(moments.uniform(0, longest))
         database = home / "postgres/postmaster.pid"
         if turn % 4 == 3 and database.exists():
-            killed["database"] += 1
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(database.read_text().splitlines()[0]), signal.SIGKILL)
+                killed["database"] += 1
             with contextlib.suppress(subprocess.TimeoutExpired):
                 processes[0].wait(60)
-        for process in processes:
+        for process, doing in zip(processes, (name, "follow"), strict=False):
             if process.poll() is None:
-                killed[str(command[0])] += 1
+                killed[doing] += 1
                 os.killpg(process.pid, signal.SIGKILL)
             assert "Traceback" not in process.communicate()[1]
-    result(start(home, "rebuild", "--checkpoint", home / "hashing", "--json"))
-    report = result(start(home, "add", images, "--json"))
+    finish(home, "rebuild", "--checkpoint", home / "hashing")
+    report = finish(home, "add", images)
     assert report["added"] + report["known"] == 120
     assert report["rejected"] == report["conflicts"] == []
-    assert result(start(home, "export", archive, "--json"))["references"] == 120
-    assert result(start(home, "import", archive, "--json"))["added"] == 0
+    assert finish(home, "export", archive)["references"] == 120
+    assert finish(home, "import", archive)["added"] == 0
     assert_all_is_there(home)
     return killed
 
 
 def test_kills_lose_nothing(home: Path, image_folder: Path) -> None:
-    kill_again_and_again(home, image_folder, times=7, seed=1)
+    killed = kill_again_and_again(home, image_folder, times=4, seed=1)
+    assert killed.keys() >= {"add", "database"}
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(8 * 3600)
-def test_many_kills_lose_nothing(image_folder: Path, record_property: Callable[[str, object], None]) -> None:
+def test_many_kills_lose_nothing(image_folder: Path, record_property: Record) -> None:
     killed, faults, seed = Counter[str](), [], 2
-    while killed.total() < KILLS:
+    while killed.total() < KILLS or killed.keys() < KINDS:
         with short_folder() as folder:
             try:
                 killed += kill_again_and_again(folder, image_folder, times=RUNS, seed=seed)
@@ -148,6 +187,58 @@ def test_many_kills_lose_nothing(image_folder: Path, record_property: Callable[[
         record_property("failed", len(faults))
         assert len(faults) < 10, faults
     assert faults == []
+
+
+@pytest.mark.timeout(8 * 3600)
+@pytest.mark.parametrize("kills", [1, pytest.param(KILLS // 10, marks=pytest.mark.soak)])
+def test_kills_of_a_service_that_enrols_lose_nothing_acknowledged(
+    home: Path, tiny_checkpoint: Path, tmp_path: Path, record_property: Record, kills: int
+) -> None:
+    """Requests are kept as a whole or not at all, and the service's own processes end with it."""
+    moments, settings = (
+        random.Random(kills),
+        ServiceSettings(home=home, checkpoint=tiny_checkpoint, device="cpu", open=True),
+    )
+    sent: list[list[bytes]] = []
+    acknowledged = 0
+
+    def enrol(client: httpx2.Client, batch: list[bytes]) -> int:
+        files = [("images", (f"{number}.png", image)) for number, image in enumerate(batch)]
+        report = client.post("/v1/references", data={"label": "real"}, files=files).json()
+        assert report["rejected"] == report["conflicts"] == []
+        return int(report["added"] + report["known"])
+
+    def enrol_until_killed(address: str, seed: int) -> None:
+        nonlocal acknowledged
+        with contextlib.suppress(httpx2.TransportError), httpx2.Client(base_url=address, timeout=60) as client:
+            for batch in range(1000):
+                sent.append([png(1_000_000 * seed + 8 * batch + number, False) for number in range(8)])
+                acknowledged += enrol(client, sent[-1])
+
+    for kill in range(kills):
+        with served(tiny_checkpoint, home, tmp_path / "log") as service:
+            first = len(sent)
+            thread = threading.Thread(target=enrol_until_killed, args=(service.address, kill))
+            thread.start()
+            while len(sent) < first + 2:  # so that there is something to lose
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, 1))
+            workers = psutil.Process(service.process.pid).children(recursive=True)
+            service.process.kill()
+            thread.join()
+        _, left = psutil.wait_procs([worker for worker in workers if worker.name() != "postgres"], timeout=20)
+        assert left == []
+        with opened(settings) as store:
+            rows = {row.sha256 for row in store.references.list(limit=1_000_000)}
+        batches = [rows & {sha256(image).hexdigest() for image in batch} for batch in sent]
+        assert {len(batch) for batch in batches} <= {0, 8}
+        assert len(rows) == sum(map(len, batches)) >= acknowledged >= 8 * (kill + 1)
+    record_property("tried", f"{kills} kills of a service that enrols, {acknowledged:,} acknowledged references")
+    record_property("failed", 0)
+    app = create_app(settings, load_detector(settings))
+    with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 1)) as client:
+        assert [enrol(client, batch) for batch in sent] == [8] * len(sent)
+    assert_all_agree(settings, 8 * len(sent))
 
 
 def test_two_processes_that_add_at_once_lose_nothing(home: Path, image_folder: Path) -> None:
