@@ -319,7 +319,7 @@ def _slice(data: bytes, place: Place | None) -> bytes | None:
     return None if place is None else data[place[0] : place[1]]
 
 
-def _verified(path: Path, on_image: Callable[[], None]) -> About:
+def _verified(path: Path, on_image: Callable[[], None] = lambda: None) -> About:
     """What `about.json` says, once every member has been found there, whole, and saying what can be."""
     try:
         with ZipFile(path) as archive:
