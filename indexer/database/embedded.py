@@ -39,6 +39,8 @@ SHUT_DOWN, SHUTTING_DOWN = 1, 3
 """Values of DBState in PostgreSQL's pg_control.h."""
 LEAST_BYTES = 16 * 1024 * 1024
 """Room on its disk without which a server does not come up: one segment of the write-ahead log."""
+_left_at_exit: set[Path] = set()
+"""Homes whose server this process leaves as it ends."""
 
 
 class EmbeddedFailure(RuntimeError):
@@ -66,7 +68,9 @@ class EmbeddedServer:
                 f"the embedded database cannot live in {str(self.home)!r} because of {odd.group()!r}: "
                 "set LINEUP_HOME to another folder, or LINEUP_DATABASE_URL to a server"
             )
-        atexit.register(self.leave)
+        if self.home not in _left_at_exit:  # a service starts it again after each crash
+            _left_at_exit.add(self.home)
+            atexit.register(self.leave)
         _exit_on_termination()
         try:
             self.home.mkdir(parents=True, exist_ok=True)

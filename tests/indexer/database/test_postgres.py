@@ -266,6 +266,16 @@ def test_the_server_is_not_stopped_under_a_user_of_an_earlier_version(
     halt.assert_not_called()
 
 
+def test_a_home_is_left_once_however_often_its_server_was_started(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register = Mock()
+    monkeypatch.setattr("atexit.register", register)
+    monkeypatch.setattr(EmbeddedServer, "_initialise", lambda server: None)
+    monkeypatch.setattr(EmbeddedServer, "_run", lambda server: None)
+    for _ in range(2):
+        EmbeddedServer(home).start()
+    assert register.call_count == 1
+
+
 def test_a_list_of_users_that_the_disk_does_not_take_stays_as_it_was(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
