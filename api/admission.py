@@ -1,5 +1,6 @@
 """Refuses work at once whose turn would come too late, instead of letting it wait for that."""
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ about the others."""
 
 
 class Admission:
-    """What is in work or waits for it, and how long that will take. Used on the event loop.
+    """What is in work or waits for it, and how long that will take. Threads may share it.
 
     Args:
         places: How many are worked on at once.
@@ -25,6 +26,7 @@ class Admission:
     def __init__(self, places: int, most: int, things: str) -> None:
         self.places, self.most, self.things = places, most, things
         self.inside, self.expected, self.slowness = 0, 0.0, 1.0
+        self._lock = threading.Lock()
 
     @property
     def wait(self) -> float:
@@ -47,16 +49,19 @@ class Admission:
         Raises:
             ApiError: not-ready, where so many wait that half of the time would pass before its turn, or too many.
         """
-        start, wait = time.monotonic(), self.wait
-        if self.full or wait > (deadline - start) / 2:
-            detail = f"{self.inside} {self.things} are in work or wait, which takes about {wait:.0f} s; try again then"
-            raise ApiError("not-ready", detail, retry_after=wait)
-        self.inside += 1
-        self.expected += seconds
+        with self._lock:
+            start, wait = time.monotonic(), self.wait
+            if self.full or wait > (deadline - start) / 2:
+                detail = f"{self.inside} {self.things} are in work or wait, which takes about {wait:.0f} s"
+                raise ApiError("not-ready", f"{detail}; try again then", retry_after=wait)
+            usual = wait / self.slowness + seconds  # by now's slowness: others change it before this one ends
+            self.inside += 1
+            self.expected += seconds
         try:
             yield
         finally:
-            self.inside -= 1
-            self.expected -= seconds
-            took = (time.monotonic() - start) / (wait / self.slowness + seconds)
-            self.slowness += NEWEST * (min(max(took, LEAST), LARGEST) - self.slowness)
+            with self._lock:
+                self.inside -= 1
+                self.expected -= seconds
+                slowness = min(max((time.monotonic() - start) / usual, LEAST), LARGEST)
+                self.slowness += NEWEST * (slowness - self.slowness)

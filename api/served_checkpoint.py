@@ -3,8 +3,8 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
-from contextlib import contextmanager
+from concurrent.futures import Executor, Future
+from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
@@ -34,12 +34,32 @@ T = TypeVar("T")
 
 async def run_in(pool: Executor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """What `work` returns in a thread of the pool, which holds the request's bytes until it has ended."""
+    return await asyncio.wrap_future(_submit(pool, work, *args, **kwargs))
+
+
+async def run_admitted(
+    admission: Admission, seconds: float, pool: Executor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """As `run_in`, once it is admitted; it counts as admitted until the thread has ended, as a request may do before.
+
+    Raises:
+        ApiError: not-ready, where it is not admitted.
+    """
+    with ExitStack() as place:
+        place.enter_context(admission.admitted(seconds, deadline_in_use()))
+        future = _submit(pool, work, *args, **kwargs)
+        thread_place = place.pop_all()
+    future.add_done_callback(lambda _: thread_place.close())
+    return await asyncio.wrap_future(future)
+
+
+def _submit(pool: Executor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
     calls = [partial(copy_context().run, partial(work, *args, **kwargs))]
     future = pool.submit(lambda: calls.pop()())
     future.add_done_callback(lambda _: calls.clear())  # the pool keeps what was cancelled until a thread is free
     if reservation := reservation_in_use.get():
         reservation.hold_until(future)
-    return await asyncio.wrap_future(future)
+    return future
 
 
 class Serving:
@@ -81,8 +101,7 @@ class Serving:
             ApiError: too-large, not-an-image, unreadable, or not-ready where too many images wait.
         """
         seconds = DECODE_SECONDS + DECODE_SECONDS_PER_BYTE * len(upload.data)
-        with self._admission.admitted(seconds, deadline_in_use()):
-            prepared = await run_in(self._decoders, self.detector.prepare, upload, question)
+        prepared = await run_admitted(self._admission, seconds, self._decoders, self.detector.prepare, upload, question)
         start = time.perf_counter()
         windows = sum(map(len, prepared.views))  # each weighs: a pass has room for so many, and memory
         embeddings = await _join(self.embedding, prepared.views, windows)

@@ -15,7 +15,6 @@ from api.access import Caller, Keys, hide_paths
 from api.admission import Admission
 from api.breaker import DATABASE_AWAY, told
 from api.enrolment import Batch, enrol
-from api.inflight import deadline_in_use
 from api.judge.detector import Detector
 from api.judge.evidence import SearchQuery
 from api.judge.loader import load_detector, load_successor
@@ -24,7 +23,7 @@ from api.monitoring import Metrics
 from api.schemas.problems import ApiError
 from api.schemas.resources import Added, Status
 from api.schemas.verdicts import Hits, Verdict
-from api.served_checkpoint import Serving, run_in
+from api.served_checkpoint import Serving, run_admitted, run_in
 from api.service_settings import ServiceSettings
 from api.service_status import status
 from indexer.database.connection import DatabaseBehind
@@ -276,8 +275,10 @@ class Service:
             serving = self.serving
             try:
                 seconds = ENROL_SECONDS * len(uploads)
-                with serving.used(), self._enrolling.admitted(seconds, deadline_in_use()):
-                    return await run_in(self._enrollers, enrol, serving.detector, uploads, batch)
+                with serving.used():
+                    return await run_admitted(
+                        self._enrolling, seconds, self._enrollers, enrol, serving.detector, uploads, batch
+                    )
             except CheckpointSwitched:
                 log.info("waiting for the active checkpoint")
             while self._serving is serving:

@@ -3,9 +3,11 @@
 import math
 import time
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 
+from api import admission as admission_module
 from api.admission import Admission
 from api.schemas.problems import ApiError
 
@@ -34,6 +36,21 @@ def test_no_more_than_a_number_wait() -> None:
         assert refused.value.status == 503
     with admission.admitted(0.1, math.inf):
         pass
+
+
+def test_those_who_wait_together_learn_how_slow_the_work_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(admission_module, "time", SimpleNamespace(monotonic=lambda: now))
+    admission = Admission(places=1, most=10, things="images")
+    with ExitStack() as work:
+        works = [ExitStack() for _ in range(10)]
+        for one in works:
+            work.enter_context(one)
+            one.enter_context(admission.admitted(1.0, math.inf))
+        for one in works:
+            now += 4.0
+            one.close()
+    assert admission.slowness == pytest.approx(4 - 3 * 0.8**10)
 
 
 def test_slow_work_makes_the_wait_longer() -> None:

@@ -589,9 +589,12 @@ def test_bytes_count_until_the_threads_that_hold_them_end(
                 for _ in range(3):
                     answer = client.post(path, **sent)
                     assert "LINEUP_MAX_INFLIGHT_BYTES" in problem(answer, 503, "not-ready")["detail"]
+                served = service_of(client)
+                assert served._enrolling.inside + served._decoding.inside == 1
             finally:
                 going.set()
             assert ended.wait(60)
+            wait_for(lambda: served._enrolling.inside + served._decoding.inside == 0)
         wait_for(lambda: client.post("/v1/search", files=files(image)).status_code == 200)
 
 
