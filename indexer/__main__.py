@@ -216,7 +216,14 @@ def rebuild(
             embedder = Embedder.load(checkpoint, device=settings.device, engine=settings.engine)
             todo = sum(store.references.counts().values()) - len(store.changes.embedded_ids(embedder.id))
             with image_progress(total=todo) as advance:
-                report = reembed(embedder, store, max_pixels=settings.max_pixels, partial=partial, on_image=advance)
+                report = reembed(
+                    embedder,
+                    store,
+                    max_pixels=settings.max_pixels,
+                    image_seconds=settings.image_seconds,
+                    partial=partial,
+                    on_image=advance,
+                )
             if report["unreadable"]:
                 save_report(settings.home, "rebuild", report)
         report["indexes"] = [
@@ -294,7 +301,13 @@ def thumbnails(
 
     settings = Settings.read()
     with opened(settings) as store, image_progress(total=missing_thumbnails(store)) as advance:
-        report = fetch_thumbnails(store, max_bytes=max_bytes, max_pixels=settings.max_pixels, on_image=advance)
+        report = fetch_thumbnails(
+            store,
+            max_bytes=max_bytes,
+            max_pixels=settings.max_pixels,
+            image_seconds=settings.image_seconds,
+            on_image=advance,
+        )
     if report["failed"]:
         save_report(settings.home, "thumbnails", report)
     answer(as_json, report, lambda: tell_thumbnails(report))

@@ -15,8 +15,9 @@ from indexer.ingest.prefetch import prefetch
 from indexer.store import Store
 from trainer.cores import usable_cores
 from trainer.data.datasets import read_uri
-from trainer.images import UnreadableImage, decode_image
+from trainer.images import Preprocess, UnreadableImage, decode_image, decoding_memory
 from trainer.model.embedder import Embedder
+from trainer.process_pool import LimitExceeded, decoding_pool
 
 PAGE_REFERENCES = 256
 MISSING = text("""select r.id, r.sha256, r.uri from reference_image r
@@ -30,6 +31,7 @@ def reembed(
     store: Store,
     *,
     max_pixels: int = 50_000_000,
+    image_seconds: float = 20.0,
     partial: bool = False,
     batch_size: int = 32,
     on_image: Callable[[], None] = lambda: None,
@@ -42,6 +44,7 @@ def reembed(
         embedder: The new checkpoint.
         store: The references.
         max_pixels: Larger images cannot be read.
+        image_seconds: Images that take longer to decode cannot be read.
         partial: Switch although some images cannot be read any more; they are no longer found by searches then.
         batch_size: Images per forward pass.
         on_image: Called once for each image that is done.
@@ -57,7 +60,9 @@ def reembed(
     while not complete and (partial or not unreadable):
         with (
             ThreadPoolExecutor(min(32, usable_cores()), thread_name_prefix="decode") as pool,
-            closing(prefetch(_decoded(store, embedder, pool, max_pixels, unreadable), 2 * batch_size)) as decoded,
+            closing(
+                prefetch(_decoded(store, embedder, pool, max_pixels, image_seconds, unreadable), 2 * batch_size)
+            ) as decoded,
         ):
             while batch := list(islice(decoded, batch_size)):
                 vectors = embedder.embed_windows([windows for _, windows in batch], batch_size)  # (n, d)
@@ -76,15 +81,24 @@ def reembed(
 
 
 def _decoded(
-    store: Store, embedder: Embedder, pool: ThreadPoolExecutor, max_pixels: int, unreadable: dict[int, dict[str, Any]]
+    store: Store,
+    embedder: Embedder,
+    pool: ThreadPoolExecutor,
+    max_pixels: int,
+    image_seconds: float,
+    unreadable: dict[int, dict[str, Any]],
 ) -> Generator[tuple[int, np.ndarray], None, None]:
     """Ids and windows of the references without an embedding of this checkpoint, in order of id."""
 
     def decode(row: RowMapping) -> np.ndarray | None:
         try:
-            image, _ = decode_image(_read(store, row), max_pixels=max_pixels, sha256=row["sha256"].hex())
-            return embedder.preprocess([image])  # (w, 3, s, s)
-        except (UnreadableImage, OSError) as error:
+            return decoding_pool().call(
+                _windows,
+                *(_read(store, row), max_pixels, embedder.preprocess),
+                seconds=image_seconds,
+                memory=decoding_memory(max_pixels),
+            )
+        except (UnreadableImage, LimitExceeded, OSError) as error:
             unreadable[row["id"]] = {"id": row["id"], "uri": row["uri"], "reason": str(error)}
             return None
 
@@ -95,6 +109,11 @@ def _decoded(
         for row, windows in zip(rows, pool.map(decode, rows), strict=True):
             if windows is not None:
                 yield row["id"], windows
+
+
+def _windows(data: bytes, max_pixels: int, preprocess: Preprocess) -> np.ndarray:
+    """The windows of an image, shape (w, 3, s, s), float32."""
+    return preprocess([decode_image(data, max_pixels=max_pixels)[0]])
 
 
 def _read(store: Store, row: RowMapping) -> bytes:

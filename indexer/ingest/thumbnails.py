@@ -3,7 +3,8 @@
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from socket import SOCK_STREAM, getaddrinfo
 from ssl import SSLContext
@@ -17,7 +18,8 @@ from indexer.ingest.ingest import fingerprint, hamming_distance
 from indexer.store import Store
 from indexer.store.reference_facts import NEAR_BITS
 from trainer.data.datasets import read_uri
-from trainer.images import UnreadableImage, decode_image, thumbnail
+from trainer.images import UnreadableImage, decode_image, decoding_memory, thumbnail
+from trainer.process_pool import LimitExceeded, decoding_pool
 
 MAX_BYTES = 64 * 1024 * 1024
 """Largest file that is fetched."""
@@ -49,6 +51,7 @@ def fetch_thumbnails(
     verify: SSLContext | bool = True,
     max_bytes: int = MAX_BYTES,
     max_pixels: int = 50_000_000,
+    image_seconds: float = 20.0,
     on_image: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Fetch the pictures of references without a thumbnail; safe to end at any point and to run again.
@@ -61,6 +64,7 @@ def fetch_thumbnails(
         verify: See `public_client`.
         max_bytes: Larger files are refused.
         max_pixels: Larger images are refused.
+        image_seconds: Images that take longer to decode are refused.
         on_image: Called once for each reference.
 
     Returns:
@@ -69,6 +73,8 @@ def fetch_thumbnails(
     fetched = 0
     failed: list[dict[str, Any]] = []
     place = {"after": 0, "page": PAGE_REFERENCES}
+
+    in_process = partial(decoding_pool().call, seconds=image_seconds, memory=decoding_memory(max_pixels))
 
     async def fetch(row: RowMapping, client: AsyncClient, turn: asyncio.Semaphore) -> bytes | str:
         try:
@@ -79,8 +85,8 @@ def fetch_thumbnails(
                     data = await asyncio.to_thread(_from_hub, row["uri"], max_bytes)
                 else:
                     data = await download(client, row["uri"], max_bytes)
-                return await asyncio.to_thread(_checked_thumbnail, row, data, max_pixels)
-        except Refused as error:
+                return await asyncio.to_thread(in_process, _checked_thumbnail, dict(row), data, max_pixels)
+        except (Refused, LimitExceeded) as error:
             return str(error)
 
     async def fetch_all() -> None:
@@ -188,7 +194,7 @@ def _from_hub(uri: str, max_bytes: int) -> bytes:
     return data
 
 
-def _checked_thumbnail(row: RowMapping, data: bytes, max_pixels: int) -> bytes:
+def _checked_thumbnail(row: Mapping[str, Any], data: bytes, max_pixels: int) -> bytes:
     """The thumbnail of a reference from the bytes of its public file; windows are cut from pixels as stored."""
     window = row["attributes"].get("window")
     if window is None and hashlib.sha256(data).hexdigest() != row["sha256"]:

@@ -206,6 +206,8 @@ def test_pictures_come_from_the_hub_too(store: Store, monkeypatch: pytest.Monkey
         ids[3]: "unreachable",
     }
     assert store.references.thumbnail(ids[0]) is not None
+    slow = fetch_thumbnails(store, image_seconds=1e-5)
+    assert slow["reasons"]["it takes more than 1e-05 seconds to read (LINEUP_IMAGE_SECONDS)"] == 1
     large = fetch_thumbnails(store, max_bytes=len(own) - 1)
     assert large["reasons"][f"more than {len(own) - 1:,} bytes"] == 1
 
