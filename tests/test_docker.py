@@ -22,8 +22,8 @@ COMPOSE = (ROOT / "docker" / "compose.yml").read_text()
 
 @pytest.fixture(scope="module")
 def services() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(COMPOSE)["services"]
-    return found
+    definitions: dict[str, Any] = yaml.safe_load(COMPOSE)["services"]
+    return definitions
 
 
 def test_variables_are_settings() -> None:
@@ -47,7 +47,7 @@ def test_every_copied_package_is_installed_and_every_target_exists(services: dic
     assert (ROOT / "docker" / services["api"]["build"]["context"] / services["api"]["build"]["dockerfile"]).exists()
 
 
-def wanted(image: str) -> list[str]:
+def requirements(image: str) -> list[str]:
     """What a stage of the Dockerfile asks pip for."""
     stage = re.split(r"^FROM ", DOCKERFILE.split(f" AS {image}\n")[1], flags=re.MULTILINE)[0]
     [extras] = re.findall(r"python extras\.py (.*?) >", stage)
@@ -56,7 +56,7 @@ def wanted(image: str) -> list[str]:
 
 
 def test_the_lean_image_installs_no_training_library() -> None:
-    needed = " ".join(wanted("lean"))
+    needed = " ".join(requirements("lean"))
     assert "openvino" in needed
     assert not re.search("torch|timm|scikit|opencv|webdataset", needed)
 
@@ -65,7 +65,7 @@ def test_the_lean_image_installs_no_training_library() -> None:
 def test_an_image_has_what_it_needs_from_the_lock_and_no_test_tool(image: str) -> None:
     locks = [ROOT / "requirements.lock", ROOT / "docker" / "faiss-cpu.lock"][: 1 if image == "cuda" else 2]
     locked = set(re.findall(r"^([a-z0-9-]+)==\S+ \\\n    --hash=", "\n".join(map(Path.read_text, locks)), re.MULTILINE))
-    names = {re.split(r"[^\w-]", requirement)[0] for requirement in wanted(image)}
+    names = {re.split(r"[^\w-]", requirement)[0] for requirement in requirements(image)}
     assert {name for name in names if "faiss" in name} == {"faiss-gpu-cuvs" if image == "cuda" else "faiss-cpu"}
     assert names <= locked
     tests = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
@@ -78,6 +78,12 @@ def test_all_that_pip_installs_is_pinned_by_hash() -> None:
     for command in commands:
         ours = command == "--no-deps --no-build-isolation ."
         assert ours or command.startswith("--require-hashes "), command
+
+
+def test_pip_takes_hashes_from_constraints() -> None:
+    """Older ones, such as 23.2.1, refuse them, and no image could be built."""
+    [version] = re.findall(r"^pip==(\d+)", (ROOT / "docker" / "pip.lock").read_text(), re.MULTILINE)
+    assert int(version) >= 26
 
 
 def test_the_bill_of_materials_is_of_what_the_images_install() -> None:
