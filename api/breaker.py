@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 import psycopg
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from indexer.database.connection import DatabaseUnreachable
@@ -37,9 +37,14 @@ def is_full(error: BaseException) -> bool:
     return isinstance(getattr(error, "orig", error), psycopg.errors.DiskFull)
 
 
-def told(error: BaseException) -> str:
-    """What a caller is told of one of `DATABASE_AWAY`."""
-    return "the disk of the database is full" if is_full(error) else "the database does not answer"
+def public_detail(error: BaseException) -> str:
+    """What a caller who may be anybody is told of a failure: one line, and no SQL."""
+    if is_full(error):
+        return "the disk of the database is full"
+    if isinstance(error, SQLAlchemyError | psycopg.Error | DatabaseSlow):
+        away = isinstance(error, DATABASE_AWAY)
+        return "the database does not answer" if away else "the database refused a request; the log says which"
+    return " ".join(str(error).split())
 
 
 class Breaker:

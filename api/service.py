@@ -7,13 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import ParamSpec, TypeVar
 
-import psycopg
 from prometheus_client import Gauge
-from sqlalchemy.exc import SQLAlchemyError
 
 from api.access import Caller, Keys, hide_paths
 from api.admission import Admission
-from api.breaker import DATABASE_AWAY, told
+from api.breaker import DATABASE_AWAY, public_detail
 from api.enrolment import Batch, enrol
 from api.judge.detector import Detector
 from api.judge.evidence import SearchQuery
@@ -111,11 +109,11 @@ class Service:
             try:
                 await self.run(self.start)
             except (*DATABASE_AWAY, DatabaseBehind, ApiError) as error:
-                self.failure = _told(error)
+                self.failure = public_detail(error)
                 log.warning("waiting for the database", extra={"reason": " ".join(str(error).split())})
                 await asyncio.sleep(RETRY)
             except Exception as error:
-                self.failure = _told(error)
+                self.failure = public_detail(error)
                 log.exception("loading failed")
                 return
 
@@ -301,14 +299,6 @@ class Service:
         show(metrics.calibration, lambda now: now.detector.calibrator.current.revision or 0)
         show(metrics.index_size.labels("real"), lambda now: now.detector.follower.index.counts()[0])
         show(metrics.index_size.labels("fake"), lambda now: now.detector.follower.index.counts()[1])
-
-
-def _told(error: Exception) -> str:
-    """What a caller who may be anybody is told of a failure: one line, and no SQL."""
-    if isinstance(error, SQLAlchemyError | psycopg.Error):
-        away = isinstance(error, DATABASE_AWAY)
-        return told(error) if away else "the database refused a request; the log says which"
-    return " ".join(str(error).split())
 
 
 async def _each(

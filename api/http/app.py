@@ -17,7 +17,7 @@ from starlette.routing import Match, Mount
 from starlette.types import Scope
 
 from api.access import RateLimit
-from api.breaker import DATABASE_AWAY, told
+from api.breaker import DATABASE_AWAY, public_detail
 from api.http import (
     detection_routes,
     docs,
@@ -87,7 +87,7 @@ def _answers(request: Request, method: str) -> bool:
 
 async def on_database_away(request: Request, error: Exception) -> JSONResponse:
     """A call that cannot do without the database."""
-    detail = told(error)
+    detail = public_detail(error)
     log.warning(detail, extra={"reason": type(getattr(error, "orig", error)).__name__})
     return await on_api_error(request, ApiError("not-ready", detail, retry_after=2))
 

@@ -5,10 +5,11 @@ import time
 
 import pytest
 from psycopg.errors import DiskFull
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from api import breaker as module
-from api.breaker import Breaker, DatabaseSlow
+from api.breaker import Breaker, DatabaseSlow, public_detail
+from indexer.database.connection import DatabaseUnreachable
 
 
 def test_an_answer_and_a_bug_come_through() -> None:
@@ -29,6 +30,23 @@ def test_a_full_disk_is_no_reason_to_ask_no_more() -> None:
         breaker.ask(write)
     assert breaker.ask(int, "1") == 1
     breaker.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "detail"),
+    [
+        (OperationalError("insert secret", {}, DiskFull("could not extend")), "the disk of the database is full"),
+        (OperationalError("select secret", {}, Exception("refused")), "the database does not answer"),
+        (DatabaseSlow("within 2 seconds"), "the database does not answer"),
+        (
+            ProgrammingError("select secret", {}, Exception("denied")),
+            "the database refused a request; the log says which",
+        ),
+        (DatabaseUnreachable("no database at\n here"), "no database at here"),
+    ],
+)
+def test_a_failure_is_told_in_one_line_without_sql(error: Exception, detail: str) -> None:
+    assert public_detail(error) == detail
 
 
 def test_a_hanging_call_is_given_up_and_others_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
