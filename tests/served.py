@@ -186,13 +186,13 @@ class Load:
 
 def stored(client: httpx2.Client) -> set[int]:
     """Ids of all references."""
-    found: set[int] = set()
+    ids: set[int] = set()
     after: int | None = 0
     while after is not None:
         page = client.get("/v1/references", params={"after": after, "limit": 1000}).json()
-        found |= {row["id"] for row in page["references"]}
+        ids |= {row["id"] for row in page["references"]}
         after = page["next"]
-    return found
+    return ids
 
 
 def wait_until_back(address: str) -> None:

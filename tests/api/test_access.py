@@ -80,7 +80,7 @@ class Rows(ApiKeys):
     def __init__(self, *keys: tuple[str, ApiKey]) -> None:
         self.rows = {hash_secret(secret): key for secret, key in keys}
         self.away = False
-        self.asked = 0
+        self.look_ups = 0
 
     engine: Engine
 
@@ -93,7 +93,7 @@ class Rows(ApiKeys):
         return tuple(self.rows.values())
 
     def _ask(self) -> None:
-        self.asked += 1
+        self.look_ups += 1
         if self.away:
             raise OperationalError("select", {}, Exception("connection refused"))
 
@@ -118,7 +118,7 @@ def test_a_key_is_honoured_remembered_and_revoked_within_two_seconds(clock: list
     rows.rows[hash_secret(secret)] = key(revoked=datetime.now(UTC))
     clock[0] += 1.9
     keys.authenticate(secret)
-    assert rows.asked == 1
+    assert rows.look_ups == 1
     clock[0] += 0.2
     with pytest.raises(ApiError, match="revoked"):
         keys.authenticate(secret)

@@ -97,8 +97,8 @@ def test_what_is_planted_shows_nowhere(
     assert any("Traceback" in line for line in lines)
     assert any("no database at postgresql" in line for line in lines)
     assert any("lineup_requests_total" in text for text in shown)
-    found = [(secret, text) for secret in PLANTED for text in (*lines, *shown) if secret in text]
-    assert found == []
+    leaks = [(secret, text) for secret in PLANTED for text in (*lines, *shown) if secret in text]
+    assert leaks == []
 
 
 def test_commands_show_no_password(planted: ServiceSettings, tiny_checkpoint: Path) -> None:

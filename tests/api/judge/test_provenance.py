@@ -109,23 +109,27 @@ def signed(signer: c2pa.Signer, source_type: str, format: str = "JPEG", remote: 
 def test_a_signed_file_is_intact_its_signer_unknown(
     signer: c2pa.Signer, format: str, source_type: str, generated: bool
 ) -> None:
-    found = read_provenance(signed(signer, source_type, format))
-    assert found.c2pa is not None
-    assert (found.c2pa.state, found.c2pa.issues) == ("intact", ["signingCredential.untrusted"])
-    assert (found.c2pa.generator, found.c2pa.signer, found.c2pa.title) == ("test camera", "Camera 1", "a test")
-    assert found.c2pa.actions == ["c2pa.created"]
-    assert found.c2pa.source_types == [source_type.rsplit("/", 1)[-1]]
-    assert found.c2pa.says_generated is generated
-    assert found.says_generated is generated
+    provenance = read_provenance(signed(signer, source_type, format))
+    assert provenance.c2pa is not None
+    assert (provenance.c2pa.state, provenance.c2pa.issues) == ("intact", ["signingCredential.untrusted"])
+    assert (provenance.c2pa.generator, provenance.c2pa.signer, provenance.c2pa.title) == (
+        "test camera",
+        "Camera 1",
+        "a test",
+    )
+    assert provenance.c2pa.actions == ["c2pa.created"]
+    assert provenance.c2pa.source_types == [source_type.rsplit("/", 1)[-1]]
+    assert provenance.c2pa.says_generated is generated
+    assert provenance.says_generated is generated
 
 
 def test_a_changed_pixel_breaks_the_signature(signer: c2pa.Signer) -> None:
     data = bytearray(signed(signer, CAMERA))
     data[-10] ^= 1
-    found = read_provenance(bytes(data)).c2pa
-    assert found is not None
-    assert found.state == "invalid"
-    assert "assertion.dataHash.mismatch" in found.issues
+    manifest = read_provenance(bytes(data)).c2pa
+    assert manifest is not None
+    assert manifest.state == "invalid"
+    assert "assertion.dataHash.mismatch" in manifest.issues
 
 
 @pytest.mark.parametrize(
@@ -136,10 +140,10 @@ def test_a_broken_manifest_is_said_to_be_so(signer: c2pa.Signer, at: int, state:
     """Its frame, without which nothing can be read, and what it holds, which the signature vouches for."""
     data = signed(signer, CAMERA)
     start = data.index(b"jumb") + at
-    found = read_provenance(data[:start] + bytes(20) + data[start + 20 :]).c2pa
-    assert found is not None
-    assert found.state == state
-    assert issue in " ".join(found.issues)
+    manifest = read_provenance(data[:start] + bytes(20) + data[start + 20 :]).c2pa
+    assert manifest is not None
+    assert manifest.state == state
+    assert issue in " ".join(manifest.issues)
 
 
 def test_a_link_to_a_manifest_is_reported_and_not_followed(signer: c2pa.Signer) -> None:
@@ -159,14 +163,14 @@ def test_a_link_to_a_manifest_is_reported_and_not_followed(signer: c2pa.Signer) 
     try:
         data = signed(signer, AI, remote=f"http://127.0.0.1:{server.server_port}/manifest.c2pa")
         requests.clear()
-        found = read_provenance(data).c2pa
+        manifest = read_provenance(data).c2pa
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
     assert requests == []
-    assert found is not None
-    assert found.state == "remote"
+    assert manifest is not None
+    assert manifest.state == "remote"
 
 
 def test_a_file_that_says_nothing() -> None:
@@ -179,9 +183,9 @@ def test_generator_parameters_in_png_text() -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("parameters", "a cat\nSteps: 20, Sampler: Euler a", zip=True)
     text.add_text("Thumb::Size", "12")
-    found = read_provenance(encoded(pnginfo=text))
-    assert found.metadata == {"png:parameters": "a cat Steps: 20, Sampler: Euler a"}
-    assert found.says_generated is True
+    provenance = read_provenance(encoded(pnginfo=text))
+    assert provenance.metadata == {"png:parameters": "a cat Steps: 20, Sampler: Euler a"}
+    assert provenance.says_generated is True
 
 
 def test_exif_and_xmp() -> None:
@@ -189,24 +193,24 @@ def test_exif_and_xmp() -> None:
     exif[0x0131] = "Midjourney 7"
     exif[0x010F] = "Acme"
     exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0a comment"
-    found = read_provenance(encoded("JPEG", exif=exif, xmp=XMP.encode()))
-    assert found.metadata == {
+    provenance = read_provenance(encoded("JPEG", exif=exif, xmp=XMP.encode()))
+    assert provenance.metadata == {
         "exif:Software": "Midjourney 7",
         "exif:Make": "Acme",
         "exif:UserComment": "a comment",
         "xmp:CreatorTool": "Editor 3",
         "xmp:DigitalSourceType": AI,
     }
-    assert found.says_generated is True
+    assert provenance.says_generated is True
 
 
 @pytest.mark.parametrize("order", ["utf-16-be", "utf-16-le"])
 def test_generator_parameters_in_the_comment_of_a_jpeg(order: str) -> None:
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + "a cat, été\nSteps: 20, Sampler: Euler a".encode(order)
-    found = read_provenance(encoded("JPEG", exif=exif))
-    assert found.metadata == {"exif:UserComment": "a cat, été Steps: 20, Sampler: Euler a"}
-    assert found.says_generated is True
+    provenance = read_provenance(encoded("JPEG", exif=exif))
+    assert provenance.metadata == {"exif:UserComment": "a cat, été Steps: 20, Sampler: Euler a"}
+    assert provenance.says_generated is True
 
 
 def test_iptc_fields() -> None:
@@ -217,9 +221,9 @@ def test_iptc_fields() -> None:
     resource = b"Photoshop 3.0\0" + b"8BIM" + struct.pack(">HHL", 0x0404, 0, len(fields)) + fields
     jpeg = encoded("JPEG")
     data = jpeg[:2] + b"\xff\xed" + struct.pack(">H", 2 + len(resource)) + resource + jpeg[2:]
-    found = read_provenance(data)
-    assert found.metadata == {"iptc:OriginatingProgram": "Midjourney", "iptc:Credit": "A. Person"}
-    assert found.says_generated is True
+    provenance = read_provenance(data)
+    assert provenance.metadata == {"iptc:OriginatingProgram": "Midjourney", "iptc:Credit": "A. Person"}
+    assert provenance.says_generated is True
 
 
 def test_an_ordinary_editor_is_no_generator() -> None:
