@@ -19,31 +19,31 @@ MOST_METADATA = 8 * 2**20
 MOST_FILL = 1_000
 """Bytes that belong to nothing."""
 MOST_SCANS = 100
-"""Of a JPEG; encoders write about ten, and hardly any wastes as many on a large image."""
+"""A JPEG has at most so many; encoders write about ten, and hardly any wastes as many on a large image."""
 MOST_FULL_SCANS = 12
-"""Of a JPEG with as many pixels as are allowed; one with fewer pixels may have more scans, for the same work."""
+"""A JPEG with as many pixels as are allowed has at most so many; one with fewer may have more, for the same work."""
 MOST_TABLE_BYTES = 2**16
-"""Of a JPEG's quantisation tables, one of which has 65 or 129."""
+"""A JPEG's quantisation tables have at most so many together; one has 65 or 129."""
 MOST_EXIF = 2**18
-"""Bytes in a JPEG, where one segment of 64 kB is usual."""
+"""A JPEG's EXIF has at most so many bytes; one segment of 64 kB is usual."""
 MOST_RESOURCE_BYTES = 2**20
-"""Of a JPEG's resources of Photoshop, which hold a preview."""
+"""Photoshop's resources in a JPEG, which hold a preview, have at most so many."""
 MOST_BLOCKS = 5_000
-"""Of a GIF's extensions, 255 bytes each; one for each frame, and more for comments and metadata."""
+"""A GIF's extensions have at most so many, of 255 bytes: one for each frame, and more for comments and metadata."""
 LEAST_BLOCK = 150
-"""Bytes that a GIF's blocks of pixels have in the mean at least, beside the last of each frame; encoders write 255."""
+"""A GIF's blocks of pixels have in the mean at least so many bytes, but for the last ones; encoders write 255."""
 MOST_COMPRESSED = 100
 """Compressed texts of a PNG, each of which may swell to a megabyte."""
 MOST_STRIPS = 2_500
-"""Of a TIFF: as many as 64 kB of each, which is usual, make of 50 million pixels."""
+"""A TIFF has at most so many: as 64 kB of each, which is usual, make of 50 million pixels."""
 MOST_IPTC = 2**16
-"""Bytes of a TIFF, as many as a JPEG's segment can have."""
+"""A TIFF's IPTC fields have at most so many bytes, as a JPEG's segment can have."""
 MOST_TAGS = 5_000
-"""Of a TIFF with all of its pages."""
+"""A TIFF has at most so many with all of its pages."""
 MOST_NUMBERS = 50_000
-"""Values of the tags of one page or of EXIF that are neither bytes nor text."""
+"""The tags of one page, or of EXIF, hold at most so many values that are neither bytes nor text."""
 MOST_ITEMS = 2**16
-"""Bytes of an AVIF's list of items."""
+"""An AVIF's list of items has at most so many bytes."""
 
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 """What may follow in a JPEG: not the bytes that stand for 255 in a scan, restarts and fillers, which have no length."""
