@@ -22,14 +22,20 @@ from indexer.settings import SettingsError
 log = logging.getLogger(__name__)
 HEAD_SECONDS = 10.0
 """Time for the request line and the headers."""
+SEND_SECONDS = 10.0
+"""Time for the rest of an answer to be read, once the request has no time left."""
 RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 """What `logging` itself keeps of a record."""
 
 
 class Protocol(H11Protocol):
-    """Closes a connection on which no whole request head arrives in time; uvicorn would wait for ever."""
+    """Closes a connection on which no whole request head arrives, or an answer is not read, in time.
+
+    Uvicorn would wait for ever.
+    """
 
     late: asyncio.TimerHandle | None = None
+    unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first head."""
@@ -41,18 +47,37 @@ class Protocol(H11Protocol):
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
+            if not self.transport.get_write_buffer_size():  # what was answered before has been read
+                self._limit_sending()
         elif self.late is None and self.timeout_keep_alive_task is None:
             self.late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is waited for any more."""
         self._stop_waiting()
+        self._stop_sending()
         super().connection_lost(exc)
 
     def _stop_waiting(self) -> None:
         if self.late is not None:
             self.late.cancel()
             self.late = None
+
+    def _stop_sending(self) -> None:
+        if self.unread is not None:
+            self.unread.cancel()
+            self.unread = None
+
+    def _limit_sending(self) -> None:
+        self._stop_sending()
+        seconds = (self.config.timeout_graceful_shutdown or 0) + SEND_SECONDS
+        self.unread = self.loop.call_later(seconds, self._hang_up)
+
+    def _hang_up(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        elif self.cycle is not None and not self.cycle.response_complete:  # of several requests that came at once
+            self._limit_sending()
 
 
 class Server(uvicorn.Server):

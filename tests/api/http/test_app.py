@@ -697,7 +697,9 @@ def test_bodies_that_are_not_utf_8(client: TestClient) -> None:
     problem(client.post("/v1/generators", content=b"\xff", headers=headers), 400, "bad-request")
 
 
-def test_a_head_that_never_ends_is_hung_up_on(populated: ServiceSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_never_ends_and_who_reads_nothing_are_hung_up_on(
+    populated: ServiceSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
     whole = b"GET /health/live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     smuggling = (
@@ -718,6 +720,11 @@ def test_a_head_that_never_ends_is_hung_up_on(populated: ServiceSettings, monkey
             assert got.count(b"HTTP/1.1 200") == answers
             assert (sent[:4] == b"POST") == (b"HTTP/1.1 400" in got)
             assert (sent == proxied) == (b"no proxy may stand between (HTTP/1.0)" in got)
+        monkeypatch.setattr(server, "SEND_SECONDS", 0.5 - math.ceil(populated.request_seconds))
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(whole.replace(b"/health/live", b"/openapi.json") * 200)
+            wait_for(lambda: bool(serving.server_state.connections))
+            wait_for(lambda: not serving.server_state.connections)  # nothing is read
     finally:
         serving.should_exit = True
         thread.join(20)
