@@ -41,7 +41,7 @@ class FitSettings:
     """The paper's text says 96 at 224, its code 224. By default 96, scaled with `image_size`."""
     architecture: Annotated[str, Option(help="A timm vision transformer.")] = "vit_tiny_patch16_224"
     architecture_args: Annotated[
-        str, Option(help='JSON passed to timm, e.g. {"depth": 2}; {"stem": "conv"} is ours.')
+        str, Option(help='JSON passed to timm, e.g. {"depth": 2}; {"stem": "conv"} and "residual" are ours.')
     ] = "{}"
     pretrained: Annotated[bool, Option(help="Start from timm's weights (ablation).")] = False
     preprocess: Annotated[

@@ -30,6 +30,11 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 OWN_ARGUMENTS = ("norm_eps", "stem")
 """Arguments of an architecture that timm does not know."""
+STEMS = ("conv", "residual")
+RESIDUAL_CHANNELS = 6
+"""The pixels, and what each has over its surroundings."""
+RESIDUAL_GAIN = 4.0
+"""By which that is weighted at first, so that it is about as strong as the pixels."""
 
 
 class CheckpointError(ValueError):
@@ -50,8 +55,8 @@ class CheckpointConfig:
     """Length of an embedding."""
     preprocess: Preprocess = field(default_factory=Preprocess)
     architecture_args: dict[str, Any] = field(default_factory=dict)
-    """Passed to timm, e.g. depth; `norm_eps` sets the epsilon of every LayerNorm, and `stem` "conv" puts convolutions
-    in place of the patch embedding, see `conv_stem`."""
+    """Passed to timm, e.g. depth; `norm_eps` sets the epsilon of every LayerNorm, and `stem` "conv" or "residual" puts
+    convolutions in place of the patch embedding, see `conv_stem`."""
     training: dict[str, Any] = field(default_factory=dict)
     """The settings of the training run."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -95,8 +100,10 @@ def build_backbone(config: CheckpointConfig) -> nn.Module:
 
     args = dict(config.architecture_args)
     eps, stem = args.pop("norm_eps", None), args.pop("stem", None)
-    if stem not in (None, "conv"):
-        raise CheckpointError(f"architecture argument stem is {stem!r}; expected conv, or none for the patch embedding")
+    if stem not in (None, *STEMS):
+        raise CheckpointError(
+            f"architecture argument stem is {stem!r}; expected conv or residual, or none for the patch embedding"
+        )
     try:
         backbone: nn.Module = timm.create_model(
             config.architecture, pretrained=False, num_classes=0, global_pool="token", dynamic_img_size=True, **args
@@ -115,25 +122,42 @@ def build_backbone(config: CheckpointConfig) -> nn.Module:
                 module.eps = eps
     if stem:
         embedding: Any = backbone.patch_embed
-        embedding.proj = conv_stem(config.dim, embedding.patch_size[0])
+        embedding.proj = conv_stem(config.dim, embedding.patch_size[0], residual=stem == "residual")
     return backbone
 
 
-def conv_stem(dim: int, patch: int) -> nn.Sequential:
+def conv_stem(dim: int, patch: int, *, residual: bool = False) -> nn.Sequential:
     """Convolutions from pixels (n, 3, s, s) to patch tokens (n, dim, s / patch, s / patch).
 
     Each 3x3 convolution halves the side and is followed by a ReLU; their channels double up to `dim`, and a 1x1
     convolution ends them ("Early Convolutions Help Transformers See Better", arXiv 2106.14881, there with batch norm,
     whose averages over views of one record would tell the views of each other).
 
+    Args:
+        dim: Of the tokens, d.
+        patch: Side of what a token sees first, pixels.
+        residual: Whether another 3x3 convolution comes before them, which starts out as the pixels beside
+            `RESIDUAL_GAIN` times what they have over the mean around them, and learns on: traces of generators lie
+            there, faint beside the content (Bayar and Stamm, "A deep learning approach to universal image manipulation
+            detection using a new convolutional layer", IH&MMSec 2016).
+
     Raises:
         CheckpointError: The patch is no power of two, or the dimension cannot be halved as often.
     """
+    import torch
     from torch import nn
 
     channels = stem_channels(dim, patch)
     layers: list[nn.Module] = []
-    for into, out in pairwise((3, *channels)):
+    if residual:
+        pixel = torch.zeros(3, 3)
+        pixel[1, 1] = 1
+        kernels = torch.stack([pixel, RESIDUAL_GAIN * (pixel - 1 / 9)])  # (2, 3, 3)
+        split = nn.Conv2d(3, RESIDUAL_CHANNELS, 3, padding=1)
+        split.weight = nn.Parameter(torch.einsum("khw,oi->koihw", kernels, torch.eye(3)).flatten(0, 1))  # (6, 3, 3, 3)
+        split.bias = nn.Parameter(torch.zeros(RESIDUAL_CHANNELS))
+        layers.append(split)
+    for into, out in pairwise((RESIDUAL_CHANNELS if residual else 3, *channels)):
         convolution = nn.Conv2d(into, out, 3, stride=2, padding=1)
         nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")  # torch's own would fade from layer to layer
         layers += [convolution, nn.ReLU()]

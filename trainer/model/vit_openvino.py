@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from trainer.model.checkpoint import CheckpointConfig, stem_channels
+from trainer.model.checkpoint import RESIDUAL_CHANNELS, CheckpointConfig, stem_channels
 
 if TYPE_CHECKING:
     import openvino
@@ -88,10 +88,13 @@ def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> 
 
     x, embedding = pixels, "patch_embed.proj"
     if stem:
-        channels = stem_channels(dim, patch)
-        for number, (into, out) in enumerate(pairwise((3, *channels))):
-            x = op.relu(convolution(x, f"{embedding}.{2 * number}", into, out, 3, 2))
-        x = convolution(x, f"{embedding}.{2 * len(channels)}", dim, dim, 1, 1)
+        channels, layer = [3, *stem_channels(dim, patch)], 0
+        if stem == "residual":
+            x, channels[0], layer = convolution(x, f"{embedding}.0", 3, RESIDUAL_CHANNELS, 3, 1), RESIDUAL_CHANNELS, 1
+        for into, out in pairwise(channels):
+            x = op.relu(convolution(x, f"{embedding}.{layer}", into, out, 3, 2))
+            layer += 2  # the ReLU is a layer
+        x = convolution(x, f"{embedding}.{layer}", dim, dim, 1, 1)
     else:
         x = convolution(x, embedding, 3, dim, patch, patch)
     x = op.reshape(x, op.constant(np.array([0, dim, -1])), True)  # (n, d, t)

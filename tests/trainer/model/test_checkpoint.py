@@ -18,6 +18,7 @@ from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads
 from trainer.images import Preprocess
 from trainer.model.checkpoint import (
+    RESIDUAL_GAIN,
     CheckpointConfig,
     CheckpointError,
     build_backbone,
@@ -88,10 +89,15 @@ def test_a_stem_makes_the_tokens_of_patches() -> None:
     stem = conv_stem(48, 8)
     assert [layer.out_channels for layer in stem if isinstance(layer, torch.nn.Conv2d)] == [12, 24, 48, 48]
     assert stem(torch.zeros(2, 3, 64, 32)).shape == (2, 48, 8, 4)
+    pixels = torch.randn(1, 3, 8, 8)
+    around = torch.nn.functional.avg_pool2d(pixels, 3, stride=1, padding=1)
+    torch.testing.assert_close(
+        conv_stem(48, 8, residual=True)[0](pixels), torch.cat([pixels, RESIDUAL_GAIN * (pixels - around)], 1)
+    )
     for dim, patch in ((48, 12), (50, 16), (48, 1)):
         with pytest.raises(CheckpointError, match=f"tokens of {dim} values of patches of {patch} pixels"):
             stem_channels(dim, patch)
-    with pytest.raises(CheckpointError, match="stem is 'deep'; expected conv"):
+    with pytest.raises(CheckpointError, match="stem is 'deep'; expected conv or residual"):
         build_backbone(CheckpointConfig(architecture_args={"depth": 1, "stem": "deep"}))
 
 

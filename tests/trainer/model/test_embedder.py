@@ -132,8 +132,9 @@ def saved(folder: Path, **changes: Any) -> Path:
             "dim": 48,
         },
         {"architecture_args": {"depth": 1, "stem": "conv"}},
+        {"architecture_args": {"depth": 1, "stem": "residual"}},
     ],
-    ids=["smaller", "native", "larger", "small", "arguments", "tiny", "stem"],
+    ids=["smaller", "native", "larger", "small", "arguments", "tiny", "stem", "residual"],
 )
 def test_engines_agree(changes: dict[str, Any], tmp_path: Path) -> None:
     folder = saved(tmp_path, **changes)
