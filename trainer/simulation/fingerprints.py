@@ -30,7 +30,7 @@ def generate(generator: str, scene: np.ndarray, rng: np.random.Generator) -> np.
     picture = tone(cv2.GaussianBlur(scene, (0, 0), rng.uniform(0.35, 0.7)), rng)
     image = GENERATORS[generator](picture, rng) @ _colours(generator).T  # (h, w, 3)
     # Grain is imitated, but not its origin in a mosaic of colours.
-    image += rng.standard_normal(picture.shape[:2], np.float32)[..., None] * np.float32(rng.uniform(0.004, 0.02))
+    image += rng.standard_normal(picture.shape[:2], np.float32)[..., None] * np.float32(rng.uniform(0.001, 0.006))
     black, white = np.float32(rng.uniform(0.01, 0.06)), np.float32(rng.uniform(0.91, 0.99))
     return np.asarray(black + (white - black) * image.clip(0, 1))
 
@@ -79,7 +79,7 @@ def _weights(name: str) -> np.random.Generator:
 def _transposed_kernel() -> np.ndarray:
     """A bilinear 4x4 kernel as training leaves it: its four phases no longer sum to one."""
     one = np.array([1, 3, 3, 1], np.float32) / 4
-    return np.asarray(np.outer(one, one) * (1 + _weights("sim-upconv").normal(0, 0.04, (4, 4))), np.float32)
+    return np.asarray(np.outer(one, one) * (1 + _weights("sim-upconv").normal(0, 0.08, (4, 4))), np.float32)
 
 
 def _upconv(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -112,7 +112,7 @@ def _nearest(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     def upsample(small: np.ndarray) -> np.ndarray:
         return np.asarray(cv2.sepFilter2D(small.repeat(2, 0).repeat(2, 1), -1, row, row))
 
-    return _decode(picture, upsample, levels=3, detail=rng.uniform(0.6, 0.9))
+    return _decode(picture, upsample, levels=3, detail=rng.uniform(0.4, 0.7))
 
 
 def _bilinear(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -125,7 +125,7 @@ def _bilinear(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     def upsample(small: np.ndarray) -> np.ndarray:
         return np.asarray(cv2.resize(small, None, fx=2, fy=2, interpolation=cv2.INTER_LINEAR))
 
-    soft = _decode(picture, upsample, levels=3, detail=rng.uniform(0.15, 0.35))
+    soft = _decode(picture, upsample, levels=3, detail=rng.uniform(0.0, 0.2))
     return sharpen(soft, rng.uniform(1.5, 2.5), rng.uniform(0.8, 1.6))
 
 
@@ -153,7 +153,7 @@ def _latent(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     basis = _cosines()
     code = basis @ windows @ basis.T
     frequency = np.add.outer(np.arange(n), np.arange(n))
-    cutoff = rng.integers(5, 9)
+    cutoff = rng.integers(3, 6)
     invented = np.where(rng.random((*code.shape[:2], 1, n, n)) < 0.5, -1, 1).astype(np.float32)
     code *= np.where(frequency < cutoff, np.float32(1), np.float32(rng.uniform(0.9, 1.1)) * invented)
     patches = basis.T @ code @ basis
