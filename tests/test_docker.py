@@ -137,7 +137,7 @@ def test_the_checkpoint_lies_where_it_is_found_unnamed(services: dict[str, Any])
     mounts = services["api"]["volumes"]
     assert mounts == [
         f"home:{home}",
-        f"${{LINEUP_CHECKPOINT_DIR:?the folder of a trained checkpoint}}:{home}/checkpoint:ro",
+        f"${{LINEUP_CHECKPOINT_DIR:-../pretrained/checkpoint}}:{home}/checkpoint:ro",
     ]
     named = [name for name, service in services.items() if "LINEUP_CHECKPOINT" in service.get("environment", {})]
     assert (named, "LINEUP_CHECKPOINT" in DOCKERFILE) == ([], False)  # or no switch would be followed
@@ -148,8 +148,8 @@ def test_the_demo_trains_the_checkpoint_that_its_home_serves(named: str) -> None
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("LINEUP_", "MAKE"))}
     environment |= {"LINEUP_CHECKPOINT": named} if named else {}
     commands = subprocess.run(
-        ["make", "--dry-run", "demo"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        ["make", "--dry-run", "demo-train"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     ).stdout
-    assert f"--output {named or 'lineup-data/demo/checkpoint'} " in commands
-    assert 'export LINEUP_HOME=lineup-data/demo"' in commands
+    assert f"--output {named or 'lineup-data/demo-train/checkpoint'} " in commands
+    assert 'export LINEUP_HOME=lineup-data/demo-train"' in commands
     assert "LINEUP_CHECKPOINT" not in commands
