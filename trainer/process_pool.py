@@ -159,7 +159,7 @@ def _work(connection: Connection) -> None:
     while True:
         try:
             task: Task = channel.receive()
-        except EOFError:
+        except (EOFError, ConnectionError):  # the other end closed it, or was killed
             return
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # who stops a service stops this: not amid work
         signal.setitimer(signal.ITIMER_REAL, task.seconds + ORPHAN_SECONDS)
@@ -172,7 +172,8 @@ def _work(connection: Connection) -> None:
             answer = False, error
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         signal.setitimer(signal.ITIMER_REAL, 0)
-        channel.send(answer)
+        with suppress(ConnectionError):
+            channel.send(answer)
         del task, answer
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 

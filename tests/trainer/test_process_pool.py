@@ -100,10 +100,13 @@ def test_whose_process_others_end_is_worked_on_to_its_end(pool: ProcessPool, sen
 
 
 def test_processes_that_cannot_be_started_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(modules: object) -> None:
+        raise OSError("no process can be started")
+
     pool = ProcessPool(2)
     with monkeypatch.context() as patch:
-        patch.setattr(process_pool, "Worker", lambda modules: {}[0])
-        with pytest.raises(KeyError):
+        patch.setattr(process_pool, "Worker", fail)
+        with pytest.raises(OSError, match="no process"):
             pool.warm("os")
     assert pool._places.qsize() == 2
 
