@@ -86,7 +86,7 @@ def result(process: "subprocess.Popen[str]") -> dict[str, Any]:
 def is_database(process: psutil.Process) -> bool:
     """Whether a process is one of PostgreSQL's; one that has ended is none."""
     try:
-        return process.name() == "postgres"
+        return bool(process.name() == "postgres")
     except psutil.NoSuchProcess:
         return False
 
