@@ -11,11 +11,10 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from benchmarks.new_sources import TITLES, ask, embedded, first_named
+from benchmarks.new_sources import TITLES, ask, calibrated, embedded, first_named
 from trainer.evaluation.embedded_set import EmbeddedSet
 from trainer.evaluation.metrics import recall_at
 from trainer.evaluation.transforms import table_transforms
-from trainer.heads.calibration import fit_calibration
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads
 from trainer.model.embedder import Embedder
@@ -54,7 +53,9 @@ def main(
             rows = np.flatnonzero(generators == generator)
             chosen = np.random.default_rng(draw).permutation(rows)[:count]
             others = rows[~np.isin(groups[rows], groups[chosen])]
-            if len(chosen) == count and len(others) >= FEWEST:
+            if count == 0 and draw > 0:
+                curve[place] = curve[place[0], place[1], 0]  # nothing was drawn
+            elif len(chosen) == count and len(others) >= FEWEST:
                 everything = EmbeddedSet.joined([references, judged["none"].take(chosen)])
                 queries = EmbeddedSet.joined([judged[transform].take(part) for part in (real, others)])
                 curve[place] = verdicts(everything, queries, heads, images, k, max_false_alarm)
@@ -94,14 +95,7 @@ def verdicts(
     names = sorted(set(references.generators))
     same_group = np.array(images.groups)[:, None] == np.array(references.groups)  # (n, m)
     calibrating = ask(references, names, images.embeddings, heads, k, same_group)
-    calibration = fit_calibration(
-        {"knn": calibrating.votes.logit} | calibrating.logits,
-        nearest=calibrating.votes.nearest_fake,
-        nearest_fake=calibrating.votes.nearest_fake,
-        labels=images.labels,
-        groups=images.groups,
-        sources=images.sources,
-    )
+    calibration = calibrated(calibrating, images, images.sources)
     t_fake, _ = calibration.thresholds(max_false_alarm, max_false_alarm)
     answers = ask(references, names, queries.embeddings, heads, k)
     scores = calibration.combine_many({"knn": answers.votes.logit} | answers.logits)

@@ -9,7 +9,7 @@ it; a generator is seen where `train` has images of it for training. Four ways t
   without real references of their source: what the neighbours know of a source then raises no score.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +24,7 @@ from trainer.data.entry import role
 from trainer.evaluation.embedded_set import EmbeddedSet, embed_entries
 from trainer.evaluation.metrics import interval, resampled_weights
 from trainer.evaluation.transforms import Transform, table_transforms
-from trainer.heads.calibration import fit_calibration
+from trainer.heads.calibration import Calibration, fit_calibration
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads, unit_length
 from trainer.heads.vote import Votes, depths, generator_shares, vote
@@ -81,14 +81,7 @@ def main(
         for apart, hidden in {"served": same_group, "without its source": same_group | same_source}.items():
             asked = ask(references, names, images.embeddings, heads, k, hidden)
             for bound, sources in {"by image": [""] * len(images), "by source": images.sources}.items():
-                calibration = fit_calibration(
-                    {"knn": asked.votes.logit} | asked.logits,
-                    nearest=asked.votes.nearest_fake,
-                    nearest_fake=asked.votes.nearest_fake,
-                    labels=images.labels,
-                    groups=images.groups,
-                    sources=sources,
-                )
+                calibration = calibrated(asked, images, sources)
                 t_fake, t_real = calibration.thresholds(max_false_alarm, max_miss)
                 t_fake, t_real = (np.inf if t_fake is None else t_fake), (-np.inf if t_real is None else t_real)
                 scores = calibration.combine_many({"knn": answers.votes.logit} | answers.logits)
@@ -141,6 +134,18 @@ def ask(
         nearest.append((np.take_along_axis(similarity, order, 1), numbers[order]))
     (real, _), (fake, generators) = nearest
     return Asked(vote(real, fake, generators, k), generators, heads.logits(embeddings))
+
+
+def calibrated(answers: Asked, images: CalibrationSet, sources: Sequence[str]) -> Calibration:
+    """The calibration by what references and heads say of its images, bounded over these sources of theirs."""
+    return fit_calibration(
+        {"knn": answers.votes.logit} | answers.logits,
+        nearest=answers.votes.nearest_fake,
+        nearest_fake=answers.votes.nearest_fake,
+        labels=images.labels,
+        groups=images.groups,
+        sources=sources,
+    )
 
 
 def first_named(answers: Asked, names: list[str]) -> np.ndarray:

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,6 +109,19 @@ class Load:
         """Id of each reference that must stand, by the seed of its image."""
         self.answers: Counter[str] = Counter()
         self.wrong: list[str] = []
+
+    @contextmanager
+    def working(self, numbers: Iterable[int]) -> Iterator[None]:
+        """Clients of these numbers work until the block ends, however it does."""
+        threads = [threading.Thread(target=self.work, args=(number,)) for number in numbers]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self.end.set()
+            for thread in threads:
+                thread.join()
 
     def work(self, number: int) -> None:
         rng = random.Random(number)

@@ -10,7 +10,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -115,20 +114,13 @@ def test_a_database_that_fails_under_load_loses_nothing(
     with httpx2.Client(base_url=service.address, timeout=60) as client:
         before = stored(client)
     number = 100 + 200 * FAULTS.index(fault) + int(seconds)  # images of its own
-    threads = [threading.Thread(target=load.work, args=(number + client,)) for client in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
+    with load.working(range(number, number + 3)):
         time.sleep(1)
         load.away.set()
         fault(service.home, seconds)
         wait_until_back(service.address)
         load.away.clear()
         time.sleep(1)
-    finally:
-        load.end.set()
-        for thread in threads:
-            thread.join()
     record_property("tried", f"database {fault.__name__} for {seconds:g} s, {load.answers.total():,} answers")
     record_property("failed", len(load.wrong))
     assert load.wrong == []

@@ -7,7 +7,6 @@ A small form of the first runs with the other tests. `LINEUP_SOAK_MINUTES` (20) 
 import csv
 import io
 import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -47,12 +46,9 @@ def test_mixed_load_loses_nothing_and_leaks_nothing(
     for seed in (1, 2):
         with httpx2.Client(base_url=address, timeout=60) as client:
             load.add(client, seed)
-    threads = [threading.Thread(target=load.work, args=(number,)) for number in range(CLIENTS)]
     memory: list[tuple[float, float, int]] = []
     start = time.monotonic()
-    for thread in threads:
-        thread.start()
-    try:
+    with load.working(range(CLIENTS)):
         stopped = None
         while (passed := time.monotonic() - start) < 60 * MINUTES and not load.wrong:
             memory.append((passed, psutil.Process(process.pid).memory_info().rss / 2**20, len(load.standing)))
@@ -65,10 +61,6 @@ def test_mixed_load_loses_nothing_and_leaks_nothing(
                 wait_until_back(address)
                 load.away.clear()
             time.sleep(1)
-    finally:
-        load.end.set()
-        for thread in threads:
-            thread.join()
     if path := os.environ.get("LINEUP_SOAK_REPORT"):
         with Path(path).open("w", newline="") as file:
             csv.writer(file).writerows([("seconds", "resident MiB", "references"), *memory])
