@@ -95,8 +95,11 @@ def notes(verdict: Verdict) -> list[str]:
     lines = []
     if verdict.known:
         lines.append(f"its bytes are reference image {verdict.known.id}")
+    shares = ", ".join(f"{generator.name} {percent(generator.share)}" for generator in verdict.generators[:4])
     if verdict.generators and verdict.verdict == "fake":
-        lines.append("closest generators: " + ", ".join(f"{g.name} {percent(g.share)}" for g in verdict.generators[:4]))
+        lines.append(f"closest generators: {shares}")
+    elif verdict.generators and verdict.verdict == "uncertain" and verdict.score is not None:
+        lines.append(f"closest generators, if it was generated: {shares}")
     if verdict.unknown_generator:
         lines.append("unlike the fakes of every known generator")
     if verdict.novelty is not None and verdict.novelty < 0.05 and not verdict.known:
@@ -181,6 +184,8 @@ def _votes(knn: KnnHead, neighbours: Sequence[Neighbour]) -> str:
 def neighbours_table(verdict: Verdict) -> Table:
     """The nearest references, nearest first."""
     table = Table("neighbour", "label", "generator", "source", "similarity", "weight")
+    for column in table.columns[2:4]:
+        column.overflow = "fold"  # a name cut short may be that of several generators
     for column in table.columns[-2:]:
         column.justify = "right"
     for near in verdict.neighbours:

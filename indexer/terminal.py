@@ -244,7 +244,10 @@ def tell_rebuilt(report: Mapping[str, Any]) -> None:
 def tell_imported(report: Mapping[str, Any]) -> None:
     """The result of `import`; conflicts go to stderr."""
     _tell_skipped(report, [_conflict(item["sha256"], item) for item in report["conflicts"]])
-    print(f"added {report['added']:,} of {report['references']:,} references, {report['embeddings']:,} embeddings")
+    if not any(report[name] for name in ("added", "embeddings", "conflicts", "blocked")):
+        print(f"all {report['references']:,} references are there already")
+    else:
+        print(f"added {report['added']:,} of {report['references']:,} references, {report['embeddings']:,} embeddings")
     print(f"conflicts {len(report['conflicts'])}, blocked {len(report['blocked'])}")
     if report["without_picture"]:
         print(

@@ -216,7 +216,8 @@ def evaluate(
 ) -> None:
     """Measure the checkpoint's own heads: plain, augmented, and with both labels recompressed alike.
 
-    Images that trained, calibrated or chose the checkpoint, or whose group did, are left out and counted.
+    Left out, and counted, is every image that the checkpoint was trained, calibrated or chosen on, and every other
+    image of its group.
     """
     with expected_failures():
         from trainer.evaluation.head_evaluation import card_figures

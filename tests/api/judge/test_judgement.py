@@ -14,7 +14,7 @@ from api.http.server import JsonFormatter
 from api.judge.judgement import clip, decide, none_if_nan, stability
 from api.schemas.verdicts import EXAMPLE_VERDICT, Decision, Thresholds, Verdict
 from api.verdict_log import changes
-from api.verdict_printer import heads_table, in_words, notes, precision
+from api.verdict_printer import heads_table, in_words, neighbours_table, notes, precision
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,9 @@ def test_words_for_people() -> None:
     assert in_words(known).startswith("Known real image. Judged as if it were not known: score 0.97 of 1.")
     assert in_words(known).endswith("On its score alone Lineup would say “generated”.")
     assert notes(known)[0] == "its bytes are reference image 7"
+    unsure = example(verdict="uncertain")
+    assert notes(unsure)[0].startswith("closest generators, if it was generated: SD-XL 70")
+    assert notes(example(verdict="real")) == []
     odd = example(novelty=0.01, unknown_generator=True, degraded=True, provenance={"says_generated": True})
     assert notes(odd) == [
         "closest generators: SD-XL 70\N{NO-BREAK SPACE}%, DF-IF 30\N{NO-BREAK SPACE}%",
@@ -115,9 +118,9 @@ def test_figures_near_a_cut_get_the_digits_that_tell_them_apart() -> None:
     assert precision([0.7], [0.7]) == 2  # a score that is the cut
 
 
-def text_of(table: Table) -> str:
+def text_of(table: Table, width: int = 200) -> str:
     written = io.StringIO()
-    Console(file=written, width=200).print(table)
+    Console(file=written, width=width).print(table)
     return written.getvalue()
 
 
@@ -129,6 +132,14 @@ def test_the_terminal_shows_what_made_the_score() -> None:
     assert "9 fake and 1 real of the 10 nearest weigh 0.45 and 0.50; with those further down 0.50 and 0.50" in told
     for head, adds in (("knn", "+1.20"), ("linear", "+2.10"), ("svm", "+0.70"), ("bias", "-0.50"), ("score", "+3.50")):
         assert adds in next(line for line in told.splitlines() if line.startswith(f"│ {head}"))
+
+
+def test_a_narrow_terminal_shows_whole_names_of_generators() -> None:
+    near = EXAMPLE_VERDICT["neighbours"][0]
+    names = [f"stable-diffusion-1.5-finetune-{letter}" for letter in "ab"]
+    told = text_of(neighbours_table(example(neighbours=[near | {"generator": name} for name in names])), width=60)
+    column = [line.split("│")[3].strip() for line in told.splitlines() if "│" in line]
+    assert "".join(column) == "".join(names)
 
 
 def test_a_log_line_is_one_json_object_with_its_extras() -> None:
