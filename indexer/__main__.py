@@ -1,11 +1,9 @@
 """Fill, inspect and repair the store of reference images."""
 
-import signal
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +20,7 @@ from indexer.commands import (
     serving_checkpoint,
 )
 from indexer.database.connection import migrate, schema_revision, stop
+from indexer.database.embedded import exit_on_termination
 from indexer.settings import Settings
 from indexer.store.checkpoints import with_active_folder
 from indexer.store.generators import GeneratorExists
@@ -47,11 +46,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 @app.callback()
 def handle_termination() -> None:
     """Fill, inspect and repair the store of reference images."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)  # so that the embedded server is left properly
-
-    signal.signal(signal.SIGTERM, leave)
+    exit_on_termination()
 
 
 @app.command()

@@ -155,27 +155,28 @@ def _work(connection: Connection) -> None:
     """What a process does until the other end of the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides when this ends
     warnings.simplefilter("ignore")  # a broken image makes libraries print thousands
-    channel = Channel(connection, recv_handle(connection))
-    while True:
-        try:
-            task: Task = channel.receive()
-        except (EOFError, ConnectionError):  # the other end closed it, or was killed
-            return
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # who stops a service stops this: not amid work
-        signal.setitimer(signal.ITIMER_REAL, task.seconds + ORPHAN_SECONDS)
-        _, most = resource.getrlimit(resource.RLIMIT_DATA)
-        memory = task.memory if most == resource.RLIM_INFINITY else min(task.memory, most)
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, most))
-        try:
-            answer = True, task.work(*task.args)
-        except Exception as error:
-            answer = False, error
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        with suppress(ConnectionError):
-            channel.send(answer)
-        del task, answer
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    with suppress(EOFError, ConnectionError):  # the other end closed it, or was killed
+        channel = Channel(connection, recv_handle(connection))
+        while True:
+            _answer(channel)
+
+
+def _answer(channel: Channel) -> None:
+    """Do the next task, within its limits."""
+    task: Task = channel.receive()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # who stops a service stops this: not amid work
+    signal.setitimer(signal.ITIMER_REAL, task.seconds + ORPHAN_SECONDS)
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    memory = task.memory if most == resource.RLIM_INFINITY else min(task.memory, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, most))
+    try:
+        answer = True, task.work(*task.args)
+    except Exception as error:
+        answer = False, error
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    channel.send(answer)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 class ProcessPool:

@@ -19,7 +19,8 @@ import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 import psutil
 import psycopg
@@ -71,7 +72,7 @@ class EmbeddedServer:
         if self.home not in _left_at_exit:  # a service starts it again after each crash
             _left_at_exit.add(self.home)
             atexit.register(self.leave)
-        _exit_on_termination()
+        exit_on_termination()
         try:
             self.home.mkdir(parents=True, exist_ok=True)
             with self._lock:
@@ -301,7 +302,23 @@ def _start(pid: int) -> str | None:
         return None
 
 
-def _exit_on_termination() -> None:
+def exit_on_termination() -> None:
     """Let SIGTERM, where nothing else handles it, end the process by its exit handlers."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        signal.signal(signal.SIGTERM, _exit)
+
+
+def _exit(number: int, _: FrameType | None) -> NoReturn:
+    """End the process, at the next moment at which it can be ended.
+
+    Python drops what is raised in a destructor or in the callback of a weak reference, of which each import has one.
+    """
+
+    def exit_again(unraisable: "sys.UnraisableHookArgs") -> None:
+        if unraisable.exc_type is not SystemExit:
+            sys.__unraisablehook__(unraisable)
+        elif thread := threading.main_thread().ident:  # by another thread, for what is raised here is dropped as well
+            threading.Timer(0.01, signal.pthread_kill, (thread, number)).start()
+
+    sys.unraisablehook = exit_again
+    sys.exit(128 + number)

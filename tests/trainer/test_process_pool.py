@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 
@@ -120,6 +121,18 @@ def test_an_orphan_ends_by_itself(pool: ProcessPool) -> None:
     assert worker._process.exitcode == -signal.SIGALRM
     pool._places.put(worker)
     assert call(pool, abs, -1) == 1
+
+
+def test_a_process_that_nobody_needs_any_more_ends_without_a_traceback(pool: ProcessPool) -> None:
+    call(pool, abs, -1)
+    context = get_context("forkserver")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=process_pool._work, args=(theirs,))
+    process.start()
+    ours.close()
+    theirs.close()
+    process.join(30)
+    assert process.exitcode == 0
 
 
 def test_a_smaller_limit_of_the_system_holds(pool: ProcessPool) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +23,7 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from indexer.database.connection import DatabaseBehind, DatabaseUnreachable, connect, migrate, stop
-from indexer.database.embedded import EmbeddedFailure, EmbeddedServer
+from indexer.database.embedded import EmbeddedFailure, EmbeddedServer, exit_on_termination
 from indexer.settings import Settings, SettingsError
 
 ROOT = Path(__file__).parents[3]
@@ -125,6 +126,26 @@ def test_termination_leaves_the_server_also_where_uvicorn_has_handled_it(home: P
         process.communicate(timeout=60)
         assert process.returncode == 128 + signal.SIGTERM
     assert postmaster(home) is None
+
+
+def test_termination_ends_the_process_also_where_python_drops_what_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        exit_on_termination()
+        targets = [Mock()]
+        reference = weakref.ref(targets[0], lambda _: os.kill(os.getpid(), signal.SIGTERM))
+
+        def forget_and_wait() -> None:
+            targets.clear()
+            time.sleep(5)
+
+        with pytest.raises(SystemExit) as ended:
+            forget_and_wait()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert reference() is None
+    assert ended.value.code == 128 + signal.SIGTERM
 
 
 def test_a_copy_of_a_home_has_a_server_of_its_own(home: Path) -> None:
