@@ -63,7 +63,7 @@ demo: $(LINEUP)
 	@mkdir -p $(LINEUP_HOME)
 	cp -r pretrained/checkpoint $(LINEUP_HOME)/
 	$(LINEUP) index import pretrained/references.lineup
-	LINEUP_RECORD=false $(LINEUP) detect $(IMAGES)
+	LINEUP_RECORD=false $(LINEUP) detect $(IMAGES) --details
 	$(NEXT)
 ifneq ($(SERVE),0)
 	@echo "Open the link to the page that comes next, and drop an image on it."
@@ -77,7 +77,7 @@ endif
 	$(LINEUP) train fit --data $(SET) --split train --output $(or $(LINEUP_CHECKPOINT),$(LINEUP_HOME)/checkpoint) $(RECIPE)
 	$(LINEUP) index add $(SET) --split train
 	$(LINEUP) index evaluate --data $(SET) --split test,unseen --output $(LINEUP_HOME)/evaluation.json
-	LINEUP_RECORD=false $(LINEUP) detect $(SET) --split test,unseen --sample 2
+	LINEUP_RECORD=false $(LINEUP) detect $(SET) --split test,unseen --sample 2 --details
 	$(NEXT)
 ifneq ($(SERVE),0)
 	@echo "Open the link to the page that comes next, and drop an image on it. $(UNSEEN)"

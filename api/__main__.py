@@ -2,13 +2,11 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
-from functools import partial
-from itertools import chain, islice, zip_longest
+from itertools import chain
 from pathlib import Path
-from random import Random
 from typing import Annotated, Any, cast
 
 import typer
@@ -17,30 +15,35 @@ from rich.table import Table
 
 from api.access import SCOPES, Keys, hash_secret, in_force, is_loopback, new_secret
 from api.breaker import DATABASE_AWAY
+from api.image_places import Places
 from api.judge.detector import Detector
 from api.judge.loader import load_detector
 from api.judge.uploads import Question, Upload
 from api.schemas.problems import ApiError, FailedFile
-from api.schemas.verdicts import Explanation
+from api.schemas.verdicts import Explanation, Verdict
 from api.service_settings import ServiceSettings
-from api.verdict_printer import show
+from api.verdict_file import VerdictFile
+from api.verdict_printer import Tally, in_a_line, show
 from indexer.commands import AsJson, CheckpointFolder, Device, fail, opened
 from indexer.database.connection import DatabaseBehind
 from indexer.settings import SettingsError
 from indexer.store.keys import ApiKey, KeyExists
-from trainer.data.datasets import read_dataset
-from trainer.data.entry import DatasetError, read_file
-from trainer.data.folders import is_image_name
-from trainer.images import UnreadableImage
+from indexer.terminal import image_progress
+from trainer.data.entry import DatasetError
 from trainer.model.checkpoint import CheckpointError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 keys = typer.Typer(help="API keys: who may call, and for what.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
+PLACES_HELP = (
+    "Images, folders of them, data sets in a file (manifest .csv, shard .tar, .parquet, hf://...), https:// addresses, "
+    "or - for a list of all these on standard input."
+)
+OUTPUT_HELP = (
+    "Write a line of JSON per image to NAME.jsonl, and a table NAME.csv or NAME.parquet if named so; goes on where it "
+    "ended."
+)
 EXPECTED = (SettingsError, CheckpointError, DatasetError, DatabaseBehind, KeyExists, ApiError, *DATABASE_AWAY)
-
-Image = tuple[str, Callable[[], bytes]]
-"""A file's name, and how to read it."""
 
 
 @contextmanager
@@ -50,36 +53,6 @@ def expected_failures() -> Iterator[None]:
         yield
     except EXPECTED as error:
         fail(str(error))
-
-
-def image_files(paths: Iterable[Path]) -> Iterator[Image]:
-    """The files named, and those of folders by their suffix, in order of name."""
-    for path in paths:
-        files = sorted(file for file in path.rglob("*") if is_image_name(file)) if path.is_dir() else [path]
-        for file in files:
-            yield str(file), partial(read_file, file)
-
-
-def data_set_images(paths: Iterable[Path], split: str | None, sample: int | None) -> Iterator[Image]:
-    """The images of data sets, or so many of them: real and fake in turns, drawn with a fixed seed."""
-    entries = [entry for path in paths for entry in read_dataset(path, split=split)]
-    if sample is not None:
-        Random(0).shuffle(entries)
-        kinds = [[entry for entry in entries if entry.label == label] for label in (1, 0)]
-        turns = (entry for pair in zip_longest(*kinds) for entry in pair if entry)
-        entries = list(islice(turns, sample))
-    for entry in entries:
-        yield entry.uri.removeprefix("file://"), entry.read
-
-
-def uploads(images: Iterable[Image], failures: list[FailedFile]) -> Iterator[Upload]:
-    """Files as they are judged; those that cannot be opened go to `failures`."""
-    for name, read in images:
-        try:
-            yield Upload(name, read())
-        except (OSError, UnreadableImage) as error:
-            detail = f"{name}: {getattr(error, 'strerror', None) or error}"
-            failures.append(FailedFile(file=name, error=ApiError("unreadable", detail).problem()))
 
 
 @app.command()
@@ -113,7 +86,7 @@ def serve(
 
 @app.command()
 def detect(
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    images: Annotated[list[str], typer.Argument(metavar="PLACE...", help=PLACES_HELP)],
     checkpoint: CheckpointFolder = None,
     device: Device = None,
     k: Annotated[int | None, typer.Option(min=1, max=1000, help="Neighbours shown and voting.")] = None,
@@ -121,42 +94,85 @@ def detect(
         float | None, typer.Option(min=0.0001, max=0.9999, help="Share of real images that may be called fake.")
     ] = None,
     explain: Annotated[str, typer.Option(help="regions, stability, or both with a comma.")] = "",
-    split: Annotated[str | None, typer.Option(help="The paths are data sets: judge these splits.")] = None,
-    sample: Annotated[int | None, typer.Option(min=1, help="The paths are data sets: judge so many images.")] = None,
+    split: Annotated[str | None, typer.Option(help="The places are data sets: judge these splits.")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="The places are data sets: judge so many images.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help=OUTPUT_HELP)] = None,
+    details: Annotated[
+        bool | None,
+        typer.Option(help="Show heads and neighbours of each image, not a line; default: of a single one."),
+    ] = None,
+    private_addresses: Annotated[
+        bool, typer.Option("--private-addresses", help="Also fetch https:// from servers that are not public.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One verdict as JSON per line on stdout.")] = False,
 ) -> None:
     """Judge images here in the terminal, without a server."""
     explanations = frozenset(part.strip() for part in explain.split(",") if part.strip())
     if not explanations <= {"regions", "stability"}:
         raise typer.BadParameter(f"{explain!r} is not regions, stability or both", param_hint="--explain")
+    if output is not None and (as_json or details):
+        raise typer.BadParameter("it takes the place of --json and --details", param_hint="--output")
     question = Question(k, max_false_alarm, cast("frozenset[Explanation]", explanations))
-    judged, rejected, console = 0, 0, Console()
-    missing: list[FailedFile] = []
-    with (
-        expected_failures(),
-        closing(load_detector(ServiceSettings.read(checkpoint=checkpoint, device=device))) as detector,
-    ):
-        detector.calibrator.refresh()
-        if detector.inactive:
-            print(f"warning: {detector.inactive} {detector.hindrance or ''}".rstrip(), file=sys.stderr)
-        in_data_sets = split is not None or sample is not None
-        files = data_set_images(images, split, sample) if in_data_sets else image_files(images)
-        for result in chain(detector.detect(uploads(files, missing), question), missing):
-            if as_json:
-                print(result.model_dump_json(), flush=True)
-            if isinstance(result, FailedFile):
-                rejected += 1
-                print(f"rejected: {result.error.detail}", file=sys.stderr)
-                continue
-            judged += 1
-            if not as_json:
-                show(result, console)
-    if not judged + rejected:
-        fail(f"no image files in {', '.join(map(str, images))}")
-    if rejected:
-        print(f"{judged} judged, {rejected} rejected", file=sys.stderr)
-    if not judged:
+    tally, console = Tally(), Console()
+    with expected_failures():
+        settings = ServiceSettings.read(checkpoint=checkpoint, device=device)
+        places = Places(tuple(images), split, sample, settings.max_upload_bytes, private_addresses)
+        count = places.count
+        with ExitStack() as stack:
+            detector = stack.enter_context(closing(load_detector(settings)))
+            detector.calibrator.refresh()
+            if detector.inactive:
+                print(f"warning: {detector.inactive} {detector.hindrance or ''}".rstrip(), file=sys.stderr)
+            written = stack.enter_context(VerdictFile(output, detector.embedder.id)) if output else None
+            advance = stack.enter_context(image_progress(total=count)) if written else None
+            for result in judged(detector, places, question, written, tally, advance):
+                if isinstance(result, FailedFile):
+                    print(f"rejected: {result.error.detail}", file=sys.stderr)
+                if written:
+                    written.add(result)
+                elif as_json:
+                    print(result.model_dump_json(), flush=True)
+                elif isinstance(result, Verdict):
+                    if count == 1 if details is None else details:
+                        show(result, console)
+                    else:
+                        print(in_a_line(result), flush=True)
+    if not tally.images:
+        fail(f"no image files in {', '.join(images)}")
+    if tally.images > 1 or written:
+        for line in tally.lines():
+            print(line, file=sys.stderr)
+    if written:
+        print(f"wrote {' and '.join(map(str, written.paths))}", file=sys.stderr)
+    if tally.rejected == tally.images:
         raise typer.Exit(1)
+
+
+def judged(
+    detector: Detector,
+    places: Places,
+    question: Question,
+    written: VerdictFile | None,
+    tally: Tally,
+    advance: Callable[[], None] | None,
+) -> Iterator[Verdict | FailedFile]:
+    """What is said of each image that is not in the file already, each counted."""
+    failures: list[FailedFile] = []
+
+    def to_judge() -> Iterator[Upload]:
+        for upload in places.uploads(failures):
+            if written and written.has(upload.file, upload.data):
+                tally.before += 1
+                if advance:
+                    advance()
+            else:
+                yield upload
+
+    for result in chain(detector.detect(to_judge(), question), failures):
+        tally.count(result)
+        if advance:
+            advance()
+        yield result
 
 
 @keys.command()

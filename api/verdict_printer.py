@@ -1,7 +1,10 @@
 """A verdict as people read it in a terminal, in the page's words (`page/words.js`)."""
 
 import math
+import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import product
 
 from rich.console import Console
@@ -9,10 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from api.judge.judgement import decide
+from api.schemas.problems import FailedFile
 from api.schemas.verdicts import KnnHead, Neighbour, Stability, Verdict
 
 HEADLINES = {"fake": "Probably generated", "real": "Probably a real photograph", "uncertain": "Cannot tell"}
 WORDS = {"fake": "generated", "real": "real", "uncertain": "cannot tell"}
+MOST_GENERATORS = 10
+"""In a summary."""
 SPACE = "\N{NO-BREAK SPACE}"
 COLOURS = {"fake": "red", "real": "green", "uncertain": "yellow"}
 
@@ -30,6 +36,61 @@ def show(verdict: Verdict, console: Console) -> None:
     if verdict.neighbours:
         console.print(neighbours_table(verdict))
     console.print()
+
+
+def in_a_line(verdict: Verdict) -> str:
+    """The verdict, its score, the file and what it is closest to."""
+    score = "-" if verdict.score is None else decimal(verdict.score, precision([verdict.score], cuts(verdict)))
+    closest = f"  ({verdict.generators[0].name})" if verdict.generators and verdict.verdict != "real" else ""
+    return f"{verdict.verdict:<9}  {score:<8}  {verdict.file}{closest}"
+
+
+@dataclass(slots=True)
+class Tally:
+    """How the images of one command were judged.
+
+    Attributes:
+        before: Images that an earlier run judged.
+        rejected: Files that could not be.
+        verdicts: Images by verdict.
+        generators: Images called fake, by the generator that they are closest to.
+        start: When it began, seconds of `time.monotonic`.
+    """
+
+    before: int = 0
+    rejected: int = 0
+    verdicts: Counter[str] = field(default_factory=Counter)
+    generators: Counter[str] = field(default_factory=Counter)
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def images(self) -> int:
+        """All that was looked at."""
+        return self.before + self.rejected + self.verdicts.total()
+
+    def count(self, result: Verdict | FailedFile) -> None:
+        """Take a result in."""
+        if isinstance(result, FailedFile):
+            self.rejected += 1
+            return
+        self.verdicts[result.verdict] += 1
+        if result.verdict == "fake":
+            self.generators[result.generators[0].name if result.generators else "unknown"] += 1
+
+    def lines(self) -> list[str]:
+        """The summary."""
+        if self.before == self.images:
+            return [f"{self.images:,} images, all judged before"]
+        counts = [f"{self.verdicts[name]:,} {words}" for name, words in WORDS.items()]
+        others = {"rejected": self.rejected, "judged before": self.before}
+        counts += [f"{count:,} {name}" for name, count in others.items() if count]
+        seconds = time.monotonic() - self.start
+        speed = (self.images - self.before) / max(seconds, 1e-3)
+        lines = [f"{self.images:,} images: {', '.join(counts)}; {seconds:.1f} s, {speed:,.1f} images/s"]
+        if self.generators:
+            names = ", ".join(f"{name} {count:,}" for name, count in self.generators.most_common(MOST_GENERATORS))
+            lines.append(f"the generated ones are closest to {names}")
+        return lines
 
 
 def in_words(verdict: Verdict) -> str:

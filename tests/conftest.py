@@ -30,6 +30,7 @@ from trainer.images import Preprocess
 from trainer.model.checkpoint import CheckpointConfig, build_backbone, read_config, read_weights, save_checkpoint
 from trainer.model.embedder import Embedder
 
+pytest_plugins = ("publisher",)
 # A busy machine is no failure: hypothesis fails examples that take over 200 ms otherwise.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")

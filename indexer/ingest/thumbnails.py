@@ -5,39 +5,27 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
-from socket import SOCK_STREAM, getaddrinfo
 from ssl import SSLContext
 from typing import Any
 
-from httpx2 import AsyncClient, HTTPError, InvalidURL, Request, TimeoutException, TooManyRedirects
+from httpx2 import AsyncClient
 from PIL import Image
 from sqlalchemy import RowMapping, text
 
 from indexer.ingest.ingest import fingerprint, hamming_distance
+from indexer.ingest.public_files import MAX_BYTES, Refused, download, public_client
 from indexer.store import Store
 from indexer.store.reference_facts import NEAR_BITS
 from trainer.data.datasets import read_uri
 from trainer.images import UnreadableImage, decode_image, decoding_memory, thumbnail
 from trainer.process_pool import LimitExceeded, decoding_pool
 
-MAX_BYTES = 64 * 1024 * 1024
-"""Largest file that is fetched."""
 CONNECTIONS = 8
 """Files that are fetched at a time."""
-REDIRECTS = 5
-SILENCE_SECONDS = 20.0
-FILE_SECONDS = 120.0
 PAGE_REFERENCES = 64
-NAT64 = IPv6Network("64:ff9b::/96")
-"""Addresses that a gateway translates to their last 32 bits (RFC 6052)."""
 MISSING = text("""select id, encode(sha256, 'hex') as sha256, uri, width, height, fingerprint, attributes
 from reference_image where thumbnail is null and id > :after order by id limit :page""")
 MISSING_COUNT = text("select count(*) as images from reference_image where thumbnail is null")
-
-
-class Refused(ValueError):
-    """What an address gives is not taken; the message is the reason, the same for every address with that fault."""
 
 
 def missing_thumbnails(store: Store) -> int:
@@ -108,73 +96,6 @@ def fetch_thumbnails(
     asyncio.run(fetch_all())
     reasons = dict(Counter(one["reason"] for one in failed).most_common())
     return {"missing": fetched + len(failed), "fetched": fetched, "failed": failed, "reasons": reasons}
-
-
-def public_client(verify: SSLContext | bool = True) -> AsyncClient:
-    """A client that asks nothing but public servers over https, also where it is redirected."""
-
-    async def check(request: Request) -> None:
-        await asyncio.to_thread(refuse_private, request)  # names are looked up
-
-    return AsyncClient(
-        verify=verify,
-        follow_redirects=True,
-        max_redirects=REDIRECTS,
-        timeout=SILENCE_SECONDS,
-        headers={"accept-encoding": "identity"},
-        event_hooks={"request": [check]},
-    )
-
-
-def refuse_private(request: Request) -> None:
-    """Refuse a request before it is sent unless it goes to public addresses over https.
-
-    A name that leads elsewhere a moment later gains a handshake and no request: that server would need a certificate
-    for the name.
-
-    Raises:
-        Refused: It is not https, or the name has an address that is not public, or none.
-    """
-    if request.url.scheme != "https":
-        raise Refused("not https")
-    try:
-        addresses = {str(found[4][0]) for found in getaddrinfo(request.url.host, None, type=SOCK_STREAM)}
-    except (OSError, ValueError) as error:  # no such name, or none that can be: an empty label, or one of 64 characters
-        raise Refused("unreachable") from error
-    if not all(_is_public(ip_address(address)) for address in addresses):
-        raise Refused("not a public server")
-
-
-def _is_public(address: IPv4Address | IPv6Address) -> bool:
-    """Whether an address is of the public internet, and so is the one that it stands for in IPv4."""
-    if isinstance(address, IPv6Address):
-        translated = IPv4Address(int(address) & 0xFFFF_FFFF) if address in NAT64 else address.sixtofour
-        return address.is_global and (translated is None or translated.is_global)
-    return address.is_global
-
-
-async def download(client: AsyncClient, uri: str, max_bytes: int = MAX_BYTES) -> bytes:
-    """What lies at an address; redirects and headers are part of its `FILE_SECONDS`.
-
-    Raises:
-        Refused: It cannot be had, takes too long or is too large.
-    """
-    data = bytearray()
-    try:
-        async with asyncio.timeout(FILE_SECONDS), client.stream("GET", uri) as response:
-            if response.status_code != 200:
-                raise Refused(f"HTTP {response.status_code}")
-            async for chunk in response.aiter_bytes():
-                data += chunk
-                if len(data) > max_bytes:
-                    raise Refused(f"more than {max_bytes:,} bytes")
-    except TooManyRedirects as error:
-        raise Refused(f"more than {REDIRECTS} redirects") from error
-    except (TimeoutException, TimeoutError) as error:
-        raise Refused("too slow") from error
-    except (HTTPError, InvalidURL) as error:
-        raise Refused("unreachable") from error
-    return bytes(data)
 
 
 def _from_hub(uri: str, max_bytes: int) -> bytes:

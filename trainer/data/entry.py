@@ -163,8 +163,8 @@ def file_entry(
     )
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a regular file of at most `MAX_FILE_BYTES`.
+def read_file(path: Path, most_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """The bytes of a regular file of at most `most_bytes`.
 
     Raises:
         UnreadableImage: It is missing, no regular file (a pipe would block for ever) or not permitted.
@@ -174,8 +174,8 @@ def read_file(path: Path) -> bytes:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableImage("not a regular file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise ImageTooLarge(f"the file has {status.st_size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
+        if status.st_size > most_bytes:
+            raise ImageTooLarge(f"the file has {status.st_size:,} bytes; at most {most_bytes:,} are read")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise UnreadableImage("no such file") from error

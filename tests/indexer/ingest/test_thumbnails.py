@@ -4,20 +4,12 @@ import asyncio
 import hashlib
 import io
 import ssl
-import threading
 from collections.abc import AsyncIterator, Iterator
-from datetime import datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from httpx2 import AsyncClient, MockTransport, Request, Response
 from numbered import CHECKPOINT, add_all, new, opened
 from PIL import Image
@@ -26,7 +18,8 @@ from typer.testing import CliRunner
 from indexer.__main__ import app
 from indexer.ingest import thumbnails
 from indexer.ingest.ingest import fingerprint
-from indexer.ingest.thumbnails import Refused, download, fetch_thumbnails, refuse_private
+from indexer.ingest.public_files import Refused, download, refuse_private
+from indexer.ingest.thumbnails import fetch_thumbnails
 from indexer.settings import Settings
 from indexer.store import Store
 from trainer.images import UnreadableImage
@@ -45,64 +38,6 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return out.getvalue()
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Key and certificate of localhost, signed by itself."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")]), datetime(2020, 1, 1)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(now).not_valid_after(now + timedelta(days=36500))
-    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-    path = tmp_path_factory.mktemp("certificate") / "both.pem"
-    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    path.write_bytes(key.private_bytes(*form) + builder.sign(key, hashes.SHA256()).public_bytes(form[0]))
-    return path
-
-
-@pytest.fixture
-def files(certificate: Path) -> Iterator[tuple[str, dict[str, bytes | str], list[str]]]:
-    """An https server of this machine: its address, what it serves by path (text redirects), and what was asked."""
-    served: dict[str, bytes | str] = {}
-    asked: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            content = served.get(self.path)
-            self.send_response(404 if content is None else 302 if isinstance(content, str) else 200)
-            if isinstance(content, str):
-                self.send_header("location", content)
-            body = content if isinstance(content, bytes) else b""
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *arguments: object) -> None:
-            """Stay silent."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield f"https://localhost:{server.server_port}", served, asked
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-@pytest.fixture
-def trust(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
-    """Trusts the server, and takes `localhost` for a public name; other names are looked up as ever."""
-
-    def look_up(host: str, *arguments: Any, **options: Any) -> list[tuple[Any, ...]]:
-        return [(0, 0, 0, "", (PUBLIC if host == "localhost" else host, 0))]
-
-    monkeypatch.setattr(thumbnails, "getaddrinfo", look_up)
-    return ssl.create_default_context(cafile=str(certificate))
-
-
 @pytest.fixture
 def store(settings: Settings) -> Iterator[Store]:
     one = opened(settings)
@@ -111,9 +46,9 @@ def store(settings: Settings) -> Iterator[Store]:
 
 
 def test_pictures_come_checked_and_a_second_run_fetches_what_failed(
-    store: Store, trust: ssl.SSLContext, files: tuple[str, dict[str, bytes | str], list[str]]
+    store: Store, trust: ssl.SSLContext, public_files: tuple[str, dict[str, bytes | str], list[str]]
 ) -> None:
-    base, served, asked = files
+    base, served, asked = public_files
     whole = noise(1)
     window = whole.crop((16, 8, 64, 40))
     exif = Image.Exif()
@@ -251,7 +186,7 @@ def test_a_window_of_another_form_is_refused(window: object) -> None:
 
 def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     both = [(0, 0, 0, "", (address, 0)) for address in (PUBLIC, "192.168.0.1")]
-    monkeypatch.setattr(thumbnails, "getaddrinfo", lambda *arguments, **options: both)
+    monkeypatch.setattr("indexer.ingest.public_files.getaddrinfo", lambda *arguments, **options: both)
     with pytest.raises(Refused, match="not a public server"):
         refuse_private(Request("GET", "https://both.example/a"))
 
@@ -272,7 +207,7 @@ def test_endless_redirects_and_slow_headers_and_files_end(monkeypatch: pytest.Mo
     client = AsyncClient(transport=MockTransport(around), follow_redirects=True, max_redirects=3)
     with pytest.raises(Refused, match="redirects"):
         asyncio.run(download(client, "https://example.org/a"))
-    monkeypatch.setattr(thumbnails, "FILE_SECONDS", 0.05)
+    monkeypatch.setattr("indexer.ingest.public_files.FILE_SECONDS", 0.05)
     for handler in (slow_headers, lambda request: Response(200, content=slow_body())):
         with pytest.raises(Refused, match="too slow"):
             asyncio.run(download(AsyncClient(transport=MockTransport(handler)), "https://example.org/a"))
