@@ -29,6 +29,7 @@ from indexer.database.connection import connect
 from indexer.database.embedded import EmbeddedServer
 from indexer.follower import Follower
 from indexer.index.vector_index import VectorIndex
+from indexer.memory_copy import MemoryCopy
 from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.reference_facts import NewReference
@@ -87,9 +88,11 @@ def measure(settings: Settings, store: Store, rounds: int) -> dict[str, Any]:
     row["writing the snapshot, s"] = seconds(follower.save)
     follower = following(settings, store)
     row["start from the snapshot, s"] = seconds(follower.load)
-    row |= searches(follower.index, rounds, "flat")
+    copy = follower.copy
+    assert isinstance(copy, MemoryCopy)
+    row |= searches(copy.index, rounds, "flat")
     row |= changes(follower, store, rounds)
-    if lists := grown(follower.index, rounds):
+    if lists := grown(copy.index, rounds):
         row |= lists
         follower.save()
         follower = following(settings, store)

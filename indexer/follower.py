@@ -1,12 +1,10 @@
-"""Keep a VectorIndex equal to the rows in Postgres, whoever writes them."""
+"""Keep an index equal to the rows in Postgres, whoever writes them."""
 
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
-from uuid import UUID
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import psycopg
@@ -15,12 +13,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from indexer.database.connection import AnsweringConnection
 from indexer.database.embedded import EmbeddedFailure, EmbeddedServer
 from indexer.database.transactions import CHANNEL
-from indexer.index.label_index import Neighbours
-from indexer.index.snapshot import BadSnapshot
-from indexer.index.vector_index import IndexChanged, VectorIndex
+from indexer.index.index import Contents, Index, Neighbours
+from indexer.memory_copy import MemoryCopy
 from indexer.settings import Settings
 from indexer.store import Store
-from indexer.store.changes import Additions, Position
+from indexer.store.changes import Position
 from indexer.store.checkpoints import Checkpoint
 from trainer.heads.vote import depths
 
@@ -28,10 +25,6 @@ log = logging.getLogger(__name__)
 
 POLL = 1.0
 """Seconds after which the database is asked even when it has not called."""
-QUIET = 10.0
-"""Seconds without a change before the snapshot is written, so that an enrolment is not written at each step."""
-LATEST = 300.0
-"""Seconds after which the snapshot is written even while changes go on."""
 AWAY = (SQLAlchemyError, psycopg.Error, OSError)
 """What a database raises that cannot be reached or breaks off."""
 
@@ -46,20 +39,71 @@ class Neighbour(NamedTuple):
     similarity: float
 
 
+class Copy(Protocol):
+    """The rows of one checkpoint as an index. `load` and `catch_up` raise what the database and the index raise."""
+
+    @property
+    def index(self) -> Index:
+        """The index; a reload replaces it, so ask for it anew each time."""
+        ...
+
+    @property
+    def position(self) -> Position:
+        """Where the index is complete up to in the history of the store."""
+        ...
+
+    @property
+    def source_names(self) -> dict[int, str]:
+        """Names by the source numbers of the index."""
+        ...
+
+    @property
+    def saved_revision(self) -> int | None:
+        """Revision that the next start begins from; None where it reads everything."""
+        ...
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong with what the next start begins from, as one line; None where nothing is."""
+        ...
+
+    def contents(self) -> Contents:
+        """A copy of everything in the index."""
+        ...
+
+    def load(self, *, anew: bool) -> None:
+        """Make the index complete; `anew` trusts nothing but the rows."""
+        ...
+
+    def catch_up(self) -> None:
+        """Bring the index to the latest revision. After a failure, the next call goes on from there."""
+        ...
+
+    def save(self) -> None:
+        """Keep what makes the next start quick, where there is such a thing."""
+        ...
+
+    def try_to_save(self) -> None:
+        """`save`, where that can be done; a warning says otherwise, for nothing is lost."""
+        ...
+
+    def keep(self, end: threading.Event, poll: float) -> None:
+        """Work in the background until the end, looking every `poll` seconds."""
+        ...
+
+
 class Follower:
-    """The index of one checkpoint, loaded from its snapshot and Postgres, then kept up to date. Thread safe.
+    """The index of one checkpoint, loaded, then kept up to date, with the names that go with it. Thread safe.
 
     Attributes:
-        index: The index; a reload replaces it, so ask for it anew each time.
-        position: Where the index is complete up to in the history of the store.
+        copy: The index and what keeps it.
         active: The store's active checkpoint, which may be another one than is followed here.
         degraded: Whether following failed last time, mostly for want of the database; searches go on from memory.
         away: Whether it was for want of the database.
         generator_names: Names by id.
-        source_names: Names by the source numbers of the index.
 
     Args:
-        settings: For the home folder (snapshots) and the device.
+        settings: They say where the index is.
         store: The rows.
         checkpoint_id: Whose embeddings.
         dim: Their length.
@@ -67,20 +111,30 @@ class Follower:
 
     def __init__(self, settings: Settings, store: Store, checkpoint_id: str, dim: int) -> None:
         self.settings, self.store, self.checkpoint_id, self.dim = settings, store, checkpoint_id, dim
-        self.index = VectorIndex(dim, settings.device)
-        self.position = Position()
+        self.copy: Copy = MemoryCopy(settings, store, checkpoint_id, dim)
         self.active: Checkpoint | None = None
         self.degraded = self.away = False
         self.generator_names: dict[int, str] = {}
-        self.source_names: dict[int, str] = {}
-        self._store_id = ""
-        self._begun = Position()  # further than `position` where applying ended half-way
-        self._saved: tuple[str, Position] | None = None  # store and position of the snapshot on disk
         self._complete_at = time.monotonic()
-        self._warned: set[str] = set()  # of what fails again and again, since it last went well
+        self._warned: set[str] = set()  # of what fails again and again, since the database was last there
         self._following = threading.Lock()
         self._end = threading.Event()
         self._threads: list[threading.Thread] = []
+
+    @property
+    def index(self) -> Index:
+        """The index; a reload replaces it, so ask for it anew each time."""
+        return self.copy.index
+
+    @property
+    def position(self) -> Position:
+        """Where the index is complete up to in the history of the store."""
+        return self.copy.position
+
+    @property
+    def source_names(self) -> dict[int, str]:
+        """Names by the source numbers of the index."""
+        return self.copy.source_names
 
     @property
     def revision(self) -> int:
@@ -93,14 +147,9 @@ class Follower:
         return time.monotonic() - self._complete_at
 
     @property
-    def snapshot(self) -> Path:
-        """The snapshot's file."""
-        return self.settings.home / "index" / self._store_id / self.checkpoint_id / "snapshot"
-
-    @property
     def saved_revision(self) -> int | None:
         """Revision of the snapshot as it was read or written here; None where there is no good one."""
-        return None if self._saved is None else self._saved[1].revision
+        return self.copy.saved_revision
 
     def load(self, *, anew: bool = False) -> int:
         """Read the snapshot where it is good, then the rest from Postgres; returns the revision reached.
@@ -113,17 +162,7 @@ class Follower:
             UnknownCheckpoint: The store has never heard of the checkpoint.
         """
         with self._following:
-            self._store_id = self.store.id()
-            try:
-                if anew:
-                    raise BadSnapshot("so it was asked for")
-                index, header = VectorIndex.load(self.snapshot, self.settings.device)
-                self.position = self._begun = self._check(header, index)
-                self.index, self.source_names = index, dict(enumerate(header["sources"]))
-                self._saved = self._store_id, self.position
-            except BadSnapshot as error:
-                log.info("reading the index from the database: %s", error)
-            return self._catch_up()
+            return self._catch_up(lambda: self.copy.load(anew=anew))
 
     def catch_up(self) -> int:
         """Apply what was written since; returns the revision reached.
@@ -133,7 +172,7 @@ class Follower:
         """
         with self._following:
             try:
-                return self._catch_up()
+                return self._catch_up(self.copy.catch_up)
             except AWAY as error:
                 self._lose(error)
                 raise
@@ -144,33 +183,15 @@ class Follower:
         Raises:
             OSError: It cannot be written. Nothing is lost: the next start reads Postgres instead.
         """
-        with self._following:
-            position, path, half_way = self.position, self.snapshot, self._begun != self.position
-            header = {
-                "store": self._store_id,
-                "checkpoint": self.checkpoint_id,
-                "revision": position.revision,
-                "nonce": position.nonce and str(position.nonce),
-                "sources": [self.source_names[number] for number in range(len(self.source_names))],
-            }
-            index = self.index
-        if self._saved != (header["store"], position) and not half_way:
-            index.save(path, header)
-            self._saved = str(header["store"]), position
-            self._warned.clear()
+        self.copy.save()
 
     def try_to_save(self) -> None:
         """`save`, where it can be written; a warning says otherwise, for nothing is lost."""
-        try:
-            self.save()
-        except IndexChanged as error:
-            log.debug("%s", error)
-        except OSError as error:
-            self._warn_once(f"the snapshot was not written, the next start reads the database: {error}")
+        self.copy.try_to_save()
 
     def start(self) -> None:
         """Follow in the background: on notification, and each second anyway. Call `load` before."""
-        for work in (self._follow, self._keep_snapshot):
+        for work in (self._follow, self._keep):
             self._threads.append(threading.Thread(target=work, name=f"follower{work.__name__}", daemon=True))
             self._threads[-1].start()
 
@@ -190,7 +211,7 @@ class Follower:
         generator: str | None = None,
         source: str | None = None,
     ) -> list[list[Neighbour]]:
-        """The k nearest of each of q raw vectors (q, dim), see `VectorIndex.search`; filters by name.
+        """The k nearest of each of q raw vectors (q, dim), see `Index.search`; filters by name.
 
         Generators' names match in upper and lower case. A name that is not known finds nothing.
         """
@@ -211,7 +232,7 @@ class Follower:
         exclude_ids: np.ndarray | None = None,
         exclude_each: Sequence[np.ndarray] | None = None,
     ) -> tuple[Neighbours, Neighbours]:
-        """The real and the fake references that vote: as `VectorIndex.search_both`, as deep as `depths` says for k.
+        """The real and the fake references that vote: as `Index.search_both`, as deep as `depths` says for k.
 
         Args:
             vectors: Raw embeddings, shape (q, dim).
@@ -235,53 +256,19 @@ class Follower:
             for row in zip(*(column.tolist() for column in columns), strict=True)
         ]
 
-    def _check(self, header: dict[str, Any], index: VectorIndex) -> Position:
-        """Where a snapshot ends; one of something else, or of a history that the database has not had, is refused."""
-        if (header["store"], header["checkpoint"], index.dim) != (self._store_id, self.checkpoint_id, self.dim):
-            raise BadSnapshot(f"{self.snapshot} is of another store or checkpoint")
-        if "nonce" not in header:
-            raise BadSnapshot(f"{self.snapshot} was written by an earlier version")
-        position = Position(header["revision"], header["nonce"] and UUID(header["nonce"]))
-        _, stands = self.store.changes.position(self.checkpoint_id, position)
-        if not stands:
-            raise BadSnapshot(f"{self.snapshot} is of another history: the database was restored from a backup")
-        return position
-
-    def _catch_up(self) -> int:
+    def _catch_up(self, complete: Callable[[], None]) -> int:
+        """What `complete` reaches, with the names that the store has by then."""
         start = time.monotonic()
-        store_id = self.store.id()
-        # First: what commits later, or is restored meanwhile, is for the next time.
-        target, stands = self.store.changes.position(self.checkpoint_id, self._begun)
-        names, active = self.store.generators.names(), self.store.checkpoints.active()
-        if store_id != self._store_id or not stands:
-            log.warning("the database is another one, or was restored from a backup: loading all of it")
-            index = VectorIndex(self.dim, self.settings.device)
-            self._apply(index, 0, target.revision)
-            self.index, self._store_id = index, store_id
-        elif target != self.position:
-            self._begun = target
-            self._apply(self.index, self.revision, target.revision)
+        complete()
+        self.generator_names, self.active = self.store.generators.names(), self.store.checkpoints.active()
         if self.degraded:
             log.warning("the database is back")
             self._warned.clear()
-        self.position = self._begun = target
-        self.generator_names, self.active = names, active
         self._complete_at, self.degraded, self.away = start, False, False
-        return target.revision
+        return self.revision
 
-    def _apply(self, index: VectorIndex, seen: int, target: int) -> None:
-        """Bring an index from one revision to another. Repeating it after a failure half-way does no harm."""
-        numbers = {name: number for number, name in self.source_names.items()}
-        for change in self.store.changes.between(self.checkpoint_id, seen, target):
-            if not isinstance(change, Additions):
-                index.remove(change.ids)
-                continue
-            for name in sorted(set(change.sources) - numbers.keys()):
-                numbers[name] = len(numbers)
-                self.source_names = self.source_names | {numbers[name]: name}  # replaced: a search may be reading it
-            index.remove(change.ids)  # of an earlier try, or embedded anew
-            sources = np.array([numbers[name] for name in change.sources])
-            index.add(change.ids, change.vectors, change.labels, change.generators, sources)
+    def _keep(self) -> None:
+        self.copy.keep(self._end, POLL)
 
     def _lose(self, error: Exception) -> None:
         if not self.degraded:
@@ -327,26 +314,6 @@ class Follower:
         if message not in self._warned:
             log.warning("%s", message)
         self._warned.add(message)
-
-    def _keep_snapshot(self) -> None:
-        revision, changed, stale, may_grow = self.revision, time.monotonic(), time.monotonic(), True
-        while not self._end.wait(POLL):
-            now = time.monotonic()
-            if self.revision != revision:
-                revision, changed = self.revision, now
-            quiet = now - changed >= QUIET
-            try:
-                if quiet and may_grow and self.index.grow(self._end.is_set):
-                    log.info("searching %s from now on, recall %.4f", self.index.kind, self.index.recall)
-                    self._saved = None
-            except Exception:  # for want of memory, say; searches go on as they were, and so must the snapshots
-                log.exception("the index could not be given inverted lists, nor is it tried again")
-                may_grow = False
-            if self._saved == (self._store_id, self.position):
-                stale = now
-            elif quiet or now - stale >= LATEST:
-                self.try_to_save()
-                changed = stale = now  # one that failed is not tried again at once
 
 
 def _number(names: dict[int, str], name: str | None, key: Callable[[str], str]) -> int | None:

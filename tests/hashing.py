@@ -71,12 +71,12 @@ class HashingEmbedder(Embedder):
 
 def follow() -> None:
     """What a service does beside searching, with a snapshot at every chance."""
-    from indexer import follower
+    from indexer import follower, memory_copy
     from indexer.database.connection import connect
     from indexer.settings import Settings
     from indexer.store import Store
 
-    follower.POLL, follower.QUIET = 0.02, 0.0
+    follower.POLL, memory_copy.QUIET = 0.02, 0.0
     settings = Settings()
     store = Store(connect(settings))
     while not (checkpoints := store.checkpoints.list()):

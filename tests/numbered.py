@@ -8,6 +8,7 @@ import numpy as np
 
 from indexer.database.connection import connect
 from indexer.follower import Follower
+from indexer.memory_copy import MemoryCopy
 from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.reference_facts import NewReference
@@ -68,3 +69,9 @@ def opened(settings: Settings) -> Store:
 def following(store: Store, settings: Settings) -> Follower:
     """A follower of the tests' checkpoint, not loaded."""
     return Follower(settings, store, CHECKPOINT, DIM)
+
+
+def in_memory(follower: Follower) -> MemoryCopy:
+    """The copy of a follower whose index is in memory."""
+    assert isinstance(follower.copy, MemoryCopy)
+    return follower.copy

@@ -13,7 +13,7 @@ from api.schemas import LABELS, Label
 from api.schemas.verdicts import Neighbour
 from indexer.follower import Follower
 from indexer.follower import Neighbour as IndexNeighbour
-from indexer.index.label_index import Neighbours
+from indexer.index.index import Neighbours
 from indexer.store import Store
 from indexer.store.reference_facts import Reference
 from trainer.heads.calibration import Calibration

@@ -1,59 +1,18 @@
 """The references of one label: an engine's rows, what the index knows of each, and what a search of them gives."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from indexer.index.engine import ROWS_PER_BLOCK, Engine
 from indexer.index.flat import Flat
+from indexer.index.index import Neighbours
 from indexer.index.inverted import Inverted
 from indexer.index.snapshot import BadSnapshot
 
 FETCH = 1_000
 """A query that excludes more references of its own than this is searched alone; fewer are fetched and dropped."""
-
-
-@dataclass(frozen=True, slots=True)
-class Neighbours:
-    """The nearest references of q queries, nearest first; short answers are padded at the end.
-
-    Attributes:
-        ids: Shape (q, k), int64, -1 where there is none.
-        similarities: Cosine, -1..1, shape (q, k), float32, NaN where there is none.
-        labels: 0 real, 1 fake, shape (q, k), int8, -1 where there is none.
-        generators: Generator ids, shape (q, k), int32, -1 for real images, unnamed generators and padding.
-        sources: Source numbers, shape (q, k), int32, -1 where there is none.
-    """
-
-    ids: np.ndarray
-    similarities: np.ndarray
-    labels: np.ndarray
-    generators: np.ndarray
-    sources: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @classmethod
-    def joined(cls, parts: "Sequence[Neighbours]", axis: int = 0) -> "Neighbours":
-        """At least one part: their queries one after the other, or for axis 1 the neighbours of the same queries."""
-        if len(parts) == 1:
-            return parts[0]
-        return cls(*(np.concatenate([getattr(part, field.name) for part in parts], axis) for field in fields(cls)))
-
-    def first(self, k: int) -> "Neighbours":
-        """The k nearest of the first query."""
-        return self._each(lambda column: column[:1, :k])  # (1, k)
-
-    def nearest(self, k: int) -> "Neighbours":
-        """The k nearest of neighbours in any order."""
-        order = np.argsort(-self.similarities, axis=1, kind="stable")[:, :k]  # (q, k), NaN sorts last
-        return self._each(lambda column: np.take_along_axis(column, order, 1))
-
-    def _each(self, change: Callable[[np.ndarray], np.ndarray]) -> "Neighbours":
-        return Neighbours(*(change(getattr(self, field.name)) for field in fields(self)))
 
 
 class LabelIndex:
@@ -122,7 +81,7 @@ class LabelIndex:
     def search_without(
         self, queries: np.ndarray, k: int, exclude_ids: np.ndarray | None, exclude_each: Sequence[np.ndarray] | None
     ) -> Neighbours:
-        """The k nearest of unit vectors (q, d) but for the given ids, see `VectorIndex.search_both`."""
+        """The k nearest of unit vectors (q, d) but for the given ids, see `Index.search_both`."""
         allowed: np.ndarray | None = None
         if exclude_ids is not None:
             rows = self.rows(exclude_ids)

@@ -12,7 +12,8 @@ import numpy as np
 from indexer.index.engine import ROWS_PER_BLOCK, Engine
 from indexer.index.flat import Flat
 from indexer.index.growing import grow
-from indexer.index.label_index import LabelIndex, Neighbours
+from indexer.index.index import Neighbours
+from indexer.index.label_index import LabelIndex
 from indexer.index.lock import ReadWriteLock
 from indexer.index.snapshot import BadSnapshot, read_snapshot, write_snapshot
 from indexer.index.vector_checks import BadVectors, check_rows, unit_vectors
@@ -143,18 +144,7 @@ class VectorIndex:
         generator: int | None = None,
         source: int | None = None,
     ) -> Neighbours:
-        """The k nearest overall, or of those that the filters let pass: k of them whenever there are k.
-
-        Args:
-            vectors: Raw embeddings, shape (q, dim).
-            k: Neighbours per query, at least 1.
-            label: Only real (0) or fake (1) references.
-            generator: Only references of this generator.
-            source: Only references from this source.
-
-        Raises:
-            BadVectors: Vectors of another length, not finite, or zero; or k below 1.
-        """
+        """See `Index.search`."""
         parts = []
         for _, queries in self._parts_of(vectors, k):
             with self._lock.read():
@@ -172,14 +162,7 @@ class VectorIndex:
         exclude_ids: np.ndarray | None = None,
         exclude_each: Sequence[np.ndarray] | None = None,
     ) -> tuple[Neighbours, Neighbours]:
-        """The nearest real and the nearest fake references; otherwise like `search`.
-
-        Args:
-            vectors: Raw embeddings, shape (q, dim).
-            k: How many reals, and how many fakes.
-            exclude_ids: Ids that no query must find, shape (m,).
-            exclude_each: Ids that one query must not find though others may, q arrays of any length.
-        """
+        """See `Index.search_both`."""
         if exclude_each is not None and len(exclude_each) != len(vectors):
             raise BadVectors(f"{len(vectors)} queries came with {len(exclude_each)} exclusions")
         nearest: tuple[list[Neighbours], list[Neighbours]] = ([], [])

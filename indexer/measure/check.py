@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from indexer.follower import Follower
+from indexer.index.index import Contents
 from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.changes import Additions
@@ -48,21 +49,20 @@ def compare(settings: Settings, store: Store, checkpoint: Checkpoint) -> Agreeme
     follower = Follower(settings, store, checkpoint.id, checkpoint.dim)
     follower.load()
     result = Agreement(checkpoint.id, checkpoint.name, snapshot=follower.saved_revision)
-    broken = result.snapshot is None and follower.snapshot.exists()
+    fault = follower.copy.fault
     for _ in range(ATTEMPTS):  # someone may be writing
         result.revision = follower.catch_up()
         result.problems = _differences(result, follower, store)
         if not result.problems or store.checkpoints.revision(checkpoint.id) == result.revision:
             break
-    if broken:
-        result.problems.append("the snapshot is damaged or of another history: run lineup index rebuild")
+    if fault:
+        result.problems.append(fault)
     return result
 
 
 def _differences(result: Agreement, follower: Follower, store: Store) -> list[str]:
-    ids, vectors = follower.index.vectors()
-    order = np.argsort(ids)
-    ids, vectors = ids[order], vectors[order]
+    held = follower.copy.contents()
+    ids = held.ids
     rows, wrong = 0, 0
     missing: list[int] = []
     for page in store.changes.between(follower.checkpoint_id, 0, result.revision):
@@ -72,7 +72,7 @@ def _differences(result: Agreement, follower: Follower, store: Store) -> list[st
         at = np.searchsorted(ids, page.ids).clip(max=max(len(ids) - 1, 0))
         there = ids[at] == page.ids if len(ids) else np.zeros(len(page.ids), bool)
         missing += page.ids[~there].tolist()
-        wrong += int((~_equal(page, follower, vectors[at[there]], there)).sum())
+        wrong += int((~_equal(page, there, held, at[there])).sum())
     result.rows, result.index = rows, len(ids)
     problems = []
     if missing:
@@ -84,14 +84,12 @@ def _differences(result: Agreement, follower: Follower, store: Store) -> list[st
     return problems
 
 
-def _equal(page: Additions, follower: Follower, vectors: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Which of the rows that are there are the same in the index, shape (there.sum(),)."""
+def _equal(page: Additions, there: np.ndarray, held: Contents, at: np.ndarray) -> np.ndarray:
+    """Which of the rows that are there are the same in the index, where they are `at`, shape (there.sum(),)."""
     unit = page.vectors[there] / np.linalg.norm(page.vectors[there], axis=1, keepdims=True)  # (m, d)
-    labels, generators, sources = follower.index.metadata(page.ids[there])
-    names = np.array([follower.source_names.get(number) for number in sources.tolist()], object)
     return (  # type: ignore[no-any-return]
-        (np.abs(unit - vectors).max(1, initial=0) < TOLERANCE)
-        & (labels == page.labels[there])
-        & (generators == page.generators[there])
-        & (names == np.array(page.sources, object)[there])
+        (np.abs(unit - held.vectors[at]).max(1, initial=0) < TOLERANCE)
+        & (held.labels[at] == page.labels[there])
+        & (held.generators[at] == page.generators[there])
+        & (held.sources[at] == np.array(page.sources, object)[there])
     )

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
-from numbered import CHECKPOINT, DIM, add, add_all, following, new, opened, vector
+from numbered import CHECKPOINT, DIM, add, add_all, following, in_memory, new, opened, vector
 from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from indexer import follower as module
+from indexer import memory_copy
 from indexer.database import connection as database
 from indexer.database.connection import AnsweringConnection, connect
 from indexer.database.embedded import EmbeddedServer
@@ -51,14 +52,12 @@ def assert_equal(follower: Follower, store: Store) -> None:
             columns = (change.ids.tolist(), change.vectors, change.labels.tolist(), change.generators.tolist())
             for number, raw, label, generator, source in zip(*columns, change.sources, strict=True):
                 rows[number] = raw / np.linalg.norm(raw), label, generator, source
-    ids, vectors = follower.index.vectors()
-    assert sorted(ids.tolist()) == sorted(rows)
-    labels, generators, sources = follower.index.metadata(ids)
-    for number, unit, label, generator, source in zip(
-        ids.tolist(), vectors, labels.tolist(), generators.tolist(), sources.tolist(), strict=True
-    ):
+    held = follower.copy.contents()
+    assert held.ids.tolist() == sorted(rows)
+    contents = (held.ids.tolist(), held.vectors, held.labels.tolist(), held.generators.tolist(), held.sources)
+    for number, unit, *facts in zip(*contents, strict=True):
         np.testing.assert_allclose(unit, rows[number][0], atol=1e-3)
-        assert (label, generator, follower.source_names[source]) == rows[number][1:]
+        assert tuple(facts) == rows[number][1:]
 
 
 @pytest.fixture
@@ -486,7 +485,7 @@ def test_half_of_a_revision_does_not_outlive_a_restored_backup(
         follower.catch_up()
     monkeypatch.undo()
     follower.save()
-    assert not follower.snapshot.exists()
+    assert not in_memory(follower).snapshot.exists()
     store.engine.dispose()
     backup.restore()
     assert follower.catch_up() == 1
@@ -551,7 +550,7 @@ def test_a_snapshot_that_is_not_good_is_ignored(store: Store, settings: Settings
     follower = following(store, settings)
     follower.load()
     follower.save()
-    path, data = follower.snapshot, bytearray(follower.snapshot.read_bytes())
+    path, data = in_memory(follower).snapshot, bytearray(in_memory(follower).snapshot.read_bytes())
     if damage == "byte":
         data[len(data) // 2] ^= 4
         path.write_bytes(data)
@@ -564,8 +563,8 @@ def test_a_snapshot_that_is_not_good_is_ignored(store: Store, settings: Settings
         del header["nonce"]
         index.save(path, header)
     elif damage == "dimension":
-        follower.index = VectorIndex(DIM + 1)
-        follower._saved = None
+        in_memory(follower).index = VectorIndex(DIM + 1)
+        in_memory(follower)._saved = None
         follower.save()
     else:
         path.unlink()
@@ -585,29 +584,29 @@ def test_the_snapshot_is_written_after_changes_and_at_the_end(
     store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "POLL", 0.05)
-    monkeypatch.setattr(module, "QUIET", 0.1)
+    monkeypatch.setattr(memory_copy, "QUIET", 0.1)
     follower = following(store, settings)
     follower.load()
     follower.start()
     (first,) = add(store, 1)
-    until(lambda: follower.revision == 1 and _snapshot_size(follower.snapshot) == 1)
-    monkeypatch.setattr(module, "QUIET", 3600)
+    until(lambda: follower.revision == 1 and _snapshot_size(in_memory(follower).snapshot) == 1)
+    monkeypatch.setattr(memory_copy, "QUIET", 3600)
     add(store, 2, 3)
     until(lambda: follower.revision == 2)
     store.references.remove(ids=[first])
     until(lambda: follower.revision == 3)
     follower.stop()
-    assert _snapshot_size(follower.snapshot) == 2
-    changed = follower.snapshot.stat().st_mtime_ns
+    assert _snapshot_size(in_memory(follower).snapshot) == 2
+    changed = in_memory(follower).snapshot.stat().st_mtime_ns
     follower.save()
-    assert follower.snapshot.stat().st_mtime_ns == changed  # nothing to write
+    assert in_memory(follower).snapshot.stat().st_mtime_ns == changed  # nothing to write
 
 
 def test_snapshots_go_on_where_lists_cannot_be_made(
     store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "POLL", 0.05)
-    monkeypatch.setattr(module, "QUIET", 0.1)
+    monkeypatch.setattr(memory_copy, "QUIET", 0.1)
     tried: list[int] = []
 
     def fails(index: VectorIndex, ended: Callable[[], bool]) -> bool:
@@ -629,7 +628,7 @@ def test_snapshots_go_on_where_lists_cannot_be_made(
 def large(store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Follower:
     """A loaded follower of 500 references in clear clusters, more than flat search is to be used for."""
     monkeypatch.setattr(module, "POLL", 0.05)
-    monkeypatch.setattr(module, "QUIET", 0.1)
+    monkeypatch.setattr(memory_copy, "QUIET", 0.1)
     monkeypatch.setattr(growing, "LARGE", 300)
     directions = np.eye(DIM, dtype=np.float32)
     add_all(store, [new(n, "gen-a", vector=20 * directions[n % DIM] + vector(n)) for n in range(500)])
@@ -645,7 +644,7 @@ def test_a_large_index_moves_to_lists_by_itself(
     follower.save()
     follower.start()
     until(lambda: follower.index.kind == "ivf-fp16")
-    until(lambda: VectorIndex.load(follower.snapshot)[0].kind == "ivf-fp16")
+    until(lambda: VectorIndex.load(in_memory(follower).snapshot)[0].kind == "ivf-fp16")
     follower.stop()
     again = following(store, settings)
     again.load()

@@ -387,18 +387,18 @@ class StoreModel(RuleBasedStateMachine):
         assert active.id == self.active
         for checkpoint, follower in self.followers.items():
             follower.catch_up()
-            ids, vectors = follower.index.vectors()
+            held = follower.copy.contents()
             expected = {stored[sha256(n)].id: n for n, row in self.rows.items() if checkpoint in row.checkpoints}
-            assert sorted(ids.tolist()) == sorted(expected)
-            labels, generators, sources = follower.index.metadata(ids)
-            facts = zip(ids.tolist(), vectors, labels.tolist(), generators.tolist(), sources.tolist(), strict=True)
+            assert held.ids.tolist() == sorted(expected)
+            columns = (held.ids.tolist(), held.vectors, held.labels, held.generators.tolist(), held.sources)
+            facts = zip(*columns, strict=True)
             for image_id, unit, label, generator, source in facts:
                 number = expected[image_id]
                 row, raw = self.rows[number], vector(number)[: DIMS[checkpoint]]
                 assert np.abs(unit - raw / np.linalg.norm(raw)).max() < 1e-3
                 assert label == int(row.generator is not None)
                 assert follower.generator_names.get(generator) == row.generator
-                assert follower.source_names[source] == row.source
+                assert source == row.source
 
 
 @pytest.mark.timeout(4 * 3600)

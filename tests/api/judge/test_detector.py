@@ -29,7 +29,7 @@ from api.schemas.verdicts import Provenance, Verdict
 from api.service_settings import ServiceSettings
 from indexer import follower
 from indexer.follower import Neighbour
-from indexer.index.label_index import Neighbours
+from indexer.index.index import Neighbours
 from indexer.store.detections import Detection
 from indexer.store.reference_facts import Reference
 from trainer.heads.calibration_set import refit_command

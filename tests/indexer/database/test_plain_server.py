@@ -70,6 +70,6 @@ def test_an_older_server_will_do(server: str, image_folder: Path, tmp_path: Path
     assert follower.load() == 1
     assert store.references.remove(generator="gen-a").references == 30
     follower.catch_up()
-    assert follower.index.ids().tolist() == store.changes.embedded_ids(embedder.id).tolist()
+    assert follower.copy.contents().ids.tolist() == store.changes.embedded_ids(embedder.id).tolist()
     engine.dispose()
     assert not EmbeddedServer(settings.home).stop()

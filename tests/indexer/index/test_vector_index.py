@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from indexer.index import flat, growing, inverted, vector_index
+from indexer.index.index import Neighbours
 from indexer.index.inverted import Inverted
-from indexer.index.label_index import Neighbours
 from indexer.index.snapshot import BadSnapshot, write_snapshot
 from indexer.index.vector_checks import BadVectors
 from indexer.index.vector_index import IndexChanged, VectorIndex
