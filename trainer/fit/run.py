@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Self
+from datetime import timedelta
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,16 +27,24 @@ from trainer.views.augmentations import Pixels
 
 PARAMETER_GROUPS = 2
 """How many `parameter_groups` gives."""
+WAIT_LIMIT = timedelta(days=1)
+"""How long processes wait for one that reads its data, looks at validation images or fits heads. One that ends is
+noticed at once."""
 Advance = Callable[[float, int, float, float], None]
 """Told about each update: share of the schedule done, updates done, loss, records per second."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """This process among those that `torchrun` started; alone without it."""
+    """This process among those that `torchrun` started, on one node or several; alone without it."""
 
     rank: int = 0
     world: int = 1
+    local: int = 1
+    """Processes of this node, which share its cores."""
+    group: dist.ProcessGroup | None = None
+    """All of them once more, for what is decided on CPUs: it waits as long as one of them works alone."""
 
     @classmethod
     def join(cls, device: str) -> Self:
@@ -44,23 +53,65 @@ class Processes:
             if device.startswith("cuda"):
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+        if not dist.is_initialized():
+            return cls()
+        world = dist.get_world_size()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        group = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=WAIT_LIMIT))
+        return cls(dist.get_rank(), world, local, group)
+
+    def wait(self) -> None:
+        """Go on once all are here."""
+        if self.world > 1:
+            dist.barrier(self.group)
+
+    def leave(self) -> None:
+        """Leave the group once all are through."""
+        self.wait()
+        if self.world > 1:
+            dist.destroy_process_group()
 
     def agree(self, value: float) -> float:
-        """The first process's value, so that all take the same decision."""
+        """The first process's value, so that all take the same decision.
+
+        Nothing that a process knows alone may be compared with it afterwards: times differ.
+        """
         if self.world == 1:
             return value
         shared = torch.tensor([value], dtype=torch.float64)
-        shared = shared.cuda() if dist.get_backend() == "nccl" else shared
-        dist.broadcast(shared, 0)
+        dist.broadcast(shared, 0, group=self.group)
         return float(shared[0])
+
+    def share(self, decide: Callable[[], T]) -> T:
+        """What the first process decides by its own disk, or the error that it meets, in all of them.
+
+        Args:
+            decide: Called in the first process alone; tensors that it gives are on the CPU.
+
+        Raises:
+            ValueError: As `decide`, in all of them.
+            OSError: Likewise.
+        """
+        if self.world == 1:
+            return decide()
+        decision: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                decision = [decide()]
+            except (ValueError, OSError) as error:
+                decision = [error]
+        dist.broadcast_object_list(decision, 0, group=self.group)
+        if isinstance(decision[0], Exception):
+            raise decision[0]
+        shared: T = decision[0]
+        return shared
 
     def gather(self, seen: SeenImages) -> list[SeenImages]:
         """The records of all processes."""
         if self.world == 1:
             return [seen]
         parts: list[Any] = [None] * self.world
-        dist.all_gather_object(parts, seen)
+        dist.all_gather_object(parts, seen, group=self.group)
         return parts
 
 
@@ -95,7 +146,7 @@ class Run:
         if world > 1 and not settings.cached_batch:  # the layers of a teacher that no longer teaches are not used
             unused = settings.teacher is not None
             self.model = nn.parallel.DistributedDataParallel(self.objective, find_unused_parameters=unused)
-        threads = max(1, usable_cores() // world) if self.device == "cpu" else 1
+        threads = max(1, usable_cores() // self.processes.local) if self.device == "cpu" else 1
         matrices = block_matrices(self.objective) if settings.optimiser == "muon" else []
         groups = parameter_groups(self.objective, settings.weight_decay, without=matrices)
         self.optimisers = {"optimiser": torch.optim.AdamW(groups, lr=1e-6, fused=True)}

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import cv2
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from trainer.cores import usable_cores
@@ -46,6 +45,9 @@ def fit(
 ) -> dict[str, Any]:
     """Train, resume or reuse: afterwards `settings.output` holds a checkpoint of these settings.
 
+    Of several processes the first alone reads and writes there, and tells the others how to begin: their nodes need
+    not share a disk.
+
     Args:
         settings: What to train.
         overwrite: Replace a checkpoint or an unfinished run of whatever settings, and train anew.
@@ -60,10 +62,12 @@ def fit(
     """
     begin = time.monotonic()
     folder, device = state_folder(settings.output), pick_device(settings.device)
-    if not overwrite and (metrics := finished_checkpoint(settings)) is not None:
-        return metrics | {"reused": True}
-    state = None if overwrite else unfinished_run(settings)
     processes = Processes.join(device)
+    first = processes.rank == 0
+    begun = processes.share(lambda: None if overwrite else finished_checkpoint(settings) or unfinished_run(settings))
+    if isinstance(begun, dict):
+        processes.leave()
+        return (begun if first else {}) | {"reused": True}
     roles = read_roles(settings)
     views = Views(
         preprocess=settings.preprocessing,
@@ -72,18 +76,19 @@ def fit(
         scale=settings.scale,
         recompress=settings.recompress,
     )
-    generators = sorted({entry.generator or "" for entry in roles["training"].entries if entry.label})
+    processes.wait()  # here, not in a step: a back end's own limit is for what takes equally long everywhere
+    # As the first process counts them: the others may have failed to read an image.
+    generators = processes.share(lambda: training_generators(roles["training"]))
+    steps = processes.share(lambda: epoch_steps(settings, roles["training"], processes.world))
     objective, config = make_objective(settings, device, len(generators))
-    steps = epoch_steps(settings, roles["training"], processes.world)
     run = Run(settings, processes, device, objective, steps, generators)
-    if state is not None:
-        run.restore(state)
-        say(f"resuming after epoch {state.epoch}, {state.updates} updates")
+    if begun is not None:
+        run.restore(begun)
+        say(f"resuming after epoch {begun.epoch}, {begun.updates} updates")
     batches = epoch_batches(settings, roles["training"], views, run)
     probe = LinearProbe.of(roles, views, settings.seed)
-    if objective.distillation is not None and state is None:
+    if objective.distillation is not None and begun is None:
         objective.distillation.measure(torch.from_numpy(probe.training.pixels))
-    first = processes.rank == 0
     if first and not probe.usable:
         real, fake = (int((probe.validation.labels == label).sum()) // 2 for label in (0, 1))  # each is there twice
         say(
@@ -97,6 +102,7 @@ def fit(
             seconds_left = begin + 60 * settings.max_minutes - finishing - time.monotonic()
             run.state.window = max(seconds_left, 1e-3)  # too little for one update ends with what there is
         deadline = time.monotonic() + max(0.0, run.state.window - run.state.seconds) + finishing
+    processes.wait()
     with (
         show() if first else nullcontext(lambda *_: None) as advance,
         closing(TensorBoard(settings.tensorboard if first else None)) as tensorboard,
@@ -109,9 +115,7 @@ def fit(
                 run.state.save(folder)
                 say(describe(summary))
         metrics = write_checkpoint(run, config, roles, deadline - 3) if first else {}
-    if processes.world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    processes.leave()
     return metrics | {"reused": False}
 
 
@@ -164,6 +168,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
 
 
+def training_generators(training: Pictures) -> list[str]:
+    """The generators of training images, in order."""
+    return sorted({entry.generator or "" for entry in training.entries if entry.label})
+
+
 def epoch_steps(settings: FitSettings, training: Pictures, processes: int = 1) -> int:
     """Updates per epoch: as set, else 1,700, or as many as show each real image four times where that is fewer."""
     if settings.epoch_steps or shard_paths(settings.data):
@@ -181,7 +190,7 @@ def epoch_batches(
     """
     cores = usable_cores()
     share = cores // 2 if run.device == "cpu" else cores - 1
-    workers = max(1, share // run.processes.world) if settings.workers is None else settings.workers
+    workers = max(1, share // run.processes.local) if settings.workers is None else settings.workers
     rank, world = run.processes.rank, run.processes.world
     size = math.gcd(settings.records, settings.batch_size)
     parts = settings.records // size
@@ -228,7 +237,7 @@ def judge(run: Run, probe: LinearProbe, epoch: dict[str, float]) -> EpochSummary
     state, started = run.state, time.monotonic()
     worth = run.settings.max_minutes is None or run.progress(state.seconds) >= 1
     accuracy = auroc = math.nan
-    if worth or run.processes.agree(state.seconds - state.judged) > 10 * state.judging:
+    if worth or run.processes.agree(state.seconds - state.judged - 10 * state.judging) > 0:
         if run.processes.rank == 0:
             accuracy, auroc = probe.score(run.embed)
         accuracy = run.processes.agree(accuracy)
