@@ -43,7 +43,7 @@ MOST_TAGS = 5_000
 MOST_NUMBERS = 50_000
 """The tags of one page, or of EXIF, hold at most so many values that are neither bytes nor text."""
 MOST_ITEMS = 2**16
-"""An AVIF's list of items has at most so many bytes."""
+"""An AVIF's or HEIF's list of items has at most so many bytes."""
 
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 """What may follow in a JPEG: not the bytes that stand for 255 in a scan, restarts and fillers, which have no length."""
@@ -215,15 +215,15 @@ def _check_webp(data: bytes) -> None:
         _at_most(size, MOST_METADATA, "bytes beside the pixels of a WebP")
 
 
-def _check_avif(data: bytes) -> None:
+def _check_items(data: bytes) -> None:
     for kind, start, end in _boxes(data, 0, len(data)):
         if kind == b"meta":
             size = sum(stop - first for inner, first, stop in _boxes(data, start + 4, end) if inner != b"idat")
-            _at_most(size, MOST_ITEMS, "bytes in the list of an AVIF's items")
+            _at_most(size, MOST_ITEMS, "bytes in the list of a container's items")
 
 
 def _boxes(data: bytes, at: int, end: int) -> list[tuple[bytes, int, int]]:
-    """Kind, first byte and end of the boxes of an AVIF between two places."""
+    """Kind, first byte and end of the boxes of an AVIF or HEIF between two places."""
     boxes: list[tuple[bytes, int, int]] = []
     while at + 8 <= end:
         length, kind = _BOX.unpack_from(data, at)
@@ -232,7 +232,7 @@ def _boxes(data: bytes, at: int, end: int) -> list[tuple[bytes, int, int]]:
             head, length = 16, int.from_bytes(data[at + 8 : at + 16], "big")
         length = min(length or end - at, end - at)
         boxes.append((kind, at + head, at + length))
-        _at_most(len(boxes), MOST_PARTS, "boxes in an AVIF")
+        _at_most(len(boxes), MOST_PARTS, "boxes in an AVIF or HEIF")
         at += max(length, head)
     return boxes
 
@@ -297,6 +297,7 @@ _CHECKS: dict[str, Callable[[bytes], None]] = {
     "GIF": _check_gif,
     "BMP": _check_bmp,
     "WEBP": _check_webp,
-    "AVIF": _check_avif,
+    "AVIF": _check_items,
+    "HEIF": _check_items,
     "TIFF": _check_tiff,
 }

@@ -19,6 +19,8 @@ from itertools import chain, product
 from typing import Literal
 
 import numpy as np
+from pi_heif import options as heif_options
+from pi_heif.as_plugin import HeifImageFile
 from PIL import Image, ImageFile, _imaging
 from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
@@ -54,6 +56,7 @@ _PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "BMP": BmpImageFile,
     "TIFF": TiffImageFile,
     "AVIF": AvifImageFile,
+    "HEIF": lambda file: _open_heif(file),
 }
 FORMATS: tuple[str, ...] = tuple(_PLUGINS)
 _SIGNATURES = {
@@ -62,6 +65,14 @@ _SIGNATURES = {
     (b"GIF87a", b"GIF89a"): "GIF",
     (b"II*\0", b"MM\0*"): "TIFF",
 }
+
+_BRANDS = {
+    "AVIF": {b"avif", b"avis"},
+    "HEIF": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"},
+}
+"""What a container of ISO/IEC 23008-12 says it holds."""
+MOST_BRANDS = 512
+"""Bytes of a container's brands that are looked at."""
 
 # What EXIF tag 274 asks for; 1 and values outside the standard leave the image as it is.
 _TURNS = {
@@ -176,6 +187,15 @@ def decode_image(
     )
 
 
+def _open_heif(file: io.BytesIO) -> HeifImageFile:
+    """The picture of a HEIF file, without the smaller, deeper and masking ones beside it.
+
+    It is turned by the container; what its EXIF says of that is outdated, and reset by the plugin.
+    """
+    heif_options.THUMBNAILS = heif_options.DEPTH_IMAGES = heif_options.AUX_IMAGES = False
+    return HeifImageFile(file)
+
+
 @cache
 def _silence_libtiff() -> None:
     """Keep libtiff from printing to stderr the errors that Pillow raises as well."""
@@ -197,9 +217,10 @@ def _sniff(data: bytes) -> str | None:
         return "WEBP"
     if data[:2] == b"BM" and data[6:10] == bytes(4):  # two letters alone would take a text for an image
         return "BMP"
-    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"mif1", b"msf1"):
-        brands = data[8 : struct.unpack(">I", data[:4])[0]]
-        return "AVIF" if b"avif" in brands or b"avis" in brands else None  # HEIC shares the container
+    if data[4:8] == b"ftyp":
+        listed = data[8 : min(struct.unpack(">I", data[:4])[0], MOST_BRANDS)]
+        brands = {listed[at : at + 4] for at in range(0, len(listed), 4)}
+        return next((name for name, own in _BRANDS.items() if brands & own), None)
     return None
 
 

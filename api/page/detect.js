@@ -54,7 +54,7 @@ const zone = intake({
   view,
   title: "Drop images here",
   hint:
-    "or paste one. JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF. Use the original file where you can: each copy " +
+    "or paste one. JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC. Use the original file where you can: each copy " +
     "loses traces.",
   onfiles: add,
 });

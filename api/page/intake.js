@@ -2,7 +2,7 @@
 
 import { h, icon } from "./dom.js";
 
-const IMAGES = /\.(jpe?g|png|webp|gif|bmp|tiff?|avif)$/i;
+const IMAGES = /\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf])$/i;
 
 /** Whether a file looks like an image. Used for folders only: a file chosen by hand is sent, and the service says. */
 export function looksLikeImage(file) {

@@ -55,6 +55,7 @@ from indexer.settings import Settings
 from indexer.store.generators import GeneratorExists
 from trainer.images import FORMATS, UnreadableImage, decode_image
 
+HEIC = Path(__file__).parents[1] / "heic"
 FILES = int(os.environ.get("LINEUP_SOAK_FILES", "40000"))
 REQUESTS = int(os.environ.get("LINEUP_SOAK_REQUESTS", "200"))
 SEQUENCES = int(os.environ.get("LINEUP_SOAK_SEQUENCES", "200"))
@@ -100,7 +101,7 @@ def sound_files() -> dict[str, bytes]:
         buffer = io.BytesIO()
         picture.save(buffer, format, **arguments)
         files[name] = buffer.getvalue()
-    return files
+    return files | {f"HEIF, {path.stem}": path.read_bytes() for path in HEIC.glob("*.heic")}
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:

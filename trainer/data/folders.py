@@ -13,7 +13,7 @@ from trainer.data.shards import D3_GENERATORS, generator_name
 SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test", "unseen")
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"]
-)
+) | {".heic", ".heif"}
 
 _LITTER = ("thumbs.db", "desktop.ini")
 _FOLDER_LABELS = {"0_real": 0, "1_fake": 1, "nature": 0, "ai": 1}

@@ -7,6 +7,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import c2pa
 import pytest
@@ -19,6 +20,7 @@ from PIL import Image, PngImagePlugin
 from api.judge.provenance import LONGEST, read_provenance
 from api.schemas.verdicts import Provenance
 
+HEIC = Path(__file__).parents[2] / "heic"
 AI = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 CAMERA = "http://cv.iptc.org/newscodes/digitalsourcetype/digitalCapture"
 XMP = f"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
@@ -176,6 +178,7 @@ def test_a_link_to_a_manifest_is_reported_and_not_followed(signer: c2pa.Signer) 
 def test_a_file_that_says_nothing() -> None:
     for format in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"):
         assert read_provenance(encoded(format)).model_dump() == {}
+    assert read_provenance(HEIC.joinpath("plain.heic").read_bytes()).model_dump() == {}
     assert Provenance().model_dump_json() == "{}"
 
 
@@ -186,6 +189,12 @@ def test_generator_parameters_in_png_text() -> None:
     provenance = read_provenance(encoded(pnginfo=text))
     assert provenance.metadata == {"png:parameters": "a cat Steps: 20, Sampler: Euler a"}
     assert provenance.says_generated is True
+
+
+def test_what_a_phone_says() -> None:
+    provenance = read_provenance(HEIC.joinpath("turned.heic").read_bytes())
+    assert provenance.metadata == {"exif:Software": "phone"}
+    assert provenance.says_generated is False
 
 
 def test_exif_and_xmp() -> None:
