@@ -23,6 +23,7 @@ from indexer.database.connection import migrate, schema_revision, stop
 from indexer.database.embedded import exit_on_termination
 from indexer.settings import Settings
 from indexer.store.checkpoints import with_active_folder
+from indexer.store.counts import miscounts, recount
 from indexer.store.generators import GeneratorExists
 from indexer.terminal import (
     answer,
@@ -172,16 +173,17 @@ def status(checkpoint: CheckpointFolder = None, device: Device = None, as_json: 
 @app.command()
 @expected_failures()
 def check(checkpoint: CheckpointFolder = None, device: Device = None, as_json: AsJson = False) -> None:
-    """Compare rows, index and snapshot of every checkpoint (or of one); exit code 0 only where they agree."""
+    """Compare rows, counts, index and snapshot of every checkpoint (or of one); exit code 0 only where they agree."""
     from indexer.measure.check import compare
 
     settings = Settings.read(checkpoint=checkpoint, device=device)
     with opened(settings) as store:
         checkpoints = store.checkpoints.list() if checkpoint is None else [checkpoint_of(checkpoint, store)]
         results = [compare(settings, store, one) for one in checkpoints]
-    agree = not any(result.problems for result in results)
-    report = {"agree": agree, "checkpoints": [asdict(result) for result in results]}
-    answer(as_json, report, lambda: tell_agreement(results))
+        problems = miscounts(store)
+    agree = not problems and not any(result.problems for result in results)
+    report = {"agree": agree, "checkpoints": [asdict(result) for result in results], "counts": problems}
+    answer(as_json, report, lambda: tell_agreement(results, problems))
     if not agree:
         raise typer.Exit(1)
 
@@ -196,7 +198,7 @@ def rebuild(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make the snapshots anew from the rows; with --checkpoint, embed all references with another checkpoint first.
+    """Make snapshots and counts anew from the rows; with --checkpoint, embed all references with another one first.
 
     That one is then what `lineup index`, `detect` and `serve` use, and what running services change to by themselves,
     unless LINEUP_CHECKPOINT names another.
@@ -221,6 +223,7 @@ def rebuild(
                 )
             if report["unreadable"]:
                 save_report(settings.home, "rebuild", report)
+        recount(store)
         report["indexes"] = [
             {"checkpoint": one.id, "size": len(renew_snapshot(settings, store, one.id, anew=True).index)}
             for one in store.checkpoints.list()

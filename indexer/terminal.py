@@ -219,10 +219,12 @@ def tell_removed(report: Mapping[str, Any]) -> None:
         print(f"index of {index['checkpoint']}: {left}, snapshot of revision {index['snapshot']} written")
 
 
-def tell_agreement(results: Sequence[Agreement]) -> None:
-    """The result of `check`, a line for each checkpoint."""
+def tell_agreement(results: Sequence[Agreement], miscounts: Sequence[str]) -> None:
+    """The result of `check`, a line for each checkpoint and for each count that is wrong."""
     for result in results:
         print(result)
+    for miscount in miscounts:
+        print(f"{miscount}: run lineup index rebuild")
     if not results:
         print("nothing was added yet")
 

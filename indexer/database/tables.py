@@ -82,6 +82,7 @@ class EnrolmentRow(Base):
     generator_id: Mapped[int | None] = mapped_column(sa.ForeignKey("generator.id", ondelete="SET NULL"))
     source: Mapped[str | None]
     report: Mapped[dict[str, Any] | None]
+    images: Mapped[int] = mapped_column(sa.BigInteger, server_default=sa.text("0"))
 
 
 class ReferenceRow(Base):
@@ -118,6 +119,21 @@ class ReferenceRow(Base):
     attributes: Mapped[dict[str, str]]
     enrolment_id: Mapped[int | None] = mapped_column(sa.ForeignKey("enrolment.id", ondelete="SET NULL"))
     added_at: Mapped[datetime] = mapped_column(server_default=sa.func.now())
+
+
+class ReferenceCountRow(Base):
+    """How many references of one label, generator and source there are; no row for none."""
+
+    __tablename__ = "reference_count"
+    __table_args__ = (
+        sa.Index("uq_reference_count_kind", "label", sa.text("coalesce(generator_id, 0)"), "source", unique=True),
+    )
+
+    id: Mapped[int] = mapped_column(sa.BigInteger, sa.Identity(always=True), primary_key=True)
+    label: Mapped[int] = mapped_column(sa.SmallInteger)
+    generator_id: Mapped[int | None] = mapped_column(sa.ForeignKey("generator.id", ondelete="CASCADE"))
+    source: Mapped[str]
+    images: Mapped[int] = mapped_column(sa.BigInteger)
 
 
 class ReferenceFileRow(Base):

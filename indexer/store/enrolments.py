@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, select, update
 from sqlalchemy.dialects.postgresql import insert
 
-from indexer.database.tables import EnrolmentRow, GeneratorRow, ReferenceRow
+from indexer.database.tables import EnrolmentRow, GeneratorRow
 from indexer.database.transactions import Rows
 from indexer.store.generators import generator_ids
 
@@ -32,7 +32,7 @@ ENROLMENTS = select(
     GeneratorRow.name.label("generator"),
     EnrolmentRow.source,
     EnrolmentRow.report,
-    select(func.count()).where(ReferenceRow.enrolment_id == EnrolmentRow.id).scalar_subquery().label("references"),
+    EnrolmentRow.images.label("references"),
 ).outerjoin(GeneratorRow, GeneratorRow.id == EnrolmentRow.generator_id)
 
 

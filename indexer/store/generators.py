@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, select, update
+from sqlalchemy import BigInteger, Connection, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 
-from indexer.database.tables import GeneratorRow, ReferenceRow
+from indexer.database.tables import GeneratorRow, ReferenceCountRow, ReferenceRow
 from indexer.database.transactions import Rows, notify
 from indexer.store.removing import Removed, remove_all
 from trainer.data.entry import generator_fault
@@ -56,9 +56,9 @@ def check_generator_name(name: str) -> str:
 
 
 REFERENCES = (
-    select(ReferenceRow.generator_id, func.count().label("references"))
-    .where(ReferenceRow.label == 1)
-    .group_by(ReferenceRow.generator_id)
+    select(ReferenceCountRow.generator_id, func.sum(ReferenceCountRow.images).cast(BigInteger).label("references"))
+    .where(ReferenceCountRow.label == 1)
+    .group_by(ReferenceCountRow.generator_id)
     .subquery()
 )
 GENERATORS = (

@@ -21,7 +21,14 @@ from sqlalchemy import (
     update,
 )
 
-from indexer.database.tables import BlockedHashRow, EmbeddingRow, GeneratorRow, ReferenceFileRow, ReferenceRow
+from indexer.database.tables import (
+    BlockedHashRow,
+    EmbeddingRow,
+    GeneratorRow,
+    ReferenceCountRow,
+    ReferenceFileRow,
+    ReferenceRow,
+)
 from indexer.database.transactions import TRANSACTION_IMAGES, Rows
 from indexer.store import writing
 from indexer.store.checkpoints import Checkpoints
@@ -87,15 +94,16 @@ class References(Rows):
 
     def counts(self) -> dict[str, int]:
         """How many references there are: {"real": n, "fake": n}."""
-        query = select(ReferenceRow.label, func.count().label("images")).group_by(ReferenceRow.label)
-        images = {row["label"]: row["images"] for row in self.read(query)}
+        total = func.sum(ReferenceCountRow.images).label("images")
+        query = select(ReferenceCountRow.label, total).group_by(ReferenceCountRow.label)
+        images = {row["label"]: int(row["images"]) for row in self.read(query)}
         return {name: images.get(label, 0) for label, name in enumerate(LABEL_NAMES)}
 
     def sources(self) -> dict[str, int]:
         """How many references each source has."""
-        counted = select(ReferenceRow.source, func.count().label("images"))
-        query = counted.group_by(ReferenceRow.source).order_by(ReferenceRow.source)
-        return {row["source"]: row["images"] for row in self.read(query)}
+        source = ReferenceCountRow.source
+        query = select(source, func.sum(ReferenceCountRow.images).label("images")).group_by(source).order_by(source)
+        return {row["source"]: int(row["images"]) for row in self.read(query)}
 
     def known_files(self, uris: Sequence[str], checkpoint_id: str) -> dict[tuple[str, int | None, float | None], Known]:
         """Rows of these uris, by (uri, size in bytes, mtime)."""

@@ -13,6 +13,7 @@ from indexer.database.tables import ReferenceRow
 from indexer.database.transactions import PassingConflict, notify
 from indexer.index.vector_checks import BadVectors, unit_vectors
 from indexer.store.checkpoints import CheckpointSwitched
+from indexer.store.counts import count_added
 from indexer.store.generators import generator_ids
 from indexer.store.reference_facts import NewReference, kind
 
@@ -127,6 +128,7 @@ def add(
     if embedded:
         revision += 1
         _stamp(connection, checkpoint_id, revision)
+    count_added(connection, list(inserted))
     ids: list[int | None] = [None] * len(batch)
     conflicts = []
     for match in matches:

@@ -52,6 +52,7 @@ from api.service_settings import ServiceSettings
 from indexer.follower import Follower
 from indexer.ingest.exchange import export_references, import_references
 from indexer.settings import Settings
+from indexer.store.counts import miscounts
 from indexer.store.generators import GeneratorExists
 from trainer.images import FORMATS, UnreadableImage, decode_image
 
@@ -383,6 +384,14 @@ class StoreModel(RuleBasedStateMachine):
         }
         counts = {name: sum(row.generator == name for row in self.rows.values()) for name in self.generators}
         assert {generator.name: generator.references for generator in self.store.generators.list()} == counts
+        fakes = sum(row.generator is not None for row in self.rows.values())
+        assert self.store.references.counts() == {"real": len(self.rows) - fakes, "fake": fakes}
+        assert self.store.references.sources() == Counter(row.source for row in self.rows.values())
+        enrolled = Counter(row.enrolment for row in self.rows.values())
+        assert {one.id: one.references for one in self.store.enrolments.list(limit=1000)} == {
+            number: enrolled[number] for number in self.enrolments
+        }
+        assert miscounts(self.store) == []
         active = self.store.checkpoints.active()
         assert active is not None
         assert active.id == self.active

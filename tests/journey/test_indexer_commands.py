@@ -205,6 +205,10 @@ def test_check_notices(run: Run, images: Path, settings: Settings, store: Store)
     (one,) = json.loads(wrong.stdout)["checkpoints"]
     assert one["problems"] == ["2 vectors of the index differ from their rows"]
     snapshot.unlink()  # nothing is lost
+    uncounted = run("check")
+    assert uncounted.exit_code == 1
+    assert "of source 'else': 0 references counted, 1 there: run lineup index rebuild" in uncounted.stdout
+    assert run("rebuild").exit_code == 0
     assert run("check").exit_code == 0
 
 

@@ -22,6 +22,7 @@ from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.changes import ADDITIONS, REMOVALS, Additions, Removals
 from indexer.store.checkpoints import CALIBRATIONS, CheckpointSwitched, UnknownCheckpoint
+from indexer.store.counts import miscounts, recount
 from indexer.store.detections import Detection
 from indexer.store.generators import BadGeneratorName, GeneratorExists, UnknownGenerator
 from indexer.store.keys import KeyExists
@@ -560,6 +561,7 @@ def test_revisions_become_visible_in_order_while_many_write_and_remove(store: St
     replica.catch_up()
     assert sorted(replica.rows) == store.changes.embedded_ids(CHECKPOINT).tolist()
     assert len(replica.rows) == sum(store.references.counts().values())
+    assert miscounts(store) == []
 
 
 def test_a_late_commit_of_an_early_id_is_not_missed(store: Store, settings: Settings) -> None:
@@ -630,6 +632,46 @@ def test_adding_is_announced(store: Store, database_url: str) -> None:
     assert heard == [f"{CHECKPOINT} 1", f"{CHECKPOINT} 2", "generators"]
 
 
+def test_counts_are_changed_in_one_order(store: Store) -> None:
+    """Adders for two checkpoints, which no revision makes wait for each other, cannot deadlock on counts."""
+    store.references.add([new(n, source=source) for n, source in enumerate("abc")], CHECKPOINT)
+    row_locks = text("select source from reference_count for update skip locked")
+    with store.engine.connect() as holder, store.engine.connect() as other:
+        holder.execute(text("select from reference_count where source = 'b' for update"))
+        batch = [new(n, source=source) for n, source in enumerate("cba", 3)]
+        adder = threading.Thread(target=store.references.add, args=(batch, CHECKPOINT))
+        adder.start()
+        free = ["a", "c"]
+        while "a" in free and adder.is_alive():  # until it has come to the row that is held
+            other.rollback()
+            free = list(other.scalars(row_locks))
+        assert free == ["c"]
+        other.rollback()
+        holder.rollback()
+        adder.join(30)
+    assert store.references.sources() == {"a": 2, "b": 2, "c": 2}
+    assert miscounts(store) == []
+
+
+def test_counts_that_are_wrong_are_named_and_mended(store: Store) -> None:
+    enrolment = store.enrolments.open(None, None)
+    store.references.add([new(1), new(2, "SD-XL"), new(3, "SD-XL", source="d3")], CHECKPOINT, enrolment)
+    with store.engine.begin() as connection:  # behind the rules' back
+        connection.execute(text("delete from reference_count where label = 0"))
+        connection.execute(text("update reference_count set images = 7 where source = 'd3'"))
+        connection.execute(text("insert into reference_count (label, source, images) values (1, 'none', 2)"))
+        connection.execute(text("update enrolment set images = 4"))
+    assert miscounts(store) == [
+        "real of source 'tests': 0 references counted, 1 there",
+        "fake (SD-XL) of source 'd3': 7 references counted, 1 there",
+        "fake of source 'none': 2 references counted, 0 there",
+        f"enrolment {enrolment}: 4 references counted, 3 there",
+    ]
+    recount(store)
+    assert miscounts(store) == []
+    assert store.references.counts() == {"real": 1, "fake": 2}
+
+
 LARGE = ("reference_image", "reference_file", "embedding", "removal", "detection", "calibration", "blocked_hash")
 
 
@@ -661,6 +703,9 @@ def test_hot_queries_can_use_their_indexes(store: Store) -> None:
     store.references.list(source="tests", after=3)
     store.references.thumbnail(1)
     store.references.file(1)
+    store.references.counts()
+    store.references.sources()
+    store.generators.get("sd-xl")
     store.checkpoints.revision(CHECKPOINT)
     store.enrolments.list(before=5)
     store.detections.list(before=uuid.uuid4())
