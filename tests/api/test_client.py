@@ -1,0 +1,152 @@
+"""The client has a method for every call, and reads what the service answers."""
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+from conftest import small_image
+from fastapi.testclient import TestClient
+
+from api import client as api_client
+from api.client import Client, ServiceError
+from api.http.app import create_app
+from api.judge.loader import load_detector
+from api.schemas.problems import FailedFile
+from api.schemas.verdicts import Hits, Verdict
+from api.service_settings import ServiceSettings
+
+BASE = "http://127.0.0.1:8000"
+
+
+def png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    small_image(90_000 + seed, True, 64).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def calls() -> list[tuple[str, str]]:
+    """Method and path of every request."""
+    return []
+
+
+@pytest.fixture
+def lineup(populated: ServiceSettings, calls: list[tuple[str, str]]) -> Iterator[Client]:
+    detector = load_detector(populated)
+    detector.calibrator.refresh()
+    app = create_app(populated, detector)
+    with TestClient(app, base_url=BASE, client=("127.0.0.1", 50000)) as http:
+        http.event_hooks = {"request": [lambda request: calls.append((request.method, request.url.path))]}
+        yield Client(BASE, populated.token, http=http)
+
+
+def test_every_call_of_the_interface_has_a_method(
+    lineup: Client, calls: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_client, "PAGE", 2)
+    path = tmp_path / "a.png"
+    path.write_bytes(png(1))
+    verdict, failed = lineup.detect(path, b"broken", k=3, explain=["regions"])
+    assert isinstance(verdict, Verdict)
+    assert (verdict.file, len(verdict.neighbours)) == ("a.png", 6)
+    assert isinstance(failed, FailedFile)
+    assert (failed.file, failed.error.status) == ("image-1", 415)
+    [hits] = lineup.search(("b.png", png(2)), label="fake", limit=3)
+    assert isinstance(hits, Hits)
+    assert [near.label for near in hits.neighbours] == ["fake"] * 3
+
+    added = lineup.add(*map(png, range(3, 8)), label="fake", generator="gen-new", source="client")
+    assert added.added == 5
+    references = list(lineup.references(generator="gen-new"))
+    assert len({reference.id for reference in references}) == 5  # three pages
+    assert lineup.reference(references[0].id) == references[0]
+    assert lineup.thumbnail(references[0].id).startswith(b"\xff\xd8")
+    assert lineup.remove(references[0].id).references == 1
+    assert lineup.create_generator("Gen-Made", vendor="somebody").vendor == "somebody"
+    assert lineup.change_generator("gen-made", version="2", name_="gen-called").name == "gen-called"
+    assert lineup.generator("GEN-NEW").references == 4
+    assert {"gen-new", "gen-called"} <= {generator.name for generator in lineup.generators()}
+    assert lineup.delete_generator("gen-called").references == 0
+    newest = next(lineup.enrolments())
+    assert lineup.enrolment(newest.id) == newest
+    assert lineup.undo(newest.id).references == 4
+
+    kept = next(lineup.detections())
+    assert kept.id == verdict.id
+    assert lineup.overlay(kept.id).startswith(b"\x89PNG")
+    assert lineup.feedback(kept.id, "real", "mine").feedback is not None
+    assert lineup.detection(kept.id).result["file"] == "a.png"
+    assert lineup.replay(kept.id).after.id == kept.id
+    assert lineup.status().references.fake > 0
+    assert lineup.calibration().max_false_alarm == 0.05
+
+    paths = lineup.http.app.openapi()["paths"]  # type: ignore[attr-defined]
+    operations = {
+        (method.upper(), path) for path, methods in paths.items() if path.startswith("/v1/") for method in methods
+    }
+    made = {
+        (method, template)
+        for method, template in operations
+        if any(m == method and re.fullmatch(re.sub(r"{[^}]+}", "[^/]+", template), path) for m, path in calls)
+    }
+    assert operations - made == set()
+
+
+def answering(*responses: httpx2.Response) -> tuple[Client, list[httpx2.Request]]:
+    requests: list[httpx2.Request] = []
+
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        requests.append(request)
+        return responses[len(requests) - 1]
+
+    return Client(BASE + "/", "secret", http=httpx2.Client(transport=httpx2.MockTransport(handler))), requests
+
+
+def test_a_busy_service_is_called_again_when_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
+    busy = httpx2.Response(503, headers={"retry-after": "7"})
+    newer = {"generators": [], "more": 1}
+    lineup, requests = answering(busy, httpx2.Response(429), httpx2.Response(200, json=newer))
+    assert lineup.generators() == []
+    assert waits == [7.0, 2.0]
+    assert {request.headers["authorization"] for request in requests} == {"Bearer secret"}
+    assert requests[0].url.path == "/v1/generators"
+
+
+@pytest.mark.parametrize(
+    ("response", "status", "message"),
+    [
+        (httpx2.Response(502, text="<html>proxy</html>"), 502, "HTTP 502: <html>proxy</html>"),
+        (
+            httpx2.Response(404, json={"type": "x", "title": "t", "status": 404, "detail": "there is no reference 1"}),
+            404,
+            "there is no reference 1",
+        ),
+    ],
+)
+def test_refusals_are_told_in_the_words_of_the_service(response: httpx2.Response, status: int, message: str) -> None:
+    lineup, requests = answering(response)
+    with pytest.raises(ServiceError, match=re.escape(message)) as caught:
+        lineup.reference(1)
+    assert caught.value.status == status
+    assert len(requests) == 1
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_attempts_are_bounded(attempts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pause: Callable[[float], None] = lambda seconds: None  # noqa: E731
+    monkeypatch.setattr("tenacity.nap.time.sleep", pause)
+    requests: list[httpx2.Request] = []
+
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        requests.append(request)
+        return httpx2.Response(503)
+
+    lineup = Client(BASE, attempts=attempts, http=httpx2.Client(transport=httpx2.MockTransport(handler)))
+    with pytest.raises(ServiceError):
+        lineup.status()
+    assert len(requests) == attempts
