@@ -8,6 +8,10 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+FINGERPRINT_BANDS = (-0x6DB6_DB6D_B6DB_6DB7, 0x2492_4924_9249_2492, 0x4924_9249_2492_4924)
+"""Masks of every third bit of a fingerprint, signed: neighbouring bits are alike in flat parts of pictures, so that a
+band of them would have few values."""
+
 
 class Base(DeclarativeBase):
     """Base of all tables; constraints get their names by rule, so that migrations can name them."""
@@ -92,13 +96,21 @@ class ReferenceRow(Base):
     __table_args__ = (
         sa.CheckConstraint("label in (0, 1)", name="label"),
         sa.CheckConstraint("label = 1 or generator_id is null", name="real_has_no_generator"),
-        sa.Index(None, "label", "generator_id"),
+        sa.Index("ix_reference_image_kind_sha256", "label", sa.text("coalesce(generator_id, 0)"), "sha256"),
         sa.Index(None, "generator_id", "id"),
         sa.Index(None, "source", "id"),
         sa.Index(None, "enrolment_id"),
         # A path may be longer than a b-tree entry can be.
         sa.Index(None, "uri", postgresql_using="hash"),
         sa.Index(None, "group", postgresql_using="hash"),
+        *(
+            sa.Index(
+                f"ix_reference_image_fingerprint_band_{number}",
+                sa.text(f"(fingerprint & '{band}'::bigint)"),
+                postgresql_where=sa.text("fingerprint <> 0"),
+            )
+            for number, band in enumerate(FINGERPRINT_BANDS)
+        ),
     )
 
     id: Mapped[int] = mapped_column(sa.BigInteger, sa.Identity(always=True), primary_key=True)

@@ -26,15 +26,22 @@ SAMPLE_FAKE = 2_000
 LISTED_PAIRS = 100
 """Near duplicates that are listed, the nearest first; all are counted."""
 
+WARNING_SAMPLE_REAL = 500
+"""The same for the warnings at the end of an addition, which is not to take longer because many were added before."""
+WARNING_SAMPLE_FAKE = 100
+"""The same for the warnings at the end of an addition."""
+
+# One short range of an index for each label and generator.
 SAMPLED_FACTS = text("""
-select * from (
-    select r.label, coalesce(g.name, '') as generator, r."group", encode(r.sha256, 'hex') as sha256,
-           r.file_bytes, r.width, r.height, r.format, r.jpeg_quality,
-           row_number() over (partition by r.label, r.generator_id order by r.sha256) as place
-    from reference_image r left join generator g on g.id = r.generator_id
-) ranked
-where place <= case label when 0 then :reals else :fakes end
-order by sha256
+select r.label, coalesce(g.name, '') as generator, r."group", encode(r.sha256, 'hex') as sha256,
+       r.file_bytes, r.width, r.height, r.format, r.jpeg_quality
+from (select distinct label, coalesce(generator_id, 0) as generator_id from reference_count) c
+cross join lateral (
+    select * from reference_image i where i.label = c.label and coalesce(i.generator_id, 0) = c.generator_id
+    order by i.sha256 limit case c.label when 0 then :reals else :fakes end
+) r
+left join generator g on g.id = r.generator_id
+order by r.sha256
 """)
 
 
@@ -49,7 +56,7 @@ def audit(store: Store) -> dict[str, Any]:
     Raises:
         NothingToMeasure: References of one label are missing.
     """
-    facts, labels, generators, groups = _sample(store)
+    facts, labels, generators, groups = _sample(store, SAMPLE_REAL, SAMPLE_FAKE)
     if len(np.unique(labels)) < 2:
         raise NothingToMeasure("an audit compares real with fake references: add both first")
     from trainer.evaluation.file_facts import file_fact_scores
@@ -89,8 +96,8 @@ def fact_aurocs(facts: Sequence[FileFacts], labels: np.ndarray) -> dict[str, flo
 
 
 def fact_warnings(store: Store) -> list[str]:
-    """Warnings about single facts, for the end of `lineup index add`; numpy only, seconds at a million references."""
-    facts, labels, generators, _ = _sample(store)
+    """Warnings about single facts, for the end of `lineup index add`; numpy only, and of a small sample."""
+    facts, labels, generators, _ = _sample(store, WARNING_SAMPLE_REAL, WARNING_SAMPLE_FAKE)
     return _warnings(_generator_rows(facts, labels, generators)) if len(np.unique(labels)) == 2 else []
 
 
@@ -114,10 +121,10 @@ def near_duplicates_across(store: Store) -> dict[str, Any]:
     return {"count": len(pairs), "listed": listed}
 
 
-def _sample(store: Store) -> tuple[list[FileFacts], np.ndarray, np.ndarray, list[str]]:
-    """Facts, labels (n,), generators' names (n,) and groups of a sample of the references."""
+def _sample(store: Store, reals: int, fakes: int) -> tuple[list[FileFacts], np.ndarray, np.ndarray, list[str]]:
+    """Facts, labels (n,), generators' names (n,) and groups of so many reals, and fakes of each generator, at most."""
     with store.engine.connect() as connection:
-        rows = connection.execute(SAMPLED_FACTS, {"reals": SAMPLE_REAL, "fakes": SAMPLE_FAKE}).all()
+        rows = connection.execute(SAMPLED_FACTS, {"reals": reals, "fakes": fakes}).all()
     facts = [FileFacts(r.sha256, r.file_bytes, r.width, r.height, r.format, r.jpeg_quality) for r in rows]
     labels = np.array([row.label for row in rows], np.int64)
     return facts, labels, np.array([row.generator for row in rows], str), [row.group for row in rows]

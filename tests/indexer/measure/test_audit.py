@@ -140,6 +140,20 @@ def test_a_large_set_is_sampled(store: Store, monkeypatch: pytest.MonkeyPatch) -
     assert [one["images"] for one in found["generators"]] == [10, 10, 10]
 
 
+def test_the_sample_is_the_first_of_each_kind_by_hash(store: Store) -> None:
+    kinds = [None, "gen-a", "gen-b"]
+    add_all(store, [new(number, kinds[number % 3]) for number in range(60)])
+    add_all(store, [new(number, label=1) for number in range(60, 70)])  # of no known generator
+    by_kind: dict[tuple[int, str | None], list[str]] = {}
+    for row in store.references.list(limit=100):
+        by_kind.setdefault((row.label, row.generator), []).append(row.sha256)
+    first = [digest for kind, own in by_kind.items() for digest in sorted(own)[: 7 if kind == (0, None) else 4]]
+    facts, labels, generators, groups = module._sample(store, 7, 4)
+    assert [fact.sha256 for fact in facts] == sorted(first)
+    assert (labels.sum(), len(labels), len(groups)) == (12, 19, 19)
+    assert sorted(set(generators.tolist())) == ["", "gen-a", "gen-b"]
+
+
 def test_one_label_cannot_be_audited(store: Store) -> None:
     for batch in ([], [reference(1, None)]):
         if batch:

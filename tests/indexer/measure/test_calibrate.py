@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from numbered import CHECKPOINT, DIM, add_all, following, new, opened, sha256
 from safetensors.numpy import save_file
 from sqlalchemy.exc import InternalError
 
+from indexer.database.tables import FINGERPRINT_BANDS
 from indexer.measure import calibrate as module
 from indexer.measure.calibrate import affordable, calibrate, newcomers, recalibrate, saved_calibration
-from indexer.measure.near_duplicates import all_fingerprints, near_duplicates, related_references
+from indexer.measure.near_duplicates import all_fingerprints, near_duplicates, related_references, similar_fingerprints
 from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.reference_facts import NEAR_BITS
@@ -265,6 +267,29 @@ def test_all_fingerprints_come_in_pages(store: Store, monkeypatch: pytest.Monkey
     found, fingerprints = all_fingerprints(store)
     expected = {image: -number for number, image in enumerate(ids) if number != 3}
     assert dict(zip(found.tolist(), fingerprints.tolist(), strict=True)) == expected
+
+
+def test_similar_fingerprints_lack_no_near_duplicate(store: Store) -> None:
+    """However the changed bits fall on the bands, the index answers as a comparison with all references does."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(-(2**63), 2**63, 3)
+    bands = [[bit for bit in range(64) if band >> bit & 1] for band in FINGERPRINT_BANDS]
+    fingerprints = [*rng.integers(-(2**63), 2**63, 200).tolist(), 0, None]
+    for image, *changed in product(images.tolist(), range(6), range(6), range(6)):
+        if sum(changed) <= NEAR_BITS + 1:
+            bits = [bit for band, count in zip(bands, changed, strict=True) for bit in rng.choice(band, count, False)]
+            flips = np.array([1 << int(bit) for bit in bits], np.uint64).view(np.int64)
+            fingerprints.append(int(np.bitwise_xor.reduce(flips, initial=image)))
+    add_all(store, [reference(number, fingerprint=value) for number, value in enumerate(fingerprints)])
+
+    def pairs(ids: np.ndarray, values: np.ndarray) -> set[tuple[int, int]]:
+        return {(int(ids[row]), image) for row, image, _ in near_duplicates(values, images).tolist()}
+
+    similar = similar_fingerprints(store, np.append(images, 0))
+    assert pairs(*similar) == pairs(*all_fingerprints(store))
+    assert len(pairs(*similar)) == 3 * 35  # ways to put at most four bits into three bands
+    assert len(similar[0]) <= 3 * 56
+    assert [len(part) for part in similar_fingerprints(store, np.zeros(1, np.int64))] == [0, 0]
 
 
 @given(st.integers(0, 10_000))

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import IntegrityError
 
 from indexer.database.connection import connect
+from indexer.measure.audit import fact_warnings
 from indexer.measure.near_duplicates import related_references
 from indexer.settings import Settings
 from indexer.store import Store
@@ -710,7 +711,8 @@ def test_hot_queries_can_use_their_indexes(store: Store) -> None:
     store.enrolments.list(before=5)
     store.detections.list(before=uuid.uuid4())
     store.calibrations.load(CHECKPOINT, "h", 1)
-    related_references(store, [hashlib.sha256().hexdigest()], ["group 1"])
+    related_references(store, [new(1).sha256], ["group 1"])
+    fact_warnings(store)
     for chosen in ({"ids": [1]}, {"generator": "sd-xl"}, {"source": "none"}, {"enrolment": enrolment}):
         store.references.remove(**chosen)
     event.remove(store.engine, "before_cursor_execute", note)
