@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from itertools import chain, product
 from typing import Literal
 
@@ -170,6 +170,17 @@ def decode_image(
         UnreadableImage: Empty, truncated, broken, or made of more parts than are read.
     """
     image, name = open_image(data, max_pixels=max_pixels)
+    return decode_opened(image, name, data, sha256=sha256, upright=upright)
+
+
+def decode_opened(
+    image: ImageFile.ImageFile, name: str, data: bytes, *, sha256: str | None = None, upright: bool = True
+) -> tuple[Image.Image, FileFacts]:
+    """What `decode_image` gives, of an image and its format as `open_image` gives them, for who reads more of it.
+
+    Raises:
+        UnreadableImage: Truncated or broken.
+    """
     if name == "TIFF":
         _silence_libtiff()
     try:
@@ -267,16 +278,13 @@ def _rgb(image: Image.Image) -> Image.Image:
 
     A strip at a time, as every step between makes another copy.
     """
-    change: Callable[[Image.Image], Image.Image]
-    if image.mode.startswith("I") or image.mode == "F":
-        change = partial(_eight_bit, white=_white(image))
-    elif image.has_transparency_data:
-        change = _on_white
-    else:
+    white = _white(image) if image.mode.startswith("I") or image.mode == "F" else None
+    if white is None and not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
-    rgb = Image.new("RGB", image.size)
+    rgb = Image.new("RGB", image.size, "white")
     for top, strip in _strips(image):
-        rgb.paste(change(strip), (0, top))
+        layer = strip.convert("RGBA") if white is None else _eight_bit(strip, white)
+        rgb.paste(layer, (0, top), layer if white is None else None)
     return rgb
 
 
@@ -285,11 +293,6 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
     rows = max(1, 2**20 // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 def _white(image: Image.Image) -> float:

@@ -18,7 +18,7 @@ from defusedxml.common import DefusedXmlException
 from PIL import ExifTags, Image, ImageFile, IptcImagePlugin
 
 from api.schemas.verdicts import ContentCredentials, Provenance
-from trainer.images import UnreadableImage, open_image, read_exif
+from trainer.images import read_exif
 
 LONGEST = 500
 """Characters kept of one field."""
@@ -43,19 +43,15 @@ EXIF_FIELDS = {"Software", "ImageDescription", "Artist", "Make", "Model", "HostC
 IPTC_FIELDS = {(2, 65): "OriginatingProgram", (2, 110): "Credit", (2, 115): "Source", (2, 120): "Caption"}
 
 
-def read_provenance(data: bytes, *, max_pixels: int = 50_000_000) -> Provenance:
-    """Credentials and metadata of an image file; both absent where it says nothing, or cannot be opened.
+def read_provenance(image: Image.Image, format: str, data: bytes) -> Provenance:
+    """Credentials and metadata of an image file; both absent where it says nothing.
 
     Args:
+        image: As `open_image` gives it, decoded: the fields behind a PNG's pixels are known then.
+        format: Its format, likewise.
         data: The file, whose metadata may be broken on purpose.
-        max_pixels: Width times height may be so many.
     """
-    try:
-        image, format = open_image(data, max_pixels=max_pixels)
-    except UnreadableImage:
-        return Provenance()
-    with image:
-        metadata = read_metadata(image)
+    metadata = read_metadata(image)
     credentials = read_credentials(data, format)
     if credentials is None and not metadata:
         return Provenance()
@@ -125,10 +121,8 @@ def _summary(store: dict[str, Any]) -> ContentCredentials:
 def read_metadata(image: Image.Image) -> dict[str, str]:
     """Fields that tell of a file's making, by `png:`, `exif:`, `xmp:` or `iptc:` and name, each at most 500 characters.
 
-    Text that a PNG holds behind its pixels is not looked for.
-
     Args:
-        image: As `open_image` gives it.
+        image: As `open_image` gives it, decoded.
     """
     texts: dict[str, str] = {}
     for read in (_text_fields, _exif_fields, _xmp_fields, _iptc_fields):

@@ -19,8 +19,9 @@ from trainer.images import (
     Preprocess,
     UnreadableImage,
     UnsupportedFormat,
-    decode_image,
+    decode_opened,
     decoding_memory,
+    open_image,
 )
 from trainer.process_pool import DeadlinePassed, LimitExceeded, decoding_pool
 
@@ -77,17 +78,19 @@ def file_name(name: str | None) -> str:
     return "".join(c if c.isprintable() else "?" for c in (name or "")[:255]) or "unnamed"
 
 
-def decode(upload: Upload, max_pixels: int) -> tuple[Image.Image, FileFacts]:
-    """The upright RGB image of an upload.
+def decode(upload: Upload, max_pixels: int) -> tuple[Image.Image, FileFacts, Provenance]:
+    """The upright RGB image of an upload, and what its file says, which is opened and decoded once for both.
 
     Raises:
         ApiError: too-large, not-an-image or unreadable.
     """
     try:
-        return decode_image(upload.data, max_pixels=max_pixels)
+        opened, format = open_image(upload.data, max_pixels=max_pixels)
+        image, facts = decode_opened(opened, format, upload.data)
     except UnreadableImage as error:
         kinds: dict[type[UnreadableImage], Kind] = {ImageTooLarge: "too-large", UnsupportedFormat: "not-an-image"}
         raise ApiError(kinds.get(type(error), "unreadable"), f"{upload.file}: {error}") from error
+    return image, facts, read_provenance(opened, format, upload.data)
 
 
 def shown_windows(preprocess: Preprocess, width: int, height: int) -> list[Box] | None:
@@ -129,7 +132,7 @@ def prepare_here(upload: Upload, question: Question, preprocess: Preprocess, max
         ApiError: too-large, not-an-image or unreadable.
     """
     start = time.perf_counter()
-    image, facts = decode(upload, max_pixels)
+    image, facts, provenance = decode(upload, max_pixels)
     windows, shortage = windows_and_shortfall(image, preprocess)
     boxes = judged_boxes(image, preprocess) if "regions" in question.explain else []
     variants = variant_windows(image, preprocess) if "stability" in question.explain and not shortage else None
@@ -151,6 +154,6 @@ def prepare_here(upload: Upload, question: Question, preprocess: Preprocess, max
         views=views,
         boxes=boxes,
         variants=None if variants is None else tuple(variants),
-        provenance=read_provenance(upload.data, max_pixels=max_pixels),
+        provenance=provenance,
         decode_ms=1000 * (time.perf_counter() - start),
     )

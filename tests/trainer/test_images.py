@@ -115,6 +115,10 @@ def test_transparency_is_laid_on_white() -> None:
     layer.putalpha(128)
     half = np.asarray(decode_image(encode(layer, "WEBP", lossless=True))[0], int)
     np.testing.assert_allclose(half, (np.asarray(ramp(), int) + 255) / 2, atol=2)
+    grey, alpha = np.indices((256, 256), np.uint8)
+    every = Image.fromarray(np.stack([grey, alpha], -1))
+    exact = np.rint((grey * 1.0 * alpha + 255.0 * (255 - alpha)) / 255)
+    np.testing.assert_array_equal(np.asarray(decode_image(encode(every, "PNG"))[0])[..., 0], exact)
 
 
 def test_palette_and_its_transparent_colour() -> None:

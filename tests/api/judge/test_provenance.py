@@ -5,9 +5,11 @@ import io
 import json
 import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import c2pa
 import pytest
@@ -17,8 +19,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from PIL import Image, PngImagePlugin
 
-from api.judge.provenance import LONGEST, read_provenance
+from api.judge.provenance import LONGEST
+from api.judge.uploads import Upload, decode
 from api.schemas.verdicts import Provenance
+from trainer.file_structure import check_structure
 
 HEIC = Path(__file__).parents[2] / "heic"
 AI = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -32,6 +36,10 @@ def encoded(format: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 48), (200, 30, 90)).save(buffer, format=format, **options)
     return buffer.getvalue()
+
+
+def provenance_of(data: bytes) -> Provenance:
+    return decode(Upload("a", data), 50_000_000)[2]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +119,7 @@ def signed(signer: c2pa.Signer, source_type: str, format: str = "JPEG", remote: 
 def test_a_signed_file_is_intact_its_signer_unknown(
     signer: c2pa.Signer, format: str, source_type: str, generated: bool
 ) -> None:
-    provenance = read_provenance(signed(signer, source_type, format))
+    provenance = provenance_of(signed(signer, source_type, format))
     assert provenance.c2pa is not None
     assert (provenance.c2pa.state, provenance.c2pa.issues) == ("intact", ["signingCredential.untrusted"])
     assert (provenance.c2pa.generator, provenance.c2pa.signer, provenance.c2pa.title) == (
@@ -128,7 +136,7 @@ def test_a_signed_file_is_intact_its_signer_unknown(
 def test_a_changed_pixel_breaks_the_signature(signer: c2pa.Signer) -> None:
     data = bytearray(signed(signer, CAMERA))
     data[-10] ^= 1
-    manifest = read_provenance(bytes(data)).c2pa
+    manifest = provenance_of(bytes(data)).c2pa
     assert manifest is not None
     assert manifest.state == "invalid"
     assert "assertion.dataHash.mismatch" in manifest.issues
@@ -142,7 +150,7 @@ def test_a_broken_manifest_is_said_to_be_so(signer: c2pa.Signer, at: int, state:
     """Its frame, without which nothing can be read, and what it holds, which the signature vouches for."""
     data = signed(signer, CAMERA)
     start = data.index(b"jumb") + at
-    manifest = read_provenance(data[:start] + bytes(20) + data[start + 20 :]).c2pa
+    manifest = provenance_of(data[:start] + bytes(20) + data[start + 20 :]).c2pa
     assert manifest is not None
     assert manifest.state == state
     assert issue in " ".join(manifest.issues)
@@ -165,7 +173,7 @@ def test_a_link_to_a_manifest_is_reported_and_not_followed(signer: c2pa.Signer) 
     try:
         data = signed(signer, AI, remote=f"http://127.0.0.1:{server.server_port}/manifest.c2pa")
         requests.clear()
-        manifest = read_provenance(data).c2pa
+        manifest = provenance_of(data).c2pa
     finally:
         server.shutdown()
         thread.join()
@@ -177,8 +185,8 @@ def test_a_link_to_a_manifest_is_reported_and_not_followed(signer: c2pa.Signer) 
 
 def test_a_file_that_says_nothing() -> None:
     for format in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"):
-        assert read_provenance(encoded(format)).model_dump() == {}
-    assert read_provenance(HEIC.joinpath("plain.heic").read_bytes()).model_dump() == {}
+        assert provenance_of(encoded(format)).model_dump() == {}
+    assert provenance_of(HEIC.joinpath("plain.heic").read_bytes()).model_dump() == {}
     assert Provenance().model_dump_json() == "{}"
 
 
@@ -186,13 +194,13 @@ def test_generator_parameters_in_png_text() -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("parameters", "a cat\nSteps: 20, Sampler: Euler a", zip=True)
     text.add_text("Thumb::Size", "12")
-    provenance = read_provenance(encoded(pnginfo=text))
+    provenance = provenance_of(encoded(pnginfo=text))
     assert provenance.metadata == {"png:parameters": "a cat Steps: 20, Sampler: Euler a"}
     assert provenance.says_generated is True
 
 
 def test_what_a_phone_says() -> None:
-    provenance = read_provenance(HEIC.joinpath("turned.heic").read_bytes())
+    provenance = provenance_of(HEIC.joinpath("turned.heic").read_bytes())
     assert provenance.metadata == {"exif:Software": "phone"}
     assert provenance.says_generated is False
 
@@ -202,7 +210,7 @@ def test_exif_and_xmp() -> None:
     exif[0x0131] = "Midjourney 7"
     exif[0x010F] = "Acme"
     exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0a comment"
-    provenance = read_provenance(encoded("JPEG", exif=exif, xmp=XMP.encode()))
+    provenance = provenance_of(encoded("JPEG", exif=exif, xmp=XMP.encode()))
     assert provenance.metadata == {
         "exif:Software": "Midjourney 7",
         "exif:Make": "Acme",
@@ -217,7 +225,7 @@ def test_exif_and_xmp() -> None:
 def test_generator_parameters_in_the_comment_of_a_jpeg(order: str) -> None:
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + "a cat, été\nSteps: 20, Sampler: Euler a".encode(order)
-    provenance = read_provenance(encoded("JPEG", exif=exif))
+    provenance = provenance_of(encoded("JPEG", exif=exif))
     assert provenance.metadata == {"exif:UserComment": "a cat, été Steps: 20, Sampler: Euler a"}
     assert provenance.says_generated is True
 
@@ -230,7 +238,7 @@ def test_iptc_fields() -> None:
     resource = b"Photoshop 3.0\0" + b"8BIM" + struct.pack(">HHL", 0x0404, 0, len(fields)) + fields
     jpeg = encoded("JPEG")
     data = jpeg[:2] + b"\xff\xed" + struct.pack(">H", 2 + len(resource)) + resource + jpeg[2:]
-    provenance = read_provenance(data)
+    provenance = provenance_of(data)
     assert provenance.metadata == {"iptc:OriginatingProgram": "Midjourney", "iptc:Credit": "A. Person"}
     assert provenance.says_generated is True
 
@@ -238,7 +246,7 @@ def test_iptc_fields() -> None:
 def test_an_ordinary_editor_is_no_generator() -> None:
     exif = Image.Exif()
     exif[0x0131] = "GIMP 3.0"
-    assert read_provenance(encoded("JPEG", exif=exif)).says_generated is False
+    assert provenance_of(encoded("JPEG", exif=exif)).says_generated is False
 
 
 @pytest.mark.parametrize(
@@ -251,21 +259,38 @@ def test_an_ordinary_editor_is_no_generator() -> None:
     ],
 )
 def test_hostile_xmp_gives_nothing(xmp: bytes) -> None:
-    assert read_provenance(encoded("JPEG", xmp=xmp)).metadata is None
+    assert provenance_of(encoded("JPEG", xmp=xmp)).metadata is None
 
 
 def test_long_and_unprintable_fields_are_shortened() -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("Software", "x\x07" * 5000)
-    metadata = read_provenance(encoded(pnginfo=text)).metadata
+    metadata = provenance_of(encoded(pnginfo=text)).metadata
     assert metadata is not None
     value = metadata["png:Software"]
     assert len(value) == LONGEST
     assert value.isprintable()
 
 
-@pytest.mark.parametrize("cut", [30, 60, 200])
-def test_a_truncated_file_does_not_raise(cut: int) -> None:
+@pytest.mark.filterwarnings("ignore")  # as in the processes that decode uploads
+@pytest.mark.parametrize("cut", [3, 10, 30, 60])
+def test_truncated_metadata_do_not_raise(cut: int) -> None:
     exif = Image.Exif()
     exif[0x0131] = "x" * 100
-    read_provenance(encoded("JPEG", exif=exif)[:cut])
+    provenance_of(encoded("JPEG", exif=exif.tobytes()[:cut]))
+
+
+def test_text_behind_the_pixels_of_a_png_counts() -> None:
+    data, text = encoded(), b"tEXtparameters\0a cat"
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    assert provenance_of(data[:-12] + chunk + data[-12:]).metadata == {"png:parameters": "a cat"}
+
+
+def test_an_upload_is_checked_and_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PNG without EXIF too, which may follow behind its pixels."""
+    check = Mock(wraps=check_structure)
+    load = Mock(wraps=PngImagePlugin.PngImageFile.load_prepare)
+    monkeypatch.setattr("trainer.images.check_structure", check)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load_prepare", lambda image: load(image))
+    assert provenance_of(encoded()).metadata is None
+    assert (check.call_count, load.call_count) == (1, 1)
