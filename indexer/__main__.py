@@ -3,6 +3,7 @@
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,7 @@ from indexer.terminal import (
     tell_added,
     tell_agreement,
     tell_audit,
+    tell_discovery,
     tell_evaluation,
     tell_imported,
     tell_rebuilt,
@@ -155,6 +157,62 @@ def remove(
         for one in followers
     ]
     answer(as_json, report, lambda: tell_removed(report))
+
+
+@app.command()
+@expected_failures()
+def discover(
+    enrol: Annotated[
+        str | None, typer.Option(metavar="CANDIDATE", help="Make references of this candidate's images.")
+    ] = None,
+    generator: Annotated[str | None, typer.Option(help="What made them, for --enrol; created if new.")] = None,
+    source: Annotated[str | None, typer.Option(help="Where they came from, for --enrol; default: verdicts.")] = None,
+    min_images: Annotated[int, typer.Option(min=2, help="Images of a candidate, at least.")] = 5,
+    checkpoint: CheckpointFolder = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Group judged images that no reference explains: candidates for a generator that nobody has enrolled.
+
+    They come from kept verdicts that are uncertain, of an unknown generator, novel or disputed. Their pictures were not
+    kept: what --enrol adds has the vector of this checkpoint alone. Needs the extra `train`.
+    """
+    if (enrol is None) != (generator is None) or (source is not None and enrol is None):
+        fail("--enrol and --generator go together, and --source with them", 2)
+    from indexer.follower import Follower
+    from indexer.measure.discovery import SOURCE, enrol_candidate
+    from indexer.measure.discovery import discover as find_candidates
+    from indexer.measure.enrolment_effect import consequences
+    from trainer.heads.calibration import Calibration
+
+    settings = Settings.read(checkpoint=checkpoint, device=device)
+    with opened(settings) as store:
+        one = serving_checkpoint(settings, store) if checkpoint is None else checkpoint_of(checkpoint, store)
+        if one is None:
+            fail("there are no references yet: `lineup index add` first")
+        follower = Follower(settings, store, one.id, one.dim)
+        follower.load()
+        saved = store.calibrations.load(one.id)
+        calibration = None if saved is None else Calibration.from_json(saved.params)
+        search = partial(find_candidates, follower, calibration, smallest=min_images)
+        if enrol is None or generator is None:
+            report = search().summary()
+        else:
+            active = settings.checkpoint is None
+            report = enrol_candidate(follower, search, enrol, generator, source=source or SOURCE, while_active=active)
+            if report["enrolment"] is not None:
+                folder = one.find(settings.checkpoint_folder)
+                follower = renew_snapshot(settings, store, one.id, folder=folder)
+                if folder is not None:
+                    settings = settings.model_copy(update={"checkpoint": folder})
+                    report |= consequences(settings, follower, report["enrolment"])
+                store.enrolments.finish(report["enrolment"], report)
+    if enrol is None:
+        answer(as_json, report, lambda: tell_discovery(report))
+    else:
+        answer(as_json, report, lambda: tell_added(report, dry_run=False))
+        if report["enrolment"] is not None:
+            note(f"to undo it: lineup index remove --enrolment {report['enrolment']}")
 
 
 @app.command()

@@ -17,6 +17,7 @@ from indexer.follower import Follower
 from indexer.ingest.exchange import BadExport
 from indexer.measure import NothingToMeasure
 from indexer.measure.calibrate import recalibrate
+from indexer.measure.discovery import CandidateEnrolled, UnknownCandidate
 from indexer.settings import Settings, SettingsError
 from indexer.store import Store
 from indexer.store.checkpoints import Checkpoint, CheckpointSwitched, UnknownCheckpoint
@@ -34,7 +35,7 @@ REFUSALS = (
 )
 """What a database raises that is another one than was meant, or does not let its user in."""
 MEASURING_LIBRARIES = ("cv2", "sklearn")
-"""Libraries of the extra `train` that `evaluate` and `audit` use."""
+"""Libraries of the extra `train` that `evaluate`, `audit` and `discover` use."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 CheckpointFolder = Annotated[Path | None, typer.Option("--checkpoint", help="Checkpoint folder.")]
@@ -78,6 +79,8 @@ def expected_failures() -> Iterator[None]:
         BadVector,
         UnknownGenerator,
         UnknownCheckpoint,
+        UnknownCandidate,
+        CandidateEnrolled,
         CheckpointSwitched,
         CommandError,
         OSError,

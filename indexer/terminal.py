@@ -219,6 +219,27 @@ def tell_removed(report: Mapping[str, Any]) -> None:
         print(f"index of {index['checkpoint']}: {left}, snapshot of revision {index['snapshot']} written")
 
 
+def tell_discovery(report: Mapping[str, Any]) -> None:
+    """The result of `discover`: a row for each candidate."""
+    stdout = results()
+    candidates = report["candidates"]
+    if candidates:
+        columns = ("candidate", "images", "first seen", "last seen", "verdicts", "nearest references", "novelty p")
+        table = _table("", *columns)
+        for one in candidates:
+            nearest = (f"{near['generator'] or near['label']} {near['images']}" for near in one["nearest"][:3])
+            novelty = "-" if one["novelty"] is None else f"{one['novelty']:.3f}"
+            verdicts = (f"{verdict} {count}" for verdict, count in one["verdicts"].items())
+            seen = (f"{one[when]:%Y-%m-%d %H:%M}" for when in ("first", "last"))
+            table.add_row(one["name"], f"{one['images']:,}", *seen, ", ".join(verdicts), ", ".join(nearest), novelty)
+        stdout.print(table)
+    left_out = f"; {report['left_out']:,} older ones were not looked at" if report["left_out"] else ""
+    found = f"{len(candidates)} candidates among {report['images']:,} images that no reference explains"
+    print(f"{found}, {report['ungrouped']:,} of them in none{left_out}")
+    if candidates:
+        print(f"to enrol one: lineup index discover --enrol {candidates[0]['name']} --generator NAME")
+
+
 def tell_agreement(results: Sequence[Agreement], miscounts: Sequence[str]) -> None:
     """The result of `check`, a line for each checkpoint and for each count that is wrong."""
     for result in results:

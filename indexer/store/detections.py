@@ -7,7 +7,7 @@ from typing import Any
 from uuid import UUID
 
 import numpy as np
-from sqlalchemy import delete, func, select, tuple_, update
+from sqlalchemy import delete, func, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 
 from indexer.database.tables import DetectionRow
@@ -20,6 +20,52 @@ LISTED = (
     *(DetectionRow.result[name].label(name) for name in ("file", "verdict", "score", "thresholds")),
     DetectionRow.feedback,
 )
+
+LATEST_VERDICTS = 20_000
+"""Verdicts that a search for unexplained images goes back."""
+# What a person said of any of an image's verdicts counts for all of them, else the latest verdict does.
+UNEXPLAINED = text("""
+with latest as (
+    select id, at, sha256, feedback->>'label' as said from detection
+    where checkpoint_id = :checkpoint and (:everybody or api_key_id is not distinct from :api_key_id)
+    order by at desc, id desc limit :verdicts
+), images as (
+    select sha256, min(at) as first_at, max(at) as last_at, (array_agg(id order by at desc, id desc))[1] as id,
+           (array_agg(said order by at desc, id desc) filter (where said is not null))[1] as said
+    from latest group by sha256
+)
+select d.id, encode(d.sha256, 'hex') as sha256, i.first_at, i.last_at, d.vector, d.file_bytes, d.width, d.height,
+       coalesce(r.file, '') as file, r.verdict, coalesce(r.image->>'format', 'unknown') as format,
+       count(*) over () as total
+from images i join detection d on d.id = i.id
+cross join lateral jsonb_to_record(d.result)
+    as r (file text, verdict text, unknown_generator boolean, novelty double precision, image jsonb)
+where i.said is distinct from 'real' and r.image->>'shortfall' is null
+  and (r.verdict = 'uncertain' or r.unknown_generator or r.novelty < :novelty or i.said <> r.verdict)
+  and not exists (select from reference_image k where k.sha256 = d.sha256)
+  and not exists (select from blocked_hash b where b.sha256 = d.sha256)
+order by i.last_at desc, d.id limit :images
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class Unexplained:
+    """A judged image that no reference explains; `id` and `verdict` are those of its latest verdict.
+
+    `vector` is the raw embedding, shape (d,), float32; `sha256` is hexadecimal.
+    """
+
+    id: UUID
+    sha256: str
+    first_at: datetime
+    last_at: datetime
+    vector: np.ndarray
+    file_bytes: int
+    width: int
+    height: int
+    file: str
+    verdict: str
+    format: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +134,34 @@ class Detections(Rows):
         """Attach what a person said of the verdict; False where it is not known."""
         query = update(DetectionRow).where(DetectionRow.id == detection_id).values(feedback=dict(feedback))
         return self.transaction(lambda connection: connection.execute(query).rowcount) == 1
+
+    def unexplained(
+        self, checkpoint_id: str, *, novelty: float, images: int, owner: int | None = None, everybody: bool = True
+    ) -> tuple[Sequence[Unexplained], int]:
+        """Images of the latest 20,000 verdicts that are undecided, of an unknown generator, novel or disputed.
+
+        Left out are images that a person called real, that have too little to judge, and references.
+
+        Args:
+            checkpoint_id: Whose embeddings.
+            novelty: p-value, 0..1, below which an image is novel.
+            images: How many to give at most, the last seen first.
+            owner: The API key whose verdicts count, None for those given without a key.
+            everybody: Count all verdicts, whosever they are.
+
+        Returns:
+            The images, and how many there are in all.
+        """
+        values = {"checkpoint": checkpoint_id, "novelty": novelty, "images": images, "verdicts": LATEST_VERDICTS}
+        rows = self.read(UNEXPLAINED, values | {"api_key_id": owner, "everybody": everybody})
+        unexplained = [
+            Unexplained(
+                **{name: row[name] for name in Unexplained.__slots__ if name != "vector"},
+                vector=np.frombuffer(row["vector"], "<f4"),
+            )
+            for row in rows
+        ]
+        return unexplained, rows[0]["total"] if rows else 0
 
     # Last in its class: below it, `list` would mean this method.
     def list(self, *, before: UUID | None = None, limit: int = 50) -> Sequence[ListedDetection]:

@@ -78,6 +78,12 @@ class References(Rows):
         """The reference with exactly these bytes (hexadecimal hash)."""
         return next(iter(self._references(REFERENCES.where(ReferenceRow.sha256 == bytes.fromhex(sha256)))), None)
 
+    def find_prefix(self, prefix: str) -> Reference | None:
+        """A reference whose hash begins with these hexadecimal digits, two for each byte."""
+        lowest = bytes.fromhex(prefix)
+        hashes = ReferenceRow.sha256.between(lowest.ljust(32, b"\0"), lowest.ljust(32, b"\xff"))
+        return next(iter(self._references(REFERENCES.where(hashes).limit(1))), None)
+
     def thumbnail(self, image_id: int) -> bytes | None:
         """JPEG bytes, longest side at most 256; None where there is no such reference, or no picture of it."""
         return self.read_value(select(ReferenceRow.thumbnail).where(ReferenceRow.id == image_id))
