@@ -29,9 +29,12 @@ from indexer.database.connection import connect
 from indexer.database.embedded import EmbeddedServer
 from indexer.follower import Follower
 from indexer.index.vector_index import VectorIndex
+from indexer.measure.audit import fact_warnings
+from indexer.measure.near_duplicates import related_references
 from indexer.memory_copy import MemoryCopy
 from indexer.settings import Settings
 from indexer.store import Store
+from indexer.store.counts import recount
 from indexer.store.reference_facts import NewReference
 from indexer.store.writing import STAMP
 
@@ -39,15 +42,18 @@ CHECKPOINT = "c" * 32
 PER_REVISION = 1_000
 BLOCK = 100_000
 BATCH = 256
+RELATED = 200
+"""References whose relatives are asked for: as many as are measured of a new generator."""
 ROWS = """insert into reference_image
-    (sha256, label, generator_id, source, "group", file_bytes, width, height, format, thumbnail, attributes)
+    (sha256, label, generator_id, source, "group", file_bytes, width, height, format, thumbnail, attributes,
+    fingerprint)
 select sha256(i::text::bytea), (i % 2)::smallint, case when i % 2 = 1 then :generator + i % 10 end, 'source ' || i % 4,
-    'group ' || i, 50000, 512, 512, 'JPEG', '', '{}'
+    'group ' || i, 50000 + hashint8(i) % 10000, 512, 512, 'JPEG', '', '{}', hashint8extended(i, 0)
 from generate_series(cast(:first as bigint), cast(:last as bigint)) i order by i returning id"""
 
 
-def fill(store: Store, n: int) -> None:
-    """Bring the number of references to n."""
+def fill(store: Store, n: int, *, embed: bool = True) -> None:
+    """Bring the number of references to n, with embeddings unless told otherwise."""
     with store.engine.begin() as connection:
         have = int(connection.scalar(text("select count(*) from reference_image")) or 0)
         if not have:
@@ -55,10 +61,12 @@ def fill(store: Store, n: int) -> None:
         generator = int(connection.scalar(text("select min(id) from generator")) or 0)
     for first in range(have, n, BLOCK):
         m = min(BLOCK, n - first)
-        vectors = embeddings(m, 1_000 + first).astype("<f4")
         with store.engine.begin() as connection:
             place = {"generator": generator, "first": first, "last": first + m - 1}
             ids = np.sort(np.array(connection.execute(text(ROWS), place).scalars().all()))
+            if not embed:
+                continue
+            vectors = embeddings(m, 1_000 + first).astype("<f4")
             revision = store.checkpoints.revision(CHECKPOINT)
             driver = cast("psycopg.Connection[Any]", connection.connection.driver_connection)
             with driver.cursor().copy(
@@ -70,6 +78,7 @@ def fill(store: Store, n: int) -> None:
             stamp = {"revision": revision + -(-m // PER_REVISION), "checkpoint": CHECKPOINT}
             connection.execute(text(STAMP), stamp)
     if have < n:
+        recount(store)
         with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.execute(text("vacuum analyze"))
 
@@ -98,6 +107,24 @@ def measure(settings: Settings, store: Store, rounds: int) -> dict[str, Any]:
         follower = following(settings, store)
         row["start from the snapshot of lists, s"] = seconds(follower.load)
     return row
+
+
+def calls(store: Store, rounds: int) -> dict[str, float]:
+    """Milliseconds of what a service asks the database for its status, or at the end of an addition."""
+    hashes = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(RELATED)]
+    questions: dict[str, Callable[[], object]] = {
+        "counts": store.references.counts,
+        "sources": store.references.sources,
+        "generators": store.generators.list,
+        "one generator": lambda: store.generators.get("gen 1"),
+        "enrolments": store.enrolments.list,
+        "relatives of 1 reference": lambda: related_references(store, hashes[:1], ["group 0"]),
+        f"relatives of {RELATED} references": lambda: related_references(store, hashes, [""] * RELATED),
+        "warnings": lambda: fact_warnings(store),
+    }
+    for question in questions.values():  # into the caches
+        question()
+    return {f"{name}, ms": 1e3 * median(seconds(ask) for _ in range(rounds)) for name, ask in questions.items()}
 
 
 def measure_alone(n: int, rounds: int) -> dict[str, Any]:
@@ -248,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9, help="timed turns")
     parser.add_argument("--fill-only", action="store_true", help="make the rows, measure nothing")
     parser.add_argument("--index-only", action="store_true", help="no database: what the index does alone")
+    parser.add_argument("--calls", action="store_true", help="no embeddings: what is asked of the database alone")
     parser.add_argument("--writer", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.index_only:
@@ -262,8 +290,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return write(store)
         store.checkpoints.register(CHECKPOINT, "simulated", DIM, {})
         for size in map(int, options.sizes.split(",")):
-            fill(store, size)
-            if not options.fill_only:
+            fill(store, size, embed=not options.calls)
+            if options.calls:
+                show(size, calls(store, options.rounds))
+            elif not options.fill_only:
                 show(size, measure(settings, store, options.rounds))
     finally:
         store.engine.dispose()

@@ -28,7 +28,7 @@ none for the third."""
 CANDIDATES = text(
     " union ".join(
         f"select id, fingerprint from reference_image "
-        f"where fingerprint <> 0 and fingerprint & cast({band} as bigint) = any(:band_{number})"
+        f"where nullif(fingerprint, 0) & cast({band} as bigint) = any(:band_{number})"
         for number, band in enumerate(FINGERPRINT_BANDS)
     )
 )
@@ -138,8 +138,8 @@ def _nearby(images: np.ndarray, band: int, radius: int) -> list[int]:
     """What fingerprints that differ from these in at most `radius` bits, 0 or 1, of a band have there."""
     bits = [bit for bit in range(64) if band >> bit & 1] if radius else []
     flips = np.array([0, *(1 << bit for bit in bits)], np.uint64).view(np.int64)
-    keys = (images & band)[:, None] ^ flips  # (m, flips)
-    return np.unique(keys).tolist()
+    keys: list[int] = np.unique((images & band)[:, None] ^ flips).tolist()
+    return keys
 
 
 def _bytes(fingerprints: np.ndarray) -> np.ndarray:

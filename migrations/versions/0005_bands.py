@@ -17,8 +17,7 @@ def upgrade() -> None:
         op.create_index(
             f"ix_reference_image_fingerprint_band_{number}",
             "reference_image",
-            [sa.literal_column(f"(fingerprint & '{band}'::bigint)")],
-            postgresql_where=sa.text("fingerprint <> 0"),
+            [sa.literal_column(f"(nullif(fingerprint, 0) & '{band}'::bigint)")],
         )
     op.create_index(
         "ix_reference_image_kind_sha256",
