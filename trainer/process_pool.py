@@ -6,6 +6,7 @@ import pickle
 import queue
 import resource
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -17,11 +18,13 @@ from mmap import MADV_REMOVE, mmap
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
+from types import ModuleType
 from typing import Any, TypeVar
 
 from trainer.cores import usable_cores, usable_memory
 
 T = TypeVar("T")
+_starting = threading.Lock()
 
 LARGEST_MESSAGE = 2**32
 """Bytes of address space for what is sent; memory is taken for as much as was written."""
@@ -87,6 +90,20 @@ class Task:
     memory: int
 
 
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Let a process start without the program's main module, which it would run once more, and has no need of.
+
+    A script that calls us at its top, as scripts do, would begin all over in each process.
+    """
+    with _starting:
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+
+
 class Worker:
     """One process, which works on one thing after the other.
 
@@ -98,10 +115,11 @@ class Worker:
 
     def __init__(self, modules: Sequence[str]) -> None:
         context = get_context("forkserver")
-        context.set_forkserver_preload(["__main__", __name__, *modules])
+        context.set_forkserver_preload([__name__, *modules])
         ours, theirs = context.Pipe()
         self._process = context.Process(target=_work, args=(theirs,), name="worker", daemon=True)
-        self._process.start()
+        with _without_main():
+            self._process.start()
         theirs.close()
         handle = os.memfd_create("messages")
         os.truncate(handle, LARGEST_MESSAGE)

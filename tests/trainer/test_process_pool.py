@@ -4,11 +4,14 @@ import math
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 
@@ -164,3 +167,22 @@ def test_those_who_may_take_all_memory_work_one_at_a_time() -> None:
     for _ in range(2):
         if worker := pool._places.get_nowait():
             worker.end()
+
+
+def test_a_script_that_calls_us_at_its_top_runs_once(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import math\n"
+        "from trainer.process_pool import decoding_pool\n"
+        "print('begins', flush=True)\n"
+        "print(decoding_pool().call(math.sqrt, 4.0, seconds=60, memory=2**30))\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("begins\n2.0\n", "")
