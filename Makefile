@@ -43,7 +43,7 @@ help:
 	@echo "make demo-train   simulate, train, index, evaluate, detect, serve   (SERVE=0: end after printing, DATA=PATH: your images)"
 	@echo "make test         the whole test suite"
 	@echo "make check        lint, types, import contracts, migrations"
-	@echo "make docs         draw the imports in docs/architecture.md anew"
+	@echo "make docs         the pages of docs/ as a site, in build/site, with what is drawn from the code anew"
 	@echo "make audit        known vulnerabilities of what the lock names;  make sbom: what each image holds, in build/sbom"
 	@echo "make bench        speed of search, training and serving;  make soak: the campaign   (PART=fuzz|kills|faults|load)"
 
@@ -98,8 +98,11 @@ check: $(LINEUP)
 	$(BIN)/lint-imports
 	$(RUN) pytest -q tests/indexer/database/test_migrations.py
 
-docs: $(VENV)/.locked
+docs: $(LINEUP) $(TOOLS)/.locked
 	$(BIN)/python docs/imports.py
+	$(BIN)/python docs/fields.py
+	NO_MKDOCS_2_WARNING=1 $(TOOLS)/mkdocs build --strict --quiet
+	@echo "the pages are in build/site"
 
 # Sizes: LINEUP_SOAK_FILES, LINEUP_SOAK_REQUESTS, LINEUP_SOAK_SEQUENCES, LINEUP_SOAK_KILLS, LINEUP_SOAK_MINUTES.
 soak: $(LINEUP)

@@ -1,7 +1,15 @@
 """README and help say what the program does."""
 
+import ast
+import importlib.util
 import re
+import shlex
+import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import typer
@@ -17,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 APPS = {"train ": trainer_app, "index ": indexer_app, "": api_app}
 """By what stands between `lineup` and the name of a command."""
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("name", ServiceSettings.model_fields)
@@ -51,3 +61,67 @@ def test_every_call_is_in_the_readme(settings: ServiceSettings) -> None:
     missing = {path for path in paths if path.startswith("/v1") and "/".join(path.split("/")[:3]) not in README}
     assert paths
     assert not missing
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name within a page, as GitHub makes it of headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text()), re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)]\([^)]*\)", r"\1", heading)) for heading in headings)
+    return {heading.lower().replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", page.read_text())):
+        parts = urlsplit(link)
+        if not parts.scheme:
+            target = (page.parent / parts.path).resolve() if parts.path else page
+            assert target.exists(), link
+            assert not parts.fragment or parts.fragment in anchors(target), link
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every `lineup ...` in the fenced blocks of a page."""
+    for language, block in FENCED.findall(page.read_text()):
+        if language in ("", "bash", "sh"):
+            for line in re.sub(r"\\\n", " ", block).splitlines():
+                words = shlex.split(re.sub(r"\$\(.*?\)", "X", line.removeprefix("$ ")), comments=True)
+                words = [word for word in words if not re.fullmatch(r"LINEUP_\w+=.*", word)]
+                if words[:1] == ["lineup"]:
+                    yield words[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_exist(page: Path) -> None:
+    for words in commands(page):
+        program = f"{words[0]} " if f"{words[0]} " in APPS else ""
+        group: Any = get_command(APPS[program])
+        rest = words[1:] if program else words
+        while isinstance(group, typer.core.TyperGroup) and rest:
+            assert rest[0] in group.commands, " ".join(words)
+            group, rest = group.commands[rest[0]], rest[1:]
+        options = {name for option in group.params for name in (*option.opts, *option.secondary_opts)}
+        for word in rest:
+            if re.match(r"\[?--?[a-z]", word):
+                assert word.strip("[]").partition("=")[0] in options, " ".join(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_examples_import_what_there_is(page: Path) -> None:
+    for language, block in FENCED.findall(page.read_text()):
+        if language == "python":
+            for statement in ast.walk(ast.parse(block)):
+                if isinstance(statement, ast.ImportFrom) and statement.module:
+                    module = import_module(statement.module)
+                    assert [name.name for name in statement.names if not hasattr(module, name.name)] == []
+
+
+def test_the_page_of_fields_is_that_of_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("fields", ROOT / "docs" / "fields.py")
+    assert spec
+    assert spec.loader
+    fields = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fields", fields)
+    spec.loader.exec_module(fields)
+    assert fields.PAGE.read_text() == fields.text(), "make docs writes it anew"
+    assert [row for row in fields.text().splitlines() if row.endswith("|  |")] == []

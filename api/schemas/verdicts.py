@@ -21,27 +21,38 @@ class Thresholds(Model):
     """Cuts on `score`; null where the calibration images are too few to promise the rate asked for."""
 
     fake: float | None = None
+    """From here on an image is called fake."""
     real: float | None = None
+    """Below this it is called real."""
 
 
 class Known(Model):
     """The reference image whose bytes the query repeats."""
 
     id: int
+    """Of the reference."""
     label: Label
+    """What the reference is."""
     generator: str | None = None
+    """What made it; null for a real image."""
 
 
 class Votes(Model):
+    """How many of each label are among the nearest."""
+
     real: int
+    """Real ones among the neighbours that vote."""
     fake: int
+    """Fakes among them."""
 
 
 class Nearest(Model):
     """Similarity of the nearest reference image of each label; null where there is none."""
 
     real: Similarity | None = None
+    """Cosine with the nearest real reference."""
     fake: Similarity | None = None
+    """Cosine with the nearest fake."""
 
 
 class KnnHead(Model):
@@ -54,8 +65,11 @@ class KnnHead(Model):
     contribution: float | None = None
     """As of the other heads; that of the calibrated k, whatever k was asked for."""
     label: Label
+    """What the vote says: fake above a half."""
     k: int
+    """Neighbours that were asked for."""
     votes: Votes
+    """How many of each label are among the k nearest."""
     nearest: Nearest
 
 
@@ -63,28 +77,37 @@ class Nn1Head(Model):
     """The single nearest reference image."""
 
     label: Label
+    """Of that reference."""
     id: int
+    """Of that reference."""
     similarity: Similarity
+    """Cosine with it."""
 
 
 class LinearHead(Model):
     """Logistic regression on the embedding."""
 
     score: Unit
+    """Its own probability of fake."""
     probability: Unit | None = None
+    """Calibrated, moved to the prior; null where nothing is calibrated."""
     contribution: float | None = None
     """What the head adds to `combination.logit`, above 0 for fake; null where it has no part in the score."""
     label: Label
+    """What it says: fake from a half."""
 
 
 class SvmHead(Model):
     """One-class SVM on real images; the score is minus its decision function, above 0 fake."""
 
     score: float
+    """Distance from the real images it knows, in units of its own."""
     probability: Unit | None = None
+    """As of the linear head."""
     contribution: float | None = None
     """As of the linear head."""
     label: Label
+    """What it says: fake above 0."""
 
 
 class HeadAnswers(Model):
@@ -100,6 +123,7 @@ class Combination(Model):
     """The sum behind the score: the heads' contributions and a bias, which the calibration images set."""
 
     bias: float
+    """What the sum begins with, before any head."""
     logit: float
     """Bias and contributions together; the score is its logistic function, 1 / (1 + exp(-logit))."""
 
@@ -108,17 +132,24 @@ class GeneratorShare(Model):
     """Part of the fakes' weight that one generator holds."""
 
     name: str
+    """Of the generator."""
     share: Unit
+    """Its part of the weight of all fakes that vote."""
 
 
 class Neighbour(Model):
     """A reference image near the query."""
 
     id: int
+    """Of the reference: `/v1/references/{id}`."""
     label: Label
+    """What the reference is."""
     generator: str | None = None
+    """What made it; null for a real image."""
     source: str | None = None
+    """The data set or feed it came from."""
     similarity: Similarity
+    """Cosine between the embeddings."""
     weight: Unit | None = None
     """Its part of the vote; 0 for one that is shown but does not vote, null in a search."""
     thumbnail: str | None = None
@@ -127,6 +158,7 @@ class Neighbour(Model):
     """Where it lies; null for what came over HTTP, and a path of the server for callers without the scope admin.
     With the attribute `window` (x,y,width,height) it is that part of what lies there."""
     attributes: dict[str, Any] = Field(default={})
+    """What else the data set says of it."""
 
 
 class Region(Model):
@@ -135,7 +167,9 @@ class Region(Model):
     box: tuple[int, int, int, int]
     """x, y, width, height in pixels of the upright image."""
     score: Unit
+    """Weight of the fakes among its own neighbours."""
     generator: str | None = None
+    """The closest one, where it looks fake."""
 
 
 class Stability(Model):
@@ -160,9 +194,13 @@ class ContentCredentials(Model):
     generator: str | None = None
     """The software that claims to have made the manifest."""
     signer: str | None = None
+    """Who signed, as the certificate says."""
     signed_at: str | None = None
+    """When, as the signature says."""
     title: str | None = None
+    """As the manifest has it."""
     actions: list[str] = Field(default=[])
+    """What was done to the image, as the manifest has it."""
     source_types: list[str] = Field(default=[])
     """IPTC digital source types of the actions, last path segment."""
     says_generated: bool = False
@@ -183,9 +221,13 @@ class ImageFacts(Model):
     """The image as decoded; width and height after EXIF orientation."""
 
     sha256: str
+    """Of the file's bytes, in hexadecimal."""
     width: int
+    """Pixels of the upright image."""
     height: int
+    """Pixels of the upright image."""
     format: str
+    """JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF or HEIF, by its content."""
     crop: tuple[int, int, int, int]
     """x, y, width, height of what the model saw, in pixels of the upright image; encloses all windows."""
     windows: Annotated[list[tuple[int, int, int, int]] | None, Field(exclude_if=absent)] = None
@@ -195,23 +237,36 @@ class ImageFacts(Model):
 
 
 class ModelFacts(Model):
+    """What judged."""
+
     checkpoint: str
+    """Id of the weights."""
     heads: str | None = None
+    """Id of its heads; null where it has none."""
     name: str
+    """Of the checkpoint."""
     engine: str
+    """What embedded the image, such as `openvino-bf16`."""
 
 
 class IndexFacts(Model):
+    """The references that voted."""
+
     revision: int
+    """State of the references that voted; it rises with each change."""
     size: int
+    """References in it."""
 
 
 class CalibrationFacts(Model):
     """The calibration in use and how many images of each label it rests on."""
 
     revision: int
+    """Of the references it was fitted with."""
     real: int
+    """Real images it rests on."""
     fake: int
+    """Fakes it rests on."""
     new_sources: int = 0
     """Sources of real images on which the rate of false alarms is promised for nine of ten new sources as well; 0 where
     they are too few (under 9), and the rate is promised for images of known sources alone."""
@@ -227,8 +282,11 @@ class Verdict(Model):
     id: str
     """Names the record, where one is kept."""
     file: str
+    """As the caller named it."""
     verdict: Decision
+    """What Lineup says."""
     basis: Literal["score", "known"]
+    """`known` where the very bytes are a reference, and its label decides."""
     score: Unit | None = None
     """Calibrated combination of the heads, prior 0.5; null where nothing is calibrated or there is too little to
     judge (see `reason`); then nothing that follows from a score is given."""
@@ -263,6 +321,7 @@ class Verdict(Model):
     recorded: bool = False
     """`/v1/detections/{id}` gives it again."""
     timings_ms: dict[str, float] = Field(default={})
+    """Milliseconds of decode, embed, search and heads."""
 
 
 class Detections(Model):
