@@ -1,5 +1,6 @@
 """Fill, inspect and repair the store of reference images."""
 
+import os
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -66,6 +67,10 @@ def add(
     vendor: Annotated[str | None, typer.Option(help="Of the generator: who made it.")] = None,
     version: Annotated[str | None, typer.Option(help="Of the generator.")] = None,
     released_on: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Of the generator.")] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="I/N: add one of N parts beside other workers; auto: of a Slurm array or Kubernetes job."),
+    ] = None,
     checkpoint: CheckpointFolder = None,
     device: Device = None,
     dry_run: Annotated[bool, typer.Option(help="Read and decode everything, but write nothing.")] = False,
@@ -73,7 +78,8 @@ def add(
 ) -> None:
     """Add images as references; what is known already is skipped, so an interrupted run can be repeated.
 
-    At the end it says what the enrolment changed, and warns where facts of the files tell the labels apart.
+    At the end it says what the enrolment changed, and warns where facts of the files tell the labels apart. Of several
+    parts, which share an enrolment, the last to end does so.
     """
     options: dict[str, Any] = {"family": family, "vendor": vendor, "version": version}
     options["released_on"] = released_on and released_on.date()
@@ -81,14 +87,17 @@ def add(
     if facts and (generator is None or "," in generator):
         fail("--family, --vendor, --version and --released-on need --generator with one name", 2)
     from indexer.ingest.ingest import ingest
+    from indexer.ingest.workers import join_workers, leave_workers
     from indexer.measure.enrolment_effect import consequences
     from trainer.data.datasets import read_dataset
     from trainer.data.hub_files import on_hub
+    from trainer.data.parts import WHOLE, DatasetPart
     from trainer.model.embedder import Embedder
 
     settings = Settings.read(checkpoint=checkpoint, device=device)
+    share = WHOLE if part is None else DatasetPart.parse(part, os.environ)
     choice: dict[str, Any] = {"split": split, "label": label, "generator": generator, "source": source}
-    entries = read_dataset(path, **choice)
+    entries = read_dataset(path, **choice, part=share)
     with opened(settings) as store:
         named = settings.checkpoint is not None
         settings = with_active_folder(settings, store.checkpoints)
@@ -97,7 +106,10 @@ def add(
             with suppress(GeneratorExists):
                 store.generators.create(str(generator))
             store.generators.update(str(generator), facts)
-        with image_progress(None if on_hub(path) else lambda: read_dataset(path, **choice)) as advance:
+        shared = None
+        if share != WHOLE and not dry_run:
+            shared = join_workers(store, embedder, path, share, choice)
+        with image_progress(None if on_hub(path) else lambda: read_dataset(path, **choice, part=share)) as advance:
             report = ingest(
                 entries,
                 embedder,
@@ -106,11 +118,14 @@ def add(
                 image_seconds=settings.image_seconds,
                 generator=generator,
                 source=source,
+                enrolment=shared,
                 dry_run=dry_run,
                 while_active=not named,
                 on_image=advance,
             )
-        if not dry_run:
+        if shared is not None:
+            report = leave_workers(store, shared, share, report)
+        if not dry_run and not report.get("parts_left"):
             follower = renew_snapshot(settings, store, embedder.id, folder=embedder.folder)
             if report["enrolment"] is not None:
                 report |= consequences(settings, follower, report["enrolment"])
@@ -124,7 +139,7 @@ def add(
             f"note: {embedder.name} ({embedder.id}) is not the active checkpoint: the searches of {active.name} "
             f"({active.id}), which is, do not find these images until `lineup index rebuild --checkpoint` with it"
         )
-    if len(report["rejected"]) == report["images"]:
+    if 0 < report["images"] == len(report["rejected"]):
         raise typer.Exit(1)
 
 

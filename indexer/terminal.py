@@ -110,6 +110,8 @@ def tell_added(report: Mapping[str, Any], dry_run: bool) -> None:
         speed = report["images"] / max(report["seconds"], 1e-3)
         enrolment = "" if report["enrolment"] is None else f", enrolment {report['enrolment']}"
         print(f"revision {report['revision']}{enrolment}, {report['seconds']:.1f} s, {speed:,.0f} images/s")
+    if left := report.get("parts_left"):
+        print(f"{left} parts are still to come; the last of them renews index and calibration and says what changed")
     if report.get("effect"):
         tell_effect(report["effect"])
     for warning in report.get("warnings", []):

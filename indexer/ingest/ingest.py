@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from indexer.database.transactions import TRANSACTION_IMAGES
 from indexer.ingest.prefetch import prefetch
 from indexer.store import Store
 from indexer.store.reference_facts import LABEL_NAMES, NewReference, kind
@@ -28,6 +29,9 @@ T = TypeVar("T")
 
 WRITE_IMAGES = 256
 WRITE_SECONDS = 2.0
+BULK_IMAGES = TRANSACTION_IMAGES
+BULK_SECONDS = 30.0
+"""Many workers write seldom and much: each waits for the others' turns with the revision."""
 FORGOTTEN = "was removed with --forget"
 
 File = tuple[Entry, bytes, str]  # with its hash
@@ -100,6 +104,7 @@ def ingest(
     deadline: float = math.inf,
     generator: str | None = None,
     source: str | None = None,
+    enrolment: int | None = None,
     dry_run: bool = False,
     keep_bytes: bool = False,
     while_active: bool = False,
@@ -120,6 +125,8 @@ def ingest(
         deadline: When nobody waits any more, by `time.monotonic`.
         generator: Written on the enrolment; the entries carry their own.
         source: Written on the enrolment too.
+        enrolment: One that other workers fill too, in large transactions; whoever opened it finishes it. By default one
+            is opened when something is to be written.
         dry_run: Read and decode, but embed and write nothing; `added` is what would be added.
         keep_bytes: Keep the files themselves and no uri (uploads).
         while_active: Add nothing once another checkpoint is the active one.
@@ -151,6 +158,9 @@ def ingest(
                 keep_bytes=keep_bytes,
                 generator=generator,
                 source=source,
+                enrolment=enrolment,
+                write_images=WRITE_IMAGES if enrolment is None else BULK_IMAGES,
+                write_seconds=WRITE_SECONDS if enrolment is None else BULK_SECONDS,
                 while_active=while_active,
                 dry_run=dry_run,
                 on_image=on_image,
@@ -188,6 +198,9 @@ class _Ingestion:
     keep_bytes: bool
     generator: str | None
     source: str | None
+    enrolment: int | None
+    write_images: int
+    write_seconds: float
     while_active: bool
     dry_run: bool
     on_image: Callable[[], None]
@@ -297,14 +310,14 @@ class _Ingestion:
                 ]
 
     def write(self, embedded: Iterable[list[Embedded]]) -> None:
-        """Write a few hundred images or two seconds at a time; the first of them open an enrolment."""
+        """Write some hundred images or some seconds at a time; the first of them open an enrolment."""
         waiting: list[Embedded] = []
         first = 0.0
         for batch in embedded:
             if not waiting:
                 first = time.monotonic()
             waiting += batch
-            if len(waiting) >= WRITE_IMAGES or time.monotonic() - first > WRITE_SECONDS:
+            if len(waiting) >= self.write_images or time.monotonic() - first > self.write_seconds:
                 self._add(waiting)
                 waiting = []
         self._add(waiting)
@@ -316,7 +329,7 @@ class _Ingestion:
         report.known += self.known
         report.rejected.sort(key=itemgetter("file"))
         report.seconds = round(time.monotonic() - start, 3)
-        if report.enrolment is not None:
+        if report.enrolment is not None and self.enrolment is None:
             self.store.enrolments.finish(report.enrolment, asdict(report))
         return report
 
@@ -327,9 +340,9 @@ class _Ingestion:
         if time.monotonic() > self.deadline:
             raise DeadlinePassed("nobody waits for the images that are left")
         if report.enrolment is None:
-            report.enrolment = self.store.enrolments.open(self.generator, self.source)
-        for start in range(0, len(rows), WRITE_IMAGES):
-            entries, batch = zip(*rows[start : start + WRITE_IMAGES], strict=True)
+            report.enrolment = self.enrolment or self.store.enrolments.open(self.generator, self.source)
+        for start in range(0, len(rows), self.write_images):
+            entries, batch = zip(*rows[start : start + self.write_images], strict=True)
             added = self.store.references.add(batch, self.embedder.id, report.enrolment, while_active=self.while_active)
             report.known += added.known
             report.embedded += added.embedded

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, select, update
+from psycopg.types.json import Jsonb
+from sqlalchemy import Connection, RowMapping, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from indexer.database.tables import EnrolmentRow, GeneratorRow
@@ -36,6 +37,16 @@ ENROLMENTS = select(
 ).outerjoin(GeneratorRow, GeneratorRow.id == EnrolmentRow.generator_id)
 
 
+BEGIN_PART = text("""update enrolment set report = report #- array['done', cast(:part as text)]
+where id = (select max(id) from enrolment where report->>'job' = :job) returning id""")
+FINISH_PART = text("""update enrolment set report = jsonb_set(report, array['done', cast(:part as text)], :report)
+where id = :enrolment returning report""")
+ADDITIONS = text("""select coalesce(g.name, case r.label when 0 then 'real' else 'fake' end) as name, r.source,
+       count(*) as images
+from reference_image r left join generator g on g.id = r.generator_id
+where r.enrolment_id = :enrolment group by 1, 2 order by 1, 2""")
+
+
 class Enrolments(Rows):
     """The log of additions."""
 
@@ -48,6 +59,58 @@ class Enrolments(Rows):
             return connection.execute(query.returning(EnrolmentRow.id)).scalar_one()
 
         return self.transaction(work)
+
+    def join(self, job: str, part: int, parts: int, generator: str | None, source: str | None) -> int:
+        """Begin one part of an enrolment that several workers fill, or begin it again.
+
+        Until it is finished its report is {"job", "parts", "done": {part: its report}}.
+
+        Args:
+            job: What the workers have in common.
+            part: Of this worker, 1..`parts`.
+            parts: How many there are.
+            generator: See `open`.
+            source: Likewise.
+
+        Returns:
+            The unfinished enrolment of this job; a new one where there is none.
+        """
+
+        def work(connection: Connection) -> int:
+            connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"lineup job {job}", 0))))
+            if enrolment_id := connection.execute(BEGIN_PART, {"job": job, "part": str(part)}).scalar():
+                return int(enrolment_id)
+            generator_id = None if generator is None else generator_ids(connection, [generator])[generator.lower()]
+            report = {"job": job, "parts": parts, "done": {}}
+            query = insert(EnrolmentRow).values(generator_id=generator_id, source=source, report=report)
+            return connection.execute(query.returning(EnrolmentRow.id)).scalar_one()
+
+        return self.transaction(work)
+
+    def finish_part(self, enrolment_id: int, part: int, report: Mapping[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+        """Keep what one part changed.
+
+        Args:
+            enrolment_id: See `join`.
+            part: Of this worker.
+            report: Its own.
+
+        Returns:
+            How many parts are to come, and the reports of those that are done. Where none is to come, the caller
+            finishes the enrolment.
+        """
+        values = {"enrolment": enrolment_id, "part": str(part), "report": Jsonb(dict(report))}
+        unfinished = self.transaction(lambda connection: connection.execute(FINISH_PART, values).scalar_one())
+        return unfinished["parts"] - len(unfinished["done"]), list(unfinished["done"].values())
+
+    def additions(self, enrolment_id: int) -> Sequence[RowMapping]:
+        """How many `images` an enrolment brought, by `name` of the generator, else of the label, and by `source`."""
+        return self.read(ADDITIONS, {"enrolment": enrolment_id})
+
+    def discard(self, enrolment_id: int) -> None:
+        """Forget an enrolment that brought nothing."""
+        query = delete(EnrolmentRow).where(EnrolmentRow.id == enrolment_id)
+        self.transaction(lambda connection: connection.execute(query))
 
     def finish(self, enrolment_id: int, report: Mapping[str, Any]) -> None:
         """Keep what the enrolment changed."""

@@ -116,6 +116,39 @@ def test_add_status_check_remove(run: Run, images: Path, settings: Settings) -> 
     assert document(run("status", "--json"))["references"] == {"real": 0, "fake": 0}
 
 
+def test_parts_share_an_enrolment_that_the_last_of_them_ends(
+    run: Run, images: Path, settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = document(run("add", images, "--part", "2/3", "--json"))
+    assert (first["parts_left"], first["added"] > 0, first["known"]) == (2, True, 0)
+    assert not list(settings.home.glob("index/**/*"))  # nothing was loaded or fitted yet
+    with monkeypatch.context() as patched:
+        patched.setattr("indexer.ingest.ingest._Ingestion.finish", raise_interrupt)
+        run("add", images, "--part", "1/3")
+    assert document(run("add", images, "--part", "1/3", "--json"))["parts_left"] == 1
+    assert document(run("status", "--json"))["enrolments"][0]["added"] is None
+    people = run("add", images, "--part", "1/3").stdout  # again, before the last
+    assert "1 parts are still to come" in people
+    last = document(run("add", images, "--part", "3/3", "--json"))
+    assert (last["images"], last["added"], last["generators"]) == (17, 16, {"real": 8, "gen-a": 4, "gen-b": 4})
+    assert [one["file"] for one in last["rejected"]] == ["real/zero.jpg"]
+    assert last["effect"]["recall"]
+    assert list(settings.home.glob("index/**/*"))
+    assert document(run("check", "--json"))["agree"] is True
+    (enrolment,) = store.enrolments.list()
+    assert enrolment.report is not None
+    assert (enrolment.id, enrolment.references, enrolment.report["added"]) == (last["enrolment"], 16, 16)
+
+    again = [document(run("add", images, "--part", f"{number}/3", "--json")) for number in (1, 2, 3)]
+    assert (again[2]["known"], again[2]["enrolment"]) == (16, None)
+    assert [one.id for one in store.enrolments.list()] == [enrolment.id]
+    assert document(run("remove", "--enrolment", enrolment.id, "--json"))["removed"] == 16
+
+
+def raise_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_status_says_to_whom_the_rate_of_false_alarms_is_promised(run: Run, images: Path, store: Store) -> None:
     """How many sources there are is not known of a calibration of before this was kept."""
     run("add", images, "--json")

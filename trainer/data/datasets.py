@@ -16,6 +16,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path, PurePath
 from urllib.parse import unquote, urlsplit
@@ -34,6 +35,7 @@ from trainer.data.folders import (
 )
 from trainer.data.hub_files import hub_parquets, hub_uri, on_hub
 from trainer.data.manifest import manifest_entries, manifest_rows
+from trainer.data.parts import WHOLE, DatasetPart
 from trainer.data.shards import parquet_entries, read_cell, read_member, tar_entries
 from trainer.images import UnreadableImage
 
@@ -48,6 +50,7 @@ def read_dataset(
     label: str | None = None,
     generator: str | None = None,
     source: str | None = None,
+    part: DatasetPart = WHOLE,
 ) -> Iterator[Entry]:
     """Every image of `path` in a fixed order, whatever its layout.
 
@@ -62,6 +65,7 @@ def read_dataset(
         generator: Of all fakes, where the layout does not name it; for D3's shards, test archive and parquet a comma
             list in the order of gen_0, gen_1, ...
         source: Where the images came from; by default what the manifest says, or the folder's name.
+        part: Only this part, which may be empty.
 
     Raises:
         DatasetError: No such layout, no images, or names and labels that cannot be; one line that says what to do.
@@ -70,7 +74,7 @@ def read_dataset(
         path = Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve would follow links and so rename the images
         if not path.exists():
             raise DatasetError(f"{path} does not exist")
-    entries, has_splits = _open_layout(path, label, generator)
+    entries, has_splits = _open_layout(path, label, generator, part)
     if source is not None:
         check_source(source, "--source")
         entries = (replace(entry, source=source) for entry in entries)
@@ -82,6 +86,8 @@ def read_dataset(
         first_entries.append(entry)
         if PurePath(entry.key).suffix.lower() in {"", *IMAGE_SUFFIXES} or entry.uri.partition("#")[2]:
             return chain(first_entries, entries)
+    if part != WHOLE:
+        return iter(first_entries)
     if first_entries:
         raise DatasetError(f"{path} has no images, only other files such as {first_entries[0].key}")
     if other_splits:
@@ -126,31 +132,33 @@ def _select(entries: Iterator[Entry], splits: set[str], has_splits: bool, others
             others.add(split)
 
 
-def _open_layout(path: Path, label: str | None, generator: str | None) -> tuple[Iterator[Entry], bool]:
-    """The entries of a path, and whether its layout names splits."""
+def _open_layout(
+    path: Path, label: str | None, generator: str | None, part: DatasetPart
+) -> tuple[Iterator[Entry], bool]:
+    """The entries of a part of a path, and whether its layout names splits."""
     if on_hub(path):
         if label is not None:
             raise DatasetError(f"{hub_uri(path)} says itself what is real and fake: drop --label")
         names = d3_names(generator) if generator else None
-        return chain.from_iterable(parquet_entries(one, names=names) for one in hub_parquets(path)), False
+        return part.read(hub_parquets(path), partial(parquet_entries, names=names)), False
     kind = path.suffix.lower() if path.is_file() else ""
     if label is not None:
         if kind in (".csv", ".tar", ".parquet"):
             raise DatasetError(f"{path} says itself what is real and fake: drop --label")
-        return folder_entries(path, one_kind(path, label, generator)), False
+        return filter(part.holds, folder_entries(path, one_kind(path, label, generator))), False
     manifest = path if kind == ".csv" else path / "manifest.csv"
     if manifest.is_file():
         if generator is not None:
             raise DatasetError(f"{manifest} names its generators itself: drop --generator")
         splits = {row.split for row in manifest_rows(manifest)}  # every line is checked before the first is used
-        return manifest_entries(manifest), splits != {None}
+        return filter(part.holds, manifest_entries(manifest)), splits != {None}
     if path.is_file() and kind not in (".tar", ".parquet"):
         raise DatasetError(f"{path} is a single file: {_ONE_KIND}")
-    parts = d3_test(path, generator) or real_and_fake(path, generator) or foren_synths_or_gen_image(path, generator)
-    if parts:
-        return folder_entries(path, parts), any(part.split for part in parts)
+    kinds = d3_test(path, generator) or real_and_fake(path, generator) or foren_synths_or_gen_image(path, generator)
+    if kinds:
+        return filter(part.holds, folder_entries(path, kinds)), any(one.split for one in kinds)
     if archives := [path] if kind else sorted(p for p in path.iterdir() if p.suffix.lower() in (".tar", ".parquet")):
-        return chain.from_iterable(_archive(archive, generator) for archive in archives), False
+        return part.read(archives, partial(_archive, generator=generator)), False
     if not any(map(is_image_name, files(path))):
         raise DatasetError(f"{path} has no images")
     raise DatasetError(f"{path} has no known layout ({_EXPECTED}): {_ONE_KIND}")

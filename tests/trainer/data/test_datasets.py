@@ -4,7 +4,6 @@ import io
 import os
 import pickle
 import sys
-import tarfile
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from archives import make_tar
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -39,16 +39,6 @@ def place(root: Path, *paths: str) -> Path:
 
 def facts(entries: Iterable[Entry], *names: str) -> list[tuple[Any, ...]]:
     return [tuple(getattr(entry, name) for name in names) for entry in entries]
-
-
-def make_tar(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
 
 
 def record(key: str, seed: int = 0) -> dict[str, bytes]:
