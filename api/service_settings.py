@@ -59,7 +59,7 @@ class ServiceSettings(Settings):
     request_seconds: float = Field(default=60.0, gt=0)
     """Time a request may take, upload included, seconds."""
     rate_limit: int = Field(default=0, ge=0)
-    """Requests that one API key may make per minute; 0 is no limit."""
+    """Requests that one API key may make of one process per minute; 0 is no limit."""
     cors_origins: str = ""
     """Origins of web pages that may call the API with a key, `https://a.example,https://b.example`; empty: none."""
 

@@ -11,7 +11,7 @@ import numpy as np
 from api.breaker import DATABASE_AWAY
 from api.schemas.verdicts import CalibrationFacts, Thresholds
 from indexer.follower import Follower
-from indexer.measure.calibrate import calibrate, saved_calibration
+from indexer.measure.calibrate import shared_calibration
 from indexer.store.changes import Position
 from trainer.heads.calibration import MINIMUM, Calibration
 from trainer.heads.calibration_set import CalibrationSet
@@ -115,12 +115,7 @@ class Calibrator:
             position = self._follower.position
             if self.current.position == position:
                 return
-            revision = position.revision
-            start = time.perf_counter()
-            calibration = saved_calibration(self._follower, self._heads, revision, self._k)
-            if calibration is None:
-                calibration = calibrate(self._follower, self._heads, self._images, self._k)
-                log.info("calibrated", extra={"revision": revision, "seconds": round(time.perf_counter() - start, 2)})
+            calibration = shared_calibration(self._follower, self._heads, self._images, self._k)
             self.current = IndexCalibration(calibration, position)
 
     def start(self) -> None:

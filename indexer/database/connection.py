@@ -24,6 +24,8 @@ OLDEST_SERVER = 14
 MIGRATION_LOCK = 0x11_E0_B0
 LOCK_SECONDS = 30
 """Longest wait for a lock. Ours are held for a tenth of a second: what holds one longer is a transaction left open."""
+KEPT_CONNECTIONS = 4
+"""Connections that stay open while nobody uses them."""
 POOL_SECONDS = 10
 """Longest wait for one of the pool's connections."""
 CONNECTION = {
@@ -99,7 +101,11 @@ def connect(settings: Settings, *, check: bool = True, statement_seconds: int = 
     else:
         url = read_url(settings.database_url)
     engine = create_engine(
-        url.set(query={**CONNECTION, **url.query}), pool_pre_ping=True, max_overflow=30, pool_timeout=POOL_SECONDS
+        url.set(query={**CONNECTION, **url.query}),
+        pool_pre_ping=True,
+        pool_size=KEPT_CONNECTIONS,
+        max_overflow=settings.database_connections - KEPT_CONNECTIONS,
+        pool_timeout=POOL_SECONDS,
     )
     # Whoever used a connection that broke off says so; the pool would add a traceback as it takes it back.
     logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)

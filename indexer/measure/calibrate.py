@@ -1,14 +1,16 @@
 """Refit what depends on the index: the k-NN map, the combination, thresholds and the novelty table."""
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from indexer.follower import Follower
 from indexer.measure.near_duplicates import related_references
@@ -26,6 +28,7 @@ COMPARISONS = 1_000_000_000
 LEAST_IMAGES = 500
 """Calibration images that are always asked: a rate of 5 % needs 19 of each label, and more to be steady."""
 
+FITTING = text("select pg_advisory_xact_lock(hashtextextended(:what, 0))")
 ENROLLED = text("""
 select encode(r.sha256, 'hex') as sha256, r."group", r.source, e.vector from reference_image r
 join embedding e on e.image_id = r.id and e.checkpoint_id = :checkpoint
@@ -139,11 +142,25 @@ def recalibrate(settings: Settings, follower: Follower, folder: Path | None = No
     except CheckpointError as error:
         log.warning("not calibrated: %s", error)
         return None
-    saved = saved_calibration(follower, heads, follower.revision, settings.k)
-    if saved is None and not images:
+    if not images and saved_calibration(follower, heads, follower.revision, settings.k) is None:
         log.warning("not calibrated: %s holds no calibration images: run `%s`", folder, refit_command(folder))
         return None
-    return saved or calibrate(follower, heads, images, settings.k)
+    return shared_calibration(follower, heads, images, settings.k)
+
+
+def shared_calibration(follower: Follower, heads: Heads, images: CalibrationSet, k: int) -> Calibration:
+    """The saved calibration at the follower's revision, else `calibrate`: of all processes one fits, others read."""
+    if saved := saved_calibration(follower, heads, follower.revision, k):
+        return saved
+    with follower.store.engine.connect() as connection:  # its transaction holds the lock, until it ends in any way
+        with suppress(OperationalError):  # who holds it hangs: better to fit twice than never
+            connection.execute(FITTING, {"what": f"calibration {follower.checkpoint_id} {heads.id} {k}"})
+        start, revision = time.perf_counter(), follower.revision
+        if saved := saved_calibration(follower, heads, revision, k):
+            return saved
+        calibration = calibrate(follower, heads, images, k)
+        log.info("calibrated", extra={"revision": revision, "seconds": round(time.perf_counter() - start, 2)})
+        return calibration
 
 
 def saved_calibration(follower: Follower, heads: Heads, revision: int, k: int) -> Calibration | None:

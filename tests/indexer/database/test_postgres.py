@@ -21,6 +21,7 @@ import psycopg
 import pytest
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from indexer.database.connection import DatabaseBehind, DatabaseUnreachable, connect, migrate, stop
 from indexer.database.embedded import EmbeddedFailure, EmbeddedServer, exit_on_termination
@@ -422,6 +423,17 @@ def test_the_connection_limits_how_long_it_waits(settings: Settings) -> None:
     engine = connect(settings)
     with engine.connect() as connection:
         assert connection.scalar(text("show statement_timeout")) == "0"  # exports and rebuilds take their time
+    engine.dispose()
+
+
+def test_a_process_opens_so_many_connections_and_no_more(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("indexer.database.connection.POOL_SECONDS", 0.1)
+    engine = connect(settings.model_copy(update={"database_connections": 6}))
+    with contextlib.ExitStack() as stack:
+        for _ in range(6):
+            stack.enter_context(engine.connect())
+        with pytest.raises(PoolTimeout):
+            engine.connect()
     engine.dispose()
 
 

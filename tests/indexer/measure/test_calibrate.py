@@ -1,6 +1,8 @@
 """Calibration on the index: what it asks, what it leaves out, where it is kept."""
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -12,11 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numbered import CHECKPOINT, DIM, add_all, following, new, opened, sha256
 from safetensors.numpy import save_file
+from sqlalchemy import event
 from sqlalchemy.exc import InternalError
 
 from indexer.database.tables import FINGERPRINT_BANDS
 from indexer.measure import calibrate as module
-from indexer.measure.calibrate import affordable, calibrate, newcomers, recalibrate, saved_calibration
+from indexer.measure.calibrate import (
+    affordable,
+    calibrate,
+    newcomers,
+    recalibrate,
+    saved_calibration,
+    shared_calibration,
+)
 from indexer.measure.near_duplicates import all_fingerprints, near_duplicates, related_references, similar_fingerprints
 from indexer.settings import Settings
 from indexer.store import Store
@@ -310,6 +320,36 @@ def test_flat_pictures_are_no_near_duplicates() -> None:
     one, flat = np.array([0, 1]), np.array([0, 0, 3])
     assert near_duplicates(one, flat).tolist() == [[1, 2, 1]]
     assert len(near_duplicates(none, flat)) == len(near_duplicates(flat, none)) == 0
+
+
+def test_of_several_processes_one_fits(store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_all(store, [reference(number) for number in range(100)])
+    followers = [following(store, settings) for _ in range(3)]
+    fits: list[int] = []
+
+    def slowly(*arguments: Any) -> Calibration:
+        fits.append(1)
+        time.sleep(0.3)  # the others have seen by then that none is saved
+        return calibrate(*arguments)
+
+    monkeypatch.setattr(module, "calibrate", slowly)
+    for follower in followers:
+        follower.load()
+    held, linear = images(range(1000, 1100)), heads()
+    with ThreadPoolExecutor(3) as threads:
+        fitted = list(threads.map(lambda one: shared_calibration(one, linear, held, K), followers))
+    assert len(fits) == 1
+    assert fitted[0].to_json() == fitted[1].to_json() == fitted[2].to_json()
+
+
+def test_who_holds_the_lock_for_long_is_not_waited_for(store: Store, settings: Settings) -> None:
+    add_all(store, [reference(number) for number in range(100)])
+    follower = following(store, settings)
+    follower.load()
+    event.listen(store.engine, "begin", lambda one: one.exec_driver_sql("set local lock_timeout = '50ms'"))
+    with store.engine.connect() as stuck:
+        stuck.execute(module.FITTING, {"what": f"calibration {CHECKPOINT} {heads().id} {K}"})
+        assert shared_calibration(follower, heads(), images(range(1000, 1100)), K).maps
 
 
 def test_recalibration_needs_the_same_checkpoint(store: Store, settings: Settings, tmp_path: Path) -> None:
