@@ -19,6 +19,8 @@ from api.schemas.problems import FailedFile, Problem
 from api.schemas.resources import (
     Added,
     CalibrationState,
+    CandidateEnrolment,
+    Candidates,
     Detection,
     DetectionPage,
     DetectionSummary,
@@ -194,6 +196,15 @@ class Client:
         """Remove the references that an enrolment added."""
         return self._call("DELETE", f"/enrolments/{enrolment}", Removed)
 
+    def candidates(self) -> Candidates:
+        """Groups of judged images that may be a new generator's."""
+        return self._call("GET", "/candidates", Candidates)
+
+    def enrol_candidate(self, name: str, generator: str, source: str = "verdicts") -> Added:
+        """Make references of a candidate's images; `undo` takes them away again."""
+        wanted = CandidateEnrolment(generator=generator, source=source)
+        return self._call("POST", f"/candidates/{name}/enrol", Added, json=_json(wanted))
+
     def detections(self) -> Iterator[DetectionSummary]:
         """Every verdict that was kept, newest first."""
         for page in self._pages("/detections", DetectionPage, {}):
@@ -206,6 +217,10 @@ class Client:
     def overlay(self, id: str) -> bytes:
         """The regions of a verdict as a transparent PNG."""
         return self._send("GET", f"/detections/{id}/overlay").content
+
+    def judged_thumbnail(self, id: str) -> bytes:
+        """The image that was judged as a small JPEG, where the service keeps them."""
+        return self._send("GET", f"/detections/{id}/thumbnail").content
 
     def replay(self, id: str) -> Replay:
         """Judge the embedding that was kept once more, against the references of now."""

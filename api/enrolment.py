@@ -93,11 +93,15 @@ def enrol(detector: Detector, uploads: Sequence[Upload], batch: Batch) -> Added:
             raise ApiError("conflict", detail, conflicts=added.conflicts)
         if not added.conflicts and all(item.reason != FORGOTTEN for item in added.rejected):
             prepare(uploads[0], Question(), detector.embedder.preprocess, settings)  # raises what is wrong with it
+    return measured(detector, added)
+
+
+def measured(detector: Detector, added: Added) -> Added:
+    """Bring this process's index up to date, and tell and keep what an enrolment changed, where there was one."""
     detector.follower.catch_up()
-    if added.enrolment is not None:
-        changed = consequences(settings, detector.follower, added.enrolment)
-        added = added.model_copy(update=changed)
-        detector.store.enrolments.finish(report["enrolment"], added.model_dump(mode="json"))
+    if (enrolment := added.enrolment) is not None:
+        added = added.model_copy(update=consequences(detector.settings, detector.follower, enrolment))
+        detector.store.enrolments.finish(enrolment, added.model_dump(mode="json"))
     return added
 
 

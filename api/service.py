@@ -12,7 +12,6 @@ from prometheus_client import Gauge
 from api.access import Caller, Keys, hide_paths
 from api.admission import Admission
 from api.breaker import DATABASE_AWAY, public_detail
-from api.enrolment import Batch, enrol
 from api.judge.detector import Detector
 from api.judge.evidence import SearchQuery
 from api.judge.loader import load_detector, load_successor
@@ -264,19 +263,17 @@ class Service:
         """What is loaded, followed and calibrated. In threads of its own: who asks for it may wait, nobody else."""
         return await run_in(self._counters, status, self.detector)
 
-    async def enrol(self, uploads: Sequence[Upload], batch: Batch) -> Added:
-        """Add uploads as references, see `enrolment.enrol`.
+    async def enrol(self, work: Callable[[Detector], Added], images: int) -> Added:
+        """Add so many images as references.
 
         Where the active checkpoint changes meanwhile, this is done with the new one.
         """
         while True:
             serving = self.serving
             try:
-                seconds = ENROL_SECONDS * len(uploads)
+                seconds = ENROL_SECONDS * images
                 with serving.used():
-                    return await run_admitted(
-                        self._enrolling, seconds, self._enrollers, enrol, serving.detector, uploads, batch
-                    )
+                    return await run_admitted(self._enrolling, seconds, self._enrollers, work, serving.detector)
             except CheckpointSwitched:
                 log.info("waiting for the active checkpoint")
             while self._serving is serving:

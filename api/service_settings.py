@@ -46,6 +46,9 @@ class ServiceSettings(Settings):
     """Keep each verdict in the table `detection`: hash, embedding and result, never the image. true or false."""
     record_days: int = Field(default=0, ge=0)
     """Days after which a kept verdict is deleted; 0 keeps it for ever."""
+    keep_thumbnails: bool = False
+    """Keep with each verdict a thumbnail of the image, of at most 256 pixels; enrolled from it, a reference has that
+    picture. true or false."""
     keep_uploads: bool = True
     """Keep the bytes of references added over HTTP, so that a new checkpoint can embed them again. true or false."""
     flip_uncertain: bool = False

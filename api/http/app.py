@@ -19,6 +19,7 @@ from starlette.types import Scope
 from api.access import RateLimit
 from api.breaker import DATABASE_AWAY, public_detail
 from api.http import (
+    candidate_routes,
     detection_routes,
     docs,
     enrolment_routes,
@@ -34,6 +35,7 @@ from api.schemas.problems import ApiError, FieldError, Kind, documented, from_st
 from api.service import Service
 from api.service_settings import ServiceSettings
 from api.service_status import package_version
+from indexer.measure.discovery import CandidateEnrolled, UnknownCandidate
 from indexer.store.generators import BadGeneratorName, GeneratorExists, UnknownGenerator
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,8 @@ REFUSALS: dict[type[Exception], Kind] = {
     UnknownGenerator: "not-found",
     GeneratorExists: "conflict",
     BadGeneratorName: "bad-field",
+    UnknownCandidate: "not-found",
+    CandidateEnrolled: "conflict",
 }
 """What the store raises for a request that it cannot carry out."""
 
@@ -158,7 +162,8 @@ def create_app(settings: ServiceSettings | None = None, detector: Detector | Non
         exception_handlers=ERROR_HANDLERS,
     )
     app.state.service = service
-    for noun in (detection_routes, reference_routes, generator_routes, enrolment_routes, record_routes):
+    nouns = (detection_routes, reference_routes, generator_routes, enrolment_routes, candidate_routes, record_routes)
+    for noun in nouns:
         app.include_router(noun.router)
     app.include_router(operation_routes.router)
     app.include_router(docs.router)

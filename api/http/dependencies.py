@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 from typing import Annotated, TypeVar, cast
 
-from fastapi import APIRouter, Depends, Path, Query, Request, UploadFile
+from fastapi import APIRouter, Depends, Path, Query, Request, Response, UploadFile
 from fastapi.security import HTTPBearer
 
 from api.access import Caller
@@ -56,6 +56,10 @@ Detecting = Annotated[Caller, Depends(caller_with("detect"))]
 Reading = Annotated[Caller, Depends(caller_with("detect", "enrol"))]
 Enrolling = Annotated[Caller, Depends(caller_with("enrol"))]
 Admin = Annotated[Caller, Depends(caller_with("admin"))]
+
+
+class Jpeg(Response):
+    media_type = "image/jpeg"
 
 
 def v1_router(tag: str) -> APIRouter:

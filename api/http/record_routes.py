@@ -6,7 +6,7 @@ from uuid import UUID
 from fastapi import Query, Response
 
 from api import verdict_log
-from api.http.dependencies import Admin, Detecting, Limit, Loaded, Served, v1_router
+from api.http.dependencies import Admin, Detecting, Jpeg, Limit, Loaded, Served, existing, v1_router
 from api.schemas.problems import documented
 from api.schemas.resources import Detection, DetectionPage, Feedback, Replay
 
@@ -40,6 +40,13 @@ async def get_overlay(service: Served, detector: Loaded, caller: Detecting, id: 
     """The regions of a verdict as a transparent PNG of the image's shape, red where fake and blue where real."""
     row = await service.run(verdict_log.find, detector, caller, id)
     return Png(await service.run(verdict_log.regions_png, row))
+
+
+@router.get("/detections/{id}/thumbnail", responses=documented("not-found"), response_class=Jpeg)
+async def get_judged_thumbnail(service: Served, detector: Loaded, caller: Detecting, id: UUID) -> Response:
+    """The image that was judged, its longest side at most 256 pixels, where LINEUP_KEEP_THUMBNAILS let it be kept."""
+    row = await service.run(verdict_log.find, detector, caller, id)
+    return Jpeg(existing(row.thumbnail, f"thumbnail of detection {id}"))
 
 
 @router.post("/detections/{id}/replay", responses=documented("not-found", "conflict"))

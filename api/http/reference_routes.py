@@ -7,18 +7,14 @@ from typing import Annotated
 from fastapi import File, Form, Query, Response, UploadFile
 
 from api.access import Caller
-from api.enrolment import Batch, remove
-from api.http.dependencies import Enrolling, Id, Limit, Loaded, Reading, Served, existing, read_uploads, v1_router
+from api.enrolment import Batch, enrol, remove
+from api.http.dependencies import Enrolling, Id, Jpeg, Limit, Loaded, Reading, Served, existing, read_uploads, v1_router
 from api.schemas import LABELS, Label, Text
 from api.schemas.problems import ApiError, documented
 from api.schemas.resources import Added, ReferenceImage, ReferencePage, Removed
 from indexer.store.reference_facts import Reference
 
 router = v1_router("references")
-
-
-class Jpeg(Response):
-    media_type = "image/jpeg"
 
 
 def reference_image(row: Reference, caller: Caller) -> ReferenceImage:
@@ -45,7 +41,8 @@ async def add_references(
 ) -> Added:
     """Add images to the reference set. The same bytes twice change nothing."""
     batch = Batch(label, generator, source)
-    return await service.enrol(await read_uploads(images, service.settings), batch)
+    uploads = await read_uploads(images, service.settings)
+    return await service.enrol(partial(enrol, uploads=uploads, batch=batch), len(uploads))
 
 
 @router.get("/references", responses=documented())

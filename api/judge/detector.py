@@ -157,7 +157,8 @@ class Detector:
         """Judge images, and keep the verdicts where settings and database allow it.
 
         Each verdict says whether it was kept, and that the database is away. Of an image nothing is kept but the plain
-        view's embedding, hash, sizes and the regions' boxes: not what its metadata say.
+        view's embedding, hash, sizes and the regions' boxes, and a thumbnail where a setting says so: not what its
+        metadata say.
         """
         verdicts = self.judge(cases)
         to_record = [
@@ -308,4 +309,5 @@ def _record(verdict: Verdict, case: Case) -> Record:
         heads_id=verdict.model.heads,
         revision=verdict.index.revision,
         api_key_id=case.api_key_id,
+        thumbnail=case.prepared.thumbnail,
     )

@@ -22,6 +22,7 @@ from trainer.images import (
     decode_opened,
     decoding_memory,
     open_image,
+    thumbnail,
 )
 from trainer.process_pool import DeadlinePassed, LimitExceeded, decoding_pool
 
@@ -70,6 +71,8 @@ class Prepared:
     variants: tuple[str, ...] | None = None
     """Those that hold enough to be judged; None where stability is not in question."""
     provenance: Provenance = field(default_factory=Provenance)
+    thumbnail: bytes | None = None
+    """A JPEG, where the setting lets it be kept."""
     decode_ms: float = 0.0
 
 
@@ -112,7 +115,7 @@ def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings
     try:
         return decoding_pool().call(
             prepare_here,
-            *(upload, question, preprocess, settings.max_pixels),
+            *(upload, question, preprocess, settings.max_pixels, settings.keep_thumbnails),
             seconds=settings.image_seconds,
             memory=decoding_memory(settings.max_pixels),
             deadline=deadline_in_use(),
@@ -123,7 +126,9 @@ def prepare(upload: Upload, question: Question, preprocess: Preprocess, settings
         raise ApiError("not-ready", f"{upload.file}: {error}; try again", retry_after=5) from error
 
 
-def prepare_here(upload: Upload, question: Question, preprocess: Preprocess, max_pixels: int) -> Prepared:
+def prepare_here(
+    upload: Upload, question: Question, preprocess: Preprocess, max_pixels: int, keep_thumbnail: bool = False
+) -> Prepared:
     """As `prepare`, but in this process.
 
     Of an image with too little to judge no variants are made: there is no score that could hold or change.
@@ -155,5 +160,6 @@ def prepare_here(upload: Upload, question: Question, preprocess: Preprocess, max
         boxes=boxes,
         variants=None if variants is None else tuple(variants),
         provenance=provenance,
+        thumbnail=thumbnail(image) if keep_thumbnail and question.record else None,
         decode_ms=1000 * (time.perf_counter() - start),
     )

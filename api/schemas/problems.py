@@ -21,6 +21,7 @@ Kind = Literal[
     "bad-field",
     "too-many-requests",
     "not-ready",
+    "not-installed",
     "internal",
 ]
 
@@ -37,6 +38,7 @@ PROBLEMS: dict[Kind, tuple[int, str]] = {
     "bad-field": (422, "A field is not valid"),
     "too-many-requests": (429, "Too many requests"),
     "not-ready": (503, "Not ready"),
+    "not-installed": (501, "A library is not installed"),
     "internal": (500, "The server failed"),
 }
 """Status and title of each kind."""

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 
 from api.schemas import GeneratorName, Label, Model, Text
 from api.schemas.problems import Conflict
-from api.schemas.verdicts import CalibrationFacts, ModelFacts, Thresholds, Verdict
+from api.schemas.verdicts import CalibrationFacts, ModelFacts, Neighbour, Thresholds, Verdict
 
 
 class Rejected(Model):
@@ -112,6 +112,67 @@ class Enrolment(Model):
 class Enrolments(Model):
     enrolments: list[Enrolment]
     next: int | None = None
+
+
+class CandidateKind(Model):
+    """Of how many images of a candidate the nearest reference is of this kind."""
+
+    label: Label
+    generator: str | None
+    images: int
+
+
+class CandidateImage(Model):
+    """An image of a candidate, by its latest verdict."""
+
+    detection: str
+    file: str
+    verdict: str
+    at: datetime
+    thumbnail: str | None
+    """Path of a small JPEG, null unless LINEUP_KEEP_THUMBNAILS let it be kept."""
+    nearest: Neighbour | None
+    """The reference that is most similar today."""
+
+
+class Candidate(Model):
+    """Judged images that are alike and that no reference explains: a new generator's, perhaps."""
+
+    name: str
+    """Of the image that was seen first; it stays while the group grows."""
+    images: int
+    first: datetime
+    last: datetime
+    novelty: float | None
+    """p-value, 0..1, of the image in the middle: how rare it is that a calibration image is as far from everything
+    known; null below 50 calibration images."""
+    similarity: float | None
+    """To the nearest reference, -1..1, of the image in the middle."""
+    verdicts: dict[str, int]
+    """Images by verdict."""
+    nearest: list[CandidateKind]
+    """The most frequent first."""
+    examples: list[CandidateImage]
+
+
+class Candidates(Model):
+    candidates: list[Candidate]
+    """The most novel first."""
+    images: int
+    """How many images were grouped."""
+    ungrouped: int
+    """How many of these are in no group."""
+    left_out: int
+    """Older images that were not looked at."""
+
+
+class CandidateEnrolment(Model):
+    """What a candidate's images are."""
+
+    generator: GeneratorName
+    """What made them; created if new."""
+    source: Text = "verdicts"
+    """Where they came from."""
 
 
 class Feedback(Model):

@@ -256,3 +256,4 @@ class DetectionRow(Base):
     revision: Mapped[int] = mapped_column(sa.BigInteger)
     api_key_id: Mapped[int | None] = mapped_column(sa.ForeignKey("api_key.id", ondelete="SET NULL"))
     feedback: Mapped[dict[str, Any] | None]
+    thumbnail: Mapped[bytes | None]

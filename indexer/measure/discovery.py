@@ -1,7 +1,7 @@
 """Generators that nobody has enrolled: groups of judged images that no reference explains, and their enrolment.
 
-Images are not kept, only their embeddings: what is enrolled from them has a vector of this checkpoint, and neither a
-picture nor bytes that another checkpoint could embed.
+Images are not kept, only their embeddings: what is enrolled from them has a vector of this checkpoint, no bytes that
+another checkpoint could embed, and a picture only where thumbnails of judged images are kept.
 """
 
 import re
@@ -93,6 +93,7 @@ class Candidate:
             ],
             "examples": [
                 {"detection": str(image.id), "file": image.file, "verdict": image.verdict, "at": image.last_at}
+                | {"pictured": image.pictured}
                 | {"nearest": near and near._asdict() | {"label": LABEL_NAMES[near.label]}}
                 for image, near in islice(zip_longest(self.images, self.nearest), EXAMPLES)
             ],
@@ -228,7 +229,8 @@ def enrol_candidate(
     report.enrolment = store.enrolments.open(generator, source)
     for place in range(0, report.images, TRANSACTION_IMAGES):
         images = candidate.images[place : place + TRANSACTION_IMAGES]
-        batch = [_reference(image, generator, source) for image in images]
+        thumbnails = store.detections.thumbnails([image.id for image in images if image.pictured])
+        batch = [_reference(image, generator, source, thumbnails.get(image.id)) for image in images]
         added = store.references.add(batch, follower.checkpoint_id, report.enrolment, while_active=while_active)
         report.added += added.added
         report.known += added.known
@@ -244,8 +246,8 @@ def enrol_candidate(
     return asdict(report) | {"candidate": name}
 
 
-def _reference(image: Unexplained, generator: str, source: str) -> NewReference:
-    """A reference without a picture; each is a group of its own, as uploads are."""
+def _reference(image: Unexplained, generator: str, source: str, thumbnail: bytes | None) -> NewReference:
+    """A reference; each is a group of its own, as uploads are."""
     return NewReference(
         sha256=image.sha256,
         label=1,
@@ -259,7 +261,7 @@ def _reference(image: Unexplained, generator: str, source: str) -> NewReference:
         height=image.height,
         format=image.format,
         jpeg_quality=None,
-        thumbnail=None,
+        thumbnail=thumbnail,
         attributes={"detection": str(image.id)},
         vector=image.vector,
     )

@@ -36,7 +36,7 @@ with latest as (
 )
 select d.id, encode(d.sha256, 'hex') as sha256, i.first_at, i.last_at, d.vector, d.file_bytes, d.width, d.height,
        coalesce(r.file, '') as file, r.verdict, coalesce(r.image->>'format', 'unknown') as format,
-       count(*) over () as total
+       d.thumbnail is not null as pictured, count(*) over () as total
 from images i join detection d on d.id = i.id
 cross join lateral jsonb_to_record(d.result)
     as r (file text, verdict text, unknown_generator boolean, novelty double precision, image jsonb)
@@ -66,11 +66,15 @@ class Unexplained:
     file: str
     verdict: str
     format: str
+    pictured: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """A verdict as it was given. `vector` is the raw embedding, shape (d,), float32; `sha256` is hexadecimal."""
+    """A verdict as it was given. `vector` is the raw embedding, shape (d,), float32; `sha256` is hexadecimal.
+
+    `thumbnail` is a JPEG of the image, None unless a setting let it be kept.
+    """
 
     id: UUID
     sha256: str
@@ -85,6 +89,7 @@ class Detection:
     api_key_id: int | None = None
     feedback: dict[str, Any] | None = None
     at: datetime | None = None
+    thumbnail: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,11 @@ class Detections(Rows):
         if row is None:
             return None
         return Detection(**{**row, "sha256": row["sha256"].hex(), "vector": np.frombuffer(row["vector"], "<f4")})
+
+    def thumbnails(self, ids: Sequence[UUID]) -> dict[UUID, bytes]:
+        """The thumbnails that were kept with these verdicts."""
+        query = select(DetectionRow.id, DetectionRow.thumbnail).where(DetectionRow.id.in_(ids))
+        return {row["id"]: row["thumbnail"] for row in self.read(query) if row["thumbnail"] is not None}
 
     def delete(self, before: datetime) -> int:
         """Forget verdicts given before this time; returns how many there were."""

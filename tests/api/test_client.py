@@ -79,6 +79,11 @@ def test_every_call_of_the_interface_has_a_method(
     assert lineup.overlay(kept.id).startswith(b"\x89PNG")
     assert lineup.feedback(kept.id, "real", "mine").feedback is not None
     assert lineup.detection(kept.id).result["file"] == "a.png"
+    with pytest.raises(ServiceError, match="there is no thumbnail"):
+        lineup.judged_thumbnail(kept.id)
+    assert lineup.candidates().images == 0  # the only verdict was disputed as real
+    with pytest.raises(ServiceError, match="no candidate is called 'none'"):
+        lineup.enrol_candidate("none", "gen-new")
     assert lineup.replay(kept.id).after.id == kept.id
     assert lineup.status().references.fake > 0
     assert lineup.calibration().max_false_alarm == 0.05
