@@ -34,7 +34,7 @@ from typer.testing import CliRunner
 from api import access, service
 from api.__main__ import app as api
 from api.access import hash_secret, new_secret
-from api.http import server
+from api.http import reference_routes, server
 from api.http.app import create_app
 from api.inflight import Budget, Reservation, reservation_in_use
 from api.judge.calibrator import Calibrator
@@ -564,20 +564,20 @@ def test_bodies_in_work_share_one_budget(populated: ServiceSettings, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("path", "owner", "name"), [("/v1/references", service, "enrol"), ("/v1/detect", Detector, "prepare")]
+    ("path", "owner", "name"), [("/v1/references", reference_routes, "enrol"), ("/v1/detect", Detector, "prepare")]
 )
 def test_bytes_count_until_the_threads_that_hold_them_end(
     populated: ServiceSettings, monkeypatch: pytest.MonkeyPatch, path: str, owner: object, name: str
 ) -> None:
     image, going, ended, calls = png(), threading.Event(), threading.Event(), count()
 
-    def slow(*args: object) -> None:
+    def slow(*args: object, **_: object) -> None:
         assert not next(calls)
         assert going.wait(60)
         ended.set()
         raise RuntimeError("late")
 
-    field = "images" if owner is service else "image"
+    field = "images" if owner is reference_routes else "image"
     sent: dict[str, Any] = {"data": {"label": "real"}, "files": files(image, field=field)}
     budget = int(1.5 * len(image))
     with connected(populated, max_inflight_bytes=budget, request_seconds=1.0) as client:
@@ -1414,11 +1414,11 @@ def test_readiness_tells_of_saturation_and_an_index_that_is_stale_though_the_dat
 def test_slow_enrolments_hold_up_no_other_call(own: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     going, enrolling = threading.Event(), cast(Service, own.app.state.service)._enrolling  # type: ignore[attr-defined]
 
-    def slow(*args: object) -> Added:
+    def slow(*args: object, **_: object) -> Added:
         assert going.wait(60)
         raise ApiError("bad-field", "late")
 
-    monkeypatch.setattr(service, "enrol", slow)
+    monkeypatch.setattr(reference_routes, "enrol", slow)
     monkeypatch.setattr(enrolling, "most", service.DATABASE_THREADS)
     sent: dict[str, Any] = {"data": {"label": "real"}, "files": files(png(), field="images")}
     with ThreadPoolExecutor(enrolling.most) as pool:
