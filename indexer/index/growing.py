@@ -1,6 +1,10 @@
-"""Moving a label that has grown large from flat search to inverted lists, while searches and additions go on."""
+"""Moving a label that has grown large from flat search to inverted lists, while searches and additions go on.
 
-from collections.abc import Callable
+Several processes that follow the same references do so each at a moment of its own. What they learn is of the first
+`milestone` rows, which are the same in all, so that they answer alike (as long as none of those rows is removed).
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -35,13 +39,21 @@ def grow(label_index: LabelIndex, lock: ReadWriteLock, ended: Callable[[], bool]
 
     engine = label_index.engine
     try:
-        if isinstance(engine, Inverted) and len(engine) > GROWTH * engine.tuned_at:
+        if isinstance(engine, Inverted) and milestone(len(engine)) > engine.tuned_at:
             return _tune(engine, lock, step)
-        if isinstance(engine, Flat) and len(engine) >= max(LARGE, GROWTH * label_index.stayed_flat):
+        if isinstance(engine, Flat) and milestone(len(engine)) > label_index.stayed_flat:
             return _invert(label_index, engine, lock, step)
     except _Abandoned:
         pass
     return False
+
+
+def milestone(n: int) -> int:
+    """The last of `LARGE`, and each time `GROWTH` times as many, that n references have reached; 0 before the first."""
+    size = LARGE
+    while GROWTH * size <= n:
+        size = int(GROWTH * size)
+    return size if n >= size else 0
 
 
 class _Abandoned(Exception):
@@ -54,16 +66,17 @@ def _tune(lists: Inverted, lock: ReadWriteLock, step: Callable[[], None]) -> boo
         return lock.read()
 
     with lock.read():
-        queries = np.concatenate([vectors[:1] for _, vectors in lists.blocks(ROWS_PER_BLOCK)])[:QUERIES].astype(
-            np.float32
-        )
-    lists.tune(queries, hold)
+        size = milestone(len(lists))
+        first = [vectors[:1] for rows, vectors in lists.blocks(ROWS_PER_BLOCK) if rows[0] < size]
+        queries = np.concatenate(first)[:QUERIES].astype(np.float32)
+    lists.tune(queries, size, hold)
     return True
 
 
 def _invert(label_index: LabelIndex, flat: Flat, lock: ReadWriteLock, step: Callable[[], None]) -> bool:
     with lock.read():
         n, removals = len(flat), label_index.removals
+    size = milestone(n)
 
     def take(rows: np.ndarray | slice) -> np.ndarray:
         step()
@@ -76,19 +89,22 @@ def _invert(label_index: LabelIndex, flat: Flat, lock: ReadWriteLock, step: Call
         step()
         return nullcontext()  # nobody else knows of the lists yet
 
-    some = np.random.default_rng(n).permutation(n)[: max(QUERIES, VECTORS_PER_LIST * lists_for(n))]
+    def blocks(begin: int, end: int) -> Iterator[np.ndarray]:
+        for first in range(begin, end, ROWS_PER_BLOCK):
+            yield take(slice(first, min(first + ROWS_PER_BLOCK, end)))
+
+    some = np.random.default_rng(size).permutation(size)[: max(QUERIES, VECTORS_PER_LIST * lists_for(size))]
     sample = take(some).astype(np.float32)
-    lists = Inverted.trained(n, sample, step)
-    numbers = [
-        lists.assign(take(slice(first, min(first + ROWS_PER_BLOCK, n)))) for first in range(0, n, ROWS_PER_BLOCK)
-    ]
-    lists.fill(np.concatenate(numbers), take)
-    lists.tune(sample[:QUERIES], hold)
+    lists = Inverted.trained(size, sample, step)
+    lists.fill(np.concatenate([lists.assign(block) for block in blocks(0, size)]), take)
+    lists.tune(sample[:QUERIES], size, hold)
+    for block in blocks(size, n):
+        lists.add(block)
     with lock.write():
         if label_index.removals != removals:
             return False
         if 2 * lists.nprobe > len(lists.centroids):
-            label_index.stayed_flat = n  # they would win nothing
+            label_index.stayed_flat = size  # they would win nothing
             return False
         lists.add(flat.vectors()[n:])  # what has come since
         label_index.engine = lists

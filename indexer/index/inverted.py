@@ -105,29 +105,30 @@ class Inverted:
             similarities[short], rows[short] = self._search(queries[short], k, allowed, len(self.centroids))
         return similarities, rows
 
-    def tune(self, queries: np.ndarray, hold: Callable[[], AbstractContextManager[None]]) -> None:
+    def tune(self, queries: np.ndarray, size: int, hold: Callable[[], AbstractContextManager[None]]) -> None:
         """Look into as few lists as give `TARGET_RECALL` recall; measured against all lists, which is exact.
 
         Args:
             queries: Stored vectors, shape (q, d), float32.
+            size: Rows that are searched, the first ones.
             hold: Held while a few queries are searched, so that changes get their turn between.
         """
         steps = np.unique(np.geomspace(1, len(self.centroids), 1 + 4 * len(self.centroids).bit_length()).astype(int))
         hits = np.zeros(len(steps))
         for part in np.array_split(queries, -(-len(queries) // 4)):
             with hold():
-                hits += self._hits(part, steps)
+                hits += self._hits(part, size, steps)
         recall = 1 - (hits[-1] - hits) / max(1, hits[-1])  # the last step is all lists
         least = int(np.argmax(recall >= TARGET_RECALL))
-        self.nprobe, self.recall, self.tuned_at = int(steps[least]), float(recall[least]), len(self)
+        self.nprobe, self.recall, self.tuned_at = int(steps[least]), float(recall[least]), size
 
-    def _hits(self, queries: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    def _hits(self, queries: np.ndarray, size: int, steps: np.ndarray) -> np.ndarray:
         """How many of the nearest but the query itself are found in so many lists, for each step, shape (s,)."""
-        k = min(RECALL_AT + 1, len(self))
-        exact = self._search(queries, k, None, len(self.centroids))[1]  # (q, k)
+        k, allowed = min(RECALL_AT + 1, size), np.ones(size, bool)
+        exact = self._search(queries, k, allowed, len(self.centroids))[1]  # (q, k)
         hits = np.full(len(steps), exact.size - len(exact), float)
         for step, nprobe in enumerate(steps[:-1].tolist()):
-            nearest = self._search(queries, k, None, nprobe)[1]
+            nearest = self._search(queries, k, allowed, nprobe)[1]
             hits[step] = sum(len(np.intersect1d(a[1:], b)) for a, b in zip(exact, nearest, strict=True))
             if hits[step] == hits[-1]:
                 hits[step:] = hits[-1]

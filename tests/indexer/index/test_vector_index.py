@@ -387,6 +387,26 @@ def test_lists_are_tuned_again_after_growth(large: VectorIndex) -> None:
     assert engine.nprobe > 1
 
 
+def test_replicas_that_make_lists_at_other_moments_answer_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growing, "LARGE", 2_000)
+    vectors, ones = clustered(), np.ones(4_000, int)
+    answers = []
+    for sizes in ((2_100, 2_400, 4_000), (2_950, 3_700, 4_000)):  # 3,000 is the next milestone
+        index, start = VectorIndex(32), 0
+        for size in sizes:
+            rows = np.arange(start, size)
+            index.add(rows, vectors[rows], ones[rows], ones[rows], ones[rows])
+            index.grow()
+            start = size
+        engine = index._labels[1].engine
+        assert isinstance(engine, Inverted)
+        answers.append((index.search(clustered(200, seed=5), 20), engine.nprobe, engine.recall))
+    (first, *first_lists), (second, *second_lists) = answers
+    assert first_lists == second_lists
+    np.testing.assert_array_equal(first.ids, second.ids)
+    np.testing.assert_array_equal(first.similarities, second.similarities)
+
+
 def test_lists_that_win_nothing_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growing, "LARGE", 100)
     index = VectorIndex(64)
