@@ -127,6 +127,20 @@ def tell_effect(effect: Mapping[str, Any]) -> None:
     if alarms := effect["false_alarms"]:
         table.add_row("false alarms", str(alarms["images"]), *_shares(alarms))
     results().print(table)
+    if verdicts := effect.get("verdicts"):
+        table = Table("called fake / uncertain / real, %", *(when.replace("_", " ") for when in WHEN), box=SIMPLE)
+        for row in verdicts:
+            table.add_row(row["generator"], *(_judged(row[when]) for when in WHEN))
+        results().print(table)
+
+
+def _judged(shares: Mapping[str, Any] | None) -> str:
+    """How images are judged, with the interval of the first share."""
+    if shares is None:
+        return "-"
+    low, high = (f"{100 * end:.0f}" for end in shares["interval"])
+    fake, uncertain, real = (f"{100 * shares[name]:.0f}" for name in ("fake", "uncertain", "real"))
+    return f"{fake} ({low}-{high}) / {uncertain} / {real} of {shares['images']:,}"
 
 
 def _shares(row: Mapping[str, Any]) -> list[str]:

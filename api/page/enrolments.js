@@ -6,7 +6,8 @@ import { count, day, ended, percent, plural } from "./words.js";
 
 /**
  * Recall and false alarms of the neighbours' vote: {recall, alarms}, each [before, after] or null, and {held}, the
- * recall of a fifth that was masked for the measure. Of several generators it is the mean.
+ * recall of a fifth that was masked for the measure; {called, calledHeld}, the same of verdicts. Of several generators
+ * it is the mean.
  */
 function effect(report, name = null) {
   const rows = (report?.effect?.recall ?? []).filter(
@@ -18,11 +19,19 @@ function effect(report, name = null) {
     return images ? known.reduce((sum, row) => sum + row.images * row.knn[when], 0) / images : null;
   };
   const alarms = report?.effect?.false_alarms?.knn ?? null;
+  const judged = (report?.effect?.verdicts ?? []).filter((row) => rows.some((one) => one.generator === row.generator));
+  const called = (when) => {
+    const known = judged.filter((row) => row[when]);
+    const images = known.reduce((sum, row) => sum + row[when].images, 0);
+    return images ? known.reduce((sum, row) => sum + row[when].images * row[when].fake, 0) / images : null;
+  };
   const pair = (before, after) => (after === null || after === undefined ? null : [before ?? null, after]);
   return {
     recall: pair(mean("before"), mean("after")),
     held: mean("held_back"),
     alarms: pair(alarms?.before, alarms?.after),
+    called: pair(called("before"), called("after")),
+    calledHeld: called("held_back"),
   };
 }
 
@@ -30,7 +39,8 @@ function effect(report, name = null) {
 export function effectOver(reports, name = null) {
   const [first, last] = [effect(reports[0], name), effect(reports.at(-1), name)];
   const pair = (kind) => last[kind] && [first[kind]?.[0] ?? null, last[kind][1]];
-  return { recall: pair("recall"), held: last.held, alarms: pair("alarms") };
+  const { held, calledHeld } = last;
+  return { recall: pair("recall"), held, alarms: pair("alarms"), called: pair("called"), calledHeld };
 }
 
 /** The first enrolment of each folder that this page sent in parts, by the number of each part. */
@@ -111,7 +121,7 @@ export function arrow(pair) {
 
 /** Before and after as bars, from the first and last report of an enrolment in parts. `name` is its generator. */
 export function effectBars(reports, name) {
-  const { recall, held, alarms } = effectOver(reports);
+  const { recall, held, alarms, called, calledHeld } = effectOver(reports);
   const lines = (title, kind, says, rows) =>
     h(
       "div",
@@ -141,6 +151,18 @@ export function effectBars(reports, name) {
           ["before", recall[0]],
           ["after", recall[1]],
           ["held back", held],
+        ],
+      ),
+    called &&
+      lines(
+        "Called generated",
+        "fake",
+        "Share of these images whose verdict is “generated”; most others are undecided. It takes more than the vote: " +
+          "where it stays low, training with such images helps, and more of them here do not.",
+        [
+          ["before", called[0]],
+          ["after", called[1]],
+          ["held back", calledHeld],
         ],
       ),
     alarms &&

@@ -192,9 +192,16 @@ class Calibrations(Rows):
         self.transaction(work)
 
     def load(
-        self, checkpoint_id: str, heads_id: str | None = None, revision: int | None = None
+        self,
+        checkpoint_id: str,
+        heads_id: str | None = None,
+        revision: int | None = None,
+        before: datetime | None = None,
     ) -> SavedCalibration | None:
-        """The calibration of these heads (of any) at that revision, or at the latest; None where there is none."""
+        """The calibration of these heads (of any) at that revision, or at the latest; None where there is none.
+
+        With `before` it is one that was fitted before then.
+        """
         query = (
             select(CalibrationRow.revision, CalibrationRow.params, CalibrationRow.created_at)
             .where(CalibrationRow.checkpoint_id == checkpoint_id)
@@ -205,6 +212,8 @@ class Calibrations(Rows):
             query = query.where(CalibrationRow.heads_id == heads_id)
         if revision is not None:
             query = query.where(CalibrationRow.revision == revision)
+        if before is not None:
+            query = query.where(CalibrationRow.created_at < before)
         row = self.read_one(query)
         return None if row is None else SavedCalibration(**row)
 

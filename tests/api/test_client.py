@@ -60,6 +60,8 @@ def test_every_call_of_the_interface_has_a_method(
 
     added = lineup.add(*map(png, range(3, 8)), label="fake", generator="gen-new", source="client")
     assert added.added == 5
+    assert added.effect
+    assert [row["generator"] for row in added.effect["verdicts"]] == ["gen-new", "real calibration images"]
     references = list(lineup.references(generator="gen-new"))
     assert len({reference.id for reference in references}) == 5  # three pages
     assert lineup.reference(references[0].id) == references[0]

@@ -2,17 +2,20 @@
 
 import hashlib
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import pytest
 
 from indexer.database.connection import connect
 from indexer.follower import Follower
-from indexer.measure.enrolment_effect import effect
+from indexer.measure.enrolment_effect import Judges, blindness, effect, shares, wilson
 from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.reference_facts import NewReference
+from trainer.heads.calibration import fit_calibration
 from trainer.heads.calibration_set import CalibrationSet
+from trainer.heads.heads import Heads
 
 CHECKPOINT = "e" * 32
 REAL, OLD, NEW = np.eye(3, dtype=np.float32)
@@ -109,3 +112,70 @@ def test_nothing_is_said_where_nothing_can_be(settings: Settings) -> None:
     nothing = {"before": None, "after": None, "held_back": None}
     assert measured["recall"] == [{"generator": "real", "images": 1, "knn": nothing, "nn1": nothing}]
     engine.dispose()
+
+
+def judges(before: float, after: float, real: float = -3.0) -> Judges:
+    """Of votes alone, of calibration images with logits about these: of fakes before and after, and of real ones."""
+    noise = np.random.default_rng(0).normal(scale=0.5, size=80)
+    labels = np.repeat([0, 1], 40)
+    groups = [f"group {n}" for n in range(80)]
+    calibrations = [
+        fit_calibration(
+            {"knn": np.where(labels == 1, fakes, real) + noise},
+            nearest=np.zeros(80),
+            nearest_fake=np.zeros(80),
+            labels=labels,
+            groups=groups,
+            sources=["tests"] * 80,
+            enrolled=np.zeros(80, bool),
+        )
+        for fakes in (before, after)
+    ]
+
+    class Silent:
+        """Heads that answer nothing."""
+
+        def logits(self, embeddings: np.ndarray) -> dict[str, np.ndarray]:
+            return {}
+
+    return Judges(cast("Heads", Silent()), calibrations[0], calibrations[1], (0.05, 0.05))
+
+
+def test_verdicts_are_told_before_and_after(follower: Follower) -> None:
+    rows = [reference(n, NEW + 0.3 * REAL, "new") for n in range(100, 140)]
+    measured = effect(follower, enrol(follower, rows), None, k=5, judges=judges(3.0, 3.0))
+    assert measured is not None
+    new, real = measured["verdicts"]
+    assert (new["generator"], new["auroc"]) == ("new", 1.0)
+    assert [new[when]["fake"] for when in ("before", "after", "held_back")] == [0.0, 1.0, 1.0]
+    assert new["before"]["images"] == new["after"]["images"] == 40 > new["held_back"]["images"] > 0
+    assert new["after"]["interval"] == [round(end, 4) for end in wilson(40, 40)]
+    assert real["generator"] == "real calibration images"
+    assert (real["after"]["images"], real["held_back"]) == (40, None)
+    assert real["after"]["fake"] <= 0.05
+    assert all(
+        sum(row["after"][kind] for kind in ("fake", "real", "uncertain")) == pytest.approx(1) for row in (new, real)
+    )
+    assert blindness(measured) == []
+
+
+def test_a_generator_that_looks_real_is_told_to_need_training(follower: Follower) -> None:
+    rows = [reference(n, REAL, "new") for n in range(100, 140)]  # just like the real images
+    measured = effect(follower, enrol(follower, rows), None, k=5, judges=judges(3.0, 3.0, real=0.5))
+    assert measured is not None
+    assert measured["verdicts"][0]["auroc"] < 0.75
+    [warning] = blindness(measured)
+    assert warning.startswith("the checkpoint hardly tells new from real images (AUROC 0.")
+    few = {"verdicts": [measured["verdicts"][0] | {"after": {"images": 9}}]}
+    assert blindness(few) == []
+
+
+def test_shares_and_their_interval() -> None:
+    scores = np.array([0.1, 0.2, 0.5, 0.8, 0.8, np.nan])
+    told = shares(scores, 0.8, 0.2)
+    assert told is not None
+    assert (told["images"], told["fake"], told["real"], told["uncertain"]) == (6, 0.3333, 0.1667, 0.5)
+    assert shares(scores, None, None) == {"images": 6, "fake": 0, "real": 0, "uncertain": 1, "interval": [0.0, 0.3903]}
+    assert shares(scores[:0], 0.8, 0.2) is None
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # as in textbooks
+    assert wilson(0, 10)[0] == 0
