@@ -1,5 +1,6 @@
-"""What the container files name exists: settings, commands, folders, and the order of services."""
+"""What the container files name exists: settings, commands, folders, metrics, and the order of services."""
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from api.cli import app
+from api.monitoring import Metrics
 from api.service_settings import ServiceSettings
 
 ROOT = Path(__file__).parent.parent
@@ -153,3 +155,19 @@ def test_the_demo_trains_the_checkpoint_that_its_home_serves(named: str) -> None
     assert f"--output {named or 'lineup-data/demo-train/checkpoint'} " in commands
     assert 'export LINEUP_HOME=lineup-data/demo-train"' in commands
     assert "LINEUP_CHECKPOINT" not in commands
+
+
+def test_dashboard_and_alerts_ask_for_metrics_that_exist() -> None:
+    """Counters and histograms have suffixes of their own; `up` is Prometheus's."""
+    families = [(family.name, family.type) for family in Metrics().registry.collect()]
+    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+    known = {name + suffix for name, kind in families for suffix in suffixes[kind]} | {"up"}
+    dashboard = json.loads((ROOT / "docker" / "monitoring" / "grafana.json").read_text())
+    [group] = yaml.safe_load((ROOT / "docker" / "monitoring" / "alerts.yml").read_text())["groups"]
+    questions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    questions += [rule["expr"] for rule in group["rules"]]
+    named = {name for question in questions for name in re.findall(r"\b((?:lineup|process)_\w+|up)\b", question)}
+    assert len(named) > 10
+    assert named <= known
+    page = (ROOT / "docs" / "monitoring.md").read_text()
+    assert [rule["alert"] for rule in group["rules"] if f"| `{rule['alert']}` |" not in page] == []
