@@ -1,5 +1,6 @@
 /** Which view is shown, the key, and whether the service is ready. */
 
+import * as candidates from "./candidates.js";
 import * as detect from "./detect.js";
 import * as generators from "./generators.js";
 import * as record from "./record.js";
@@ -8,8 +9,8 @@ import * as status from "./status.js";
 import { forgetKey, keepToken, key } from "./client.js";
 import { stateWords } from "./words.js";
 
-const VIEWS = { detect, record, search, generators, status };
-const TITLES = { detect: "Detect", record: "Record", search: "Search", generators: "Generators", status: "Status" };
+const VIEWS = { detect, record, search, generators, candidates, status };
+const TITLES = { detect: "Detect", record: "Record", search: "Search", generators: "Generators", candidates: "Discover", status: "Status" };
 const notice = document.getElementById("service-notice");
 
 /** The view and its argument from an address such as #/record/ID. */

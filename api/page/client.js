@@ -21,6 +21,7 @@ const ADVICE = {
   forbidden: "Ask whoever runs the service.",
   "too-many-requests": "Wait a little, then try again.",
   "not-ready": "The service is starting, or its database is away. Try again in a moment.",
+  "not-installed": "Ask whoever runs the service; the command works wherever the library is installed.",
   internal: "The service's log says more under the number given here.",
   unreachable: "Is it still running? Is the network there?",
 };

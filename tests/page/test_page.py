@@ -3,14 +3,18 @@
 import io
 import json
 import re
+import uuid
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from browsing import AXE, PATIENCE, Watch, chromium, huge, other_file, picture, served
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, Route, ViewportSize, expect
+from sqlalchemy import text
 
 from api import verdict_printer as terminal
 from api.access import hash_secret, new_secret
@@ -19,9 +23,10 @@ from api.service_settings import ServiceSettings
 from indexer import follower
 from indexer.database.connection import connect
 from indexer.store import Store
+from indexer.store.detections import Detection
 
 FILES = Path(__file__).parents[2] / "api" / "page"
-VIEWS = ("detect", "search", "generators", "status")
+VIEWS = ("detect", "search", "generators", "candidates", "status")
 HOSTILE = "<img src=x onerror=globalThis.broken=1><script>globalThis.broken=1</script>"
 Opens = Callable[..., Page]
 
@@ -742,6 +747,73 @@ def test_status_shows_what_answers_and_how_well_calibrated(opens: Opens) -> None
     expect(view.get_by_role("button", name="Refresh")).to_be_enabled()
 
 
+# Discover
+
+
+@pytest.fixture
+def unexplained(populated: ServiceSettings) -> Iterator[None]:
+    """Eight kept verdicts on images that are alike and unlike all references, the first of which has a thumbnail."""
+    store = Store(connect(populated))
+    [checkpoint] = store.checkpoints.list()
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 48), "teal").save(picture, "JPEG")
+    result = {"verdict": "uncertain", "image": {"format": "PNG", "shortfall": None}}
+    vectors = np.eye(checkpoint.dim, dtype=np.float32)[0] + np.random.default_rng(0).normal(
+        scale=0.02, size=(8, checkpoint.dim)
+    )
+    store.detections.add(
+        [
+            Detection(
+                *(uuid.uuid4(), sha256(f"judged {n}".encode()).hexdigest(), 9, 64, 48, vector.astype(np.float32)),
+                result | {"file": f"{HOSTILE} {n}.png"},
+                *(checkpoint.id, None, 1),
+                thumbnail=None if n else picture.getvalue(),
+            )
+            for n, vector in enumerate(vectors)
+        ]
+    )
+    yield
+    with store.engine.begin() as connection:
+        connection.execute(text("delete from detection where result->>'file' like '<img%'"))
+    store.engine.dispose()
+
+
+def test_a_group_of_unexplained_images_is_enrolled_and_undone(opens: Opens, unexplained: None) -> None:
+    page = opens("candidates", axe=True)
+    group = page.locator(".candidate").filter(has_text=HOSTILE)
+    expect(group.get_by_role("heading", level=2)).to_contain_text("8 images")
+    expect(group).to_contain_text("cannot tell 8")
+    expect(group).to_contain_text("of calibration images lie as far off")
+    expect(group.locator(".judged li")).to_have_count(8)
+    alike(group.locator(".judged img"))
+    expect(group.locator(".judged img")).to_have_count(1)
+    group.get_by_text("The reference nearest to each").click()
+    expect(group.locator(".suspect").first).to_contain_text("alike")
+    assert violations(page) == []
+    field = group.get_by_label("Made by the generator")
+    field.fill("real")
+    field.press("Enter")
+    expect(group.get_by_role("alert")).to_contain_text("real")
+    field.fill("gen-found")
+    group.get_by_role("button", name="Enrol these images").click()
+    expect(group).to_contain_text("Enrolled: gen-found")
+    expect(group).to_contain_text("8 images added")
+    expect(field).to_be_hidden()
+    page.emulate_media(color_scheme="dark")
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert violations(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    group.get_by_role("button", name="Undo").click()
+    page.get_by_role("button", name="Undo it").click()
+    expect(group).to_contain_text("Undone: 8 references removed.")
+    expect(field).to_be_visible()
+    page.route("**/v1/candidates", problem("not-installed", 501, "A library is not installed"))
+    page.get_by_role("link", name="Status").click()
+    page.get_by_role("link", name="Discover").click()
+    expect(page.locator("#view-candidates").get_by_role("alert")).to_contain_text("A library is not installed")
+    page.request.delete(f"{page.url.split('#')[0]}v1/generators/gen-found")
+
+
 # Access
 
 
@@ -959,8 +1031,8 @@ def test_the_keyboard_is_enough(opens: Opens) -> None:
     chooser = page.locator("#view-detect input[type=file]")
     expect(chooser).to_be_focused()
     assert page.evaluate("getComputedStyle(document.activeElement.parentElement).outlineStyle") == "solid"
-    page.keyboard.press("Shift+Tab")
-    page.keyboard.press("Shift+Tab")
+    for _ in range(3):
+        page.keyboard.press("Shift+Tab")
     expect(page.get_by_role("link", name="Generators", exact=True)).to_be_focused()
     page.keyboard.press("Enter")
     expect(page.locator("#title-generators")).to_be_focused()
