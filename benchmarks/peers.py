@@ -159,7 +159,7 @@ def milvus_lite(
         files = [str(Path(folder) / "vectors.npy"), str(Path(folder) / "queries.npy")]
         for file, array in zip(files, (vectors, queries), strict=True):
             np.save(file, array)
-        program = str(Path(__file__).with_name("milvus.py"))
+        program = str(Path(__file__).with_name("milvus_lite.py"))
         arguments = [python, program, *files, kind, str(K), str(home / "milvus")]
         with subprocess.Popen(
             arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

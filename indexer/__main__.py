@@ -6,6 +6,7 @@ from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Annotated, Any
 
 import typer
@@ -307,6 +308,26 @@ def rebuild(
         note(f"note: where LINEUP_CHECKPOINT is {named}, as it is here, that goes on being used")
     if checkpoint is not None and not report["active"]:
         raise typer.Exit(1)
+
+
+@app.command()
+@expected_failures()
+def ship(checkpoint: CheckpointFolder = None) -> None:
+    """Bring new references into the search engine of LINEUP_INDEX for as long as this runs.
+
+    Services do it themselves, one at a time; this takes over where none does.
+    """
+    from indexer.follower import POLL
+    from indexer.milvus_copy import MilvusCopy
+
+    settings = Settings.read(checkpoint=checkpoint)
+    if settings.index is None:
+        fail("LINEUP_INDEX names no search engine: without one every process holds the references in its memory")
+    with opened(settings) as store:
+        one = serving_checkpoint(settings, store) if checkpoint is None else checkpoint_of(checkpoint, store)
+        if one is None:
+            fail("the store has no references yet: run lineup index add first")
+        MilvusCopy(settings.index, store, one.id, one.dim).keep(Event(), POLL)
 
 
 @app.command()

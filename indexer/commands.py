@@ -14,11 +14,13 @@ from sqlalchemy.exc import DBAPIError
 from indexer.database.connection import DatabaseBehind, DatabaseUnreachable, connect
 from indexer.database.embedded import EmbeddedFailure
 from indexer.follower import Follower
+from indexer.index.milvus import EngineAway
 from indexer.ingest.exchange import BadExport
 from indexer.measure import NothingToMeasure
 from indexer.measure.calibrate import recalibrate
 from indexer.measure.discovery import CandidateEnrolled, UnknownCandidate
 from indexer.settings import Settings, SettingsError
+from indexer.shipper import AlreadyRebuilding
 from indexer.store import Store
 from indexer.store.checkpoints import Checkpoint, CheckpointSwitched, UnknownCheckpoint
 from indexer.store.generators import BadGeneratorName, GeneratorExists, UnknownGenerator
@@ -77,6 +79,8 @@ def expected_failures() -> Iterator[None]:
         BadGeneratorName,
         GeneratorExists,
         BadVector,
+        AlreadyRebuilding,
+        EngineAway,
         UnknownGenerator,
         UnknownCheckpoint,
         UnknownCandidate,

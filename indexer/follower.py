@@ -10,11 +10,12 @@ import numpy as np
 import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 
-from indexer.database.connection import AnsweringConnection
+from indexer.database.connection import AnsweringConnection, dedicated
 from indexer.database.embedded import EmbeddedFailure, EmbeddedServer
 from indexer.database.transactions import CHANNEL
 from indexer.index.index import Contents, Index, Neighbours
 from indexer.memory_copy import MemoryCopy
+from indexer.milvus_copy import MilvusCopy
 from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.changes import Position
@@ -55,6 +56,10 @@ class Copy(Protocol):
     @property
     def source_names(self) -> dict[int, str]:
         """Names by the source numbers of the index."""
+        ...
+
+    def number(self, source: str) -> int:
+        """The number of a source; -2, which none has, for one that is not known."""
         ...
 
     @property
@@ -111,7 +116,7 @@ class Follower:
 
     def __init__(self, settings: Settings, store: Store, checkpoint_id: str, dim: int) -> None:
         self.settings, self.store, self.checkpoint_id, self.dim = settings, store, checkpoint_id, dim
-        self.copy: Copy = MemoryCopy(settings, store, checkpoint_id, dim)
+        self.copy = _copy(settings, store, checkpoint_id, dim)
         self.active: Checkpoint | None = None
         self.degraded = self.away = False
         self.generator_names: dict[int, str] = {}
@@ -152,10 +157,10 @@ class Follower:
         return self.copy.saved_revision
 
     def load(self, *, anew: bool = False) -> int:
-        """Read the snapshot where it is good, then the rest from Postgres; returns the revision reached.
+        """Make the index complete, from what was kept of it and the rows since; returns the revision reached.
 
         Args:
-            anew: Read everything from Postgres, and have `save` replace the snapshot.
+            anew: Read all rows: a snapshot is replaced by `save`, a search engine loads another collection.
 
         Raises:
             sqlalchemy.exc.DBAPIError: The database cannot be reached.
@@ -219,8 +224,8 @@ class Follower:
             vectors,
             k,
             label=label,
-            generator=_number(self.generator_names, generator, str.casefold),
-            source=_number(self.source_names, source, str),
+            generator=_generator(self.generator_names, generator),
+            source=None if source is None else self.copy.number(source),
         )
         return self.neighbours(neighbours)
 
@@ -293,11 +298,7 @@ class Follower:
                 self._end.wait(POLL)
 
     def _listen(self) -> AnsweringConnection:
-        """A connection of our own: one from the pool would be handed on, and must not be in a transaction."""
-        engine = self.store.engine
-        arguments, options = engine.dialect.create_connect_args(engine.url)
-        options.update(autocommit=True, application_name=f"{options['application_name']} follower")
-        connection = AnsweringConnection.connect(*arguments, **options)
+        connection = dedicated(self.store.engine, "follower")
         connection.execute(f"listen {CHANNEL}")
         return connection
 
@@ -316,8 +317,15 @@ class Follower:
         self._warned.add(message)
 
 
-def _number(names: dict[int, str], name: str | None, key: Callable[[str], str]) -> int | None:
-    """The number of a name, -2 (which nothing has) for one that is not known; None for None."""
+def _copy(settings: Settings, store: Store, checkpoint_id: str, dim: int) -> Copy:
+    """The index where LINEUP_INDEX says that it is."""
+    if settings.index is None:
+        return MemoryCopy(settings, store, checkpoint_id, dim)
+    return MilvusCopy(settings.index, store, checkpoint_id, dim)
+
+
+def _generator(names: dict[int, str], name: str | None) -> int | None:
+    """The id of a generator, by its name in any case; -2, which none has, for one that is not known; None for None."""
     if name is None:
         return None
-    return next((number for number, known in names.items() if key(known) == key(name)), -2)
+    return next((id for id, known in names.items() if known.casefold() == name.casefold()), -2)

@@ -55,6 +55,10 @@ class MemoryCopy:
         """Revision of the snapshot as it was read or written here; None where there is no good one."""
         return None if self._saved is None else self._saved[1].revision
 
+    def number(self, source: str) -> int:
+        """The number of a source; -2, which none has, for one that is not known."""
+        return next((number for number, known in self.source_names.items() if known == source), -2)
+
     @property
     def fault(self) -> str | None:
         """That the snapshot cannot be used."""

@@ -33,6 +33,9 @@ class Settings(BaseSettings):
     engine: Literal["auto", "torch", "openvino", "openvino-f32"] = "auto"
     """What embeds in serving and indexing: `auto`, which the trainer always takes, is OpenVINO on a CPU where it
     fits, else torch; `openvino-f32` never rounds to bfloat16."""
+    index: str | None = Field(default=None, repr=False)
+    """Where neighbours are searched: `milvus+http://user:password@host:19530` for a Milvus of one's own (`https` too;
+    `?index=IVF_SQ8` at the end takes a quarter of its memory); unset: in the memory of each process."""
     k: int = Field(default=10, ge=1, le=1000)
     """Neighbours that vote, a count."""
     max_false_alarm: float = Field(default=0.05, gt=0, lt=1)
@@ -49,6 +52,13 @@ class Settings(BaseSettings):
     def _is_postgres(cls, url: str | None) -> str | None:
         if url is not None and not re.match(r"postgres(ql)?(\+psycopg)?://", url):
             raise ValueError("not a URL like postgresql://user:password@host:5432/name")
+        return url
+
+    @field_validator("index")
+    @classmethod
+    def _is_engine(cls, url: str | None) -> str | None:
+        if url is not None and not re.match(r"milvus\+https?://[^/?]", url):
+            raise ValueError("not a URL like milvus+http://host:19530; unset it to search in memory")
         return url
 
     @classmethod

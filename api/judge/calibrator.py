@@ -11,6 +11,7 @@ import numpy as np
 from api.breaker import DATABASE_AWAY
 from api.schemas.verdicts import CalibrationFacts, Thresholds
 from indexer.follower import Follower
+from indexer.index.milvus import EngineAway
 from indexer.measure.calibrate import shared_calibration
 from indexer.store.changes import Position
 from trainer.heads.calibration import MINIMUM, Calibration
@@ -142,7 +143,7 @@ class Calibrator:
                 try:
                     self.refresh()
                     stale_since = now
-                except DATABASE_AWAY:  # the follower says so; the last calibration stays in use
+                except (*DATABASE_AWAY, EngineAway):  # the follower says so; the last calibration stays in use
                     self._end.wait(2)
                 except Exception:
                     log.warning("calibration failed; trying again", exc_info=True)

@@ -272,7 +272,7 @@ class Detector:
             model=self.model_facts,
             index=index,
             calibration=fitted.facts,
-            degraded=references is None,
+            degraded=references is None or not evidence.searched,
             timings_ms={stage: round(value, 3) for stage, value in times.items()},
         )
         if prepared.boxes:

@@ -10,10 +10,12 @@ import numpy as np
 
 from api.breaker import DATABASE_AWAY, Breaker
 from api.schemas import LABELS, Label
+from api.schemas.problems import ApiError
 from api.schemas.verdicts import Neighbour
 from indexer.follower import Follower
 from indexer.follower import Neighbour as IndexNeighbour
 from indexer.index.index import Neighbours
+from indexer.index.milvus import EngineAway
 from indexer.store import Store
 from indexer.store.reference_facts import Reference
 from trainer.heads.calibration import Calibration
@@ -44,6 +46,8 @@ class Evidence:
     """Calibrated combination, shape (q,), 0..1; NaN where nothing is calibrated."""
     search_ms: float
     heads_ms: float
+    searched: bool = True
+    """Whether the index answered; without it there are no neighbours, and the other heads judge alone."""
 
     @property
     def first_logits(self) -> dict[str, float]:
@@ -83,7 +87,12 @@ def gather(
         exclude_each = [np.array(ids) for ids, length in zip(excluded, lengths, strict=True) for _ in range(length)]
     embeddings = np.concatenate(stacks)  # (n, d)
     start = time.perf_counter()
-    real, fake = follower.voters(embeddings, k, exclude_each=exclude_each)  # (n, kr) and (n, kf), both at least k
+    searched = True
+    try:
+        real, fake = follower.voters(embeddings, k, exclude_each=exclude_each)  # (n, kr) and (n, kf), both at least k
+    except EngineAway:
+        real = fake = Neighbours.none(len(embeddings), k)
+        searched = False
     votes = vote(real.similarities, fake.similarities, fake.generators, k)
     search_end = time.perf_counter()
     logits = {"knn": votes.logit} | (heads.logits(embeddings) if heads else {})
@@ -100,6 +109,7 @@ def gather(
             scores=scores[part],
             search_ms=search_ms * length / len(embeddings),
             heads_ms=heads_ms * length / len(embeddings),
+            searched=searched,
         )
         for part, length in zip(parts, lengths, strict=True)
     ]
@@ -176,15 +186,22 @@ class Neighbourhood:
         embedding: np.ndarray,
         query: SearchQuery,
     ) -> tuple[list[Neighbour], int | None]:
-        """The reference images nearest to one raw embedding, shape (d,), and the offset of the next page."""
+        """The reference images nearest to one raw embedding, shape (d,), and the offset of the next page.
+
+        Raises:
+            ApiError: not-ready, where the search engine is away.
+        """
         end, label = query.offset + query.limit, None if query.label is None else LABELS.index(query.label)
-        [nearest] = self.follower.search(
-            embedding[None],  # (1, d)
-            end + 1,
-            label=label,
-            generator=query.generator,
-            source=query.source,
-        )
+        try:
+            [nearest] = self.follower.search(
+                embedding[None],  # (1, d)
+                end + 1,
+                label=label,
+                generator=query.generator,
+                source=query.source,
+            )
+        except EngineAway as error:
+            raise ApiError("not-ready", "the search engine is away", retry_after=1) from error
         page = nearest[query.offset : end]
         references = self._look_up({near.id for near in page}) or {}
         return [_described(near, references) for near in page], end if len(nearest) > end else None

@@ -22,8 +22,10 @@ export function account(verdict, options = {}) {
     { class: `verdict ${verdict.verdict}`, "aria-labelledby": id },
     verdict.degraded
       ? note(
-          "The database is away. Lineup judged from memory: nothing was recorded, and whether this file is known " +
-            "was not checked.",
+          verdict.heads.knn
+            ? "The database is away. Lineup judged from memory: nothing was recorded, and whether this file is known " +
+                "was not checked."
+            : "The database or the search engine is away. Lineup judged without neighbours, and recorded nothing.",
         )
       : null,
     h(

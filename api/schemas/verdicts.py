@@ -317,7 +317,8 @@ class Verdict(Model):
     index: IndexFacts
     calibration: CalibrationFacts | None = None
     degraded: bool = False
-    """The database is away: judged from memory, neither recorded nor compared with known hashes."""
+    """The database is away: judged from memory, neither recorded nor compared with known hashes. Or the search engine
+    of LINEUP_INDEX is: judged without neighbours, and not recorded."""
     recorded: bool = False
     """`/v1/detections/{id}` gives it again."""
     timings_ms: dict[str, float] = Field(default={})

@@ -79,6 +79,21 @@ class AnsweringConnection(psycopg.Connection[Any]):
             raise psycopg.OperationalError(f"no answer for {self.patience:g} seconds") from error
 
 
+def dedicated(engine: Engine, purpose: str) -> AnsweringConnection:
+    """A connection beside the pool, for listening and locks: one from the pool would be handed on. It commits at once.
+
+    Args:
+        engine: Where to.
+        purpose: What `pg_stat_activity` calls it.
+
+    Raises:
+        psycopg.OperationalError: The database cannot be reached.
+    """
+    arguments, options = engine.dialect.create_connect_args(engine.url)
+    options.update(autocommit=True, application_name=f"{options['application_name']} {purpose}")
+    return AnsweringConnection.connect(*arguments, **options)
+
+
 def connect(settings: Settings, *, check: bool = True, statement_seconds: int = 0) -> Engine:
     """An engine on a database that answers; without `database_url` the embedded server is started and migrated.
 

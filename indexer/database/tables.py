@@ -186,6 +186,21 @@ class TimelineRow(Base):
     nonce: Mapped[UUID] = mapped_column(server_default=sa.text("gen_random_uuid()"))
 
 
+class ShipmentRow(Base):
+    """How far a checkpoint's references are in a search engine: its collection, and the time that searches name."""
+
+    __tablename__ = "shipment"
+
+    checkpoint_id: Mapped[str] = mapped_column(sa.ForeignKey("checkpoint.id", ondelete="CASCADE"), primary_key=True)
+    collection: Mapped[str]
+    revision: Mapped[int] = mapped_column(sa.BigInteger)
+    nonce: Mapped[UUID | None]
+    timestamp: Mapped[int] = mapped_column(sa.BigInteger)
+    real: Mapped[int] = mapped_column(sa.BigInteger)
+    fake: Mapped[int] = mapped_column(sa.BigInteger)
+    recall: Mapped[float] = mapped_column(sa.Double)
+
+
 class EmbeddingRow(Base):
     """What a checkpoint made of an image: raw float32, little-endian."""
 

@@ -29,11 +29,28 @@ class Neighbours:
         return len(self.ids)
 
     @classmethod
+    def none(cls, q: int, k: int) -> "Neighbours":
+        """Nothing but padding for q queries."""
+        numbers, labels = np.full((q, k), -1, np.int32), np.full((q, k), -1, np.int8)
+        similarities = np.full((q, k), np.nan, np.float32)
+        return cls(numbers.astype(np.int64), similarities, labels, numbers, numbers.copy())
+
+    @classmethod
     def joined(cls, parts: "Sequence[Neighbours]", axis: int = 0) -> "Neighbours":
         """At least one part: their queries one after the other, or for axis 1 the neighbours of the same queries."""
         if len(parts) == 1:
             return parts[0]
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts], axis) for field in fields(cls)))
+
+    def row(self, number: int) -> "Neighbours":
+        """Those of one query."""
+        return self._each(lambda column: column[number : number + 1])  # (1, k)
+
+    def where(self, kept: np.ndarray) -> "Neighbours":
+        """Padding in place of the neighbours where this is False, shape (q, k), bool."""
+        padding = Neighbours.none(*kept.shape)
+        pairs = ((getattr(self, field.name), getattr(padding, field.name)) for field in fields(self))
+        return Neighbours(*(np.where(kept, column, none) for column, none in pairs))
 
     def first(self, k: int) -> "Neighbours":
         """The k nearest of the first query."""

@@ -13,6 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from indexer.follower import Follower
+from indexer.index.milvus import EngineAway
 from indexer.measure.near_duplicates import related_references
 from indexer.settings import Settings
 from trainer.heads.calibration import METHOD, MINIMUM, Calibration, fit_calibration
@@ -125,8 +126,8 @@ def newcomers(follower: Follower, images: CalibrationSet, known: Collection[str]
 def recalibrate(settings: Settings, follower: Follower, folder: Path | None = None) -> Calibration | None:
     """The calibration at the follower's revision: the saved one, else `calibrate` with what its checkpoint holds.
 
-    None where the checkpoint is not on this machine, or its heads or calibration images are missing or broken:
-    references have been changed all the same, and a warning says what mends the checkpoint.
+    None where the checkpoint is not on this machine, its heads or calibration images are missing or broken, or the
+    search engine is away: references have been changed all the same, and a warning says what mends it.
 
     Args:
         settings: They hold k, and where checkpoints are looked for.
@@ -145,7 +146,11 @@ def recalibrate(settings: Settings, follower: Follower, folder: Path | None = No
     if not images and saved_calibration(follower, heads, follower.revision, settings.k) is None:
         log.warning("not calibrated: %s holds no calibration images: run `%s`", folder, refit_command(folder))
         return None
-    return shared_calibration(follower, heads, images, settings.k)
+    try:
+        return shared_calibration(follower, heads, images, settings.k)
+    except EngineAway as error:  # services calibrate as soon as it is back
+        log.warning("not calibrated: %s", error)
+        return None
 
 
 def shared_calibration(follower: Follower, heads: Heads, images: CalibrationSet, k: int) -> Calibration:

@@ -11,6 +11,7 @@ import numpy as np
 from sqlalchemy import text
 
 from indexer.follower import Follower
+from indexer.index.milvus import EngineAway
 from indexer.measure.audit import fact_warnings
 from indexer.measure.calibrate import recalibrate
 from indexer.measure.near_duplicates import related_references
@@ -133,7 +134,9 @@ def consequences(settings: Settings, follower: Follower, enrolment: int) -> dict
         earlier = _calibration_before(follower, heads.id, enrolment)
         rates = settings.max_false_alarm, settings.max_miss
         judges = Judges(heads, earlier, recalibrate(settings, follower, folder), rates)
-    change = effect(follower, enrolment, calibration, settings.k, judges)
+    change = None
+    with suppress(EngineAway):  # the references are there, and found as soon as it is back
+        change = effect(follower, enrolment, calibration, settings.k, judges)
     return {"effect": change, "warnings": blindness(change) + fact_warnings(follower.store)}
 
 

@@ -11,6 +11,7 @@ from indexer.store.enrolments import Enrolments
 from indexer.store.generators import Generators
 from indexer.store.keys import ApiKeys
 from indexer.store.references import References
+from indexer.store.shipments import Shipments
 
 __all__ = ["Store"]
 
@@ -26,6 +27,7 @@ class Store(Rows):
         self.enrolments = Enrolments(engine)
         self.references = References(engine, self.checkpoints, self.generators)
         self.changes = Changes(engine)
+        self.shipments = Shipments(engine)
         self.detections = Detections(engine)
         self.keys = ApiKeys(engine)
 

@@ -30,6 +30,8 @@ from api.service_settings import ServiceSettings
 from indexer import follower
 from indexer.follower import Neighbour
 from indexer.index.index import Neighbours
+from indexer.index.milvus import EngineAway
+from indexer.index.vector_index import VectorIndex
 from indexer.store.detections import Detection
 from indexer.store.reference_facts import Reference
 from trainer.heads.calibration_set import refit_command
@@ -504,6 +506,31 @@ def test_while_the_database_is_away_memory_answers(detector: Detector, monkeypat
     monkeypatch.undo()
     assert detector.store.detections.get(UUID(verdict.id)) is None
     assert not judged(detector, query(50)).degraded
+
+
+def test_while_the_search_engine_is_away_the_other_heads_judge(
+    detector: Detector, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = image_folder / "fake" / "gen-b" / "003.png"
+    reference = Upload(path.name, path.read_bytes())
+    usual = judged(detector, query(50))
+
+    def away(*args: object, **options: object) -> None:
+        raise EngineAway("the search engine is away")
+
+    for name in ("search", "search_both"):
+        monkeypatch.setattr(VectorIndex, name, away)
+    verdict, known = judged(detector, query(50)), judged(detector, reference)
+    assert (verdict.degraded, verdict.recorded) == (True, False)
+    assert (verdict.heads.knn, verdict.heads.nn1, verdict.neighbours) == (None, None, [])
+    assert verdict.heads.linear == usual.heads.linear.model_copy(  # type: ignore[union-attr]
+        update={"contribution": verdict.heads.linear and verdict.heads.linear.contribution}
+    )
+    assert verdict.score is not None
+    assert (known.basis, known.verdict, known.degraded) == ("known", "fake", True)
+    with pytest.raises(ApiError, match="the search engine is away") as caught:
+        detector.neighbourhood.search(np.ones(detector.embedder.dim), SearchQuery())
+    assert caught.value.kind == "not-ready"
 
 
 def test_while_the_database_is_away_what_may_be_the_image_itself_does_not_vote(

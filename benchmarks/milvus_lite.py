@@ -1,6 +1,6 @@
 """Milvus Lite for `benchmarks.peers`, in an environment of its own: its wheels and FAISS's overwrite each other.
 
-    python benchmarks/milvus.py VECTORS.npy QUERIES.npy KIND K FOLDER
+    python benchmarks/milvus_lite.py VECTORS.npy QUERIES.npy KIND K FOLDER
 
 Loads the vectors, unless the folder has them from an earlier call, and prints how long that took (NaN where it has).
 Then answers each line "SIZE" (how many queries) with the seconds that the search took and the ids that it found, as
@@ -25,7 +25,7 @@ PARAMETERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def main(vectors_file: str, queries_file: str, kind: str, k: str, folder: str) -> None:
     """Serve until the input ends."""
-    from pymilvus import DataType, MilvusClient  # type: ignore[import-not-found]
+    from pymilvus import DataType, MilvusClient
 
     vectors, queries = np.load(vectors_file, mmap_mode="r"), np.load(queries_file)
     build, search = PARAMETERS[kind]

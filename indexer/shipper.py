@@ -1,0 +1,229 @@
+"""Bring the rows of a checkpoint into the search engine: one process at a time, in the order of their revisions.
+
+Additions are upserts and removals are deletions by primary key, so that repeating what was half done does no harm. The
+order of one revision: the collection's mark says what is begun, the rows follow, the mark is written again, and its
+time goes to Postgres, from where every process takes what its searches ask for.
+
+Whoever holds an advisory lock of Postgres leads, and publishes over the very connection that holds it: a process that
+has lost its lock may still repeat rows that are in the engine already, and publishes nothing.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import Any, LiteralString
+from uuid import UUID
+
+import numpy as np
+import psycopg
+
+from indexer.database.connection import AnsweringConnection, dedicated
+from indexer.database.transactions import CHANNEL
+from indexer.index.milvus import EngineAway, Milvus
+from indexer.store import Store
+from indexer.store.changes import Additions, Position, Removals
+from indexer.store.shipments import Shipment, hold, publish, switch
+
+log = logging.getLogger(__name__)
+
+GRACE = 3.0
+"""Seconds for which a collection outlives the switch to another: every process has heard of it by then."""
+
+
+class AlreadyRebuilding(RuntimeError):
+    """Another process is loading a new collection."""
+
+
+class Shipper:
+    """One process's part in it; others may take over at any time. Threads may share it.
+
+    Args:
+        store: The rows.
+        engine: Where they go.
+        checkpoint_id: Whose embeddings.
+        dim: Their length.
+    """
+
+    def __init__(self, store: Store, engine: Milvus, checkpoint_id: str, dim: int) -> None:
+        self.store, self.engine, self.checkpoint_id, self.dim = store, engine, checkpoint_id, dim
+        self.leads = False
+        self._connection: AnsweringConnection | None = None
+        self._verified: str | None = None  # the collection that was seen to continue this history
+        self._working = threading.RLock()
+
+    def lead(self) -> bool:
+        """Whether this process leads from now on.
+
+        Raises:
+            psycopg.OperationalError: The database cannot be reached.
+        """
+        with self._working:
+            try:
+                self._connected()
+                if self.leads:
+                    self._row("select 1")  # whether the lock is still ours: it goes with the connection
+                else:
+                    (self.leads,) = self._row("select pg_try_advisory_lock(%s)", self._lock("ship"))
+            except psycopg.Error:
+                self.resign()
+                raise
+            return self.leads
+
+    def resign(self) -> None:
+        """Let another process lead."""
+        with self._working:
+            if self._connection is not None:
+                self._connection.close()
+            self._connection, self.leads, self._verified = None, False, None
+
+    def wait(self, seconds: float) -> None:
+        """Return once something was written, or after so many seconds."""
+        next(self._connected().notifies(timeout=seconds, stop_after=1), None)
+
+    def ship(self) -> None:
+        """Bring the engine to the latest revision; only while this process leads.
+
+        Raises:
+            EngineAway: The engine does not answer; repeating it goes on from the last revision that was published.
+            WrongEngine: It holds something else under the collection's name.
+        """
+        with self._working:
+            latest = self.store.shipments.latest(self.checkpoint_id)
+            seen = Position() if latest is None else latest.position
+            target, stands = self.store.changes.position(self.checkpoint_id, seen)
+            try:
+                if latest is None or not stands or not self._continues(latest.collection):
+                    self.rebuild()
+                elif target != latest.position:
+                    publish(self._connected(), self.checkpoint_id, self._extended(latest, target))
+            except EngineAway:
+                self._verified = None  # what comes back may be another
+                raise
+
+    def rebuild(self, on_rows: Callable[[int], None] = lambda rows: None) -> Shipment:
+        """Load a new collection from the rows, have searches use it, and drop the others of this checkpoint.
+
+        It may be called while another process leads, which goes on with the old collection until the switch.
+
+        Args:
+            on_rows: Called with how many rows have come into the new collection since the last time.
+
+        Raises:
+            AlreadyRebuilding: Another process is at it.
+            EngineAway: The engine does not answer; searches go on with the old collection.
+        """
+        with self._working:
+            lock = self._lock("rebuild")
+            if not self._row("select pg_try_advisory_lock(%s)", lock)[0]:
+                raise AlreadyRebuilding("another process is loading a new collection: wait until it has ended")
+            try:
+                return self._rebuild(on_rows)
+            finally:
+                if self._connection is not None and not self._connection.closed:
+                    self._row("select pg_advisory_unlock(%s)", lock)
+
+    def _rebuild(self, on_rows: Callable[[int], None]) -> Shipment:
+        prefix = f"lineup_{self.store.id().replace('-', '')}_{self.checkpoint_id}"
+        before = self.store.shipments.latest(self.checkpoint_id)
+        for name in self.engine.collections(prefix):
+            if before is None or name != before.collection:  # of a rebuild that did not come to its end
+                self.engine.drop(name)
+        log.info("loading a new collection of checkpoint %s", self.checkpoint_id)
+        shipment = Shipment(self.engine.create(prefix, self.dim))
+        for _ in range(2):  # the second time is quick, and the switch waits for what is left then
+            target, _ = self.store.changes.position(self.checkpoint_id, shipment.position)
+            shipment = self._extended(shipment, target, on_rows, empty=not shipment.timestamp)
+        self.engine.settle(shipment.collection)
+        connection = self._connected()
+        with connection.transaction():
+            hold(connection, self.checkpoint_id)
+            target, _ = self.store.changes.position(self.checkpoint_id, shipment.position)
+            shipment = self._extended(shipment, target, on_rows)
+            switch(connection, self.checkpoint_id, shipment)
+        self._verified = shipment.collection
+        self.engine.point(prefix, shipment.collection)
+        others = [name for name in self.engine.collections(prefix) if name != shipment.collection]
+        if others:
+            time.sleep(GRACE)
+        for name in others:
+            self.engine.drop(name)
+        return shipment
+
+    def _extended(
+        self,
+        shipment: Shipment,
+        target: Position,
+        on_rows: Callable[[int], None] = lambda rows: None,
+        *,
+        empty: bool = False,
+    ) -> Shipment:
+        """The collection at another position; its mark is written before the rows and after them.
+
+        Args:
+            shipment: Its present state, or an earlier one that an interrupted call began from.
+            target: Up to where.
+            on_rows: Called with how many rows have come in since the last time.
+            empty: Nothing was ever written to it, so that nothing need be removed.
+        """
+        name, seen = shipment.collection, shipment.position.revision
+        self._mark(name, target)
+        for change in self.store.changes.between(self.checkpoint_id, seen, target.revision):
+            if isinstance(change, Additions):
+                self._upsert(name, change)
+                on_rows(len(change.ids))
+            elif not empty:
+                self._delete(name, change)
+        timestamp = self._mark(name, target)
+        counts = (self.engine.counts(name, 0), self.engine.counts(name, 1))
+        recall = shipment.recall
+        if sum(counts).bit_length() != len(shipment).bit_length():  # now and then: it costs whole searches
+            recall = min(self.engine.recall(name, label, count) for label, count in enumerate(counts))
+        return Shipment(name, target, timestamp, *counts, recall)
+
+    def _upsert(self, collection: str, added: Additions) -> None:
+        sources = np.array(added.sources, object)
+        for label in (0, 1):
+            rows = added.labels == label
+            if rows.any():
+                columns = (added.ids[rows], added.vectors[rows], added.generators[rows], sources[rows].tolist())
+                self.engine.upsert(collection, label, *columns)
+
+    def _delete(self, collection: str, removed: Removals) -> None:
+        self.engine.delete(collection, removed.ids)
+
+    def _mark(self, collection: str, position: Position) -> int:
+        return self.engine.mark(collection, f"{position.revision} {position.nonce}", self.dim)
+
+    def _continues(self, collection: str) -> bool:
+        """Whether the engine has the collection, filled from the history that the database has."""
+        if self._verified != collection:
+            if not self.engine.holds(collection, self.dim):
+                return False
+            mark = self.engine.read_mark(collection)
+            if mark is None:
+                return False
+            revision, nonce = mark.split()
+            begun = Position(int(revision), None if nonce == "None" else UUID(nonce))
+            _, stands = self.store.changes.position(self.checkpoint_id, begun)
+            if not stands:
+                log.warning("the database was restored from a backup: loading a new collection")
+                return False
+            self._verified = collection
+        return True
+
+    def _lock(self, purpose: str) -> int:
+        """The advisory lock of this checkpoint for a purpose."""
+        digest = blake2b(f"lineup {purpose} {self.checkpoint_id}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big", signed=True)
+
+    def _row(self, query: LiteralString, *values: object) -> Any:
+        return self._connected().execute(query, values).fetchone()
+
+    def _connected(self) -> AnsweringConnection:
+        """The connection that holds the locks: without it they are gone."""
+        if self._connection is None or self._connection.closed:
+            self._connection, self.leads = dedicated(self.store.engine, "shipper"), False
+            self._connection.execute(f"listen {CHANNEL}")
+        return self._connection
