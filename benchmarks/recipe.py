@@ -7,6 +7,7 @@
 about the clipping of the gradient. A run that was interrupted goes on where it stopped; test images are not looked at.
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
+from scipy.stats import t
 
 from benchmarks.ablation import short_run
 from trainer.fit.fit_settings import FitSettings
@@ -29,6 +31,7 @@ LITTLE: dict[str, dict[str, Any]] = {
     "centres": {"proxies": 1.0},
     "average of weights": {"ema": 0.99},
     "convolutions": {"architecture_args": '{"depth": 6, "stem": "conv"}'},
+    "convolutions on the residual": {"architecture_args": '{"depth": 6, "stem": "residual"}'},
     "teacher": {"teacher_weight": 5.0},
 }
 """Settings of a choice, by its name. The windows of one contain those of another, so either may be left out alone."""
@@ -75,7 +78,7 @@ def main(
     architecture_args: Annotated[str, typer.Option(help="JSON of the small backbone.")] = '{"depth": 6}',
     teacher: Annotated[str | None, typer.Option(help="As --teacher of fit.")] = None,
 ) -> None:
-    """Train the variants, and print the validation AUROC of the linear head by seed, mean and deviation."""
+    """Train the variants; print the validation AUROC of the linear head by seed, and the gain over the first one."""
     base = replace(
         short_run(data, out, updates),
         image_size=image_size,
@@ -90,17 +93,27 @@ def main(
     names = only.split(",") if only else list(variants)
     if unknown := set(names) - set(variants):
         raise typer.BadParameter(f"no such variant: {', '.join(sorted(unknown))}; there are {', '.join(variants)}")
-    print(f"| variant | updates | {' | '.join(f'seed {seed}' for seed in range(seeds))} | mean | deviation |")
+    print(f"| variant | updates | {' | '.join(f'seed {seed}' for seed in range(seeds))} | mean | against {names[0]} |")
     print(f"|---|---:|{'---:|' * (seeds + 2)}")
+    first: np.ndarray | None = None
     for name in names:
         runs = [train(variants[name], name, seed) for seed in range(seeds)]
         areas = np.array([100 * run["validation"]["linear"]["auroc"] for run in runs])
         count = round(np.mean([run["training"]["updates"] for run in runs]))
-        spread = f"{areas.std(ddof=1):.1f}" if seeds > 1 else "-"
+        gain = "-" if first is None else gain_of(areas - first)
+        first = areas if first is None else first
         print(
-            f"| {name} | {count} | {' | '.join(f'{a:.1f}' for a in areas)} | {areas.mean():.1f} | {spread} |",
+            f"| {name} | {count} | {' | '.join(f'{a:.1f}' for a in areas)} | {areas.mean():.1f} | {gain} |",
             flush=True,
         )
+
+
+def gain_of(differences: np.ndarray) -> str:
+    """The mean of differences, seed by seed, shape (s,), with its 95 % interval by Student's distribution."""
+    if len(differences) < 2:
+        return f"{differences.mean():+.1f}"
+    half = t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / math.sqrt(len(differences))
+    return f"{differences.mean():+.1f} ({differences.mean() - half:+.1f}..{differences.mean() + half:+.1f})"
 
 
 def train(settings: FitSettings, name: str, seed: int) -> dict[str, Any]:
