@@ -35,7 +35,7 @@ define NEXT
 @echo "Then lineup serve opens the page again; a lean installation without torch (pip install '.[cpu]') serves it too."
 endef
 
-.PHONY: demo demo-train test check docs bench soak audit sbom clean
+.PHONY: demo demo-train test check docs bench soak audit manifests sbom clean
 .DEFAULT_GOAL := help
 
 help:
@@ -45,6 +45,7 @@ help:
 	@echo "make check        lint, types, import contracts, migrations"
 	@echo "make docs         the pages of docs/ as a site, in build/site, with what is drawn from the code anew"
 	@echo "make audit        known vulnerabilities of what the lock names;  make sbom: what each image holds, in build/sbom"
+	@echo "make manifests    what Kubernetes's schemas say of docker/kubernetes.yml"
 	@echo "make bench        speed of search, training and serving;  make soak: the campaign   (PART=fuzz|kills|faults|load)"
 
 # The lock holds hashes of CUDA 13 packages whose version pins only a current pip can read.
@@ -125,6 +126,9 @@ audit: $(TOOLS)/.locked
 		{ echo "not audited: the database of vulnerabilities (OSV) cannot be reached from here" >&2; exit 1; }
 	for lock in requirements.lock docker/faiss-cpu.lock docker/pip.lock tools.lock; do \
 		$(TOOLS)/pip-audit --strict --vulnerability-service osv --disable-pip --require-hashes --requirement $$lock || exit 1; done
+
+manifests: $(TOOLS)/.locked
+	$(TOOLS)/kubernetes-validate --strict docker/kubernetes.yml
 
 build/sbom/lean.json: EXTRAS := cpu
 build/sbom/cpu.json: EXTRAS := cpu train

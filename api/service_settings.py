@@ -14,10 +14,11 @@ from indexer.settings import Settings, SettingsError
 
 ELSEWHERE = (
     *("LINEUP_DB_PASSWORD", "LINEUP_CHECKPOINT_DIR", "LINEUP_TARGET"),
+    *("LINEUP_TLS_DIR", "LINEUP_IMAGES_DIR", "LINEUP_ADDRESS"),
     *("LINEUP_TEST_DEBIAN", "LINEUP_SOAK_MINUTES", "LINEUP_SOAK_REPORT", "LINEUP_SOAK_FILES", "LINEUP_SOAK_SEQUENCES"),
     *("LINEUP_SOAK_KILLS", "LINEUP_SOAK_REQUESTS"),
 )
-"""Variables that are no settings: docker's compose file reads the first, the tests the others."""
+"""Variables that are no settings: docker's compose file reads the first six, the tests the others."""
 CLOSE = 0.8
 """Likeness, 0..1, from which on a name is a misspelt setting; those of a Service called lineup are below."""
 ADDRESS = re.compile(r"[a-z]+://")

@@ -23,7 +23,7 @@ class Settings(BaseSettings):
     """Folder for the embedded database, index snapshots and the default checkpoint."""
     database_url: str | None = Field(default=None, repr=False)
     """PostgreSQL to use, `postgresql://user:password@host:port/name`; unset: an embedded one under the home folder."""
-    database_connections: int = Field(default=24, ge=4)
+    database_connections: int = Field(default=20, ge=4)
     """Connections to PostgreSQL that one process opens at most, beside the one that it listens on; all processes
     together must stay below its `max_connections`."""
     checkpoint: Path | None = None

@@ -20,6 +20,7 @@ from api.service_settings import ServiceSettings
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 COMPOSE = (ROOT / "docker" / "compose.yml").read_text()
+NGINX = (ROOT / "docker" / "nginx.conf").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +109,10 @@ def test_containers_are_confined(services: dict[str, Any]) -> None:
         assert "cap_add" not in service, name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert service["read_only"] is True, name
-        assert service["mem_limit"] in ("2g", "4g"), name
+        assert service["mem_limit"] in ("1g", "2g", "4g"), name
         assert 64 <= service["pids_limit"] <= 1024, name
         assert service["tmpfs"], name
-        assert service.get("user", "lineup") in ("lineup", "postgres"), name
+        assert service.get("user", "lineup") in ("lineup", "postgres", "101"), name
     [size] = re.findall(r"/tmp:size=(\d+)m", str(services["api"]["tmpfs"]))
     assert int(size) * 2**20 > ServiceSettings.model_fields["max_inflight_bytes"].default
 
@@ -128,19 +129,100 @@ def test_services_wait_for_each_other(services: dict[str, Any]) -> None:
         "db": {},
         "migrate": {"db": {"condition": "service_healthy"}},
         "key": {"migrate": {"condition": "service_completed_successfully"}},
+        "indexer": {"migrate": {"condition": "service_completed_successfully"}},
         "api": {"key": {"condition": "service_completed_successfully"}},
+        "proxy": {"api": {"condition": "service_healthy"}},
+        "backup": {"db": {"condition": "service_healthy"}},
     }
     assert services["api"]["init"] is True
-    assert services["api"]["ports"] == ["127.0.0.1:8000:8000"]
+
+
+def test_replicas_are_reached_through_the_proxy_alone(services: dict[str, Any]) -> None:
+    assert {name for name, service in services.items() if "ports" in service} == {"proxy"}
+    published = [port.rpartition(":")[2] for port in services["proxy"]["ports"]]
+    assert published == re.findall(r"listen (\d+)", NGINX) == ["8080", "8443"]
+    assert all(port.startswith("${LINEUP_ADDRESS:-127.0.0.1}:") for port in services["proxy"]["ports"])
+    [place] = [mount.split(":/")[1].split(":")[0] for mount in services["proxy"]["volumes"] if "TLS" in mount]
+    assert set(re.findall(r"ssl_certificate\S* /(\S+)/\w+\.pem", NGINX)) == {place}
+    assert NGINX.count("{") == NGINX.count("}")
+
+
+def test_limits_of_the_proxy_go_with_the_settings(services: dict[str, Any]) -> None:
+    defaults = {name: field.default for name, field in ServiceSettings.model_fields.items()}
+    [body], [seconds] = re.findall(r"client_max_body_size (\d+)m", NGINX), re.findall(r"read_timeout (\d+)s", NGINX)
+    assert int(body) * 2**20 == defaults["max_request_bytes"]
+    assert int(seconds) > defaults["request_seconds"]
+    annotations = kubernetes()["Ingress"]["metadata"]["annotations"]
+    assert annotations["nginx.ingress.kubernetes.io/proxy-body-size"] == f"{body}m"
+    assert annotations["nginx.ingress.kubernetes.io/proxy-read-timeout"] == seconds
+    assert services["api"]["stop_grace_period"] == f"{seconds}s"
+
+
+def test_replicas_and_an_indexer_find_connections(services: dict[str, Any]) -> None:
+    each = ServiceSettings.model_fields["database_connections"].default + 1  # the follower has its own
+    for replicas in (services["api"]["deploy"]["replicas"], kubernetes()["Deployment"]["spec"]["replicas"]):
+        assert replicas == 3
+        assert (replicas + 1) * each <= 97  # of Postgres's 100, three are for administrators
+
+
+def kubernetes() -> dict[str, Any]:
+    """The manifest's documents by kind; of two claims of a volume the last one."""
+    documents = list(yaml.safe_load_all((ROOT / "docker" / "kubernetes.yml").read_text()))
+    return {document["kind"]: document for document in documents}
+
+
+def pods() -> dict[str, Any]:
+    """What a pod of each workload is, by kind."""
+    kinds = kubernetes()
+    jobs = {"Job": kinds["Job"], "CronJob": kinds["CronJob"]["spec"]["jobTemplate"], "Deployment": kinds["Deployment"]}
+    return {kind: job["spec"]["template"]["spec"] for kind, job in jobs.items()}
+
+
+def test_pods_are_confined() -> None:
+    for kind, pod in pods().items():
+        assert pod["securityContext"]["runAsNonRoot"] is True, kind
+        assert pod["enableServiceLinks"] is False, kind  # or a Service would set variables named like settings
+        assert pod["automountServiceAccountToken"] is False, kind
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in pod.get("initContainers", []) + pod["containers"]:
+            rights = container["securityContext"]
+            assert rights["capabilities"]["drop"] == ["ALL"], kind
+            assert rights["allowPrivilegeEscalation"] is False, kind
+            assert rights["readOnlyRootFilesystem"] is True, kind
+            assert container["resources"]["limits"]["memory"], kind
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes, kind
+    [uid] = re.findall(r"--uid (\d+)", DOCKERFILE)
+    assert pods()["Deployment"]["securityContext"]["runAsUser"] == int(uid)
+
+
+def test_what_kubernetes_is_told_belongs_together() -> None:
+    kinds, pod = kubernetes(), pods()["Deployment"]
+    labels = kinds["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    for kind in ("Deployment", "PodDisruptionBudget"):
+        assert kinds[kind]["spec"]["selector"]["matchLabels"] == labels
+    assert kinds["Service"]["spec"]["selector"] == labels
+    [path] = kinds["Ingress"]["spec"]["rules"][0]["http"]["paths"]
+    assert path["backend"]["service"]["name"] == kinds["Service"]["metadata"]["name"]
+    [container], [migration] = pod["containers"], pod["initContainers"]
+    for arguments in (container["args"], migration["args"], pods()["Job"]["containers"][0]["args"][:2]):
+        assert CliRunner().invoke(app, [*arguments, "--help"]).exit_code == 0, arguments
+    for one in (container, migration, *pods()["Job"]["containers"]):
+        names = {variable["name"].removeprefix("LINEUP_").lower() for variable in one["env"]}
+        assert names <= set(ServiceSettings.model_fields)
+    probes = {container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "liveness", "readiness")}
+    assert probes == {"/health/live", "/health/ready"}
+    assert pod["terminationGracePeriodSeconds"] > ServiceSettings.model_fields["request_seconds"].default + 5
+    memory = pod["volumes"][1]["emptyDir"]["sizeLimit"].removesuffix("Mi")
+    assert int(memory) * 2**20 > ServiceSettings.model_fields["max_inflight_bytes"].default
 
 
 def test_the_checkpoint_lies_where_it_is_found_unnamed(services: dict[str, Any]) -> None:
     [home] = re.findall(r"LINEUP_HOME=(\S+)", DOCKERFILE)
-    mounts = services["api"]["volumes"]
-    assert mounts == [
-        f"home:{home}",
-        f"${{LINEUP_CHECKPOINT_DIR:-../pretrained/checkpoint}}:{home}/checkpoint:ro",
-    ]
+    for name in ("api", "indexer"):
+        assert services[name]["volumes"][:2] == [
+            f"home:{home}",
+            f"${{LINEUP_CHECKPOINT_DIR:-../pretrained/checkpoint}}:{home}/checkpoint:ro",
+        ]
     named = [name for name, service in services.items() if "LINEUP_CHECKPOINT" in service.get("environment", {})]
     assert (named, "LINEUP_CHECKPOINT" in DOCKERFILE) == ([], False)  # or no switch would be followed
 

@@ -110,7 +110,7 @@ def test_a_misspelt_variable_stops_training_too() -> None:
 
 
 def test_every_variable_that_something_reads_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [path.read_text() for path in (ROOT / "docker").iterdir()]
+    texts = [path.read_text() for path in (ROOT / "docker").rglob("*") if path.is_file()]
     texts += [path.read_text() for path in (ROOT / "tests").rglob("*.py") if path.name != Path(__file__).name]
     named = set(re.findall(r"LINEUP_[A-Z_]*[A-Z]", "".join(texts)))
     assert set(ELSEWHERE) <= named
