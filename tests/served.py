@@ -16,8 +16,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import httpx2
+import psutil
 from conftest import small_image
 
 from indexer.database.embedded import EmbeddedServer
@@ -56,6 +58,14 @@ def short_folder(disk: str = "") -> Iterator[Path]:
         if folder.is_mount():
             subprocess.run(["umount", folder], check=True)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def clock_stepped(seconds: float) -> Iterator[None]:
+    """As after a step of the clock, by which the system tells when each process was started."""
+    create_time = psutil.Process.create_time
+    with patch.object(psutil.Process, "create_time", lambda process: create_time(process) + seconds):
+        yield
 
 
 @contextmanager

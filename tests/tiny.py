@@ -23,3 +23,15 @@ def tiny_settings(data: Path, output: Path) -> FitSettings:
         head_images=200,
         device="cpu",
     )
+
+
+def tiny_command(data: Path, output: Path) -> list[str]:
+    """The arguments of `lineup train` for one such epoch."""
+    options = {"image-size": 32, "batch-size": 4, "epoch-steps": 3, "epochs": 1, "workers": 0, "head-images": 200}
+    command = ["fit", "--data", str(data), "--output", str(output), "--architecture-args", TINY, "--json"]
+    return [
+        *command,
+        "--device",
+        "cpu",
+        *(part for name, value in options.items() for part in (f"--{name}", str(value))),
+    ]

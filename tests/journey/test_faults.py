@@ -5,7 +5,9 @@ A small form runs with the other tests, `make soak PART=faults` the full one.
 
 import json
 import logging
+import os
 import resource
+import shutil
 import socket
 import struct
 import subprocess
@@ -25,19 +27,24 @@ import pytest
 import torch
 from conftest import new_database
 from fastapi.testclient import TestClient
-from served import ROOT, Load, Served, png, served, short_folder, stored, wait_until_back
+from served import ROOT, Load, Served, clock_stepped, png, served, short_folder, stored, wait_until_back
 from sqlalchemy import URL
+from tiny import tiny_command
+from typer.testing import CliRunner
 
 from api.http.app import create_app
 from api.judge.loader import load_detector
 from api.service_settings import ServiceSettings
 from indexer.database.embedded import EmbeddedFailure, EmbeddedServer
+from trainer.__main__ import app as training
 from trainer.fit.state import RunState
+from trainer.model.checkpoint import read_id
 
 Record = Callable[[str, object], None]
 ENDING = "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid() and backend_type = %s"
 DISK = "size=256m,mode=755"
 REQUEST_SECONDS = 20
+RESTORES = 5
 RESET = struct.pack("ii", 1, 0)
 """SO_LINGER that makes close() reset the connection."""
 
@@ -76,14 +83,20 @@ def ended(home: Path, seconds: float) -> None:
         time.sleep(1)
 
 
+def fill(disk: Path, room: int = 0) -> None:
+    """Leave only so many bytes of a disk, beside a file `filling`."""
+    with suppress(OSError), (disk / "filling").open("wb", buffering=0) as filling:
+        while True:
+            filling.write(bytes(2**16))
+    os.truncate(disk / "filling", (disk / "filling").stat().st_size - room)
+
+
 def filled(home: Path, seconds: float) -> None:
     """Leave no room on the disk for so long, not even for the next segment of the database's log."""
     if not home.is_mount():
         pytest.skip("needs the right to mount a disk that it can fill")
     url = EmbeddedServer(home).start().set(drivername="postgresql").render_as_string(hide_password=False)
-    with suppress(OSError), (home / "filling").open("wb", buffering=0) as filling:
-        while True:
-            filling.write(bytes(2**16))
+    fill(home)
     with suppress(EmbeddedFailure):
         EmbeddedServer(home).start()  # as a command that begins now
     with suppress(psycopg.OperationalError), psycopg.connect(url, autocommit=True) as connection:
@@ -93,8 +106,17 @@ def filled(home: Path, seconds: float) -> None:
     (home / "filling").unlink()
 
 
+def left_by_other_clocks(home: Path, seconds: float) -> None:
+    """Let a command come and go each second, by a clock that is an hour before or behind."""
+    for turn in range(round(seconds)):
+        with clock_stepped(3600 * (-1) ** turn):
+            EmbeddedServer(home).start()
+            EmbeddedServer(home).leave()
+        time.sleep(1)
+
+
 Fault = Callable[[Path, float], None]
-FAULTS: list[Fault] = [stopped, crashed, ended, filled]
+FAULTS: list[Fault] = [stopped, crashed, ended, filled, left_by_other_clocks]
 
 
 @pytest.mark.timeout(900)
@@ -121,7 +143,9 @@ def test_a_database_that_fails_under_load_loses_nothing(
         wait_until_back(service.address)
         load.away.clear()
         time.sleep(1)
-    record_property("tried", f"database {fault.__name__} for {seconds:g} s, {load.answers.total():,} answers")
+    record_property(
+        "tried", f"database {fault.__name__.replace('_', ' ')} for {seconds:g} s, {load.answers.total():,} answers"
+    )
     record_property("failed", len(load.wrong))
     assert load.wrong == []
     with httpx2.Client(base_url=service.address, timeout=60) as client:
@@ -131,12 +155,52 @@ def test_a_database_that_fails_under_load_loses_nothing(
     assert state["index"]["revision"] == state["revision"]
     lines = [json.loads(line) for line in service.log.read_text()[log_begin:].splitlines()]
     told = Counter(line["message"].partition(",")[0] for line in lines if line["logger"] == "indexer.follower")
-    times = told.pop("the database is away")
-    assert told.pop("the database is back") == times <= (seconds + 1 if fault is ended else 1)
+    times = told.pop("the database is away", 0)
+    assert told.pop("the database is back", 0) == times <= (seconds + 1 if fault is ended else 1)
+    assert (times == 0) == (fault is left_by_other_clocks)
     assert told.total() <= (1 if fault is filled else 0), told  # why it does not start again, once
     assert [line for line in lines if "error" in line] == []  # a traceback
     users = json.loads((service.home / "postgres.users.json").read_text())
     assert service.process.pid in [pid for pid, _ in users]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_database_restored_to_an_older_state_is_followed(
+    service: Served, tmp_path: Path, record_property: Record
+) -> None:
+    """Again and again, so that other references come under the ids and revisions of those that are gone."""
+    server, files, older = EmbeddedServer(service.home), service.home / "postgres", tmp_path / "older"
+    load = Load(service.address)
+
+    def replace(target: Path, source: Path) -> None:
+        server.stop()
+        shutil.rmtree(target, ignore_errors=True)
+        subprocess.run(["cp", "--archive", source, target], check=True)
+        server.start()
+        wait_until_back(service.address)
+
+    replace(older, files)
+    with httpx2.Client(base_url=service.address, timeout=60) as client:
+        before = stored(client)
+        for turn in range(RESTORES):
+            for seed in range(5_000 + 4 * turn, 5_004 + 4 * turn):
+                load.add(client, seed)
+            load.remove(client, 5_000 + 4 * turn)
+            assert stored(client) == before | set(load.standing.values())
+            replace(files, older)
+            deadline = time.monotonic() + 30
+            while (state := client.get("/v1/status").json())["index"]["revision"] != state["revision"]:
+                assert time.monotonic() < deadline, state
+            assert stored(client) == before
+            assert state["index"]["size"] == len(before)
+            for seed in load.standing:
+                verdict = client.post("/v1/detect", files=Load.file(seed, "image")).json()["results"][0]
+                assert verdict["known"] is None
+                assert {neighbour["id"] for neighbour in verdict["neighbours"]} <= before
+            load.standing.clear()
+    record_property("tried", f"database restored {RESTORES} times to an older state under a service")
+    record_property("failed", 0)
 
 
 def request(body: bytes, length: int) -> bytes:
@@ -236,6 +300,31 @@ def test_a_training_whose_disk_fills_keeps_its_last_state() -> None:
         state = RunState.load(folder)
         assert state is not None
         assert state.epoch == 1
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_training_on_a_full_disk_ends_in_one_line_and_goes_on(image_folder: Path, record_property: Record) -> None:
+    """With room for less than its state, for that and less than the weights, or for so much of the checkpoint."""
+    with short_folder("size=64m") as folder:
+        if not folder.is_mount():
+            pytest.skip("needs the right to mount a disk that it can fill")
+        command = tiny_command(image_folder, folder / "checkpoint")
+        rooms = [500_000, 1_200_000, *range(0, 300_000, 20_000)]
+        for room in rooms:
+            fill(folder, room)
+            done = CliRunner().invoke(training, command)
+            assert done.exit_code == 1, room
+            assert f"error: [Errno 28] No space left on device: '{folder}/" in done.stderr
+            assert "Traceback" not in done.stderr
+            assert {path.name for path in folder.iterdir()} == {"filling", "checkpoint.state"}
+        (folder / "filling").unlink()
+        done = CliRunner().invoke(training, command)
+        assert done.exit_code == 0, done.stderr
+        assert [path.name for path in folder.iterdir()] == ["checkpoint"]
+        assert read_id(folder / "checkpoint") == json.loads(done.stdout)["checkpoint"]
+    record_property("tried", f"a training on a full disk, with {len(rooms)} sizes of what was left of it")
+    record_property("failed", 0)
 
 
 def test_a_service_whose_home_is_read_only_judges_and_adds(

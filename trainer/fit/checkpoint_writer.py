@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,15 +37,30 @@ def write_checkpoint(run: Run, config: CheckpointConfig, roles: Roles, deadline:
     Returns:
         The metrics.
     """
-    settings, state, weights = run.settings, run.state, run.weights()
-    folder = settings.output
+    folder = run.settings.output
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside, old = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
     for leftover in (aside, old):  # of a run that was killed here
         shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        metrics = _fill(aside, run, config, roles, deadline)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)  # of a full disk above all
+        raise
+    if folder.exists():
+        folder.replace(old)
+    aside.replace(folder)
+    for leftover in (old, state_folder(folder)):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return metrics
+
+
+def _fill(folder: Path, run: Run, config: CheckpointConfig, roles: Roles, deadline: float) -> dict[str, Any]:
+    """What `write_checkpoint` does, but in this folder."""
+    settings, state, weights = run.settings, run.state, run.weights()
     backbone = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
-    save_checkpoint(aside, backbone, config, half=settings.half)
-    embedder = Embedder.load(aside, device=run.device)
+    save_checkpoint(folder, backbone, config, half=settings.half)
+    embedder = Embedder.load(folder, device=run.device)
 
     def decode(entry: Entry) -> tuple[Image.Image, FileFacts]:
         decoded = roles[role(entry.group)].read(entry)
@@ -64,7 +80,7 @@ def write_checkpoint(run: Run, config: CheckpointConfig, roles: Roles, deadline:
         weight, bias = weights["classifier.weight"].cpu(), weights["classifier.bias"].cpu()
         classifier = LinearHead(weight[0].double().numpy(), float(bias[0]))
     generators = {entry.generator or "" for entry in roles["training"].entries}
-    heads = write_heads(aside, training, calibration, seed=settings.seed, generators=generators, classifier=classifier)
+    heads = write_heads(folder, training, calibration, seed=settings.seed, generators=generators, classifier=classifier)
     judged = spread(roles["validation"].entries, {("validation", label): CALIBRATION_IMAGES // 2 for label in (0, 1)})
     sets, _ = embed_entries(embedder, [(entry, [PLAIN]) for entry in judged], seed=settings.seed, decode=decode)
     validation = sets.get(PLAIN.name)
@@ -84,18 +100,13 @@ def write_checkpoint(run: Run, config: CheckpointConfig, roles: Roles, deadline:
         "training": {"updates": state.updates, "epochs": state.epoch, "seconds": round(state.seconds, 1)},
         "unreadable": len(unreadable),
     }
-    SeenImages.joined([run.seen, *(pictures.seen for pictures in roles.values())]).save(aside)
-    write_table(aside / SUMMARY_FILE, list(EpochSummary.__dataclass_fields__), state.history)
+    SeenImages.joined([run.seen, *(pictures.seen for pictures in roles.values())]).save(folder)
+    write_table(folder / SUMMARY_FILE, list(EpochSummary.__dataclass_fields__), state.history)
     if unreadable:
         rows = [{"uri": uri, "reason": reason} for uri, reason in sorted(unreadable.items())]
-        write_table(aside / "unreadable.csv", ["uri", "reason"], rows)
-    write_metrics(aside, metrics)
-    write_card(aside)
-    if folder.exists():
-        folder.replace(old)
-    aside.replace(folder)
-    for leftover in (old, state_folder(folder)):
-        shutil.rmtree(leftover, ignore_errors=True)
+        write_table(folder / "unreadable.csv", ["uri", "reason"], rows)
+    write_metrics(folder, metrics)
+    write_card(folder)
     return metrics
 
 

@@ -19,6 +19,7 @@ from unittest.mock import Mock
 import psutil
 import psycopg
 import pytest
+from served import clock_stepped
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -314,15 +315,14 @@ def test_a_list_of_users_that_the_disk_does_not_take_stays_as_it_was(
     assert (home / "postgres.users.json").read_text() == users
 
 
-def test_a_step_of_the_clock_takes_the_server_from_nobody(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_the_clock_takes_the_server_from_nobody(home: Path) -> None:
     first = use(home)
     said(first)
     pid = postmaster(home)
-    create_time = psutil.Process.create_time
-    monkeypatch.setattr(psutil.Process, "create_time", lambda process: create_time(process) + 3600)
-    server = EmbeddedServer(home)
-    server.start()
-    server.leave()
+    with clock_stepped(3600):
+        server = EmbeddedServer(home)
+        server.start()
+        server.leave()
     assert postmaster(home) == pid
     end(first)
     assert postmaster(home) is None

@@ -21,7 +21,7 @@ import torch
 from nodes import train_on_node
 from PIL import Image
 from safetensors.numpy import load_file
-from tiny import TINY, tiny_settings
+from tiny import TINY, tiny_command, tiny_settings
 from typer.testing import CliRunner
 
 from trainer.__main__ import app
@@ -116,10 +116,8 @@ def test_every_setting_that_is_an_option_is_in_the_help() -> None:
 
 
 def test_the_command_trains_by_its_options(tiny: FitSettings) -> None:
-    command = ["fit", "--data", str(tiny.data), "--output", str(tiny.output), "--architecture-args", TINY, "--json"]
-    options = {"image-size": 32, "batch-size": 4, "epoch-steps": 3, "epochs": 1, "workers": 0, "head-images": 200}
-    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    done = CliRunner().invoke(app, [*command, "--loss", "bce", "--device", "cpu"])
+    command = tiny_command(tiny.data, tiny.output)
+    done = CliRunner().invoke(app, [*command, "--loss", "bce"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["training"]["updates"] == 3
     recorded = read_config(tiny.output).training
