@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from uuid import UUID
 
 import httpx2
 from pydantic import BaseModel, ValidationError
@@ -30,6 +31,9 @@ from api.schemas.resources import (
     Generator,
     GeneratorChange,
     Generators,
+    Job,
+    JobResults,
+    Jobs,
     NewGenerator,
     ReferenceImage,
     ReferencePage,
@@ -119,8 +123,7 @@ class Client:
 
         A single image that cannot be judged is refused.
         """
-        query = {"k": k, "max_false_alarm": max_false_alarm, "explain": ",".join(explain) or None}
-        query["record"] = None if record else "false"
+        query = _asked(k, max_false_alarm, explain, record)
         return self._call("POST", "/detect", Detections, params=query, files=_files("image", images)).results
 
     def search(
@@ -230,6 +233,54 @@ class Client:
         """Dispute or confirm a verdict."""
         return self._call("POST", f"/detections/{id}/feedback", Detection, json=_json(Feedback(label=label, note=note)))
 
+    def start_job(
+        self,
+        *images: Image,
+        urls: Sequence[str] = (),
+        webhook: str | None = None,
+        k: int | None = None,
+        max_false_alarm: float | None = None,
+        explain: Sequence[Explanation] = (),
+        record: bool = True,
+    ) -> Job:
+        """Have images, and those at https:// addresses, judged in the background; `webhook` is told of the end."""
+        files = _files("image", images)
+        if urls:
+            files.append(("urls", ("urls.txt", "\n".join(urls).encode())))
+        data = {"webhook": webhook} if webhook else {}
+        query = _asked(k, max_false_alarm, explain, record)
+        return self._call("POST", "/jobs", Job, params=query, data=data, files=files)
+
+    def jobs(self) -> Iterator[Job]:
+        """Every job that this key may see, newest first."""
+        for page in self._pages("/jobs", Jobs, {}):
+            yield from page.jobs
+
+    def job(self, id: UUID) -> Job:
+        """One job; it has ended where `ended_at` is set."""
+        return self._call("GET", f"/jobs/{id}", Job)
+
+    def job_results(self, id: UUID) -> Iterator[Verdict | FailedFile]:
+        """What is said of a job's images, in their order; of one that runs, of those judged so far."""
+        for page in self._pages(f"/jobs/{id}/results", JobResults, {}):
+            for result in page.results:
+                model = FailedFile if "error" in result else Verdict
+                yield model.model_validate(result, extra="ignore")
+            if not page.results:
+                return
+
+    def job_table(self, id: UUID) -> bytes:
+        """The same as CSV."""
+        return self._send("GET", f"/jobs/{id}/results.csv").content
+
+    def cancel_job(self, id: UUID) -> Job:
+        """End a job; its results stay."""
+        return self._call("POST", f"/jobs/{id}/cancel", Job)
+
+    def delete_job(self, id: UUID) -> None:
+        """Forget a job with its results."""
+        self._send("DELETE", f"/jobs/{id}")
+
     def status(self) -> Status:
         """What is loaded, followed and calibrated."""
         return self._call("GET", "/status", Status)
@@ -268,6 +319,13 @@ def _wait(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     asked = error.retry_after if isinstance(error, ServiceError) else 0.0
     return min(MOST_WAIT, asked or 2.0 ** (state.attempt_number - 1))
+
+
+def _asked(
+    k: int | None, max_false_alarm: float | None, explain: Sequence[Explanation], record: bool
+) -> dict[str, Any]:
+    asked = {"k": k, "max_false_alarm": max_false_alarm, "explain": ",".join(explain) or None}
+    return asked | {"record": None if record else "false"}
 
 
 def _json(model: BaseModel) -> Any:

@@ -46,6 +46,10 @@ class Metrics:
         self.lag = gauge("lineup_index_lag_seconds", "Time since the index was known to be complete.")
         self.calibration = gauge("lineup_calibration_revision", "Revision of the calibration in use.")
         self.inactive = gauge("lineup_checkpoint_inactive", "1 while another checkpoint than the active one judges.")
+        self.jobs = gauge("lineup_jobs", "Jobs that have not ended, of all services on this database.")
+        self.job_images = gauge("lineup_job_images", "Images of jobs that are not judged yet, of all services.")
+        self.job_age = gauge("lineup_job_oldest_seconds", "Since when the oldest job that has not ended waits.")
+        self.webhooks = counter("lineup_webhooks", "Webhooks told of the end of a job, or given up.", ["state"])
         self.degraded = gauge("lineup_degraded", "1 while the index cannot follow the database.")
 
     def judged(self, results: Iterable[Verdict | ApiError], final: bool) -> None:

@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import ParamSpec, TypeVar
 
@@ -44,6 +46,8 @@ AT_ONCE = 8
 """Images of one request that are in work at the same time."""
 EXPLAINED_AT_ONCE = 3
 """Images in work that each have regions and re-encoded copies: at most half of the queue, so that others find room."""
+GAP_SECONDS, GAP_LOOK = 1.0, 0.02
+"""How long an image of a job waits for a moment without a request's, and between two looks for one."""
 RETRY = 2.0
 """Seconds between two attempts to start, or to change the checkpoint, while that fails."""
 LOOK = 0.2
@@ -73,6 +77,8 @@ class Service:
         self._enrollers = ThreadPoolExecutor(ENROLLING_THREADS, "enrol")
         self._decoding = Admission(usable_cores(), MOST_DECODING, "images")
         self._enrolling = Admission(ENROLLING_THREADS, MOST_ENROLLING, "enrolments")
+        self._requested = 0  # images of requests that are in work
+        self._between = asyncio.Semaphore(max(1, usable_cores() - 1))
         self._counters = ThreadPoolExecutor(2, "count")
         self._keys: Keys
         self._serving: Serving
@@ -175,17 +181,22 @@ class Service:
         self._retired = None
 
     async def keep_house(self) -> None:
-        """Delete records that are older than the setting allows: at the start, then each hour. Runs until cancelled."""
-        days = self.settings.record_days
-        while days:
+        """Delete records and jobs older than the settings allow: at the start, then each hour. Runs until cancelled."""
+        while self.settings.record_days or self.settings.job_days:
             if self._ready:
-                before = datetime.now(UTC) - timedelta(days=days)
-                try:
-                    deleted = await self.run(self.detector.store.detections.delete, before)
-                    log.info("records deleted", extra={"records": deleted, "days": days})
-                except DATABASE_AWAY:
-                    log.warning("records could not be deleted; trying again")
+                store = self.detector.store
+                await self._delete_old("records", store.detections.delete, self.settings.record_days)
+                await self._delete_old("jobs", store.jobs.delete_ended, self.settings.job_days)
             await asyncio.sleep(HOUSEKEEPING if self._ready else 1)
+
+    async def _delete_old(self, things: str, delete: Callable[[datetime], int], days: int) -> None:
+        """Delete what is older than so many days, where there are any."""
+        if days:
+            try:
+                deleted = await self.run(delete, datetime.now(UTC) - timedelta(days=days))
+                log.info(f"{things} deleted", extra={things: deleted, "days": days})
+            except DATABASE_AWAY:
+                log.warning(f"{things} could not be deleted; trying again")
 
     def close(self) -> None:
         """Finish what was begun, then stop every thread."""
@@ -233,6 +244,31 @@ class Service:
 
     async def detect(self, uploads: Sequence[Upload], question: Question, caller: Caller) -> list[Verdict | ApiError]:
         """Judge the images of one request, side by side; answers are in the order of the uploads."""
+        with self._request(len(uploads)):
+            return await self._judge(uploads, question, caller)
+
+    async def detect_between(self, upload: Upload, question: Question, caller: Caller) -> Verdict | ApiError:
+        """Judge an image that nobody waits for, while no request's image is in work, or after a second without that.
+
+        So it goes on under load, slowly. Of such images one core is always free for requests, where there are two.
+        """
+        async with self._between:
+            deadline = time.monotonic() + GAP_SECONDS
+            while self._requested and time.monotonic() < deadline:
+                await asyncio.sleep(GAP_LOOK)
+            [result] = await self._judge([upload], question, caller)
+            return result
+
+    @contextmanager
+    def _request(self, images: int) -> Iterator[None]:
+        """A request with so many images is in work."""
+        self._requested += images
+        try:
+            yield
+        finally:
+            self._requested -= images
+
+    async def _judge(self, uploads: Sequence[Upload], question: Question, caller: Caller) -> list[Verdict | ApiError]:
         serving = self.serving
 
         async def one(upload: Upload) -> Verdict:
@@ -256,7 +292,7 @@ class Service:
             hide_paths(neighbours, caller)
             return Hits(file=upload.file, neighbours=neighbours, next=following)
 
-        with serving.used():
+        with serving.used(), self._request(len(uploads)):
             return await _each(uploads, one)
 
     async def status(self) -> Status:

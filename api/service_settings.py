@@ -62,6 +62,19 @@ class ServiceSettings(Settings):
     """Bodies of all requests in work together, bytes; what would exceed it is answered 503."""
     request_seconds: float = Field(default=60.0, gt=0)
     """Time a request may take, upload included, seconds."""
+    max_job_images: int = Field(default=10_000, ge=1)
+    """Images in one job, a count."""
+    max_waiting_images: int = Field(default=100_000, ge=1)
+    """Images of all jobs that are not judged yet, a count; a job that would exceed it is answered 503."""
+    max_waiting_bytes: int = Field(default=4 * 1024**3, ge=1)
+    """Uploads of all jobs, kept in the database until they are judged, bytes; a job that would exceed it is answered
+    503."""
+    job_days: int = Field(default=30, ge=0)
+    """Days after which a job that has ended is deleted with its results; 0 keeps it for ever."""
+    private_addresses: bool = False
+    """Let jobs fetch images from servers that are not public, and tell such of their end. true or false."""
+    webhook_secret: str | None = Field(default=None, min_length=16, repr=False)
+    """What signs the word of a job's end (HMAC-SHA256), at least 16 characters; unset: jobs may have no webhook."""
     rate_limit: int = Field(default=0, ge=0)
     """Requests that one API key may make of one process per minute; 0 is no limit."""
     cors_origins: str = ""

@@ -3,6 +3,7 @@
 import ssl
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,13 +53,20 @@ def public_files(certificate: Path) -> Iterator[tuple[str, dict[str, bytes | str
         def log_message(self, *arguments: object) -> None:
             """Stay silent."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with listening(Handler, certificate) as address:
+        yield address, served, asked
+
+
+@contextmanager
+def listening(handler: type[BaseHTTPRequestHandler], certificate: Path) -> Iterator[str]:
+    """Serve by https on a port of this machine; the address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
-    yield f"https://localhost:{server.server_port}", served, asked
+    yield f"https://localhost:{server.server_port}"
     server.shutdown()
     server.server_close()
     thread.join()

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
@@ -24,11 +24,13 @@ from api.http import (
     docs,
     enrolment_routes,
     generator_routes,
+    job_routes,
     operation_routes,
     record_routes,
     reference_routes,
 )
 from api.http.middleware import METHODS, Envelope, Guard, problem_response
+from api.job_worker import JobWorker
 from api.judge.detector import Detector
 from api.monitoring import Metrics
 from api.schemas.problems import ApiError, FieldError, Kind, documented, from_status
@@ -74,8 +76,10 @@ async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         return await on_api_error(request, ApiError("not-ready", detail, retry_after=60))
     if detail.startswith("Too many"):  # parts of a form
         status = 413
-    if detail.startswith("Too many files"):
-        detail += " LINEUP_MAX_FILES says how many; add larger batches with `lineup index add`."
+    if detail.startswith("Too many files") and request.url.path == job_routes.JOBS_PATH:
+        detail += " LINEUP_MAX_JOB_IMAGES says how many: send more in several jobs."
+    elif detail.startswith("Too many files"):
+        detail += " LINEUP_MAX_FILES says how many; add larger batches with `lineup index add`, judge them as a job."
     if status == 405:  # each route knows only its own method
         headers["allow"] = ", ".join(method for method in METHODS if _answers(request, method))
     response = await on_api_error(request, from_status(status, detail))
@@ -140,13 +144,15 @@ def create_app(settings: ServiceSettings | None = None, detector: Detector | Non
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         background = [
-            asyncio.create_task(work) for work in (service.load(), service.keep_house(), service.follow_active())
+            asyncio.create_task(work)
+            for work in (service.load(), service.keep_house(), service.follow_active(), JobWorker(service).run())
         ]
         if loaded:
             await background[0]
         yield
         for task in background:
             task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)  # what is in work of jobs is given back
         await asyncio.to_thread(service.close)
 
     app = FastAPI(
@@ -165,6 +171,9 @@ def create_app(settings: ServiceSettings | None = None, detector: Detector | Non
     nouns = (detection_routes, reference_routes, generator_routes, enrolment_routes, candidate_routes, record_routes)
     for noun in nouns:
         app.include_router(noun.router)
+    jobs = APIRouter(form_limits={"max_files": settings.max_job_images + 1})  # a list of addresses beside them
+    jobs.include_router(job_routes.router)
+    app.include_router(jobs)
     app.include_router(operation_routes.router)
     app.include_router(docs.router)
     app.router.routes.append(Page(PAGE_FOLDER))

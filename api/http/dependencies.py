@@ -8,9 +8,10 @@ from fastapi.security import HTTPBearer
 
 from api.access import Caller
 from api.judge.detector import Detector
-from api.judge.uploads import Upload, file_name
+from api.judge.uploads import Question, Upload, file_name
 from api.schemas import Scope
 from api.schemas.problems import ApiError
+from api.schemas.verdicts import Explanation
 from api.service import Service
 from api.service_settings import ServiceSettings
 
@@ -60,6 +61,24 @@ Admin = Annotated[Caller, Depends(caller_with("admin"))]
 
 class Jpeg(Response):
     media_type = "image/jpeg"
+
+
+async def question_of(
+    k: Annotated[int | None, Query(ge=1, le=MOST_ROWS, description="Neighbours of each label shown.")] = None,
+    max_false_alarm: Annotated[
+        float | None, Query(gt=0, lt=1, description="Share of real images that may be called fake.")
+    ] = None,
+    explain: Annotated[
+        str, Query(pattern="^((regions|stability)(,(regions|stability))*)?$", examples=["regions,stability"])
+    ] = "",
+    record: Annotated[bool, Query(description="Keep the verdict where the service keeps any, and count it.")] = True,
+) -> Question:
+    """What is asked of each image."""
+    explanations = cast("frozenset[Explanation]", frozenset(explain.split(",")) - {""})
+    return Question(k, max_false_alarm, explanations, record)
+
+
+Asked = Annotated[Question, Depends(question_of)]
 
 
 def v1_router(tag: str) -> APIRouter:

@@ -1,16 +1,16 @@
 """Calls that judge uploads, or search the reference images nearest to them."""
 
 from collections.abc import Sequence
-from typing import Annotated, TypeVar, cast
+from typing import Annotated, TypeVar
 
 from fastapi import File, Query, UploadFile
 
-from api.http.dependencies import MOST_ROWS, Detecting, Served, read_uploads, v1_router
+from api.http.dependencies import MOST_ROWS, Asked, Detecting, Served, read_uploads, v1_router
 from api.judge.evidence import SearchQuery
-from api.judge.uploads import Question, Upload
+from api.judge.uploads import Upload
 from api.schemas import Label, Text
 from api.schemas.problems import ApiError, FailedFile, documented
-from api.schemas.verdicts import Detections, Explanation, Searches
+from api.schemas.verdicts import Detections, Searches
 
 T = TypeVar("T")
 router = v1_router("detection")
@@ -22,19 +22,11 @@ async def detect(
     service: Served,
     caller: Detecting,
     image: Images,
-    k: Annotated[int | None, Query(ge=1, le=MOST_ROWS, description="Neighbours of each label shown.")] = None,
-    max_false_alarm: Annotated[
-        float | None, Query(gt=0, lt=1, description="Share of real images that may be called fake.")
-    ] = None,
-    explain: Annotated[
-        str, Query(pattern="^((regions|stability)(,(regions|stability))*)?$", examples=["regions,stability"])
-    ] = "",
-    record: Annotated[bool, Query(description="Keep the verdict where the service keeps any, and count it.")] = True,
+    question: Asked,
 ) -> Detections:
     """Judge images: verdict, score, neighbours and heads of each, in the order they were sent."""
-    explanations = cast("frozenset[Explanation]", frozenset(explain.split(",")) - {""})
     uploads = await read_uploads(image, service.settings)
-    results = await service.detect(uploads, Question(k, max_false_alarm, explanations, record), caller)
+    results = await service.detect(uploads, question, caller)
     return Detections(results=by_file(uploads, results))
 
 

@@ -127,7 +127,8 @@ def log_as_json() -> None:
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for name in ("alembic", "httpx2"):  # the latter would name every address that a job fetches
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def server(detector: Detector, token: str | None = None) -> Server:

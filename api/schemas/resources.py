@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import date, datetime
 from typing import Annotated, Any, Literal
+from uuid import UUID
 
 from pydantic import ConfigDict, Field
 
@@ -233,6 +234,39 @@ class Replay(Model):
     """The verdict as it was given, thus with the fields that a `Verdict` had then."""
     after: Verdict
     changed: list[Change]
+
+
+class Job(Model):
+    """Images that are judged in the background. Those that none of the four counts has are still to be judged."""
+
+    id: UUID
+    state: Annotated[Literal["queued", "running", "done", "cancelled", "failed"], Field(examples=["running"])]
+    """`done` once all are judged, `failed` where that gave no verdict at all."""
+    at: datetime
+    ended_at: datetime | None = None
+    images: Annotated[int, Field(examples=[1000])]
+    fake: Annotated[int, Field(examples=[12])]
+    real: Annotated[int, Field(examples=[301])]
+    uncertain: Annotated[int, Field(examples=[87])]
+    failed: Annotated[int, Field(examples=[2])]
+    """Files that could not be judged."""
+    webhook: str | None = None
+    """What is told of the end: this document, posted and signed in the header `X-Lineup-Signature`."""
+    webhook_state: Literal["pending", "delivered", "failed"] | None = None
+    webhook_error: str | None = None
+
+
+class Jobs(Model):
+    jobs: list[Job]
+    next: UUID | None = None
+    """Give it as `after` for the following page; null at the end."""
+
+
+class JobResults(Model):
+    results: list[dict[str, Any]]
+    """As `POST /v1/detect` gives them, in the order of the images: a `Verdict` or a `FailedFile` of each."""
+    next: int | None = None
+    """Give it as `after` for what follows, which may be judged only later; null once all is told."""
 
 
 class IndexState(Model):

@@ -272,3 +272,51 @@ class DetectionRow(Base):
     api_key_id: Mapped[int | None] = mapped_column(sa.ForeignKey("api_key.id", ondelete="SET NULL"))
     feedback: Mapped[dict[str, Any] | None]
     thumbnail: Mapped[bytes | None]
+
+
+class JobRow(Base):
+    """Images that are judged in the background, and what became of them so far."""
+
+    __tablename__ = "job"
+    __table_args__ = (
+        sa.Index(None, "at", "id"),
+        sa.Index("ix_job_unfinished", "at", postgresql_where=sa.text("ended_at is null")),
+        sa.Index("ix_job_untold", "ended_at", postgresql_where=sa.text("webhook_state = 'pending'")),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, server_default=sa.text("gen_random_uuid()"))
+    at: Mapped[datetime] = mapped_column(server_default=sa.func.clock_timestamp())
+    ended_at: Mapped[datetime | None]
+    state: Mapped[str] = mapped_column(server_default="queued")
+    question: Mapped[dict[str, Any]]
+    images: Mapped[int]
+    fake: Mapped[int] = mapped_column(server_default=sa.text("0"))
+    real: Mapped[int] = mapped_column(server_default=sa.text("0"))
+    uncertain: Mapped[int] = mapped_column(server_default=sa.text("0"))
+    failed: Mapped[int] = mapped_column(server_default=sa.text("0"))
+    kept_bytes: Mapped[int] = mapped_column(sa.BigInteger)
+    api_key_id: Mapped[int | None] = mapped_column(sa.ForeignKey("api_key.id", ondelete="SET NULL"))
+    webhook: Mapped[str | None]
+    webhook_state: Mapped[str | None]
+    webhook_error: Mapped[str | None]
+    leased_until: Mapped[datetime | None]
+
+
+class JobImageRow(Base):
+    """An image of a job: to be judged until it has a result, and then without its bytes."""
+
+    __tablename__ = "job_image"
+    __table_args__ = (
+        sa.Index("ix_job_image_waiting", "fetched", "number", "job_id", postgresql_where=sa.text("result is null")),
+    )
+
+    job_id: Mapped[UUID] = mapped_column(sa.ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    file: Mapped[str]
+    fetched: Mapped[bool]
+    file_bytes: Mapped[int | None] = mapped_column(sa.BigInteger)
+    bytes: Mapped[bytes | None]
+    attempts: Mapped[int] = mapped_column(sa.SmallInteger, server_default=sa.text("0"))
+    leased_until: Mapped[datetime | None]
+    # Not JSONB, which refuses a NUL: what a file says of itself may hold one.
+    result: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))

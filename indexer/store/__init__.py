@@ -9,6 +9,7 @@ from indexer.store.checkpoints import Calibrations, Checkpoints
 from indexer.store.detections import Detections
 from indexer.store.enrolments import Enrolments
 from indexer.store.generators import Generators
+from indexer.store.jobs import Jobs
 from indexer.store.keys import ApiKeys
 from indexer.store.references import References
 from indexer.store.shipments import Shipments
@@ -30,6 +31,7 @@ class Store(Rows):
         self.shipments = Shipments(engine)
         self.detections = Detections(engine)
         self.keys = ApiKeys(engine)
+        self.jobs = Jobs(engine)
 
     def id(self) -> str:
         """The identity of this store, made once by the first migration."""

@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from conftest import small_image
 from fastapi.testclient import TestClient
 
 from api import client as api_client
+from api import job_worker
 from api.client import Client, ServiceError
 from api.http.app import create_app
 from api.judge.loader import load_detector
@@ -34,7 +36,10 @@ def calls() -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def lineup(populated: ServiceSettings, calls: list[tuple[str, str]]) -> Iterator[Client]:
+def lineup(
+    populated: ServiceSettings, calls: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Client]:
+    monkeypatch.setattr(job_worker, "POLL", 0.02)
     detector = load_detector(populated)
     detector.calibrator.refresh()
     app = create_app(populated, detector)
@@ -87,6 +92,20 @@ def test_every_call_of_the_interface_has_a_method(
     with pytest.raises(ServiceError, match="no candidate is called 'none'"):
         lineup.enrol_candidate("none", "gen-new")
     assert lineup.replay(kept.id).after.id == kept.id
+
+    job = lineup.start_job(path, png(2), urls=["https://127.0.0.1/a.png"], k=3)
+    while not (ended := lineup.job(job.id)).ended_at:
+        time.sleep(0.02)
+    assert (ended.state, ended.images, ended.failed) == ("done", 3, 1)
+    first, _, last = lineup.job_results(job.id)
+    assert isinstance(first, Verdict)
+    assert (first.file, len(first.neighbours)) == ("a.png", 6)
+    assert isinstance(last, FailedFile)
+    assert len(lineup.job_table(job.id).splitlines()) == 4
+    assert lineup.cancel_job(job.id) == ended == next(lineup.jobs())
+    lineup.delete_job(job.id)
+    with pytest.raises(ServiceError, match="there is no job"):
+        lineup.job(job.id)
     assert lineup.status().references.fake > 0
     assert lineup.calibration().max_false_alarm == 0.05
 

@@ -249,6 +249,46 @@ def test_kills_of_a_service_that_enrols_lose_nothing_acknowledged(
     assert_all_agree(settings, 8 * len(sent))
 
 
+@pytest.mark.timeout(8 * 3600)
+@pytest.mark.parametrize("kills", [1, pytest.param(KILLS // 10, marks=pytest.mark.soak)])
+def test_kills_of_a_service_with_jobs_lose_no_job_and_judge_no_image_twice(
+    home: Path, tiny_checkpoint: Path, tmp_path: Path, record_property: Record, kills: int
+) -> None:
+    settings = ServiceSettings(home=home, checkpoint=tiny_checkpoint, device="cpu", open=True)
+    files = [("image", (f"{number}.png", png(number, False))) for number in range(60)]
+    jobs: list[str] = []
+    taken = 0
+
+    def judged(client: httpx2.Client, job: str) -> int:
+        now = client.get(f"/v1/jobs/{job}").json()
+        return int(now["fake"] + now["real"] + now["uncertain"] + now["failed"])
+
+    for _ in range(kills):
+        with (
+            served(tiny_checkpoint, home, tmp_path / "log") as service,
+            httpx2.Client(base_url=service.address, timeout=60) as client,
+        ):
+            jobs.append(client.post("/v1/jobs", files=files).json()["id"])
+            while not judged(client, jobs[-1]):
+                time.sleep(0.01)
+            service.process.kill()
+        with opened(settings) as store, store.engine.begin() as connection:
+            expiry = "update job_image set leased_until = now() where leased_until is not null and result is null"
+            taken += connection.exec_driver_sql(expiry).rowcount  # as if a minute had passed
+    assert taken > 0
+    app = create_app(settings, load_detector(settings))
+    with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 1)) as client:
+        for job in jobs:
+            while judged(client, job) < len(files):
+                time.sleep(0.05)
+            now = client.get(f"/v1/jobs/{job}").json()
+            assert (now["state"], now["failed"], judged(client, job)) == ("done", 0, len(files))
+            results = client.get(f"/v1/jobs/{job}/results", params={"limit": 1000}).json()["results"]
+            assert [one["file"] for one in results] == [f"{number}.png" for number in range(len(files))]
+    record_property("tried", f"{kills} kills of a service with jobs, {taken} images in work then")
+    record_property("failed", 0)
+
+
 def test_two_processes_that_add_at_once_lose_nothing(home: Path, image_folder: Path) -> None:
     """From the very first start, with images in common."""
     processes = [start(home, "add", image_folder, "--json", seconds=0.02) for _ in range(2)]
