@@ -58,7 +58,10 @@ def handle_termination() -> None:
 @expected_failures()
 def add(
     path: Annotated[
-        Path, typer.Argument(help="A folder, manifest, archive, image, or hf://datasets/OWNER/NAME[/FILES].")
+        Path,
+        typer.Argument(
+            help="A folder, manifest, archive or image, here or at s3://, gs://, az:// or https://; or hf://datasets/OWNER/NAME."
+        ),
     ],
     label: Annotated[str | None, typer.Option(help="real or fake: all of PATH is of this kind.")] = None,
     generator: Annotated[str | None, typer.Option(help="What made the fakes; created if new.")] = None,
@@ -90,15 +93,14 @@ def add(
     from indexer.ingest.ingest import ingest
     from indexer.ingest.workers import join_workers, leave_workers
     from indexer.measure.enrolment_effect import consequences
-    from trainer.data.datasets import read_dataset
-    from trainer.data.hub_files import on_hub
+    from trainer.data.datasets import is_remote, read_dataset
     from trainer.data.parts import WHOLE, DatasetPart
     from trainer.model.embedder import Embedder
 
     settings = Settings.read(checkpoint=checkpoint, device=device)
     share = WHOLE if part is None else DatasetPart.parse(part, os.environ)
     choice: dict[str, Any] = {"split": split, "label": label, "generator": generator, "source": source}
-    entries = read_dataset(path, **choice, part=share)
+    entries = read_dataset(path, **choice, part=share, hold=True)
     with opened(settings) as store:
         named = settings.checkpoint is not None
         settings = with_active_folder(settings, store.checkpoints)
@@ -110,7 +112,7 @@ def add(
         shared = None
         if share != WHOLE and not dry_run:
             shared = join_workers(store, embedder, path, share, choice)
-        with image_progress(None if on_hub(path) else lambda: read_dataset(path, **choice, part=share)) as advance:
+        with image_progress(None if is_remote(path) else lambda: read_dataset(path, **choice, part=share)) as advance:
             report = ingest(
                 entries,
                 embedder,

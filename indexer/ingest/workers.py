@@ -9,7 +9,7 @@ from typing import Any
 
 from indexer.ingest.ingest import Report
 from indexer.store import Store
-from trainer.data.hub_files import on_hub
+from trainer.data.datasets import is_remote
 from trainer.data.parts import DatasetPart
 from trainer.model.embedder import Embedder
 
@@ -24,7 +24,7 @@ def join_workers(store: Store, embedder: Embedder, path: Path, part: DatasetPart
         part: This worker's.
         choice: The other arguments of `read_dataset`.
     """
-    place = path if on_hub(path) else path.absolute()
+    place = path if is_remote(path) else path.absolute()
     job = json.dumps([str(place), dict(choice), embedder.id, part.count], sort_keys=True)
     return store.enrolments.join(job, part.number, part.count, choice["generator"], choice["source"])
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import psycopg
 import pytest
+from archives import make_tar
+from buckets import serve_buckets
 from conftest import fill_disk
 from hashing import HashingEmbedder
 from sqlalchemy import Connection, Engine, event, make_url
@@ -274,6 +276,28 @@ def test_rebuild_with_another_checkpoint(run: Run, images: Path, settings: Setti
     assert "2 references, which its searches do not find" in status
     assert document(run("check", "--json"))["agree"] is True
     assert "is not the active checkpoint" in run("add", images).stderr
+
+
+def test_shards_of_a_bucket_are_added_in_place_and_embedded_again(
+    run: Run, images: Path, settings: Settings, tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, fakes = (sorted((images / folder).glob("*.png")) for folder in ("real", "fake/gen-a"))
+    for number, (one, other) in enumerate(zip(real, fakes, strict=False)):
+        members = {f"{number}.real.png": one.read_bytes(), f"{number}.gen_0.png": other.read_bytes()}
+        make_tar(tmp_path / f"bucket/shards/{number}.tar", members)
+    with serve_buckets(tmp_path) as buckets:
+        for name, value in (("ENDPOINT_URL", buckets.url), ("ALLOW_HTTP", "true"), ("SKIP_SIGNATURE", "true")):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        added = document(run("add", "s3://bucket/shards", "--generator", "gen-x", "--part", "1/1", "--json"))
+        assert (added["added"], added["generators"]) == (2 * number + 2, {"real": number + 1, "gen-x": number + 1})
+        assert document(run("add", "s3://bucket/shards", "--generator", "gen-x", "--json"))["known"] == added["added"]
+        buckets.sent = 0
+        rebuilt = document(run("rebuild", "--checkpoint", settings.home / "newer", "--json"))
+        assert (rebuilt["embedded"], rebuilt["active"], rebuilt["unreadable"]) == (added["added"], True, [])
+        assert buckets.sent == sum(path.stat().st_size for path in [*real[: number + 1], *fakes[: number + 1]])
+    missing = run("add", "s3://bucket/none.tar")
+    assert missing.exit_code == 1
+    assert re.fullmatch(r"error: s3://bucket/none\.tar cannot be read \(.*\n", missing.stderr)
 
 
 def test_what_comes_in_during_the_switch_is_embedded_too(

@@ -10,6 +10,8 @@
 | D3 shards | `*.tar`, WebDataset records of `real.jpg`, `gen_0.jpg`, ..., `caption.txt`, `url.txt` |
 | hub parquet | `*.parquet` with `image_gen0`, `model_gen0`, ... (extra `datasets`) |
 | the hub | `hf://datasets/OWNER/NAME[@REVISION][/FILES]`, of such parquet files, read in place |
+| object storage | `s3://`, `gs://` or `az://BUCKET/...`: shards, parquet files or images of one kind, read in place |
+| a web server | `https://HOST/FILE`, one of these |
 | one kind | a folder or file with `label` and, for fakes, `generator` |
 """
 
@@ -21,9 +23,10 @@ from itertools import chain
 from pathlib import Path, PurePath
 from urllib.parse import unquote, urlsplit
 
-from trainer.data.entry import DatasetError, Entry, check_source, default_split, read_file
+from trainer.data.entry import DatasetError, Entry, check_source, default_split, plain, read_file
 from trainer.data.folders import (
     IMAGE_SUFFIXES,
+    Part,
     d3_names,
     d3_test,
     files,
@@ -35,12 +38,26 @@ from trainer.data.folders import (
 )
 from trainer.data.hub_files import hub_parquets, hub_uri, on_hub
 from trainer.data.manifest import manifest_entries, manifest_rows
+from trainer.data.object_storage import (
+    SCHEMES,
+    StoredObject,
+    in_object_storage,
+    object_uri,
+    read_object,
+    read_range,
+    stored_objects,
+)
 from trainer.data.parts import WHOLE, DatasetPart
 from trainer.data.shards import parquet_entries, read_cell, read_member, tar_entries
 from trainer.images import UnreadableImage
 
 _EXPECTED = "manifest.csv; real/ and fake/<generator>/; 0_real/ and 1_fake/; ai/ and nature/; gen_0/; *.tar; *.parquet"
 _ONE_KIND = "give --label real, or --label fake and --generator NAME"
+
+
+def is_remote(path: PurePath) -> bool:
+    """Whether a path is of the hub, of object storage or of a web server."""
+    return on_hub(path) or in_object_storage(path)
 
 
 def read_dataset(
@@ -51,6 +68,7 @@ def read_dataset(
     generator: str | None = None,
     source: str | None = None,
     part: DatasetPart = WHOLE,
+    hold: bool = False,
 ) -> Iterator[Entry]:
     """Every image of `path` in a fixed order, whatever its layout.
 
@@ -66,15 +84,20 @@ def read_dataset(
             list in the order of gen_0, gen_1, ...
         source: Where the images came from; by default what the manifest says, or the folder's name.
         part: Only this part, which may be empty.
+        hold: The caller drops each entry once it is read. Those of shards in object storage then have their bytes,
+            which are so transferred once.
 
     Raises:
         DatasetError: No such layout, no images, or names and labels that cannot be; one line that says what to do.
     """
-    if not on_hub(path):
+    if not is_remote(path):
         path = Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve would follow links and so rename the images
         if not path.exists():
             raise DatasetError(f"{path} does not exist")
-    entries, has_splits = _open_layout(path, label, generator, part)
+    if in_object_storage(path):
+        entries, has_splits = _stored_entries(path, label, generator, part, hold), False
+    else:
+        entries, has_splits = _open_layout(path, label, generator, part)
     if source is not None:
         check_source(source, "--source")
         entries = (replace(entry, source=source) for entry in entries)
@@ -105,6 +128,9 @@ def read_uri(uri: str) -> bytes:
     inside = unquote(parts.fragment, errors="surrogateescape")
     if parts.scheme == "hf":
         return _read_cell(PurePath("hf:", parts.netloc, *parts.path.split("/")), inside, uri)
+    if f"{parts.scheme}:" in SCHEMES:
+        path = PurePath(f"{parts.scheme}:", parts.netloc, *unquote(parts.path).split("/"))
+        return _read_cell(path, inside, uri) if path.suffix.lower() == ".parquet" else read_object(uri)
     if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
         raise UnreadableImage(f"cannot read {uri!r}; expected file:///path, file:///x.tar#member or a parquet cell")
     path = Path(unquote(parts.path, errors="surrogateescape"))
@@ -164,7 +190,43 @@ def _open_layout(
     raise DatasetError(f"{path} has no known layout ({_EXPECTED}): {_ONE_KIND}")
 
 
-def _archive(path: Path, generator: str | None) -> Iterator[Entry]:
+def _stored_entries(
+    path: Path, label: str | None, generator: str | None, part: DatasetPart, hold: bool
+) -> Iterator[Entry]:
+    """The entries of a part of what lies in object storage."""
+    stored = [one for one in stored_objects(path) if not one.path.name.startswith(".")]
+    archives = [one for one in stored if one.path.suffix.lower() in (".tar", ".parquet")]
+    if label is None:
+        if not archives:
+            raise DatasetError(f"{object_uri(path)} has no .tar or .parquet: {_ONE_KIND}")
+        return part.read(archives, partial(_archive, generator=generator, hold=hold))
+    if archives:
+        raise DatasetError(f"{object_uri(archives[0].path)} says itself what is real and fake: drop --label")
+    [kind] = one_kind(path, label, generator)
+    return filter(part.holds, (_object_entry(one, path, kind) for one in stored))
+
+
+def _object_entry(stored: StoredObject, home: PurePath, kind: Part) -> Entry:
+    """The entry of one image; `home` is what was asked for."""
+    key = stored.path.relative_to(home).as_posix() if stored.path != home else stored.path.name
+    source = plain(home.name if stored.path != home else home.parent.name)
+    return Entry(
+        key=plain(key),
+        group=plain(f"{source}/{key}"),
+        label=kind.label,
+        generator=kind.generator,
+        source=source,
+        uri=object_uri(stored.path),
+        split=None,
+        size=stored.size,
+        mtime=stored.mtime,
+        attributes={},
+        read=partial(read_range, stored.path, 0, stored.size),
+    )
+
+
+def _archive(archive: Path | StoredObject, generator: str | None, hold: bool = False) -> Iterator[Entry]:
+    path = archive.path if isinstance(archive, StoredObject) else archive
     if path.suffix.lower() == ".tar":
-        return tar_entries(path, names=d3_names(generator))
+        return tar_entries(archive, names=d3_names(generator), hold=hold)
     return parquet_entries(path, names=d3_names(generator) if generator else None)

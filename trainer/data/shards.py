@@ -6,17 +6,26 @@ import logging
 import re
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache, partial
 from itertools import accumulate, groupby
 from pathlib import Path, PurePath
 from threading import Lock
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 from trainer.data.entry import DatasetError, Entry, check_generator, plain
 from trainer.data.hub_files import hub_failures, hub_uri, on_hub, open_on_hub
+from trainer.data.object_storage import (
+    StoredObject,
+    in_object_storage,
+    object_uri,
+    open_object,
+    read_range,
+    storage_failures,
+    stored_objects,
+)
 from trainer.images import UnreadableImage
 
 if TYPE_CHECKING:
@@ -26,6 +35,8 @@ if TYPE_CHECKING:
 # The order of gen_0 to gen_3 in D3 (arXiv 2407.20337, section 3).
 D3_GENERATORS = ("DF-IF", "SD-1.4", "SD-2.1", "SD-XL")
 MAX_TEXT_BYTES = 65_536
+HELD_BYTES = 64 << 20
+"""Of a member that is kept in memory until its turn comes, at most."""
 
 _log = logging.getLogger(__name__)
 _FIELD = re.compile(r"gen_(\d+)")
@@ -40,6 +51,7 @@ class Member(NamedTuple):
     name: str
     offset: int
     size: int
+    read: Callable[[], bytes]
 
     @property
     def record(self) -> str:
@@ -64,23 +76,32 @@ def generator_name(names: Sequence[str], number: int, where: str) -> str:
     return names[number]
 
 
-def tar_entries(path: Path, *, names: Sequence[str] = D3_GENERATORS) -> Iterator[Entry]:
+def tar_entries(
+    archive: Path | StoredObject, *, names: Sequence[str] = D3_GENERATORS, hold: bool = False
+) -> Iterator[Entry]:
     """The real and generated images of a shard, record by record; captions and addresses become attributes.
 
     A shard that was cut short gives the images before the cut, and says so in the log.
 
+    Args:
+        archive: The shard.
+        names: Of the generators.
+        hold: Images of object storage have their bytes, which came with the headers, instead of reading them anew.
+
     Raises:
         DatasetError: It is no tar, or a generator has no name.
+        OSError: The storage does not give it.
     """
-    mtime = path.stat().st_mtime
-    for record, members in groupby(tar_members(path), key=lambda member: member.record):
+    path = _path(archive)
+    mtime = archive.mtime if isinstance(archive, StoredObject) else archive.stat().st_mtime
+    for record, members in groupby(tar_members(archive, hold=hold), key=lambda member: member.record):
         images: list[tuple[Member, int | None]] = []
         texts: dict[str, str] = {}
         for member in members:
             kind, _, suffix = member.field.partition(".")
             match = _FIELD.fullmatch(kind)
             if suffix == "txt" and member.size <= MAX_TEXT_BYTES:
-                texts[kind] = plain(read_slice(path, member.offset, member.size).decode("utf-8", "replace").strip())
+                texts[kind] = plain(member.read().decode("utf-8", "replace").strip())
             elif kind == "real" or match:
                 images.append((member, int(match[1]) if match else None))
         for member, number in images:
@@ -90,31 +111,56 @@ def tar_entries(path: Path, *, names: Sequence[str] = D3_GENERATORS) -> Iterator
                 label=0 if number is None else 1,
                 generator=None if number is None else generator_name(names, number, path.name),
                 source=plain(path.parent.name),
-                uri=f"{path.as_uri()}#{quote(member.name, errors='surrogateescape')}",
+                uri=_member_uri(archive, member),
                 split=None,
                 size=member.size,
                 mtime=mtime,
                 attributes={name: text for name, text in texts.items() if number is None or name != "url"},
-                read=partial(read_slice, path, member.offset, member.size),
+                read=member.read,
             )
 
 
-def tar_members(path: Path) -> Iterator[Member]:
-    """The regular files of a tar, header by header, without reading what they hold."""
+def _path(archive: Path | StoredObject) -> PurePath:
+    return archive.path if isinstance(archive, StoredObject) else archive
+
+
+def _member_uri(archive: Path | StoredObject, member: Member) -> str:
+    if isinstance(archive, StoredObject):
+        return object_uri(archive.path, member.name, member.offset, member.size)
+    return f"{archive.as_uri()}#{quote(member.name, errors='surrogateescape')}"
+
+
+def tar_members(archive: Path | StoredObject, *, hold: bool = False) -> Iterator[Member]:
+    """The regular files of a tar, header by header; with `hold` those of object storage have their bytes."""
+    path = _path(archive)
     try:
-        with tarfile.open(path, "r:") as archive:
+        with _open_binary(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             with suppress(tarfile.ReadError):
-                for info in archive:
+                for info in tar:
                     if info.isfile():
-                        yield Member(info.name, info.offset_data, info.size)
-            with path.open("rb") as file:  # tarfile takes a broken header for the end
-                file.seek(archive.offset)
-                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    _log.warning(
-                        "%s is cut short or damaged; only what lies before byte %d is used", path, archive.offset
-                    )
+                        place = info.offset_data, info.size
+                        yield Member(info.name, *place, _member_reader(archive, file, *place, hold))
+            file.seek(tar.offset)  # tarfile takes a broken header for the end
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                _log.warning("%s is cut short or damaged; only what lies before byte %d is used", path, tar.offset)
     except tarfile.ReadError as error:
         raise DatasetError(f"{path} is no uncompressed tar ({error})") from error
+
+
+def _member_reader(
+    archive: Path | StoredObject, file: IO[bytes], offset: int, size: int, hold: bool
+) -> Callable[[], bytes]:
+    """What gives the bytes of a member; `file` is the open archive."""
+    if not isinstance(archive, StoredObject):
+        return partial(read_slice, archive, offset, size)
+    if size <= (HELD_BYTES if hold else MAX_TEXT_BYTES):
+        file.seek(offset)
+        return partial(bytes, file.read(size))
+    return partial(read_range, archive.path, offset, size)
+
+
+def _open_binary(archive: Path | StoredObject) -> IO[bytes]:
+    return open_object(archive) if isinstance(archive, StoredObject) else archive.open("rb")
 
 
 def read_slice(path: Path, offset: int, size: int) -> bytes:
@@ -161,13 +207,13 @@ def parquet_entries(path: PurePath, *, names: Sequence[str] | None = None) -> It
     Other columns with text or numbers become attributes, those of one generator (`..._gen0`) only of its image.
 
     Args:
-        path: Absolute, or of the hub.
+        path: Absolute, of the hub or of object storage.
         names: Of the generators; by default `model_gen<i>` says, or D3's usual order.
 
     Raises:
         DatasetError: pyarrow is missing, or the columns are others.
     """
-    file, hub = _open_parquet(path), on_hub(path)
+    file = _open_parquet(path)
     columns = {int(match[1]): name for name in file.schema_arrow.names if (match := _COLUMN.fullmatch(name))}
     if not columns:
         names_there = ", ".join(file.schema_arrow.names[:10])
@@ -175,8 +221,8 @@ def parquet_entries(path: PurePath, *, names: Sequence[str] | None = None) -> It
             f"{path} has columns {names_there}; expected image_gen0, image_gen1, ... and model_gen0, ..."
         )
     texts = [field.name for field in file.schema_arrow if _is_scalar(str(field.type))]
-    uri, mtime, row = (hub_uri(path), None, 0) if hub else (Path(path).as_uri(), Path(path).stat().st_mtime, 0)
-    source = path.parts[3].partition("@")[0] if hub else path.parent.name
+    uri, mtime, row = (*_identity(path), 0)
+    source = path.parts[3].partition("@")[0] if on_hub(path) else path.parent.name
     for batch in _batches(path, file, texts):
         for values in batch.to_pylist():
             cells = {name: str(value) for name, value in values.items() if value is not None}
@@ -199,6 +245,15 @@ def parquet_entries(path: PurePath, *, names: Sequence[str] | None = None) -> It
                     read=partial(read_cell, path, column, row),
                 )
             row += 1
+
+
+def _identity(path: PurePath) -> tuple[str, float | None]:
+    """The uri of a parquet file, and when it was written where that does not follow from the uri."""
+    if on_hub(path):
+        return hub_uri(path), None
+    if in_object_storage(path):
+        return object_uri(path), stored_objects(path)[0].mtime
+    return Path(path).as_uri(), Path(path).stat().st_mtime
 
 
 def _is_scalar(arrow_type: str) -> bool:
@@ -228,12 +283,16 @@ def _open_parquet(path: PurePath) -> ParquetFile:
         raise DatasetError(f"{path.name} needs pyarrow; install the extra: pip install 'lineup[datasets]'") from error
     try:
         with _reaching(path):
+            if in_object_storage(path):
+                return pq.ParquetFile(open_object(stored_objects(path)[0]))
             return pq.ParquetFile(open_on_hub(path) if on_hub(path) else path)
     except (OSError, pa.ArrowException) as error:
         raise DatasetError(f"{path} is no parquet file ({' '.join(str(error).split())[:200]})") from error
 
 
 def _reaching(path: PurePath) -> AbstractContextManager[None]:
+    if in_object_storage(path):
+        return storage_failures(path)
     return hub_failures(path) if on_hub(path) else nullcontext()
 
 
@@ -249,7 +308,8 @@ def read_cell(path: PurePath, column: str, row: int) -> bytes:
         UnreadableImage: There is no such cell, or no image in it.
     """
     try:
-        version = 0 if on_hub(path) else Path(path).stat().st_mtime_ns  # a path of the hub names its commit
+        # A path of the hub names its commit; an object of a bucket is not written again as a rule.
+        version = 0 if on_hub(path) or in_object_storage(path) else Path(path).stat().st_mtime_ns
         with _reading:
             ends = _row_group_ends(path, version)
             group = bisect_right(ends, row)

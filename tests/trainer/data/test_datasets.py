@@ -154,14 +154,15 @@ def test_one_folder_of_one_kind(tmp_path: Path) -> None:
     ]
     assert facts(read_dataset(root, label="fake", generator="Flux 1"), "label", "generator") == [(1, "Flux 1")] * 2
     assert facts(read_dataset(root / "a.png", label="real"), "key", "source") == [("a.png", "a.png")]
-    for options, message in [
+    refusals: list[tuple[dict[str, Any], str]] = [
         ({"label": "fake"}, "give --generator"),
         ({"label": "real", "generator": "x"}, "drop --generator"),
         ({"label": "forged"}, "expected real or fake"),
         ({"label": "fake", "generator": "real"}, "cannot name a generator"),
         ({"label": "fake", "generator": "a/b"}, "cannot name a generator"),
         ({}, "no known layout"),
-    ]:
+    ]
+    for options, message in refusals:
         with pytest.raises(DatasetError, match=message):
             read_dataset(root, **options)
 
