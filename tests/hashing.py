@@ -90,7 +90,9 @@ def follow() -> None:
 if __name__ == "__main__":
     import trainer.model.embedder
     from indexer.__main__ import app
+    from indexer.commands import expected_failures
 
+    app.command()(expected_failures()(follow))
     trainer.model.embedder.Embedder = HashingEmbedder  # type: ignore[misc,assignment]
     print("ready", file=sys.stderr, flush=True)  # imports are over, a kill from here on hits something
-    follow() if sys.argv[1:] == ["follow"] else app()
+    app()
