@@ -299,7 +299,8 @@ def rebuild(
                 )
             if report["unreadable"]:
                 save_report(settings.home, "rebuild", report)
-        recount(store)
+        if miscounts(store):
+            recount(store)
         report["indexes"] = [
             {"checkpoint": one.id, "size": len(renew_snapshot(settings, store, one.id, anew=True).index)}
             for one in store.checkpoints.list()
