@@ -130,7 +130,8 @@ def kill_again_and_again(home: Path, images: Path, times: int, seed: int) -> Cou
     Returns:
         How many were killed, by what they were doing.
     """
-    moments, archive, killed, longest = random.Random(seed), home / "set", Counter[str](), 1.5
+    moments, archive, killed = random.Random(seed), home / "set", Counter[str]()
+    longest = {"add": 1.5}  # seconds that a command takes here, so that kills hit all of it and little else
     others: dict[str, list[object]] = {
         "remove": ["remove", "--generator", "gen-a"],
         "rebuild": ["rebuild"],
@@ -139,10 +140,10 @@ def kill_again_and_again(home: Path, images: Path, times: int, seed: int) -> Cou
         "import": ["import", archive],
     }
     for turn in range(times):
-        if turn == 3:  # how long a command takes here, so that later kills hit all of it
+        if turn == 3:
             begin = time.monotonic()
             finish(home, "add", images)
-            longest = time.monotonic() - begin
+            longest["add"] = time.monotonic() - begin
             finish(home, "export", archive)
         name = "add" if turn < 3 or moments.random() < 0.3 else moments.choice(list(others))
         processes = [start(home, *others.get(name, ["add", images]), seconds=0.05)]
@@ -151,8 +152,10 @@ def kill_again_and_again(home: Path, images: Path, times: int, seed: int) -> Cou
         for process in processes:
             assert process.stderr is not None
             assert process.stderr.readline() == "ready\n"
+        begin = time.monotonic()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            processes[0].wait(moments.uniform(0, longest))
+            processes[0].wait(moments.uniform(0, longest.get(name, longest["add"])))
+            longest[name] = time.monotonic() - begin  # it ended before it was to be killed
         database = home / "postgres/postmaster.pid"
         if turn % 4 == 3 and database.exists():
             with contextlib.suppress(ProcessLookupError):
