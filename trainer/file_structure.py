@@ -218,8 +218,22 @@ def _check_webp(data: bytes) -> None:
 def _check_items(data: bytes) -> None:
     for kind, start, end in _boxes(data, 0, len(data)):
         if kind == b"meta":
-            size = sum(stop - first for inner, first, stop in _boxes(data, start + 4, end) if inner != b"idat")
+            boxes = _boxes(data, start + 4, end)
+            size = sum(stop - first for inner, first, stop in boxes if inner != b"idat")
             _at_most(size, MOST_ITEMS, "bytes in the list of a container's items")
+            for inner, first, stop in boxes:
+                if inner == b"iinf":
+                    _check_item_types(data, first, stop)
+
+
+def _check_item_types(data: bytes, start: int, end: int) -> None:
+    """Refuse items whose types and names are no text (ISO/IEC 14496-12, 8.11.6): the reader of HEIF crashes at them."""
+    for _, item, stop in _boxes(data, start + (8 if data[start : start + 1] != b"\0" else 6), end):
+        text = data[item + (10 if data[item : item + 1] == b"\3" else 8) : stop]
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:
+            raise CostlyFile("a container with an item whose type is no text is not read; save it anew") from error
 
 
 def _boxes(data: bytes, at: int, end: int) -> list[tuple[bytes, int, int]]:

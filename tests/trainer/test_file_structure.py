@@ -6,6 +6,7 @@ import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from trainer.file_structure import CostlyFile, check_exif, check_structure
 from trainer.images import UnreadableImage, decode_image, read_exif
 
 MB = 1_000_000
+HEIC = Path(__file__).parents[1] / "heic/turned.heic"
 
 
 def encode(format: str, size: tuple[int, int] = (64, 48), **options: Any) -> bytes:
@@ -129,6 +131,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "a BMP of run lengths": run_lengths,
     "a WebP of many chunks": lambda: webp(b"teSt\0\0\0\0" * (2 * MB)),
     "an AVIF of many boxes": lambda: encode("AVIF") + b"\0\0\0\x08free" * (2 * MB),
+    "a HEIF with an item of no type": lambda: HEIC.read_bytes().replace(b"Exif", b"\xf8xif", 1),
     "an AVIF of many items": lambda: avif_with_items(b"\0\0\0\x08free" * 100_000),
 }
 
