@@ -35,6 +35,7 @@ from api.schemas.resources import (
     JobResults,
     Jobs,
     NewGenerator,
+    ReferenceChange,
     ReferenceImage,
     ReferencePage,
     Removed,
@@ -160,6 +161,11 @@ class Client:
     def thumbnail(self, id: int) -> bytes:
         """The small JPEG of a reference."""
         return self._send("GET", f"/references/{id}/thumbnail").content
+
+    def relabel(self, id: int, label: Label, generator: str | None = None) -> ReferenceImage:
+        """Change what a reference is; from then on it has the id of the answer."""
+        change = ReferenceChange(label=label, generator=generator)
+        return self._call("PATCH", f"/references/{id}", ReferenceImage, json=_json(change))
 
     def remove(self, id: int) -> Removed:
         """Remove a reference."""

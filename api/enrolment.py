@@ -9,10 +9,12 @@ from api.judge.detector import Detector
 from api.judge.uploads import Question, Upload, prepare
 from api.schemas import LABELS, Label
 from api.schemas.problems import ApiError, FieldError
-from api.schemas.resources import Added, Removed
+from api.schemas.resources import Added, ReferenceChange, Removed
 from indexer.ingest.ingest import FORGOTTEN, ingest
 from indexer.measure.enrolment_effect import consequences
 from indexer.store.generators import check_generator_name
+from indexer.store.reference_facts import Reference
+from indexer.store.relabelling import Kind
 from indexer.store.removing import Removed as RemovedRows
 from trainer.data.entry import Entry
 from trainer.process_pool import DeadlinePassed
@@ -31,16 +33,7 @@ class Batch:
     source: str
 
     def __post_init__(self) -> None:
-        try:
-            if self.label == "real" and self.generator:
-                raise ValueError("a real image has no generator: leave it out, or send label=fake")
-            if self.label == "fake" and not self.generator:
-                raise ValueError("fake images need the name of what made them: send generator, or label=real")
-            if self.generator:
-                check_generator_name(self.generator)
-        except ValueError as error:
-            field = FieldError(field="generator", message=str(error))
-            raise ApiError("bad-field", str(error), errors=[field]) from error
+        check_kind(self.label, self.generator)
 
     def entry(self, upload: Upload) -> Entry:
         """An upload as `ingest` takes it: there is nowhere to read it again, and each file is a group of its own."""
@@ -57,6 +50,24 @@ class Batch:
             attributes={},
             read=partial(bytes, upload.data),
         )
+
+
+def check_kind(label: Label, generator: str | None) -> None:
+    """See that real images have no generator, and fakes one.
+
+    Raises:
+        ApiError: bad-field, also for a name that no generator may have.
+    """
+    try:
+        if label == "real" and generator:
+            raise ValueError("a real image has no generator: leave it out, or send label=fake")
+        if label == "fake" and not generator:
+            raise ValueError("fake images need the name of what made them: send generator, or label=real")
+        if generator:
+            check_generator_name(generator)
+    except ValueError as error:
+        field = FieldError(field="generator", message=str(error))
+        raise ApiError("bad-field", str(error), errors=[field]) from error
 
 
 def enrol(detector: Detector, uploads: Sequence[Upload], batch: Batch) -> Added:
@@ -110,3 +121,16 @@ def remove(detector: Detector, removal: Callable[[], RemovedRows]) -> Removed:
     rows = removal()
     revision = detector.follower.catch_up()
     return Removed(references=rows.references, revision=rows.revisions.get(detector.embedder.id, revision))
+
+
+def relabel(detector: Detector, id: int, change: ReferenceChange) -> Reference | None:
+    """Let a reference be of another kind and bring this process's index up to date; None where there is none.
+
+    Raises:
+        ApiError: bad-field, for a fake without a generator, or a real image with one.
+    """
+    check_kind(change.label, change.generator)
+    references = detector.store.references
+    relabelled = references.relabel(Kind(LABELS.index(change.label), change.generator), ids=[id])
+    detector.follower.catch_up()
+    return references.get(relabelled.ids.get(id, id))

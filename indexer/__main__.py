@@ -28,6 +28,8 @@ from indexer.settings import Settings
 from indexer.store.checkpoints import with_active_folder
 from indexer.store.counts import miscounts, recount
 from indexer.store.generators import GeneratorExists
+from indexer.store.reference_facts import LABEL_NAMES
+from indexer.store.relabelling import Kind
 from indexer.terminal import (
     answer,
     image_progress,
@@ -40,6 +42,7 @@ from indexer.terminal import (
     tell_evaluation,
     tell_imported,
     tell_rebuilt,
+    tell_relabelled,
     tell_removed,
     tell_status,
     tell_thumbnails,
@@ -175,6 +178,38 @@ def remove(
         for one in followers
     ]
     answer(as_json, report, lambda: tell_removed(report))
+
+
+@app.command()
+@expected_failures()
+def relabel(
+    ids: Annotated[list[int] | None, typer.Option("--id", help="One reference; may be repeated.")] = None,
+    generator: Annotated[str | None, typer.Option(help="All references of this generator.")] = None,
+    source: Annotated[str | None, typer.Option(help="All references of this source.")] = None,
+    enrolment: Annotated[int | None, typer.Option(help="All references that this enrolment added.")] = None,
+    to: Annotated[str | None, typer.Option(help="real, or what made them: a generator, created if new.")] = None,
+    undo: Annotated[bool, typer.Option(help="Make them again what they were before.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Change label and generator of references, which keep vectors and pictures but get new ids."""
+    criteria = {"ids": ids or None, "generator": generator, "source": source, "enrolment": enrolment}
+    given: dict[str, Any] = {name: value for name, value in criteria.items() if value is not None}
+    if len(given) != 1 or (to is None) != undo:
+        fail("give one of --id, --generator, --source and --enrolment, and one of --to and --undo", 2)
+    kind = None
+    if to is not None:
+        kind = Kind(0, None) if to.lower() == LABEL_NAMES[0] else Kind(1, to)
+    settings = Settings.read()
+    with opened(settings) as store:
+        relabelled = store.references.relabel(kind, **given)
+        followers = [renew_snapshot(settings, store, checkpoint_id) for checkpoint_id in relabelled.revisions]
+    report = {"relabelled": len(relabelled.ids), "ids": relabelled.ids, "revisions": relabelled.revisions}
+    report["indexes"] = [
+        {"checkpoint": one.checkpoint_id, "relabelled": relabelled.vectors[one.checkpoint_id]}
+        | {"size": len(one.index), "snapshot": one.saved_revision}
+        for one in followers
+    ]
+    answer(as_json, report, lambda: tell_relabelled(report))
 
 
 @app.command()

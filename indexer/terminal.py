@@ -235,6 +235,18 @@ def tell_removed(report: Mapping[str, Any]) -> None:
         print(f"index of {index['checkpoint']}: {left}, snapshot of revision {index['snapshot']} written")
 
 
+def tell_relabelled(report: Mapping[str, Any]) -> None:
+    """The result of `relabel`: the first new ids, and what each index has now."""
+    print(f"relabelled {report['relabelled']:,} references")
+    for before, now in list(report["ids"].items())[:SKIPPED_LINES]:
+        print(f"  {before} is {now} now")
+    if (more := report["relabelled"] - SKIPPED_LINES) > 0:
+        print(f"  ... and {more:,} more, see --json")
+    for index in report["indexes"]:
+        changed = f"{index['relabelled']:,} vectors relabelled among {index['size']:,}"
+        print(f"index of {index['checkpoint']}: {changed}, snapshot of revision {index['snapshot']} written")
+
+
 def tell_discovery(report: Mapping[str, Any]) -> None:
     """The result of `discover`: a row for each candidate."""
     stdout = results()

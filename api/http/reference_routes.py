@@ -7,11 +7,11 @@ from typing import Annotated
 from fastapi import File, Form, Query, Response, UploadFile
 
 from api.access import Caller
-from api.enrolment import Batch, enrol, remove
+from api.enrolment import Batch, enrol, relabel, remove
 from api.http.dependencies import Enrolling, Id, Jpeg, Limit, Loaded, Reading, Served, existing, read_uploads, v1_router
 from api.schemas import LABELS, Label, Text
 from api.schemas.problems import ApiError, documented
-from api.schemas.resources import Added, ReferenceImage, ReferencePage, Removed
+from api.schemas.resources import Added, ReferenceChange, ReferenceImage, ReferencePage, Removed
 from indexer.store.reference_facts import Reference
 
 router = v1_router("references")
@@ -81,6 +81,17 @@ async def get_thumbnail(service: Served, detector: Loaded, caller: Reading, id: 
             "not-found", f"reference {id} has no picture here: `lineup index thumbnails` fetches public ones"
         )
     return Jpeg(data, headers={"cache-control": "private, max-age=86400"})
+
+
+@router.patch("/references/{id}", responses=documented("not-found"))
+async def relabel_reference(
+    service: Served, detector: Loaded, caller: Enrolling, id: Id, change: ReferenceChange
+) -> ReferenceImage:
+    """Change label and generator of a reference image. From then on it has the id of the answer.
+
+    Its attributes tell `former_label` and `former_generator`; to relabel it to these undoes it.
+    """
+    return reference_image(existing(await service.run(relabel, detector, id, change), f"reference {id}"), caller)
 
 
 @router.delete("/references/{id}", responses=documented("not-found"))

@@ -56,8 +56,17 @@ class ReferenceImage(Model):
     thumbnail: str | None = None
     """Path of a small JPEG, null where the picture is not here."""
     attributes: dict[str, Any] = Field(default_factory=dict)
+    """What the data set says of it; once it was relabelled, `former_label` and `former_generator`."""
     enrolment: int | None = None
     added_at: datetime
+
+
+class ReferenceChange(Model):
+    """What a reference is."""
+
+    label: Label
+    generator: GeneratorName | None = None
+    """What made it, for fakes only; created if new."""
 
 
 class ReferencePage(Model):

@@ -34,6 +34,7 @@ from indexer.store import writing
 from indexer.store.checkpoints import Checkpoints
 from indexer.store.generators import Generators
 from indexer.store.reference_facts import LABEL_NAMES, NewReference, Reference
+from indexer.store.relabelling import Kind, Relabelled, relabel_all
 from indexer.store.removing import Removed, remove_all
 
 
@@ -191,6 +192,38 @@ class References(Rows):
             UnknownGenerator: No generator has this name.
             ValueError: No criterion, or more than one.
         """
+        return remove_all(self, self._selection(ids, generator, source, enrolment), forget)
+
+    def relabel(
+        self,
+        kind: Kind | None,
+        *,
+        ids: Iterable[int] | None = None,
+        generator: str | None = None,
+        source: str | None = None,
+        enrolment: int | None = None,
+    ) -> Relabelled:
+        """Change label and generator of references, chosen as for `remove`; those that change get new ids.
+
+        Each keeps in its attributes what it was before. Vectors of all checkpoints and kept files stay.
+
+        Args:
+            kind: What they are; a generator that is new is created. None: what each was before it was relabelled.
+            ids: These rows; unknown ones are passed over.
+            generator: All of this generator.
+            source: All from this source.
+            enrolment: All that this enrolment added.
+
+        Raises:
+            UnknownGenerator: No generator has the name that they are chosen by.
+            BadGeneratorName: The name of a new generator breaks the rule.
+            ValueError: No criterion, or more than one.
+        """
+        return relabel_all(self, self._selection(ids, generator, source, enrolment), kind)
+
+    def _selection(
+        self, ids: Iterable[int] | None, generator: str | None, source: str | None, enrolment: int | None
+    ) -> ColumnElement[bool]:
         criteria: list[ColumnElement[bool]] = []
         if ids is not None:
             criteria.append(_has_id(ids))
@@ -202,7 +235,7 @@ class References(Rows):
             criteria.append(ReferenceRow.enrolment_id == enrolment)
         if len(criteria) != 1:
             raise ValueError("give one of ids, generator, source and enrolment")
-        return remove_all(self, criteria[0], forget)
+        return criteria[0]
 
     # Last in its class: below it, `list` would mean this method.
     def list(

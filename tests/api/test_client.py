@@ -71,7 +71,9 @@ def test_every_call_of_the_interface_has_a_method(
     assert len({reference.id for reference in references}) == 5  # three pages
     assert lineup.reference(references[0].id) == references[0]
     assert lineup.thumbnail(references[0].id).startswith(b"\xff\xd8")
-    assert lineup.remove(references[0].id).references == 1
+    relabelled = lineup.relabel(references[0].id, "fake", "gen-newer")
+    assert (relabelled.generator, relabelled.attributes["former_generator"]) == ("gen-newer", "gen-new")
+    assert lineup.remove(relabelled.id).references == 1
     assert lineup.create_generator("Gen-Made", vendor="somebody").vendor == "somebody"
     assert lineup.change_generator("gen-made", version="2", name_="gen-called").name == "gen-called"
     assert lineup.generator("GEN-NEW").references == 4

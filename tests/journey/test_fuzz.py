@@ -55,6 +55,7 @@ from indexer.ingest.exchange import export_references, import_references
 from indexer.settings import Settings
 from indexer.store.counts import miscounts
 from indexer.store.generators import GeneratorExists
+from indexer.store.relabelling import Kind
 from trainer.images import FORMATS
 
 HEIC = Path(__file__).parents[1] / "heic"
@@ -224,12 +225,19 @@ class Row:
     source: str
     enrolment: int | None
     checkpoints: set[str]
+    former: tuple[str | None] | None = None
+    """The generator before it was relabelled, where it was."""
+
+    def relabel(self, generator: str | None) -> None:
+        if generator != self.generator:
+            self.former = None if self.former == (generator,) else (self.generator,)
+            self.generator = generator
 
 
 class StoreModel(RuleBasedStateMachine):
     """References by number, changed here and in the store alike; followers of two checkpoints see every change."""
 
-    states, removed = 0, 0
+    states, removed, relabelled = 0, 0, 0
 
     def __init__(self, server: URL, folder: Path) -> None:
         super().__init__()
@@ -280,6 +288,8 @@ class StoreModel(RuleBasedStateMachine):
         """Without rows most other rules do nothing."""
         for number, generator in enumerate((None, *GENERATORS)):
             self.add(list(range(2 * number, 2 * number + 2)), generator, "one", CHECKPOINT)
+        self.everything_agrees()
+        self.relabel(random.Random(0), GENERATORS[0])
 
     @rule(
         numbers=st.lists(st.integers(0, 11), min_size=1, max_size=6),
@@ -302,6 +312,30 @@ class StoreModel(RuleBasedStateMachine):
         ids, numbers = self.ids, choice.choices(list(self.rows), k=3)
         self.store.references.remove(ids=[ids[number] for number in numbers], forget=forget)
         self.forget(numbers, forget)
+
+    @precondition(lambda self: self.rows)
+    @rule(choice=CHOICE, generator=st.sampled_from((None, *GENERATORS)))
+    def relabel(self, choice: random.Random, generator: str | None) -> None:
+        ids, numbers = self.ids, set(choice.choices(list(self.rows), k=3))
+        changed = {ids[number] for number in numbers if self.rows[number].generator != generator}
+        kind = Kind(int(generator is not None), generator)
+        relabelled = self.store.references.relabel(kind, ids=[ids[number] for number in numbers])
+        assert relabelled.ids.keys() == changed
+        assert not set(relabelled.ids.values()) & set(ids.values())
+        self.generators |= {generator} if generator is not None and changed else set()
+        type(self).relabelled += len(changed)
+        for number in numbers:
+            self.rows[number].relabel(generator)
+
+    @precondition(lambda self: self.rows)
+    @rule(source=st.sampled_from(("one", "two")))
+    def relabel_back(self, source: str) -> None:
+        self.store.references.relabel(None, source=source)
+        for row in self.rows.values():
+            if row.source == source and row.former is not None:
+                (generator,) = row.former
+                row.relabel(generator)
+                self.generators |= set() if generator is None else {generator}
 
     @precondition(lambda self: self.rows)
     @rule(source=st.sampled_from(("one", "two")))
@@ -401,6 +435,9 @@ class StoreModel(RuleBasedStateMachine):
             held = follower.copy.contents()
             expected = {stored[sha256(n)].id: n for n, row in self.rows.items() if checkpoint in row.checkpoints}
             assert held.ids.tolist() == sorted(expected)
+            anew = self.follower(checkpoint).copy.contents()
+            assert anew.ids.tolist() == held.ids.tolist()
+            assert np.array_equal(anew.labels, held.labels)
             columns = (held.ids.tolist(), held.vectors, held.labels, held.generators.tolist(), held.sources)
             facts = zip(*columns, strict=True)
             for image_id, unit, label, generator, source in facts:
@@ -419,7 +456,7 @@ class StoreModel(RuleBasedStateMachine):
 def test_the_store_and_its_followers_do_as_a_model_does(
     sequences: int, steps: int, postgres_server: URL, tmp_path: Path, record_property: Record
 ) -> None:
-    StoreModel.states = StoreModel.removed = 0
+    StoreModel.states = StoreModel.removed = StoreModel.relabelled = 0
     record_property("failed", 1)
     run_state_machine_as_test(
         lambda: StoreModel(postgres_server, tmp_path),  # type: ignore[arg-type]
@@ -435,4 +472,4 @@ def test_the_store_and_its_followers_do_as_a_model_does(
     )
     record_property("tried", f"{sequences:,} sequences of changes to the store, {StoreModel.states:,} states")
     record_property("failed", 0)
-    assert StoreModel.removed > sequences
+    assert min(StoreModel.removed, StoreModel.relabelled) >= sequences

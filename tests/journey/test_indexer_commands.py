@@ -183,6 +183,26 @@ def test_people_get_lines(run: Run, images: Path) -> None:
     assert "index of" in run("rebuild").stdout
 
 
+def test_references_are_relabelled_and_back(run: Run, images: Path, store: Store) -> None:
+    run("add", images)
+    chosen = next(iter(store.references.list(generator="gen-a"))).id
+    lines = run("relabel", "--id", chosen, "--to", "REAL").stdout.splitlines()
+    assert lines == [
+        "relabelled 1 references",
+        f"  {chosen} is 17 now",
+        f"index of {HashingEmbedder().id}: 1 vectors relabelled among 16, snapshot of revision 2 written",
+    ]
+    merged = document(run("relabel", "--generator", "gen-a", "--to", "gen-b", "--json"))
+    assert (merged["relabelled"], len(merged["ids"])) == (3, 3)
+    assert merged["indexes"] == [{"checkpoint": HashingEmbedder().id, "relabelled": 3, "size": 16, "snapshot": 3}]
+    assert store.references.counts() == {"real": 9, "fake": 7}
+    assert document(run("check", "--json"))["agree"] is True
+    assert document(run("relabel", "--source", "images", "--undo", "--json"))["relabelled"] == 4
+    assert {one.name: one.references for one in store.generators.list()} == {"gen-a": 4, "gen-b": 4}
+    assert document(run("relabel", "--source", "images", "--undo", "--json"))["indexes"] == []
+    assert document(run("check", "--json"))["agree"] is True
+
+
 def test_a_dry_run_says_what_would_be(run: Run, images: Path, settings: Settings, store: Store) -> None:
     assert run("add", images, "--dry-run").stdout.startswith("would add 16 of 17 images")
     assert store.references.counts() == {"real": 0, "fake": 0}
@@ -395,6 +415,9 @@ def test_references_without_pictures_serve_every_command(
         (["remove"], 2, "--enrolment"),
         (["remove", "--id", "1", "--source", "x"], 2, "--enrolment"),
         (["remove", "--generator", "nobody"], 1, "no generator 'nobody'"),
+        (["relabel", "--id", "1"], 2, "--undo"),
+        (["relabel", "--id", "1", "--source", "x", "--undo"], 2, "--enrolment"),
+        (["relabel", "--id", "1", "--to", "all"], 1, "'all'"),
         (["status", "--checkpoint", "nowhere"], 1, "nowhere"),
         (["migrate", "nonsense"], 1, "nonsense"),
         (["export", "/proc/nowhere/set"], 1, "/proc/nowhere"),

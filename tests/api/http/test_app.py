@@ -235,6 +235,32 @@ def test_references_are_added_searched_shown_and_removed(own: TestClient) -> Non
     problem(own.get(f"/v1/references/{second['id']}/thumbnail"), 404, "not-found")
 
 
+def test_references_are_relabelled(own: TestClient) -> None:
+    form = {"label": "fake", "generator": "New-1"}
+    own.post("/v1/references", data=form, files=files(png(1), png(2), field="images"))
+    wrong, _ = own.get("/v1/references").json()["references"]
+    path = f"/v1/references/{wrong['id']}"
+    for change in (
+        {},
+        {"label": "fake"},
+        {"label": "real", "generator": "New-1"},
+        {"label": "fake", "generator": "all"},
+    ):
+        problem(own.patch(path, json=change), 422, "bad-field")
+    assert own.patch(path, json=form).json() == wrong  # it is that already
+    right = own.patch(path, json={"label": "real"}).json()
+    former = {"former_label": "fake", "former_generator": "New-1"}
+    assert right["id"] != wrong["id"]
+    assert (right["label"], right["generator"], right["attributes"]) == ("real", None, former)
+    assert own.get(right["thumbnail"]).status_code == 200
+    problem(own.patch(path, json={"label": "real"}), 404, "not-found")
+    hits = own.post("/v1/search", params={"label": "real"}, files=files(png(3))).json()["results"][0]["neighbours"]
+    assert [near["id"] for near in hits] == [right["id"]]  # at once
+    undone = own.patch(f"/v1/references/{right['id']}", json=form).json()
+    assert (undone["generator"], undone["attributes"]) == ("New-1", {})
+    assert own.get("/v1/status").json()["references"] == {"real": 0, "fake": 2}
+
+
 def test_a_reference_without_a_picture_is_shown_by_its_address(own: TestClient, tmp_path: Path) -> None:
     own.post("/v1/references", data={"label": "real"}, files=files(png(1), field="images"))
     store = store_of(own)

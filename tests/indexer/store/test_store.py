@@ -20,7 +20,7 @@ from indexer.database.connection import connect
 from indexer.measure.audit import fact_warnings
 from indexer.measure.near_duplicates import related_references
 from indexer.settings import Settings
-from indexer.store import Store
+from indexer.store import Store, relabelling
 from indexer.store.changes import ADDITIONS, REMOVALS, Additions, Removals
 from indexer.store.checkpoints import CALIBRATIONS, CheckpointSwitched, UnknownCheckpoint
 from indexer.store.counts import miscounts, recount
@@ -28,6 +28,7 @@ from indexer.store.detections import Detection
 from indexer.store.generators import BadGeneratorName, GeneratorExists, UnknownGenerator
 from indexer.store.keys import KeyExists
 from indexer.store.reference_facts import NewReference
+from indexer.store.relabelling import Kind
 from indexer.store.removing import STAMP, Removed
 from indexer.store.writing import BadVector
 from trainer.model.embedder import Embedder
@@ -673,6 +674,73 @@ def test_counts_that_are_wrong_are_named_and_mended(store: Store) -> None:
     assert store.references.counts() == {"real": 1, "fake": 2}
 
 
+def test_relabelled_references_keep_all_but_label_and_generator(store: Store) -> None:
+    store.checkpoints.register("d" * 32, "other", 8, {})
+    enrolment = store.enrolments.open("SD-XL", "tests")
+    first, second, third = new(1), new(2, "SD-XL"), new(3, "SD-XL")
+    ids = store.references.add([replace(first, data=b"the file"), second, third], CHECKPOINT, enrolment).ids
+    real, fake, other = (int(image_id or 0) for image_id in ids)
+    store.references.embed([real, fake], np.ones((2, 8), np.float32), "d" * 32)
+    replicas = [Replica(store), Replica(store, "d" * 32)]
+    for replica in replicas:
+        replica.catch_up()
+    before = store.references.get(real)
+    assert before is not None
+
+    relabelled = store.references.relabel(Kind(1, "Flux"), ids=[real, fake, 999])
+    assert relabelled.ids.keys() == {real, fake}
+    assert (relabelled.vectors, relabelled.revisions) == ({CHECKPOINT: 2, "d" * 32: 2}, {CHECKPOINT: 2, "d" * 32: 2})
+    after = store.references.get(relabelled.ids[real])
+    assert after is not None
+    was = {"former_label": "real"}
+    assert after == replace(
+        before, id=after.id, label=1, generator="Flux", attributes=before.attributes | was, pictured=True
+    )
+    assert store.references.get(real) is None
+    assert store.references.file(after.id) == b"the file"
+    assert store.references.thumbnail(after.id) == b"jpeg" * 3
+    for replica, left in zip(replicas, ([other], []), strict=True):
+        replica.catch_up()
+        anew = Replica(store, replica.checkpoint)
+        anew.catch_up()
+        assert replica.rows == anew.rows
+        assert replica.rows.keys() == {*relabelled.ids.values(), *left}
+    assert {one.name: one.references for one in store.generators.list()} == {"Flux": 2, "SD-XL": 1}
+    (counted,) = store.enrolments.list()
+    assert counted.references == 3
+    assert miscounts(store) == []
+
+    assert store.references.relabel(Kind(1, "FLUX"), generator="Flux").ids == {}  # the same name, nothing to change
+    assert store.references.relabel(Kind(0, None), ids=[real]).ids == {}
+    with pytest.raises(BadGeneratorName):
+        store.references.relabel(Kind(1, "all"), source="nowhere")
+    with pytest.raises(UnknownGenerator):
+        store.references.relabel(Kind(0, None), generator="nobody")
+    assert store.checkpoints.revision(CHECKPOINT) == 2
+
+    undone = store.references.relabel(None, enrolment=enrolment)
+    again = store.references.get(undone.ids[after.id])
+    assert again == replace(before, id=undone.ids[after.id])
+    assert {one.name: one.references for one in store.generators.list()} == {"Flux": 0, "SD-XL": 2}
+    assert store.references.relabel(None, enrolment=enrolment).ids == {}
+
+
+def test_many_references_are_relabelled_in_several_transactions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relabelling, "TRANSACTION_IMAGES", 3)
+    store.references.add([new(i, "a" if i % 2 else "b") for i in range(8)], CHECKPOINT)
+    relabelled = store.references.relabel(Kind(0, None), source="tests")
+    assert (len(relabelled.ids), relabelled.vectors, relabelled.revisions) == (8, {CHECKPOINT: 8}, {CHECKPOINT: 4})
+    assert store.references.counts() == {"real": 8, "fake": 0}
+    replica, anew = Replica(store), Replica(store)
+    replica.catch_up(page=3)
+    anew.catch_up()
+    assert len(replica.rows) == 8
+    assert len(store.references.relabel(None, source="tests").ids) == 8
+    replica.catch_up()
+    assert replica.rows.keys() == {row.id for row in store.references.list()}
+    assert {one.name: one.references for one in store.generators.list()} == {"a": 4, "b": 4}
+
+
 LARGE = ("reference_image", "reference_file", "embedding", "removal", "detection", "calibration", "blocked_hash")
 
 
@@ -691,7 +759,9 @@ def test_hot_queries_can_use_their_indexes(store: Store) -> None:
     seen: list[tuple[str, object]] = []
 
     def note(connection: object, cursor: object, statement: str, parameters: object, *_: object) -> None:
-        if statement.lstrip().startswith(("select", "SELECT", "delete", "DELETE", "insert into removal")):
+        if statement.lstrip().startswith(
+            ("select", "SELECT", "delete", "DELETE", "insert into removal", "with relabelled")
+        ):
             seen.append((statement, parameters))
 
     event.listen(store.engine, "before_cursor_execute", note)
@@ -714,6 +784,7 @@ def test_hot_queries_can_use_their_indexes(store: Store) -> None:
     related_references(store, [new(1).sha256], ["group 1"])
     fact_warnings(store)
     for chosen in ({"ids": [1]}, {"generator": "sd-xl"}, {"source": "none"}, {"enrolment": enrolment}):
+        store.references.relabel(Kind(1, "Flux"), **chosen)
         store.references.remove(**chosen)
     event.remove(store.engine, "before_cursor_execute", note)
     place = {"checkpoint": CHECKPOINT, "seen": 0, "target": 1, "revision": 0, "image": 0, "page": 20}
