@@ -14,6 +14,8 @@ from indexer.store import Store
 from indexer.store.reference_facts import NEAR_BITS
 
 FINGERPRINTS_AT_ONCE = 100_000
+READ_PER_LOOKUP = 200
+"""References whose fingerprints are read in the time, 0.3 ms, in which those similar to one image are looked up."""
 
 # Two look-ups, each by its own index.
 SAME_GROUP_OR_BYTES = text("""
@@ -66,7 +68,8 @@ def related_references(store: Store, sha256: Sequence[str], groups: Sequence[str
     known = [number for number, digest in enumerate(sha256) if digest in fingerprint]
     if known:
         images = np.array([fingerprint[sha256[number]] for number in known])
-        ids, fingerprints = similar_fingerprints(store, images)
+        few = sum(store.references.counts().values()) < READ_PER_LOOKUP * len(images)
+        ids, fingerprints = all_fingerprints(store) if few else similar_fingerprints(store, images)
         for reference, image, _ in near_duplicates(fingerprints, images).tolist():
             related[known[image]].add(int(ids[reference]))
     return [np.array(sorted(one), np.int64) for one in related]

@@ -270,6 +270,19 @@ def test_relatives_of_images_that_are_no_references(store: Store) -> None:
     assert related_references(store, [], []) == []
 
 
+@pytest.mark.parametrize("read_per_lookup", [0, 1_000])
+def test_near_duplicates_of_references_are_related(
+    store: Store, monkeypatch: pytest.MonkeyPatch, read_per_lookup: int
+) -> None:
+    """Looked up or compared with all, as it costs less."""
+    monkeypatch.setattr("indexer.measure.near_duplicates.READ_PER_LOOKUP", read_per_lookup)
+    ids = add_all(
+        store, [reference(n, fingerprint=value) for n, value in enumerate((0b1, 0b11110, 0b111111, 0, 1 << 62))]
+    )
+    related = related_references(store, [sha256(0), sha256(3)], ["none", "none"])
+    assert [one.tolist() for one in related] == [sorted([ids[0], ids[4]]), [ids[3]]]
+
+
 def test_all_fingerprints_come_in_pages(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("indexer.measure.near_duplicates.FINGERPRINTS_AT_ONCE", 4)
     rows = [reference(number, fingerprint=None if number == 3 else -number) for number in range(9)]

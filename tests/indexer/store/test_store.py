@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 
 from indexer.database.connection import connect
 from indexer.measure.audit import fact_warnings
-from indexer.measure.near_duplicates import related_references
+from indexer.measure.near_duplicates import related_references, similar_fingerprints
 from indexer.settings import Settings
 from indexer.store import Store, relabelling
 from indexer.store.changes import ADDITIONS, REMOVALS, Additions, Removals
@@ -782,6 +782,7 @@ def test_hot_queries_can_use_their_indexes(store: Store) -> None:
     store.detections.list(before=uuid.uuid4())
     store.calibrations.load(CHECKPOINT, "h", 1)
     related_references(store, [new(1).sha256], ["group 1"])
+    similar_fingerprints(store, np.array([-1]))
     fact_warnings(store)
     for chosen in ({"ids": [1]}, {"generator": "sd-xl"}, {"source": "none"}, {"enrolment": enrolment}):
         store.references.relabel(Kind(1, "Flux"), **chosen)
