@@ -67,9 +67,13 @@ def _stored_objects(path: PurePath) -> list[StoredObject]:
 
     root, key = PurePosixPath(*path.parts[:2]), "/".join(path.parts[2:])
     store = _store(path.parts[0], path.parts[1])
-    if PurePath(key).suffix:
-        meta = obstore.head(store, key)
-        return [StoredObject(root / key, meta["size"], meta["last_modified"].timestamp())]
+    if suffix := PurePath(key).suffix.lower():
+        try:
+            meta = obstore.head(store, key)
+            return [StoredObject(root / key, meta["size"], meta["last_modified"].timestamp())]
+        except FileNotFoundError:
+            if suffix in (".tar", ".parquet") or path.parts[0] == "https:":  # else a folder such as `images.v2`
+                raise
     objects = [
         StoredObject(root / meta["path"], meta["size"], meta["last_modified"].timestamp())
         for page in obstore.list(store, prefix=key or None)

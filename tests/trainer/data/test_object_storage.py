@@ -84,6 +84,11 @@ def test_images_of_one_kind(buckets: Buckets) -> None:
     assert (single.read(), single.size, single.source) == (b"photo 1", 7, "x")
 
 
+def test_a_folder_may_have_a_dot_in_its_name(buckets: Buckets) -> None:
+    (buckets.root / "bucket/photos").rename(buckets.root / "bucket/photos.v2")
+    assert len(list(read_dataset(Path("s3://bucket/photos.v2"), label="real"))) == 3
+
+
 def test_parts_are_whole_shards(buckets: Buckets) -> None:
     parts = [read_dataset(Path("s3://bucket/shards"), part=DatasetPart(number, 2)) for number in (1, 2)]
     assert [sorted({entry.group for entry in part}) for part in parts] == [["a", "b"], ["c", "d"]]

@@ -35,7 +35,7 @@ from trainer.fit.linear_probe import LinearProbe
 from trainer.fit.objective import make_objective
 from trainer.fit.run import Processes, Run
 from trainer.fit.state import RunState, state_folder
-from trainer.fit.train import epoch_batches, epoch_steps, finishing_seconds, fit
+from trainer.fit.train import epoch_batches, epoch_steps, finishing_seconds, fit, judge
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads
 from trainer.images import Preprocess
@@ -471,6 +471,35 @@ def test_two_nodes_without_a_common_disk_resume_and_end_alike(tiny: FitSettings)
     assert launch() == [0, 0]
     reused = [json.loads((disk / "heard.json").read_text())["metrics"] for disk in disks]
     assert reused == [heard[0]["metrics"] | {"reused": True}, {"reused": True}]
+
+
+def test_the_processes_of_a_node_share_its_cores(tiny: FitSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.fit.run.usable_cores", lambda: 6)
+    monkeypatch.setattr("trainer.fit.train.usable_cores", lambda: 12)
+    settings = replace(tiny, cached_batch=8, workers=None)  # without DistributedDataParallel, which needs a group
+    run = Run(settings, Processes(rank=5, world=8, local=2), "cpu", make_objective(settings, "cpu")[0], 1)
+    assert run.slices is not None
+    assert run.slices.threads == 3
+    roles = read_roles(settings)
+    views = Views(preprocess=settings.preprocessing, local_size=settings.local)
+    made: dict[str, Any] = {}
+    monkeypatch.setattr("trainer.fit.train.DataLoader", lambda *_, **options: made.update(options))
+    epoch_batches(settings, roles["training"], views, run)
+    assert made["num_workers"] == 3
+
+
+def test_all_processes_look_at_validation_images_when_the_first_does(
+    tiny: FitSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the look before took here."""
+    monkeypatch.setattr(Processes, "agree", lambda self, value: 0.5)
+    settings = replace(tiny, cached_batch=8, max_minutes=1.0)
+    run = Run(settings, Processes(rank=1, world=2, local=1), "cpu", make_objective(settings, "cpu")[0], 1)
+    run.state.window, run.state.seconds, run.state.judging = 60.0, 30.0, 20.0
+    probe: Any = None  # only the first process has a look of its own
+    summary = judge(run, probe, {"learning_rate": 0.0, "loss": 0.0, "records_per_second": 0.0})
+    assert summary.accuracy == 0.5
+    assert run.state.judged == run.state.seconds > 30.0
 
 
 @pytest.mark.parametrize("kept", [("real",), ()])
