@@ -50,6 +50,11 @@ class Metrics:
         self.job_images = gauge("lineup_job_images", "Images of jobs that are not judged yet, of all services.")
         self.job_age = gauge("lineup_job_oldest_seconds", "Since when the oldest job that has not ended waits.")
         self.webhooks = counter("lineup_webhooks", "Webhooks told of the end of a job, or given up.", ["state"])
+        self.drift = gauge(
+            "lineup_drift_p_value",
+            "How likely the last complete day is where nothing has changed against the days before or the calibration.",
+            ["against"],
+        )
         self.degraded = gauge("lineup_degraded", "1 while the index cannot follow the database.")
 
     def judged(self, results: Iterable[Verdict | ApiError], final: bool) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +21,13 @@ from api.judge.loader import load_detector, load_successor
 from api.judge.uploads import Question, Upload
 from api.monitoring import Metrics
 from api.schemas.problems import ApiError
-from api.schemas.resources import Added, Status
+from api.schemas.resources import Added, Drift, Status
 from api.schemas.verdicts import Hits, Verdict
 from api.served_checkpoint import Serving, run_admitted, run_in
 from api.service_settings import ServiceSettings
 from api.service_status import status
 from indexer.database.connection import DatabaseBehind
+from indexer.measure.drift import drift
 from indexer.store.checkpoints import CheckpointSwitched
 from trainer.cores import usable_cores
 
@@ -53,7 +55,7 @@ RETRY = 2.0
 LOOK = 0.2
 """Seconds between two looks for what another thread tells."""
 HOUSEKEEPING = 3600.0
-"""Seconds between two deletions of old records."""
+"""Seconds between two deletions of old records, and two looks for drift."""
 
 
 class Service:
@@ -69,6 +71,7 @@ class Service:
         self.settings = settings
         self.metrics = metrics
         self.failure: str | None = None
+        self.drift: Drift | None = None
         self._detector = detector
         self._ready = False
         self._decoders = ThreadPoolExecutor(usable_cores(), "decode")
@@ -181,9 +184,13 @@ class Service:
         self._retired = None
 
     async def keep_house(self) -> None:
-        """Delete records and jobs older than the settings allow: at the start, then each hour. Runs until cancelled."""
-        while self.settings.record_days or self.settings.job_days:
+        """Delete records and jobs older than the settings allow, and look for drift: at the start, then each hour.
+
+        Runs until cancelled.
+        """
+        while True:
             if self._ready:
+                await self._look_for_drift()
                 store = self.detector.store
                 await self._delete_old("records", store.detections.delete, self.settings.record_days)
                 await self._delete_old("jobs", store.jobs.delete_ended, self.settings.job_days)
@@ -197,6 +204,19 @@ class Service:
                 log.info(f"{things} deleted", extra={things: deleted, "days": days})
             except DATABASE_AWAY:
                 log.warning(f"{things} could not be deleted; trying again")
+
+    async def _look_for_drift(self) -> None:
+        """Compare the last complete day, for status and metrics; what hinders it hinders nothing else."""
+        detector = self.detector
+        calibration = detector.calibrator.current.calibration
+        try:
+            report = await run_in(self._counters, drift, detector.store, detector.embedder.id, calibration)
+        except Exception as error:
+            log.warning("drift was not looked for", extra={"reason": " ".join(str(error).split())})
+            return
+        self.drift = Drift.model_validate(report)
+        for against, p_value in report["p_values"].items():
+            self.metrics.drift.labels(against).set(math.nan if p_value is None else p_value)
 
     def close(self) -> None:
         """Finish what was begun, then stop every thread."""
@@ -297,7 +317,7 @@ class Service:
 
     async def status(self) -> Status:
         """What is loaded, followed and calibrated. In threads of its own: who asks for it may wait, nobody else."""
-        return await run_in(self._counters, status, self.detector)
+        return await run_in(self._counters, status, self.detector, self.drift)
 
     async def enrol(self, work: Callable[[Detector], Added], images: int) -> Added:
         """Add so many images as references.

@@ -8,6 +8,7 @@ from api.breaker import DATABASE_AWAY
 from api.judge.detector import Detector
 from api.schemas.resources import (
     CalibrationState,
+    Drift,
     GeneratorCount,
     Histogram,
     IndexState,
@@ -22,7 +23,7 @@ BINS = 20
 """Of the histogram of calibration scores."""
 
 
-def status(detector: Detector) -> Status:
+def status(detector: Detector, drift: Drift | None) -> Status:
     """What is loaded, followed and calibrated; from memory while the database is away."""
     follower, fitted, settings = detector.follower, detector.calibrator.current, detector.settings
     index, revision, degraded = follower.index, follower.revision, follower.degraded
@@ -55,6 +56,7 @@ def status(detector: Detector) -> Status:
         reason=detector.calibrator.reason or fitted.shortage(settings.max_false_alarm, settings.max_miss),
         degraded=degraded,
         version=package_version(),
+        drift=drift,
         k=settings.k,
     )
 

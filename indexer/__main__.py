@@ -233,10 +233,10 @@ def discover(
     if (enrol is None) != (generator is None) or (source is not None and enrol is None):
         fail("--enrol and --generator go together, and --source with them", 2)
     from indexer.follower import Follower
+    from indexer.measure.calibrate import latest_calibration
     from indexer.measure.discovery import SOURCE, enrol_candidate
     from indexer.measure.discovery import discover as find_candidates
     from indexer.measure.enrolment_effect import consequences
-    from trainer.heads.calibration import Calibration
 
     settings = Settings.read(checkpoint=checkpoint, device=device)
     with opened(settings) as store:
@@ -245,9 +245,7 @@ def discover(
             fail("there are no references yet: `lineup index add` first")
         follower = Follower(settings, store, one.id, one.dim)
         follower.load()
-        saved = store.calibrations.load(one.id)
-        calibration = None if saved is None else Calibration.from_json(saved.params)
-        search = partial(find_candidates, follower, calibration, smallest=min_images)
+        search = partial(find_candidates, follower, latest_calibration(store, one.id), smallest=min_images)
         if enrol is None or generator is None:
             report = search().summary()
         else:

@@ -187,6 +187,7 @@ def tell_status(status: Mapping[str, Any]) -> None:
     facts.add_row("calibration", fitted)
     if calibration is not None:
         facts.add_row("promise", _promise(calibration["new_sources"]))
+    facts.add_row("drift", _drift(status["drift"]))
     stdout.print(facts)
     if status["not_embedded"]:
         stdout.print("to embed them, with its folder: lineup index rebuild --checkpoint FOLDER", soft_wrap=True)
@@ -224,6 +225,17 @@ def _promise(new_sources: int | None) -> str:
     if new_sources:
         return f"to real images of known sources, and to nine of ten new sources (judging by {new_sources} sources)"
     return "to real images of known sources alone (under 9 sources say nothing of a new one)"
+
+
+def _drift(drift: Mapping[str, Any]) -> str:
+    """Whether the last complete day was like the days before and like the calibration."""
+    words = {"before": "the days before", "calibration": "the calibration"}
+    told = []
+    for against, p_value in drift["p_values"].items():
+        if p_value is not None:
+            like = "UNLIKE" if p_value < drift["rate"] else "like"
+            told.append(f"{like} {words[against]} (p {p_value:.2g})")
+    return f"{drift['day']}, {drift['images']} images: {', '.join(told) or 'too few verdicts kept to say'}"
 
 
 def tell_removed(report: Mapping[str, Any]) -> None:

@@ -57,6 +57,13 @@ async function fill(place, make, ...before) {
   }
 }
 
+/** Whether the last complete day was like the four weeks before it. */
+function drifted({ day, rate, p_values: { before } }) {
+  if (before === null) return "too few verdicts are kept to tell whether it changed";
+  const like = before < rate ? "unlike" : "like";
+  return `on ${day} ${like} the four weeks before (p ${decimal(before, 3)})`;
+}
+
 function cards(status) {
   const { index, references, model } = status;
   const lag = status.revision - index.revision;
@@ -88,6 +95,7 @@ function cards(status) {
           ["Kind", index.kind],
           ["Device", index.device],
           ["Neighbours that vote", status.k],
+          ["What came in", status.drift && drifted(status.drift)],
         ]),
       ),
       h(

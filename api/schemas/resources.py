@@ -300,6 +300,39 @@ class SourceCount(Model):
     references: int
 
 
+class DriftTest(Model):
+    """A comparison of what was judged over some days with verdicts of before, or with calibration images."""
+
+    against: Literal["before", "calibration"]
+    value: Literal["score", "novelty"]
+    days: int
+    images: int
+    compared: int
+    """Images on the other side."""
+    p_value: float | None
+    """0..1, null where either side has fewer than 50 images."""
+
+
+class DriftPValues(Model):
+    """0..1, each the least of its tests' times their number (Bonferroni), null where there were too few images."""
+
+    before: float | None
+    """Of the 28 days before."""
+    calibration: float | None
+    """Of the calibration images, real and generated in any proportion."""
+
+
+class Drift(Model):
+    """Whether what is judged has changed: of the last complete day (UTC)."""
+
+    day: date
+    images: int
+    rate: float
+    """A p-value below this is drift; at most this share of days is told so although nothing has changed."""
+    p_values: DriftPValues
+    tests: list[DriftTest]
+
+
 class Status(Model):
     """What is loaded, followed and calibrated."""
 
@@ -322,6 +355,8 @@ class Status(Model):
     """Why nothing is calibrated, or how many calibration images more a promised rate would need."""
     degraded: bool = False
     version: str | None = None
+    drift: Drift | None = None
+    """Null until it was looked for, which is at the start and then each hour."""
     k: int | None = None
     """Neighbours that vote unless a request asks for another number."""
 

@@ -16,6 +16,7 @@ from indexer.follower import Follower
 from indexer.index.milvus import EngineAway
 from indexer.measure.near_duplicates import related_references
 from indexer.settings import Settings
+from indexer.store import Store
 from trainer.heads.calibration import METHOD, MINIMUM, Calibration, fit_calibration
 from trainer.heads.calibration_set import CalibrationSet, refit_command
 from trainer.heads.heads import Heads
@@ -166,6 +167,12 @@ def shared_calibration(follower: Follower, heads: Heads, images: CalibrationSet,
         calibration = calibrate(follower, heads, images, k)
         log.info("calibrated", extra={"revision": revision, "seconds": round(time.perf_counter() - start, 2)})
         return calibration
+
+
+def latest_calibration(store: Store, checkpoint_id: str) -> Calibration | None:
+    """The latest that is kept of a checkpoint; None where there is none, or one that an earlier version fitted."""
+    saved = store.calibrations.load(checkpoint_id)
+    return None if saved is None or saved.params.get("method") != METHOD else Calibration.from_json(saved.params)
 
 
 def saved_calibration(follower: Follower, heads: Heads, revision: int, k: int) -> Calibration | None:

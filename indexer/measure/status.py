@@ -4,6 +4,8 @@ from typing import Any
 
 from indexer.database.connection import address, read_url
 from indexer.follower import Follower
+from indexer.measure.calibrate import latest_calibration
+from indexer.measure.drift import drift
 from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.checkpoints import Checkpoint
@@ -40,6 +42,7 @@ def store_status(settings: Settings, store: Store, checkpoint: Checkpoint | None
         "sources": [{"name": name, "references": count} for name, count in store.references.sources().items()],
         "index": {"kind": None, "device": None, "size": 0, "revision": 0},
         "calibration": None,
+        "drift": None,
         "store": store.id(),
         "database": _database(settings),
         "checkpoints": [
@@ -66,6 +69,7 @@ def store_status(settings: Settings, store: Store, checkpoint: Checkpoint | None
             "revision": follower.revision,
             "recall": index.recall,
         },
+        "drift": drift(store, checkpoint.id, latest_calibration(store, checkpoint.id)),
         "calibration": None
         if saved is None
         else {

@@ -162,7 +162,9 @@ def test_status_says_to_whom_the_rate_of_false_alarms_is_promised(run: Run, imag
     ):
         store.calibrations.save(HashingEmbedder().id, "heads", revision, params)
         assert document(run("status", "--json"))["calibration"]["new_sources"] == params.get("new_sources")
-        assert promise in " ".join(run("status").stdout.split())
+        lines = " ".join(run("status").stdout.split())
+        assert promise in lines
+        assert re.search(r"drift \d{4}-\d\d-\d\d, 0 images: too few verdicts kept to say", lines)
 
 
 def test_people_get_lines(run: Run, images: Path) -> None:

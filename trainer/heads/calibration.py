@@ -101,6 +101,8 @@ class Calibration:
     """Similarity of each calibration image to its nearest reference, ascending, float32."""
     n_real: int
     n_fake: int
+    nearest_labels: np.ndarray = field(default_factory=lambda: np.empty(0, np.int8))
+    """0 real, 1 fake, of each entry of `nearest`, int8; empty where an earlier version fitted it."""
     probabilities: dict[str, Probabilities] = field(init=False, repr=False)
     """Of `real` and `fake`: every verdict reads them, and they are computed once."""
 
@@ -233,6 +235,7 @@ class Calibration:
             "sources": {name: numbers.tolist() for name, numbers in self.sources.items()},
             "nearest_fake": {name: _pack(similarities) for name, similarities in self.nearest_fake.items()},
             "nearest": _pack(self.nearest),
+            "nearest_labels": self.nearest_labels.tolist(),
             "n_real": self.n_real,
             "n_fake": self.n_fake,
         }
@@ -249,6 +252,7 @@ class Calibration:
             nearest=_unpack(values["nearest"]),
             n_real=int(values["n_real"]),
             n_fake=int(values["n_fake"]),
+            nearest_labels=np.array(values.get("nearest_labels", ()), np.int8),
         )
 
 
@@ -293,21 +297,18 @@ def fit_calibration(
             reals, fakes = (ascending[labels[rows][ascending] == label] for label in (0, 1))
             real[name], source[name] = scores[reals], numbers[rows][reals]
             fake[name], similarity[name] = scores[fakes], nearest_fake[rows][fakes]
+    near = np.argsort(nearest, kind="stable")[: len(nearest) - np.isnan(nearest).sum()]  # NaN is last
     return Calibration(
         maps=maps,
         real=real,
         fake=fake,
         sources=source,
         nearest_fake=similarity,
-        nearest=_ascending(nearest),
+        nearest=nearest[near].astype(np.float32),
+        nearest_labels=labels[near].astype(np.int8),
         n_real=int((labels == 0).sum()),
         n_fake=int((labels == 1).sum()),
     )
-
-
-def _ascending(values: np.ndarray) -> np.ndarray:
-    """The values that are there, sorted, float32."""
-    return np.sort(values[~np.isnan(values)]).astype(np.float32)
 
 
 def _cross_fitted(heads: tuple[str, ...], table: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:

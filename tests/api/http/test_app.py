@@ -969,6 +969,10 @@ def test_status_and_calibration(client: TestClient) -> None:
     assert (status["index"]["size"], status["index"]["revision"]) == (120, status["revision"])
     assert status["calibration"] == {"revision": status["revision"], "real": 60, "fake": 90, "new_sources": 0}
     assert (status["degraded"], status["reason"]) == (False, None)
+    wait_for(lambda: client.get("/v1/status").json()["drift"] is not None)
+    drift = client.get("/v1/status").json()["drift"]
+    assert (drift["rate"], drift["p_values"]) == (0.001, {"before": None, "calibration": None})  # nothing of yesterday
+    assert 'lineup_drift_p_value{against="before"} NaN' in client.get("/metrics").text
     state = client.get("/v1/calibration").json()
     assert state["thresholds"] == client.post("/v1/detect", files=files(png())).json()["results"][0]["thresholds"]
     assert "knn+linear+svm" in state["maps"]
