@@ -167,7 +167,8 @@ def kill_again_and_again(home: Path, images: Path, times: int, seed: int) -> Cou
             if process.poll() is None:
                 killed[doing] += 1
                 os.killpg(process.pid, signal.SIGKILL)
-            assert "Traceback" not in process.communicate()[1]
+            _, errors = process.communicate()
+            assert "Traceback" not in errors, errors
     finish(home, "rebuild", "--checkpoint", home / "hashing")
     report = finish(home, "add", images)
     assert report["added"] + report["known"] == 120
@@ -196,8 +197,8 @@ def test_many_kills_lose_nothing(image_folder: Path, record_property: Record) ->
         seed += 1
         record_property("tried", f"{killed.total()} kills: {', '.join(f'{n} {name}' for name, n in killed.items())}")
         record_property("failed", len(faults))
-        assert len(faults) < 10, faults
-    assert faults == []
+        assert len(faults) < 10, "\n".join(faults)
+    assert faults == [], "\n".join(faults)
 
 
 @pytest.mark.timeout(8 * 3600)
