@@ -53,6 +53,12 @@ def expected_failures() -> Iterator[None]:
         yield
     except EXPECTED as error:
         fail(str(error))
+    except BrokenPipeError:  # of stdout, whose reader has had enough: no failure of ours
+        raise
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}")
 
 
 @app.command()
@@ -123,7 +129,16 @@ def detect(
             detector.calibrator.refresh()
             if detector.inactive:
                 print(f"warning: {detector.inactive} {detector.hindrance or ''}".rstrip(), file=sys.stderr)
-            written = stack.enter_context(VerdictFile(output, detector.embedder.id)) if output else None
+            written = None
+            if output is not None:
+                written = VerdictFile(output, detector.embedder.id, question)
+                if overwritten := {path.resolve() for path in written.paths} & {
+                    Path(name).resolve() for name in images
+                }:
+                    raise DatasetError(
+                        f"--output would replace {overwritten.pop()}, which is to be judged; name another"
+                    )
+                stack.enter_context(written)
             advance = stack.enter_context(image_progress(total=count)) if written else None
             for result in judged(detector, places, question, written, tally, advance):
                 if isinstance(result, FailedFile):

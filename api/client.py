@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from urllib.parse import quote
 from uuid import UUID
 
 import httpx2
@@ -156,20 +157,20 @@ class Client:
 
     def reference(self, id: int) -> ReferenceImage:
         """One reference."""
-        return self._call("GET", f"/references/{id}", ReferenceImage)
+        return self._call("GET", _path("references", id), ReferenceImage)
 
     def thumbnail(self, id: int) -> bytes:
         """The small JPEG of a reference."""
-        return self._send("GET", f"/references/{id}/thumbnail").content
+        return self._send("GET", _path("references", id, "thumbnail")).content
 
     def relabel(self, id: int, label: Label, generator: str | None = None) -> ReferenceImage:
         """Change what a reference is; from then on it has the id of the answer."""
         change = ReferenceChange(label=label, generator=generator)
-        return self._call("PATCH", f"/references/{id}", ReferenceImage, json=_json(change))
+        return self._call("PATCH", _path("references", id), ReferenceImage, json=_json(change))
 
     def remove(self, id: int) -> Removed:
         """Remove a reference."""
-        return self._call("DELETE", f"/references/{id}", Removed)
+        return self._call("DELETE", _path("references", id), Removed)
 
     def generators(self) -> list[Generator]:
         """Every generator with its references."""
@@ -177,7 +178,7 @@ class Client:
 
     def generator(self, name: str) -> Generator:
         """One generator, whatever the case of its name."""
-        return self._call("GET", f"/generators/{name}", Generator)
+        return self._call("GET", _path("generators", name), Generator)
 
     def create_generator(self, name: str, **facts: Any) -> Generator:
         """Make a generator known; `facts` are the fields of `NewGenerator`."""
@@ -186,11 +187,11 @@ class Client:
     def change_generator(self, name: str, **changes: Any) -> Generator:
         """Change facts of a generator, or its name (`name_`); `changes` are the fields of `GeneratorChange`."""
         changed = GeneratorChange(**{key.rstrip("_"): value for key, value in changes.items()})
-        return self._call("PATCH", f"/generators/{name}", Generator, json=_json(changed))
+        return self._call("PATCH", _path("generators", name), Generator, json=_json(changed))
 
     def delete_generator(self, name: str) -> Removed:
         """Remove a generator and all its references."""
-        return self._call("DELETE", f"/generators/{name}", Removed)
+        return self._call("DELETE", _path("generators", name), Removed)
 
     def enrolments(self) -> Iterator[Enrolment]:
         """What was added when, newest first."""
@@ -199,11 +200,11 @@ class Client:
 
     def enrolment(self, id: int) -> Enrolment:
         """One enrolment and its report."""
-        return self._call("GET", f"/enrolments/{id}", Enrolment)
+        return self._call("GET", _path("enrolments", id), Enrolment)
 
     def undo(self, enrolment: int) -> Removed:
         """Remove the references that an enrolment added."""
-        return self._call("DELETE", f"/enrolments/{enrolment}", Removed)
+        return self._call("DELETE", _path("enrolments", enrolment), Removed)
 
     def candidates(self) -> Candidates:
         """Groups of judged images that may be a new generator's."""
@@ -212,7 +213,7 @@ class Client:
     def enrol_candidate(self, name: str, generator: str, source: str = "verdicts") -> Added:
         """Make references of a candidate's images; `undo` takes them away again."""
         wanted = CandidateEnrolment(generator=generator, source=source)
-        return self._call("POST", f"/candidates/{name}/enrol", Added, json=_json(wanted))
+        return self._call("POST", _path("candidates", name, "enrol"), Added, json=_json(wanted))
 
     def detections(self) -> Iterator[DetectionSummary]:
         """Every verdict that was kept, newest first."""
@@ -221,23 +222,25 @@ class Client:
 
     def detection(self, id: str) -> Detection:
         """One verdict that was kept."""
-        return self._call("GET", f"/detections/{id}", Detection)
+        return self._call("GET", _path("detections", id), Detection)
 
     def overlay(self, id: str) -> bytes:
         """The regions of a verdict as a transparent PNG."""
-        return self._send("GET", f"/detections/{id}/overlay").content
+        return self._send("GET", _path("detections", id, "overlay")).content
 
     def judged_thumbnail(self, id: str) -> bytes:
         """The image that was judged as a small JPEG, where the service keeps them."""
-        return self._send("GET", f"/detections/{id}/thumbnail").content
+        return self._send("GET", _path("detections", id, "thumbnail")).content
 
     def replay(self, id: str) -> Replay:
         """Judge the embedding that was kept once more, against the references of now."""
-        return self._call("POST", f"/detections/{id}/replay", Replay)
+        return self._call("POST", _path("detections", id, "replay"), Replay)
 
     def feedback(self, id: str, label: Label, note: str = "") -> Detection:
         """Dispute or confirm a verdict."""
-        return self._call("POST", f"/detections/{id}/feedback", Detection, json=_json(Feedback(label=label, note=note)))
+        return self._call(
+            "POST", _path("detections", id, "feedback"), Detection, json=_json(Feedback(label=label, note=note))
+        )
 
     def start_job(
         self,
@@ -249,13 +252,16 @@ class Client:
         explain: Sequence[Explanation] = (),
         record: bool = True,
     ) -> Job:
-        """Have images, and those at https:// addresses, judged in the background; `webhook` is told of the end."""
+        """Have images, and those at https:// addresses, judged in the background; `webhook` is told of the end.
+
+        It is sent once: a service that was too busy to answer may have taken it all the same, see `jobs`.
+        """
         files = _files("image", images)
         if urls:
             files.append(("urls", ("urls.txt", "\n".join(urls).encode())))
         data = {"webhook": webhook} if webhook else {}
         query = _asked(k, max_false_alarm, explain, record)
-        return self._call("POST", "/jobs", Job, params=query, data=data, files=files)
+        return self._call("POST", "/jobs", Job, once=True, params=query, data=data, files=files)
 
     def jobs(self) -> Iterator[Job]:
         """Every job that this key may see, newest first."""
@@ -264,11 +270,11 @@ class Client:
 
     def job(self, id: UUID) -> Job:
         """One job; it has ended where `ended_at` is set."""
-        return self._call("GET", f"/jobs/{id}", Job)
+        return self._call("GET", _path("jobs", id), Job)
 
     def job_results(self, id: UUID) -> Iterator[Verdict | FailedFile]:
         """What is said of a job's images, in their order; of one that runs, of those judged so far."""
-        for page in self._pages(f"/jobs/{id}/results", JobResults, {}):
+        for page in self._pages(_path("jobs", id, "results"), JobResults, {}):
             for result in page.results:
                 model = FailedFile if "error" in result else Verdict
                 yield model.model_validate(result, extra="ignore")
@@ -277,15 +283,15 @@ class Client:
 
     def job_table(self, id: UUID) -> bytes:
         """The same as CSV."""
-        return self._send("GET", f"/jobs/{id}/results.csv").content
+        return self._send("GET", _path("jobs", id, "results.csv")).content
 
     def cancel_job(self, id: UUID) -> Job:
         """End a job; its results stay."""
-        return self._call("POST", f"/jobs/{id}/cancel", Job)
+        return self._call("POST", _path("jobs", id, "cancel"), Job)
 
     def delete_job(self, id: UUID) -> None:
         """Forget a job with its results."""
-        self._send("DELETE", f"/jobs/{id}")
+        self._send("DELETE", _path("jobs", id))
 
     def status(self) -> Status:
         """What is loaded, followed and calibrated."""
@@ -307,7 +313,7 @@ class Client:
         # A newer service may say more.
         return model.model_validate_json(self._send(method, path, **content).content, extra="ignore")
 
-    def _send(self, method: str, path: str, **content: Any) -> httpx2.Response:
+    def _send(self, method: str, path: str, *, once: bool = False, **content: Any) -> httpx2.Response:
         if query := content.get("params"):
             content["params"] = {name: value for name, value in query.items() if value is not None}
 
@@ -317,7 +323,7 @@ class Client:
                 raise ServiceError(response)
             return response
 
-        return self._retrying(send)
+        return send() if once else self._retrying(send)
 
 
 def _wait(state: RetryCallState) -> float:
@@ -332,6 +338,11 @@ def _asked(
 ) -> dict[str, Any]:
     asked = {"k": k, "max_false_alarm": max_false_alarm, "explain": ",".join(explain) or None}
     return asked | {"record": None if record else "false"}
+
+
+def _path(*parts: object) -> str:
+    """A path of these parts, none of which can lead elsewhere: a generator may be called SD#2, and is no ../jobs."""
+    return "".join(f"/{quote(str(part), safe='')}" for part in parts)
 
 
 def _json(model: BaseModel) -> Any:

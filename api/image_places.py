@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from io import TextIOWrapper
 from itertools import islice, zip_longest
 from pathlib import Path, PurePath
 from random import Random
@@ -15,7 +16,7 @@ from urllib.parse import unquote
 
 from api.judge.uploads import Upload
 from api.schemas.problems import ApiError, FailedFile, Kind
-from indexer.ingest.public_files import Refused, download, public_client
+from indexer.ingest.public_files import download, public_client
 from trainer.data.datasets import read_dataset
 from trainer.data.entry import Entry, plain, read_file
 from trainer.data.folders import is_image_name
@@ -63,9 +64,7 @@ class Places:
             return
         for name in self.names:
             if name == LIST:
-                for line in map(str.strip, sys.stdin):
-                    if line not in ("", LIST):
-                        yield from replace(self, names=(line,))
+                yield from self._of_list()
             elif name.startswith("hf://") or (PurePath(name).suffix.lower() in DATA_SETS and "://" not in name):
                 yield from map(image_of, read_dataset(Path(name)))
             elif "://" in name:
@@ -77,7 +76,7 @@ class Places:
     def count(self) -> int | None:
         """How many images there are, None where that is known only in the end."""
         in_data_sets = self.split is not None or self.sample is not None
-        if in_data_sets or not all(Path(name).is_dir() or is_image_name(Path(name)) for name in self.names):
+        if in_data_sets or not all(is_folder(Path(name)) or is_image_name(Path(name)) for name in self.names):
             return None
         return sum(1 for _ in self)
 
@@ -93,13 +92,25 @@ class Places:
                 name, data = ahead.popleft()
                 try:
                     yield Upload(name, data.result())
-                except (OSError, UnreadableImage, Refused) as error:
+                except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
                     kind: Kind = "too-large" if isinstance(error, ImageTooLarge) else "unreadable"
                     detail = f"{name}: {getattr(error, 'strerror', None) or error}"
                     failures.append(FailedFile(file=name, error=ApiError(kind, detail).problem()))
 
+    def _of_list(self) -> Iterator[Image]:
+        """The images of the lines on standard input; a line that names none is one that cannot be read."""
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # names of files are any bytes
+        for line in map(str.strip, sys.stdin):
+            if line in ("", LIST):
+                continue
+            try:
+                yield from replace(self, names=(line,))
+            except (OSError, ValueError) as error:
+                yield plain(line), partial(_unreadable, str(error))
+
     def _of_folder(self, path: Path) -> Iterator[Image]:
-        files = sorted(file for file in path.rglob("*") if is_image_name(file)) if path.is_dir() else [path]
+        files = sorted(file for file in path.rglob("*") if is_image_name(file)) if is_folder(path) else [path]
         for file in files:
             yield plain(str(file)), partial(read_file, file, self.most_bytes)
 
@@ -118,6 +129,18 @@ class Places:
                 return await download(client, address, self.most_bytes)
 
         return asyncio.run(fetch())
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; a name that no file can have is none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def _unreadable(reason: str) -> bytes:
+    raise UnreadableImage(reason)
 
 
 def image_of(entry: Entry) -> Image:

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from api.judge.uploads import Question
 from api.schemas.problems import FailedFile
 from api.schemas.verdicts import Verdict
 from trainer.data.entry import DatasetError
@@ -59,13 +60,14 @@ class VerdictFile:
     Args:
         path: `.jsonl`, `.csv` or `.parquet`.
         checkpoint: Id of the checkpoint that judges: what another one said of an image does not count.
+        question: How it is asked: nor does an answer to another question. What is not the default is in each line.
 
     Raises:
         DatasetError: The suffix is another one, a library for it is missing, its folder is, the lines are no verdicts
             of ours, or another command writes them.
     """
 
-    def __init__(self, path: Path, checkpoint: str) -> None:
+    def __init__(self, path: Path, checkpoint: str, question: Question = Question()) -> None:
         if path.suffix.lower() not in (LINES, *TABLES):
             raise DatasetError(f"--output is {path}; expected a name that ends with {', '.join((LINES, *TABLES))}")
         if path.suffix.lower() == ".parquet":
@@ -73,13 +75,17 @@ class VerdictFile:
         if not path.parent.is_dir():
             raise DatasetError(f"--output is {path}, and {path.parent} is no folder; make it first")
         self.path, self.lines_path, self.checkpoint = path, path.with_suffix(LINES), checkpoint
+        asked = {"k": question.k, "max_false_alarm": question.max_false_alarm, "explain": sorted(question.explain)}
+        self.question = {name: value for name, value in asked.items() if value}
         self._lines: BinaryIO
-        self._judged: set[tuple[str, str]] = set()
+        self._judged: dict[str, str | None] = {}
         self._failed: set[str] = set()
 
     def __enter__(self) -> Self:
-        with naming(self.lines_path):
+        try:
             self._lines = self.lines_path.open("a+b")
+        except OSError as error:
+            raise DatasetError(f"--output is {self.path}, and {self.lines_path}: {error.strerror}") from error
         try:
             self._read()
         except BaseException:
@@ -101,12 +107,15 @@ class VerdictFile:
         return list(dict.fromkeys((self.lines_path, self.path)))
 
     def has(self, file: str, data: bytes) -> bool:
-        """Whether these bytes were judged under this name, by the same checkpoint."""
-        return bool(self._judged) and (file, hashlib.sha256(data).hexdigest()) in self._judged
+        """Whether the last line of this name is of these bytes, this checkpoint and this question."""
+        return file in self._judged and hashlib.sha256(data).hexdigest() == self._judged[file]
 
     def add(self, result: Verdict | FailedFile) -> None:
         """Write a line; not again for a file that fails as it did."""
-        line = result.model_dump_json()
+        document = result.model_dump(mode="json")
+        if self.question and isinstance(result, Verdict):
+            document["question"] = self.question
+        line = json.dumps(document, ensure_ascii=False)
         if isinstance(result, FailedFile):
             if line in self._failed:
                 return
@@ -133,8 +142,9 @@ class VerdictFile:
                 one = json.loads(line)
                 if "error" in one:
                     self._failed.add(line[:-1].decode())
-                elif one["model"]["checkpoint"] == self.checkpoint:
-                    self._judged.add((one["file"], one["image"]["sha256"]))
+                else:
+                    ours = one["model"]["checkpoint"] == self.checkpoint and one.get("question", {}) == self.question
+                    self._judged[one["file"]] = one["image"]["sha256"] if ours else None
             except (ValueError, KeyError, TypeError) as error:
                 detail = f"line {number} of {self.lines_path} is no verdict; name another file with --output"
                 raise DatasetError(detail) from error

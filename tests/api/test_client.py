@@ -178,3 +178,18 @@ def test_attempts_are_bounded(attempts: int, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ServiceError):
         lineup.status()
     assert len(requests) == attempts
+
+
+def test_names_stay_within_their_part_of_a_path() -> None:
+    lineup, requests = answering(*[httpx2.Response(200, json={"references": 0, "revision": 1})] * 3)
+    for name in ("../references/5", "SD#2", "SD?x y"):
+        lineup.delete_generator(name)
+    paths = [request.url.raw_path for request in requests]
+    assert paths == [b"/v1/generators/..%2Freferences%2F5", b"/v1/generators/SD%232", b"/v1/generators/SD%3Fx%20y"]
+
+
+def test_a_job_is_sent_once() -> None:
+    lineup, requests = answering(httpx2.Response(503))
+    with pytest.raises(ServiceError):
+        lineup.start_job(urls=["https://example.org/a.jpg"])
+    assert len(requests) == 1

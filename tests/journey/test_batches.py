@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import hashlib
 import json
 import shutil
 import ssl
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from api.__main__ import app
 from api.image_places import Places
+from api.judge.uploads import Question
 from api.schemas.problems import FailedFile
 from api.schemas.verdicts import EXAMPLE_VERDICT, Verdict
 from api.service_settings import ServiceSettings
@@ -29,7 +31,7 @@ CHECKPOINT = EXAMPLE_VERDICT["model"]["checkpoint"]
 def call(populated: ServiceSettings) -> Call:
     """Runs the command line on the populated store."""
 
-    def run(*arguments: object, stdin: str | None = None) -> Result:
+    def run(*arguments: object, stdin: str | bytes | None = None) -> Result:
         values = {name: getattr(populated, name) for name in ("home", "database_url", "checkpoint", "device", "k")}
         env = {f"LINEUP_{name.upper()}": str(value) for name, value in values.items()} | {"COLUMNS": "200"}
         return CliRunner().invoke(app, [str(argument) for argument in arguments], env=env, input=stdin)
@@ -155,6 +157,45 @@ def test_a_table_is_typed_and_no_cell_is_a_formula(tmp_path: Path) -> None:
         assert all(value is None or type(value) is COLUMNS[name] for name, value in one.items())
     text = (tmp_path / "table.csv").read_text("utf-8-sig").splitlines()
     assert text[1].startswith("'=cmd()|a.jpg,fake,0.97,")
+
+
+def test_what_no_file_can_be_called_is_a_line_that_cannot_be_read(call: Call, folder: Path) -> None:
+    lines = ["a\0b.png", "x" * 5000, "\udce9.png", str(folder / "missing.csv"), str(folder / "0.png")]
+    stdin = "\n".join(lines).encode("utf-8", "surrogateescape")
+    done = call("detect", "-", "--json", stdin=stdin)
+    assert done.exit_code == 0, done.stderr
+    assert "5 images: " in done.stderr
+    assert "4 rejected" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_output_does_not_replace_what_is_judged(call: Call, folder: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "set.csv"
+    manifest.write_text("path,label,generator,split\n=images/3.png,real,,test\n")
+    before = manifest.read_text()
+    done = call("detect", manifest, "--output", manifest)
+    assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
+    assert manifest.read_text() == before
+
+
+def test_only_the_last_line_of_a_file_counts(tmp_path: Path) -> None:
+    digests = {data: hashlib.sha256(data).hexdigest() for data in (b"A", b"B")}
+    path = tmp_path / "a.jsonl"
+    for data in (b"A", b"B"):
+        with VerdictFile(path, CHECKPOINT) as written:
+            assert not written.has("a.jpg", data)
+            written.add(verdict("a.jpg", digests[data]))
+    with VerdictFile(path, CHECKPOINT) as written:
+        assert written.has("a.jpg", b"B")
+        assert not written.has("a.jpg", b"A")
+    strict = Question(max_false_alarm=0.01, explain=frozenset({"regions"}))
+    with VerdictFile(path, CHECKPOINT, strict) as written:
+        assert not written.has("a.jpg", b"B")
+        written.add(verdict("a.jpg", digests[b"B"]))
+    with VerdictFile(path, CHECKPOINT, strict) as written:
+        assert written.has("a.jpg", b"B")
+    with VerdictFile(path, CHECKPOINT) as written:
+        assert not written.has("a.jpg", b"B")
 
 
 def test_what_another_checkpoint_said_does_not_count(tmp_path: Path) -> None:
