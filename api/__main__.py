@@ -132,12 +132,10 @@ def detect(
             written = None
             if output is not None:
                 written = VerdictFile(output, detector.embedder.id, question)
-                if overwritten := {path.resolve() for path in written.paths} & {
-                    Path(name).resolve() for name in images
-                }:
-                    raise DatasetError(
-                        f"--output would replace {overwritten.pop()}, which is to be judged; name another"
-                    )
+                inputs = {Path(name).resolve() for name in images}
+                for path in written.paths:
+                    if path.resolve() in inputs:
+                        raise DatasetError(f"--output would replace {path}, which is to be judged; name another file")
                 stack.enter_context(written)
             advance = stack.enter_context(image_progress(total=count)) if written else None
             for result in judged(detector, places, question, written, tally, advance):

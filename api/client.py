@@ -238,9 +238,8 @@ class Client:
 
     def feedback(self, id: str, label: Label, note: str = "") -> Detection:
         """Dispute or confirm a verdict."""
-        return self._call(
-            "POST", _path("detections", id, "feedback"), Detection, json=_json(Feedback(label=label, note=note))
-        )
+        said = Feedback(label=label, note=note)
+        return self._call("POST", _path("detections", id, "feedback"), Detection, json=_json(said))
 
     def start_job(
         self,

@@ -89,6 +89,10 @@ class EnrolmentRow(Base):
     images: Mapped[int] = mapped_column(sa.BigInteger, server_default=sa.text("0"))
 
 
+UNFINISHED = EnrolmentRow.report.is_(None) | EnrolmentRow.report.has_key("job")
+"""An enrolment that is worked on, or was cut off: it has no report, or what its parts have done so far."""
+
+
 class ReferenceRow(Base):
     """A known image. Its id is the FAISS id and is never given again."""
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from hashlib import blake2b
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def join_workers(store: Store, embedder: Embedder, path: Path, part: DatasetPart
         choice: The other arguments of `read_dataset`.
     """
     place = path if is_remote(path) else path.absolute()
-    job = json.dumps([str(place), dict(choice), embedder.id, part.count], sort_keys=True)
+    job = blake2b(json.dumps([str(place), dict(choice), embedder.id, part.count], sort_keys=True).encode()).hexdigest()
     return store.enrolments.join(job, part.number, part.count, choice["generator"], choice["source"])
 
 

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Collection
 from contextlib import suppress
+from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
 
@@ -175,9 +176,11 @@ def latest_calibration(store: Store, checkpoint_id: str) -> Calibration | None:
     return None if saved is None or saved.params.get("method") != METHOD else Calibration.from_json(saved.params)
 
 
-def saved_calibration(follower: Follower, heads: Heads, revision: int, k: int) -> Calibration | None:
-    """What was fitted at that revision for the same k and by the same method."""
-    saved = follower.store.calibrations.load(follower.checkpoint_id, heads.id, revision)
+def saved_calibration(
+    follower: Follower, heads: Heads, revision: int | None, k: int, before: datetime | None = None
+) -> Calibration | None:
+    """What was fitted for the same k and by the same method: at that revision, or at the latest, or latest `before`."""
+    saved = follower.store.calibrations.load(follower.checkpoint_id, heads.id, revision, before)
     if saved is None or (saved.params.get("k"), saved.params.get("method")) != (k, METHOD):
         return None
     return Calibration.from_json(saved.params)

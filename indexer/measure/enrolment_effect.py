@@ -13,7 +13,7 @@ from sqlalchemy import text
 from indexer.follower import Follower
 from indexer.index.milvus import EngineAway
 from indexer.measure.audit import fact_warnings
-from indexer.measure.calibrate import recalibrate
+from indexer.measure.calibrate import recalibrate, saved_calibration
 from indexer.measure.near_duplicates import related_references
 from indexer.settings import Settings
 from indexer.store.reference_facts import LABEL_NAMES
@@ -131,7 +131,8 @@ def consequences(settings: Settings, follower: Follower, enrolment: int) -> dict
     with suppress(CheckpointError):  # missing or broken; the references are added all the same
         folder = settings.checkpoint_folder
         calibration, heads = CalibrationSet.load(folder), Heads.load(folder)
-        earlier = _calibration_before(follower, heads.id, enrolment)
+        [beginning] = follower.store.read(BEGINNING, {"enrolment": enrolment})
+        earlier = saved_calibration(follower, heads, None, settings.k, before=beginning["at"])
         rates = settings.max_false_alarm, settings.max_miss
         judges = Judges(heads, earlier, recalibrate(settings, follower, folder), rates)
     change = None
@@ -152,12 +153,6 @@ def blindness(change: Mapping[str, Any] | None) -> list[str]:
         and row["auroc"] < LEAST_AREA
         and row["after"]["images"] >= LEAST_IMAGES
     ]
-
-
-def _calibration_before(follower: Follower, heads_id: str, enrolment: int) -> Calibration | None:
-    [row] = follower.store.read(BEGINNING, {"enrolment": enrolment})
-    saved = follower.store.calibrations.load(follower.checkpoint_id, heads_id, before=row["at"])
-    return None if saved is None else Calibration.from_json(saved.params)
 
 
 def _verdicts(

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
-from indexer.database.tables import CalibrationRow, CheckpointRow, RevisionRow, StoreRow
+from indexer.database.tables import UNFINISHED, CalibrationRow, CheckpointRow, EnrolmentRow, RevisionRow, StoreRow
 from indexer.database.transactions import Rows, notify
 from indexer.settings import Settings
 from trainer.model.checkpoint import CheckpointError, read_id
@@ -175,7 +175,10 @@ class Calibrations(Rows):
     """What the scores of one revision of a checkpoint's index mean."""
 
     def save(self, checkpoint_id: str, heads_id: str, revision: int, params: Mapping[str, Any]) -> None:
-        """Keep the calibration of one revision; a second one for it replaces the first, old revisions' are dropped."""
+        """Keep the calibration of one revision; a second one for it replaces the first, old revisions' are dropped.
+
+        The last one before an unfinished enrolment stays: its report will say what changed since.
+        """
         row = {"checkpoint_id": checkpoint_id, "heads_id": heads_id, "revision": revision, "params": dict(params)}
         query = insert(CalibrationRow).values(row)
         replace = {"params": query.excluded.params, "created_at": func.now()}
@@ -185,9 +188,12 @@ class Calibrations(Rows):
         latest = select(CalibrationRow.revision).where(same).order_by(CalibrationRow.revision.desc())
         old = CalibrationRow.revision <= latest.offset(CALIBRATIONS).limit(1).scalar_subquery()
 
+        begun = select(func.max(CalibrationRow.revision)).where(same, UNFINISHED).group_by(EnrolmentRow.id)
+        begun = begun.join(EnrolmentRow, CalibrationRow.created_at < EnrolmentRow.at)
+
         def work(connection: Connection) -> None:
             connection.execute(query)
-            connection.execute(delete(CalibrationRow).where(same & old))
+            connection.execute(delete(CalibrationRow).where(same & old & CalibrationRow.revision.not_in(begun)))
 
         self.transaction(work)
 

@@ -6,10 +6,10 @@ from datetime import datetime
 from typing import Any
 
 from psycopg.types.json import Jsonb
-from sqlalchemy import Connection, RowMapping, delete, func, select, text, update
+from sqlalchemy import Connection, RowMapping, case, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
-from indexer.database.tables import EnrolmentRow, GeneratorRow
+from indexer.database.tables import UNFINISHED, EnrolmentRow, GeneratorRow
 from indexer.database.transactions import Rows
 from indexer.store.generators import generator_ids
 
@@ -32,15 +32,16 @@ ENROLMENTS = select(
     EnrolmentRow.at,
     GeneratorRow.name.label("generator"),
     EnrolmentRow.source,
-    EnrolmentRow.report,
+    case((UNFINISHED, None), else_=EnrolmentRow.report).label("report"),
     EnrolmentRow.images.label("references"),
 ).outerjoin(GeneratorRow, GeneratorRow.id == EnrolmentRow.generator_id)
 
 
 BEGIN_PART = text("""update enrolment set report = report #- array['done', cast(:part as text)]
-where id = (select max(id) from enrolment where report->>'job' = :job) returning id""")
+where id = (select max(id) from enrolment where report->>'job' = :job and not report ? 'ending') returning id""")
 FINISH_PART = text("""update enrolment set report = jsonb_set(report, array['done', cast(:part as text)], :report)
-where id = :enrolment returning report""")
+where id = :enrolment and report ? 'job' and not report ? 'ending' returning report""")
+END = text("""update enrolment set report = report || '{"ending": true}' where id = :enrolment""")
 ADDITIONS = text("""select coalesce(g.name, case r.label when 0 then 'real' else 'fake' end) as name, r.source,
        count(*) as images
 from reference_image r left join generator g on g.id = r.generator_id
@@ -63,7 +64,8 @@ class Enrolments(Rows):
     def join(self, job: str, part: int, parts: int, generator: str | None, source: str | None) -> int:
         """Begin one part of an enrolment that several workers fill, or begin it again.
 
-        Until it is finished its report is {"job", "parts", "done": {part: its report}}.
+        Until it is finished the column of its report has {"job", "parts", "done": {part: its report}}, and "ending"
+        once its last part has ended: one that begins again then has an enrolment of its own.
 
         Args:
             job: What the workers have in common.
@@ -97,11 +99,21 @@ class Enrolments(Rows):
 
         Returns:
             How many parts are to come, and the reports of those that are done. Where none is to come, the caller
-            finishes the enrolment.
+            finishes the enrolment. Of a part that another worker repeated, and that has ended with the others, 1 and
+            nothing: whoever ends them finishes.
         """
         values = {"enrolment": enrolment_id, "part": str(part), "report": Jsonb(dict(report))}
-        unfinished = self.transaction(lambda connection: connection.execute(FINISH_PART, values).scalar_one())
-        return unfinished["parts"] - len(unfinished["done"]), list(unfinished["done"].values())
+
+        def work(connection: Connection) -> tuple[int, list[dict[str, Any]]]:
+            unfinished = connection.execute(FINISH_PART, values).scalar()
+            if unfinished is None:
+                return 1, []
+            left = unfinished["parts"] - len(unfinished["done"])
+            if not left:
+                connection.execute(END, {"enrolment": enrolment_id})
+            return left, [*unfinished["done"].values()]
+
+        return self.transaction(work)
 
     def additions(self, enrolment_id: int) -> Sequence[RowMapping]:
         """How many `images` an enrolment brought, by `name` of the generator, else of the label, and by `source`."""

@@ -109,7 +109,8 @@ def read_dataset(
         first_entries.append(entry)
         if PurePath(entry.key).suffix.lower() in {"", *IMAGE_SUFFIXES} or entry.uri.partition("#")[2]:
             return chain(first_entries, entries)
-    if part != WHOLE:
+    if part != WHOLE:  # which may be empty, unless all are
+        read_dataset(path, split=split, label=label, generator=generator, source=source)
         return iter(first_entries)
     if first_entries:
         raise DatasetError(f"{path} has no images, only other files such as {first_entries[0].key}")

@@ -14,7 +14,10 @@ Archive = TypeVar("Archive")
 
 @dataclass(frozen=True, slots=True)
 class DatasetPart:
-    """One of `count` parts, 1..count. Together they are the data set, and no image is in two of them."""
+    """One of `count` parts, 1..count. Together they are the data set, and no image is in two of them.
+
+    Whole archives are dealt by their order, so all must be there before the first worker begins.
+    """
 
     number: int
     count: int
@@ -65,8 +68,14 @@ def _scheduled_part(environment: Mapping[str, str]) -> str:
             task, first, step, count = (
                 int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "STEP", "COUNT")
             )
+            if count == 1 and task > 1:  # it would read all of the data
+                raise DatasetError(
+                    f"part auto: task {task} is alone in its array, as a repeated one: set --part to I/N"
+                )
             return f"{(task - first) // step + 1}/{count}"
         return f"{int(environment['JOB_COMPLETION_INDEX']) + 1}/{int(environment['JOB_COMPLETIONS'])}"
+    except DatasetError:
+        raise
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise DatasetError(
             f"part auto: {error} is not set or no number; expected the variables of a Slurm array "

@@ -388,6 +388,47 @@ def test_enrolments(store: Store) -> None:
     assert [e.id for e in store.enrolments.list(before=ids[1])] == [ids[0]]
 
 
+def test_the_parts_of_an_enrolment_end_once(store: Store) -> None:
+    enrolments = store.enrolments
+    one = enrolments.join("job", 1, 2, None, None)
+    assert enrolments.join("job", 2, 2, None, None) == one
+    assert enrolments.finish_part(one, 1, {"added": 1}) == (1, [{"added": 1}])
+    begun = enrolments.get(one)
+    assert begun is not None
+    assert begun.report is None  # what its parts did so far is nobody's business
+    assert enrolments.join("job", 1, 2, None, None) == one  # a second worker repeats the part
+    assert enrolments.finish_part(one, 1, {"added": 1})[0] == 1
+    assert enrolments.finish_part(one, 2, {"added": 2})[0] == 0
+    # The last one measures what changed, while another repeats its part.
+    other = enrolments.join("job", 2, 2, None, None)
+    assert other != one
+    assert enrolments.finish_part(one, 2, {"added": 2}) == (1, [])
+    enrolments.finish(one, {"added": 3})
+    assert enrolments.finish_part(one, 2, {"added": 2}) == (1, [])
+    ended = enrolments.get(one)
+    assert ended is not None
+    assert ended.report == {"added": 3}
+    enrolments.discard(other)
+    assert enrolments.finish_part(other, 2, {"added": 2}) == (1, [])
+
+
+def test_the_calibration_before_an_unfinished_enrolment_is_spared(store: Store) -> None:
+    for revision in (1, 2):
+        store.calibrations.save(CHECKPOINT, "h", revision, {"at": revision})
+    enrolment = store.enrolments.open(None, None)
+    later = range(3, 3 + 2 * CALIBRATIONS)
+    for revision in later:
+        store.calibrations.save(CHECKPOINT, "h", revision, {"at": revision})
+    [begun] = store.read(text("select at from enrolment"))
+    before = store.calibrations.load(CHECKPOINT, "h", before=begun["at"])
+    assert before is not None
+    assert before.params == {"at": 2}
+    assert store.calibrations.load(CHECKPOINT, "h", 1) is None
+    store.enrolments.finish(enrolment, {})
+    store.calibrations.save(CHECKPOINT, "h", later.stop, {})
+    assert store.calibrations.load(CHECKPOINT, "h", before=begun["at"]) is None
+
+
 def test_calibrations(store: Store) -> None:
     assert store.calibrations.load(CHECKPOINT, "h") is None
     store.calibrations.save(CHECKPOINT, "h", 3, {"a": 1})

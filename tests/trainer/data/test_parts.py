@@ -8,7 +8,7 @@ from archives import make_tar
 
 from trainer.data.datasets import read_dataset
 from trainer.data.entry import DatasetError
-from trainer.data.parts import DatasetPart
+from trainer.data.parts import WHOLE, DatasetPart
 
 
 def uris(path: Path, part: DatasetPart) -> list[str]:
@@ -50,6 +50,12 @@ def test_a_part_may_be_empty(tmp_path: Path) -> None:
     assert sorted(len(uris(tmp_path, DatasetPart(number, 3))) for number in (1, 2, 3)) == [0, 0, 1]
 
 
+def test_a_part_of_nothing_is_refused_as_the_whole_is(image_folder: Path) -> None:
+    for part in (WHOLE, DatasetPart(1, 2), DatasetPart(2, 2)):
+        with pytest.raises(DatasetError, match="no images of split tset"):
+            read_dataset(image_folder, split="tset", part=part)
+
+
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1/0", "-1/4", "1", "1/4/2", "a/b", ""])
 def test_what_is_no_part_is_one_clear_line(text: str) -> None:
     with pytest.raises(DatasetError, match=r"expected I/N with I from 1 to N, or auto: set --part") as error:
@@ -83,6 +89,7 @@ def test_a_scheduler_names_the_part(environment: dict[str, str], part: tuple[int
         ({"JOB_COMPLETION_INDEX": "0"}, "'JOB_COMPLETIONS' is not set"),
         ({"SLURM_ARRAY_TASK_ID": "3"}, "'SLURM_ARRAY_TASK_MIN' is not set"),
         (slurm(9, 1, 1, 3), "part '9/3' is none"),
+        (slurm(3, 3, 1, 1), "task 3 is alone in its array"),
     ],
 )
 def test_a_scheduler_that_names_none_is_one_clear_line(environment: dict[str, str], message: str) -> None:
