@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 
 from api.schemas import GeneratorName, Label, Model, Text
 from api.schemas.problems import Conflict
-from api.schemas.verdicts import CalibrationFacts, ModelFacts, Neighbour, Thresholds, Verdict
+from api.schemas.verdicts import EXAMPLE_VERDICT, CalibrationFacts, ModelFacts, Neighbour, Thresholds, Verdict
 
 
 class Rejected(Model):
@@ -272,7 +272,7 @@ class Jobs(Model):
 
 
 class JobResults(Model):
-    results: list[dict[str, Any]]
+    results: Annotated[list[dict[str, Any]], Field(examples=[[EXAMPLE_VERDICT]])]
     """As `POST /v1/detect` gives them, in the order of the images: a `Verdict` or a `FailedFile` of each."""
     next: int | None = None
     """Give it as `after` for what follows, which may be judged only later; null once all is told."""

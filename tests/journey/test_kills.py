@@ -1,7 +1,7 @@
 """Whatever is killed and whenever, running it again ends with the same rows, and rows, index and snapshot agree.
 
 A small form runs with the other tests; `make soak PART=kills` makes `LINEUP_SOAK_KILLS` (300) runs that are killed,
-and a tenth as many services that enrol.
+and a tenth as many services that enrol, or that work on jobs.
 """
 
 import contextlib
