@@ -171,7 +171,7 @@ class Shipper:
         self._mark(name, target)
         for change in self.store.changes.between(self.checkpoint_id, seen, target.revision):
             if isinstance(change, Additions):
-                self._upsert(name, change)
+                self._upsert(name, change, new=empty)
                 on_rows(len(change.ids))
             elif not empty:
                 self._delete(name, change)
@@ -182,13 +182,13 @@ class Shipper:
             recall = min(self.engine.recall(name, label, count) for label, count in enumerate(counts))
         return Shipment(name, target, timestamp, *counts, recall)
 
-    def _upsert(self, collection: str, added: Additions) -> None:
+    def _upsert(self, collection: str, added: Additions, *, new: bool) -> None:
         sources = np.array(added.sources, object)
         for label in (0, 1):
             rows = added.labels == label
             if rows.any():
                 columns = (added.ids[rows], added.vectors[rows], added.generators[rows], sources[rows].tolist())
-                self.engine.upsert(collection, label, *columns)
+                self.engine.upsert(collection, label, *columns, new=new)
 
     def _delete(self, collection: str, removed: Removals) -> None:
         self.engine.delete(collection, removed.ids)

@@ -37,6 +37,7 @@ from api.schemas.problems import ApiError, FieldError, Kind, documented, from_st
 from api.service import Service
 from api.service_settings import ServiceSettings
 from api.service_status import package_version
+from indexer.index.milvus import EngineAway
 from indexer.measure.discovery import CandidateEnrolled, UnknownCandidate
 from indexer.store.generators import BadGeneratorName, GeneratorExists, UnknownGenerator
 
@@ -100,6 +101,11 @@ async def on_database_away(request: Request, error: Exception) -> JSONResponse:
     return await on_api_error(request, ApiError("not-ready", detail, retry_after=2))
 
 
+async def on_engine_away(request: Request, error: EngineAway) -> JSONResponse:
+    """A call that cannot do without the search engine; the follower logs that it is away."""
+    return await on_api_error(request, ApiError("not-ready", "the search engine does not answer", retry_after=2))
+
+
 async def on_refusal(request: Request, error: Exception) -> JSONResponse:
     """A request that the store refuses."""
     return await on_api_error(request, ApiError(REFUSALS[type(error)], str(error)))
@@ -109,6 +115,7 @@ ERROR_HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]] = {
     ApiError: on_api_error,
     RequestValidationError: on_bad_field,
     HTTPException: on_http_error,
+    EngineAway: on_engine_away,
     **dict.fromkeys(REFUSALS, on_refusal),
     **dict.fromkeys(DATABASE_AWAY, on_database_away),
 }

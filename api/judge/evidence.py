@@ -10,7 +10,6 @@ import numpy as np
 
 from api.breaker import DATABASE_AWAY, Breaker
 from api.schemas import LABELS, Label
-from api.schemas.problems import ApiError
 from api.schemas.verdicts import Neighbour
 from indexer.follower import Follower
 from indexer.follower import Neighbour as IndexNeighbour
@@ -189,19 +188,16 @@ class Neighbourhood:
         """The reference images nearest to one raw embedding, shape (d,), and the offset of the next page.
 
         Raises:
-            ApiError: not-ready, where the search engine is away.
+            EngineAway: They are in a search engine that does not answer.
         """
         end, label = query.offset + query.limit, None if query.label is None else LABELS.index(query.label)
-        try:
-            [nearest] = self.follower.search(
-                embedding[None],  # (1, d)
-                end + 1,
-                label=label,
-                generator=query.generator,
-                source=query.source,
-            )
-        except EngineAway as error:
-            raise ApiError("not-ready", "the search engine is away", retry_after=1) from error
+        [nearest] = self.follower.search(
+            embedding[None],  # (1, d)
+            end + 1,
+            label=label,
+            generator=query.generator,
+            source=query.source,
+        )
         page = nearest[query.offset : end]
         references = self._look_up({near.id for near in page}) or {}
         return [_described(near, references) for near in page], end if len(nearest) > end else None

@@ -50,6 +50,8 @@ from api.service import Service
 from api.service_settings import ServiceSettings
 from indexer import follower
 from indexer.__main__ import app as indexer
+from indexer.index.milvus import EngineAway
+from indexer.index.vector_index import VectorIndex
 from indexer.ingest.reembed import reembed
 from indexer.store import Store
 from indexer.store.checkpoints import Calibrations
@@ -200,6 +202,15 @@ def test_search(client: TestClient) -> None:
     (second,) = client.post("/v1/search", params=options | {"offset": 3}, files=files(png())).json()["results"]
     assert not {n["id"] for n in first["neighbours"]} & {n["id"] for n in second["neighbours"]}
     problem(client.post("/v1/search", files=files(b"")), 400, "unreadable")
+
+
+def test_a_search_needs_the_search_engine(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*args: object, **options: object) -> None:
+        raise EngineAway("http://user:secret@engine does not answer")
+
+    monkeypatch.setattr(VectorIndex, "search", away)
+    answer = problem(client.post("/v1/search", files=files(png())), 503, "not-ready")
+    assert answer["detail"] == "the search engine does not answer"
 
 
 # References, generators, enrolments
