@@ -335,6 +335,8 @@ def test_random_kills_leave_what_the_rows_say(store: Store, engine: Engine, star
     """A model of processes that are killed between any two writes, an engine that goes away, and a writer beside."""
     rng, numbers, ids = random.Random(0), iter(range(1, 1000)), list[int]()
     leader = start()
+    assert leader.lead()
+    leader.ship()  # what follows adds to this collection, and loads no other
     for _ in range(40):
         for _ in range(rng.randrange(3)):
             ids += add(store, *(next(numbers) for _ in range(rng.randrange(1, 4))), generator=rng.choice([None, "g"]))
@@ -352,4 +354,5 @@ def test_random_kills_leave_what_the_rows_say(store: Store, engine: Engine, star
             leader = start()
     take_over(leader)
     leader.ship()
+    assert sum(call == "delete" for call, _, _ in engine.log) > 5
     assert_equal(engine, store)
