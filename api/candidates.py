@@ -1,6 +1,7 @@
 """Groups of judged images that may be a new generator's, as a caller may see them, and their enrolment."""
 
 from functools import cache, partial
+from threading import BoundedSemaphore
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from api.schemas.resources import Added, CandidateEnrolment, Candidates
 from indexer.measure.discovery import Discovery, cluster, discover, enrol_candidate
 from trainer.process_pool import DeadlinePassed, LimitExceeded, ProcessPool
 
+GROUPINGS = 2
+"""Searches for candidates that a service works on at a time: each holds a thread that other calls need."""
+_turns = BoundedSemaphore(GROUPINGS)
 GROUPING_SECONDS = 60.0
 GROUPING_MEMORY = 2**32
 """Bytes that the process which groups may have: all distances between some thousand images, several times."""
@@ -57,6 +61,16 @@ def enrol(detector: Detector, name: str, wanted: CandidateEnrolment, caller: Cal
 
 
 def _discovery(detector: Detector, caller: Caller) -> Discovery:
+    if not _turns.acquire(blocking=False):
+        detail = f"{GROUPINGS} searches for candidates are in work; try again"
+        raise ApiError("not-ready", detail, retry_after=GROUPING_SECONDS)
+    try:
+        return _discover(detector, caller)
+    finally:
+        _turns.release()
+
+
+def _discover(detector: Detector, caller: Caller) -> Discovery:
     calibration, everybody = detector.calibrator.current.calibration, caller.may("admin")
     try:
         return discover(detector.follower, calibration, owner=caller.key_id, everybody=everybody, group=_grouped)

@@ -260,7 +260,7 @@ class DetectionRow(Base):
     """A verdict as it was given. It outlives the references and checkpoint it names, hence no foreign keys to them."""
 
     __tablename__ = "detection"
-    __table_args__ = (sa.Index(None, "at", "id"), sa.Index(None, "sha256"))
+    __table_args__ = (sa.Index(None, "at", "id"), sa.Index(None, "api_key_id", "at", "id"), sa.Index(None, "sha256"))
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     at: Mapped[datetime] = mapped_column(server_default=sa.func.now())

@@ -1,7 +1,8 @@
 """Moving a label that has grown large from flat search to inverted lists, while searches and additions go on.
 
 Several processes that follow the same references do so each at a moment of its own. What they learn is of the first
-`milestone` rows, which are the same in all, so that they answer alike (as long as none of those rows is removed).
+`milestone` rows, which are the same in all, so that they answer alike: as long as none of those rows is removed, and
+while they turned to lists at the same milestone. One that was started at a later one has other lists, of like recall.
 """
 
 from collections.abc import Callable, Iterator

@@ -24,10 +24,10 @@ LISTED = (
 LATEST_VERDICTS = 20_000
 """Verdicts that a search for unexplained images goes back."""
 # What a person said of any of an image's verdicts counts for all of them, else the latest verdict does.
-UNEXPLAINED = text("""
+UNEXPLAINED = """
 with latest as (
     select id, at, sha256, feedback->>'label' as said from detection
-    where checkpoint_id = :checkpoint and (:everybody or api_key_id is not distinct from :api_key_id)
+    where checkpoint_id = :checkpoint{whose}
     order by at desc, id desc limit :verdicts
 ), images as (
     select sha256, min(at) as first_at, max(at) as last_at, (array_agg(id order by at desc, id desc))[1] as id,
@@ -45,7 +45,7 @@ where i.said is distinct from 'real' and r.image->>'shortfall' is null
   and not exists (select from reference_image k where k.sha256 = d.sha256)
   and not exists (select from blocked_hash b where b.sha256 = d.sha256)
 order by i.last_at desc, d.id limit :images
-""")
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +162,12 @@ class Detections(Rows):
         Returns:
             The images, and how many there are in all.
         """
-        values = {"checkpoint": checkpoint_id, "novelty": novelty, "images": images, "verdicts": LATEST_VERDICTS}
-        rows = self.read(UNEXPLAINED, values | {"api_key_id": owner, "everybody": everybody})
+        values: dict[str, object] = {"checkpoint": checkpoint_id, "novelty": novelty}
+        values |= {"images": images, "verdicts": LATEST_VERDICTS}
+        # Each of the three is a condition that an index answers; one that holds them all is not.
+        whose = "" if everybody else " and api_key_id is null" if owner is None else " and api_key_id = :api_key_id"
+        values |= {"api_key_id": owner} if whose.endswith(":api_key_id") else {}
+        rows = self.read(text(UNEXPLAINED.format(whose=whose)), values)
         unexplained = [
             Unexplained(
                 **{name: row[name] for name in Unexplained.__slots__ if name != "vector"},
