@@ -38,12 +38,13 @@ from api.schemas.resources import (
     NewGenerator,
     ReferenceChange,
     ReferenceImage,
+    ReferenceNeighbours,
     ReferencePage,
     Removed,
     Replay,
     Status,
 )
-from api.schemas.verdicts import Detections, Explanation, Hits, Searches, Verdict
+from api.schemas.verdicts import Detections, Explanation, Hits, Neighbour, Searches, Verdict
 
 Answer = TypeVar("Answer", bound=BaseModel)
 Image = Path | bytes | tuple[str, bytes]
@@ -148,12 +149,30 @@ class Client:
         return self._call("POST", "/references", Added, data=fields, files=_files("images", images))
 
     def references(
-        self, *, label: Label | None = None, generator: str | None = None, source: str | None = None
+        self,
+        *,
+        label: Label | None = None,
+        generator: str | None = None,
+        source: str | None = None,
+        newest: bool = False,
     ) -> Iterator[ReferenceImage]:
-        """Every reference of a kind, in the order they were added."""
-        query = {"label": label, "generator": generator, "source": source}
+        """Every reference of a kind, in the order they were added, or the newest first."""
+        query = {"label": label, "generator": generator, "source": source, "newest": "true" if newest else None}
         for page in self._pages("/references", ReferencePage, query):
             yield from page.references
+
+    def neighbours(
+        self,
+        id: int,
+        *,
+        label: Label | None = None,
+        generator: str | None = None,
+        source: str | None = None,
+        limit: int = 10,
+    ) -> list[Neighbour]:
+        """The references nearest to one of them."""
+        query = {"label": label, "generator": generator, "source": source, "limit": limit}
+        return self._call("GET", f"/references/{id}/neighbours", ReferenceNeighbours, params=query).neighbours
 
     def reference(self, id: int) -> ReferenceImage:
         """One reference."""

@@ -6,12 +6,13 @@ from typing import Annotated
 
 from fastapi import File, Form, Query, Response, UploadFile
 
-from api.access import Caller
+from api.access import Caller, hide_paths
 from api.enrolment import Batch, enrol, relabel, remove
 from api.http.dependencies import Enrolling, Id, Jpeg, Limit, Loaded, Reading, Served, existing, read_uploads, v1_router
+from api.judge.evidence import SearchQuery
 from api.schemas import LABELS, Label, Text
 from api.schemas.problems import ApiError, documented
-from api.schemas.resources import Added, ReferenceChange, ReferenceImage, ReferencePage, Removed
+from api.schemas.resources import Added, ReferenceChange, ReferenceImage, ReferenceNeighbours, ReferencePage, Removed
 from indexer.store.reference_facts import Reference
 
 router = v1_router("references")
@@ -54,12 +55,19 @@ async def list_references(
     generator: Text | None = None,
     source: Text | None = None,
     after: Annotated[int, Query(ge=0, le=2**63 - 1, description="`next` of the page before.")] = 0,
+    newest: Annotated[bool, Query(description="The newest first.")] = False,
     limit: Limit = 100,
 ) -> ReferencePage:
     """Reference images in the order they were added."""
     number = None if label is None else LABELS.index(label)
     read = partial(
-        detector.store.references.list, label=number, generator=generator, source=source, after=after, limit=limit
+        detector.store.references.list,
+        label=number,
+        generator=generator,
+        source=source,
+        after=after,
+        newest=newest,
+        limit=limit,
     )
     page = [reference_image(row, caller) for row in await service.run(read)]
     return ReferencePage(references=page, next=page[-1].id if len(page) == limit else None)
@@ -81,6 +89,27 @@ async def get_thumbnail(service: Served, detector: Loaded, caller: Reading, id: 
             "not-found", f"reference {id} has no picture here: `lineup index thumbnails` fetches public ones"
         )
     return Jpeg(data, headers={"cache-control": "private, max-age=86400"})
+
+
+@router.get("/references/{id}/neighbours", responses=documented("not-found", "conflict"))
+async def get_neighbours(
+    service: Served,
+    detector: Loaded,
+    caller: Reading,
+    id: Id,
+    label: Label | None = None,
+    generator: Text | None = None,
+    source: Text | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 10,
+) -> ReferenceNeighbours:
+    """The reference images nearest to one of them."""
+    query = SearchQuery(label=label, generator=generator, source=source, limit=limit)
+    neighbours = await service.run(detector.neighbourhood.around, id, query)
+    if neighbours is None:
+        existing(await service.run(detector.store.references.get, id), f"reference {id}")
+        raise ApiError("conflict", f"reference {id} has no vector of the checkpoint that serves")
+    hide_paths(neighbours, caller)
+    return ReferenceNeighbours(neighbours=neighbours)
 
 
 @router.patch("/references/{id}", responses=documented("not-found"))

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import TypeVar
 
@@ -201,6 +201,18 @@ class Neighbourhood:
         page = nearest[query.offset : end]
         references = self._look_up({near.id for near in page}) or {}
         return [_described(near, references) for near in page], end if len(nearest) > end else None
+
+    def around(self, id: int, query: SearchQuery) -> list[Neighbour] | None:
+        """The references nearest to one of them, without itself; None where it has no embedding to compare.
+
+        Raises:
+            ApiError: not-ready, where the search engine is away.
+        """
+        vector = self.store.references.vector(id, self.follower.checkpoint_id)
+        if vector is None:
+            return None
+        nearest, _ = self.search(vector, replace(query, limit=query.limit + 1))
+        return [near for near in nearest if near.id != id][: query.limit]
 
     def _look_up(self, ids: Collection[int], hashes: Sequence[str] = ()) -> dict[int, Reference] | None:
         if self.follower.degraded:

@@ -4,13 +4,14 @@ import * as candidates from "./candidates.js";
 import * as detect from "./detect.js";
 import * as generators from "./generators.js";
 import * as record from "./record.js";
+import * as references from "./references.js";
 import * as search from "./search.js";
 import * as status from "./status.js";
 import { forgetKey, keepToken, key } from "./client.js";
 import { stateWords } from "./words.js";
 
-const VIEWS = { detect, record, search, generators, candidates, status };
-const TITLES = { detect: "Detect", record: "Record", search: "Search", generators: "Generators", candidates: "Discover", status: "Status" };
+const VIEWS = { detect, record, search, references, generators, candidates, status };
+const TITLES = { detect: "Detect", record: "Record", search: "Search", references: "References", generators: "Generators", candidates: "Discover", status: "Status" };
 const notice = document.getElementById("service-notice");
 
 /** The view and its argument from an address such as #/record/ID. */

@@ -5,7 +5,7 @@ import { bar, confirmed, facts, fileName, h, icon, table, webLink } from "./dom.
 import { problemBox } from "./problems.js";
 import { bytes, count, decimal, labelWord, percent, when } from "./words.js";
 
-/** One reference image. `weight` is its part of the vote, a search gives none; `degraded` says the database is away. */
+/** One reference image. `similarity` is missing where it was compared with none; `weight` is its part of the vote, a search gives none; `degraded` says the database is away. */
 export function suspect(neighbour, heaviest = 1, degraded = false) {
   const name = neighbour.label === "fake" ? (neighbour.generator ?? "generator not named") : "real photo";
   return h(
@@ -13,7 +13,9 @@ export function suspect(neighbour, heaviest = 1, degraded = false) {
     { class: `suspect ${neighbour.label}` },
     portrait(neighbour, degraded),
     h("p", { class: "who" }, icon(neighbour.label), h("span", {}, name)),
-    h("p", { class: "like" }, h("span", { class: "term" }, "alike "), decimal(neighbour.similarity, 3)),
+    neighbour.similarity === undefined
+      ? null
+      : h("p", { class: "like" }, h("span", { class: "term" }, "alike "), decimal(neighbour.similarity, 3)),
     neighbour.weight === null || neighbour.weight === undefined
       ? null
       : h(
@@ -96,7 +98,8 @@ async function showReference(neighbour, degraded) {
   dialog.showModal();
   try {
     rest.replaceChildren(...referenceFacts(await ask(`/v1/references/${neighbour.id}`)));
-    buttons.append(removal);
+    const compare = { class: "button", href: `#/references/${neighbour.id}`, onclick: () => dialog.close() };
+    buttons.append(h("a", compare, "Relabel or compare"), removal);
   } catch (problem) {
     rest.replaceChildren(
       h("p", {}, `Its record cannot be shown: ${problem.message}`),
@@ -117,7 +120,8 @@ async function remove({ id }, place, button) {
   }
 }
 
-function referenceFacts(reference) {
+/** What is known of a reference image. */
+export function referenceFacts(reference) {
   const attributes = Object.entries(reference.attributes ?? {});
   return [
     facts([

@@ -69,6 +69,11 @@ class ReferenceChange(Model):
     """What made it, for fakes only; created if new."""
 
 
+class ReferenceNeighbours(Model):
+    neighbours: list[Neighbour]
+    """The nearest first, without the reference itself."""
+
+
 class ReferencePage(Model):
     references: list[ReferenceImage]
     next: int | None = None

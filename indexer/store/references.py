@@ -99,6 +99,12 @@ class References(Rows):
         """The bytes of an image that came over HTTP, where they were kept."""
         return self.read_value(select(ReferenceFileRow.bytes).where(ReferenceFileRow.image_id == image_id))
 
+    def vector(self, image_id: int, checkpoint_id: str) -> np.ndarray | None:
+        """The embedding of a reference as stored, shape (d,), float32; None where this checkpoint made none."""
+        one = (EmbeddingRow.image_id == image_id) & (EmbeddingRow.checkpoint_id == checkpoint_id)
+        stored = self.read_value(select(EmbeddingRow.vector).where(one))
+        return None if stored is None else np.frombuffer(stored, "<f4")
+
     def counts(self) -> dict[str, int]:
         """How many references there are: {"real": n, "fake": n}."""
         total = func.sum(ReferenceCountRow.images).label("images")
@@ -245,10 +251,13 @@ class References(Rows):
         generator: str | None = None,
         source: str | None = None,
         after: int = 0,
+        newest: bool = False,
         limit: int = 100,
     ) -> Sequence[Reference]:
-        """References with ids above `after`, in order of id; filters narrow them down."""
-        query = REFERENCES.where(ReferenceRow.id > after).order_by(ReferenceRow.id).limit(limit)
+        """References in order of id, or with `newest` against it, from `after` on (0: the first); filters narrow."""
+        query = REFERENCES.order_by(ReferenceRow.id.desc() if newest else ReferenceRow.id).limit(limit)
+        if after:
+            query = query.where(ReferenceRow.id < after if newest else ReferenceRow.id > after)
         if label is not None:
             query = query.where(ReferenceRow.label == label)
         if generator is not None:

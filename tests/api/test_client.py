@@ -71,6 +71,12 @@ def test_every_call_of_the_interface_has_a_method(
     assert len({reference.id for reference in references}) == 5  # three pages
     assert lineup.reference(references[0].id) == references[0]
     assert lineup.thumbnail(references[0].id).startswith(b"\xff\xd8")
+    assert [one.id for one in lineup.references(generator="gen-new", newest=True)] == [
+        one.id for one in reversed(references)
+    ]
+    near = lineup.neighbours(references[0].id, generator="gen-new")
+    assert {one.id for one in near} == {one.id for one in references[1:]}
+    assert [one.similarity for one in near] == sorted((one.similarity for one in near), reverse=True)
     relabelled = lineup.relabel(references[0].id, "fake", "gen-newer")
     assert (relabelled.generator, relabelled.attributes["former_generator"]) == ("gen-newer", "gen-new")
     assert lineup.remove(relabelled.id).references == 1

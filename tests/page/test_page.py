@@ -26,7 +26,7 @@ from indexer.store import Store
 from indexer.store.detections import Detection
 
 FILES = Path(__file__).parents[2] / "api" / "page"
-VIEWS = ("detect", "search", "generators", "candidates", "status")
+VIEWS = ("detect", "search", "references", "generators", "candidates", "status")
 HOSTILE = "<img src=x onerror=globalThis.broken=1><script>globalThis.broken=1</script>"
 Opens = Callable[..., Page]
 
@@ -550,6 +550,81 @@ def test_search_filters_and_pages(opens: Opens) -> None:
     expect(page.locator("#view-search .none")).to_have_text("No reference image fits these filters.")
 
 
+# References
+
+
+def test_references_are_filtered_relabelled_compared_and_removed(opens: Opens) -> None:
+    page = opens("generators")
+    view, dialog = page.locator("#view-references"), page.get_by_role("dialog")
+    page.locator("#view-generators input[type=file]").first.set_input_files([picture(seed=n) for n in (400, 401)])
+    page.locator("#view-generators").get_by_label("Generator", exact=True).fill("gen-w")
+    page.locator("#view-generators").get_by_role("button", name="Enrol", exact=True).click()
+    expect(page.locator("#view-generators .report")).to_contain_text("2 images added")
+    page.get_by_role("link", name="References", exact=True).click()
+    gallery = view.get_by_role("list", name="Reference images")
+    cards = gallery.get_by_role("listitem")
+    expect(cards).to_have_count(48)
+    expect(cards.nth(1).locator(".who")).to_have_text("gen-w")  # the newest first
+    view.get_by_role("button", name="On").click()
+    expect(view.locator(".pager")).to_contain_text("Page 2")
+    view.get_by_role("button", name="Back").click()
+    expect(view.locator(".pager")).to_contain_text("Page 1")
+    view.get_by_label("Generator").select_option("gen-w")
+    expect(cards).to_have_count(2)
+    alike(gallery.locator("img"))
+
+    view.get_by_label("All on this page").check()
+    expect(view.locator(".counter")).to_have_text("2 selected")
+    view.get_by_role("button", name="Relabel…", exact=True).click()
+    dialog.get_by_label("It is").select_option("real")
+    expect(dialog.get_by_label("Generator")).to_be_hidden()
+    dialog.get_by_role("button", name="Relabel").click()
+    expect(view.locator(".done")).to_have_text("2 references relabelled.")
+    expect(view.locator(".none")).to_have_text("No reference image fits these filters.")
+    view.get_by_role("button", name="Undo").click()
+    expect(cards).to_have_count(2)
+
+    cards.first.locator(".portrait").click()
+    dialog.get_by_role("link", name="Relabel or compare").press("Enter")
+    title = view.get_by_role("heading", level=2)
+    expect(title).to_have_text(re.compile(r"Reference \d+: gen-w"))
+    expect(dialog).to_have_count(0)
+    expect(view.get_by_label("Order")).to_be_hidden()
+    expect(cards).to_have_count(1)  # the filter stays
+    view.get_by_role("button", name="Relabel it…").click()
+    dialog.get_by_label("Generator").fill("gen-v")
+    dialog.get_by_label("Generator").press("Enter")
+    expect(title).to_have_text(re.compile(r"Reference \d+: gen-v"))
+    view.get_by_role("button", name="Back to gen-w").click()
+    expect(title).to_have_text(re.compile(r"Reference \d+: gen-w"))
+    view.get_by_role("button", name="Remove it…").click()
+    dialog.get_by_role("button", name="Cancel").click()
+    view.get_by_role("button", name="Remove it…").click()
+    dialog.get_by_role("button", name="Remove", exact=True).click()
+    expect(view.locator(".done")).to_have_text("1 reference removed.")
+    expect(cards).to_have_count(1)
+    cards.first.get_by_role("link", name="Similar").press("Enter")
+    expect(title).to_be_visible()
+    view.get_by_role("link", name="All reference images").click()
+    expect(title).to_have_count(0)
+    cards.first.get_by_role("checkbox").check()
+    page.route("**/v1/references/*", problem("forbidden", 403, "Not allowed"))
+    view.get_by_role("button", name="Remove…", exact=True).click()
+    dialog.get_by_role("button", name="Remove", exact=True).click()
+    expect(view.get_by_role("alert")).to_contain_text("Not allowed")
+    expect(view.locator(".done")).to_have_text("0 references removed.")
+    page.unroute("**/v1/references/*")
+    cards.first.get_by_role("checkbox").check()
+    view.get_by_role("button", name="Remove…", exact=True).click()
+    dialog.get_by_role("button", name="Remove", exact=True).click()
+    expect(view.locator(".done")).to_have_text("1 reference removed.")
+    for name in ("gen-w", "gen-v"):
+        page.get_by_role("link", name="Generators", exact=True).click()
+        page.get_by_role("button", name=f"Delete {name}").click()
+        dialog.get_by_role("button", name="Delete it").click()
+        expect(page.get_by_role("button", name=f"Delete {name}")).to_have_count(0)
+
+
 # Generators
 
 
@@ -1008,7 +1083,12 @@ def test_axe_finds_nothing_and_nothing_overflows(opens: Opens, scheme: str, widt
     expect(page.get_by_role("dialog")).to_contain_text("SHA-256")
     assert violations(page) == []
     page.keyboard.press("Escape")
-    for view, shown in (("search", ".filters"), ("generators", "table"), ("status", ".plot")):
+    for view, shown in (
+        ("search", ".filters"),
+        ("references", ".gallery"),
+        ("generators", "table"),
+        ("status", ".plot"),
+    ):
         page.get_by_role("link", name=view.title(), exact=True).click()
         expect(page.locator(f"#view-{view} {shown}").first).to_be_visible()
         if view == "search":

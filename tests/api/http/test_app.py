@@ -272,6 +272,26 @@ def test_references_are_relabelled(own: TestClient) -> None:
     assert own.get("/v1/status").json()["references"] == {"real": 0, "fake": 2}
 
 
+def test_neighbours_of_a_reference(own: TestClient) -> None:
+    own.post("/v1/references", data={"label": "real"}, files=files(*map(png, range(1, 5)), field="images"))
+    first, *_, last = own.get("/v1/references").json()["references"]
+    path = f"/v1/references/{first['id']}/neighbours"
+    near = own.get(path, params={"limit": 2}).json()["neighbours"]
+    assert len(near) == 2
+    assert first["id"] not in {one["id"] for one in near}
+    assert near[0]["similarity"] >= near[1]["similarity"]
+    assert own.get(path, params={"source": "nowhere"}).json() == {"neighbours": []}
+    newest = own.get("/v1/references", params={"newest": True, "limit": 1}).json()
+    assert newest["references"] == [last]
+    following = own.get("/v1/references", params={"newest": True, "after": newest["next"]}).json()["references"]
+    assert [one["id"] for one in following] == sorted((one["id"] for one in following), reverse=True)
+    assert (len(following), following[-1]) == (3, first)
+    problem(own.get("/v1/references/99/neighbours"), 404, "not-found")
+    with store_of(own).engine.begin() as connection:
+        connection.execute(text("delete from embedding"))
+    assert "no vector" in problem(own.get(path), 409, "conflict")["detail"]
+
+
 def test_a_reference_without_a_picture_is_shown_by_its_address(own: TestClient, tmp_path: Path) -> None:
     own.post("/v1/references", data={"label": "real"}, files=files(png(1), field="images"))
     store = store_of(own)
