@@ -274,7 +274,8 @@ def tell_discovery(report: Mapping[str, Any]) -> None:
             table.add_row(one["name"], f"{one['images']:,}", *seen, ", ".join(verdicts), ", ".join(nearest), novelty)
         stdout.print(table)
     left_out = f"; {report['left_out']:,} older ones were not looked at" if report["left_out"] else ""
-    found = f"{len(candidates)} candidates among {report['images']:,} images that no reference explains"
+    groups = "1 candidate" if len(candidates) == 1 else f"{len(candidates)} candidates"
+    found = f"{groups} among {report['images']:,} images that no reference explains"
     print(f"{found}, {report['ungrouped']:,} of them in none{left_out}")
     if candidates:
         print(f"to enrol one: lineup index discover --enrol {candidates[0]['name']} --generator NAME")
