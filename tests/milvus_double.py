@@ -8,6 +8,12 @@ from typing import Any
 import numpy as np
 
 
+class Refused(Exception):
+    """`MilvusException` with one of the server's own codes: it answered, and said no."""
+
+    code = 1100
+
+
 class Engine:
     """What outlives its clients.
 
@@ -151,12 +157,16 @@ class DoubleClient:
 
     def _passing(self, name: str, filter: str, partitions: Sequence[str] | None) -> list[dict[str, Any]]:
         """Rows that a filter lets pass; the part of Milvus's language that is used is Python's too."""
+        try:
+            term = compile(filter or "True", "filter", "eval")
+        except SyntaxError as error:
+            raise Refused(f"cannot parse expression: {error}") from error
         return [
             row
             for partition, rows in self.engine.collections[name].items()
             if partitions is None or partition in partitions
             for row in rows.values()
-            if not filter or eval(filter, {}, dict(row))
+            if eval(term, {}, dict(row))
         ]
 
     def query(

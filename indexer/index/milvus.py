@@ -6,6 +6,7 @@ each upsert with a time; a search that names the stamp of a mark sees everything
 not wait for what is being written (`Strong` consistency costs about 200 ms).
 """
 
+import json
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +91,8 @@ class Milvus:
     """One engine. Connects at the first call; threads may share it.
 
     Attributes:
-        away: Whether the last call was not answered; searches are not even tried then, until `ping` is answered.
+        away: Whether the last call was not answered; searches are not even tried then, until `ping` is answered. One
+            that was refused was answered.
 
     Args:
         url: As in LINEUP_INDEX.
@@ -387,15 +389,16 @@ class Milvus:
         """What `work` returns.
 
         Raises:
-            EngineAway: The engine failed.
+            EngineAway: The engine failed, or refuses that.
         """
         try:
             result = work()
         except Exception as error:  # of the client, of gRPC below it, or of its own faults when a connection breaks off
-            self.away = True
+            self.away = not _refused(error)
             reason = " ".join(str(getattr(error, "message", error)).split())[:200]
+            fault = "does not answer" if self.away else "refuses that"
             raise EngineAway(
-                f"the search engine at {self.url.address} does not answer ({reason}): see that it runs, and that "
+                f"the search engine at {self.url.address} {fault} ({reason}): see that it runs, and that "
                 "LINEUP_INDEX names it"
             ) from error
         self.away = False
@@ -549,6 +552,12 @@ class MilvusIndex:
         return self._numbers[source]
 
 
+def _refused(error: Exception) -> bool:
+    """Whether the engine answered, and said no: 1 and 2 say not ready, or are the client's own."""
+    code = getattr(error, "code", None)
+    return isinstance(code, int) and code > 2
+
+
 def _quoted(text: str) -> str:
-    """A string in Milvus's language."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    """A string in Milvus's language, which escapes as JSON does and takes no raw line break."""
+    return json.dumps(text, ensure_ascii=False)

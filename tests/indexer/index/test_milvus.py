@@ -16,7 +16,7 @@ from indexer.index.vector_checks import BadVectors
 from indexer.index.vector_index import VectorIndex
 
 DIM, N = 16, 120
-SOURCES = ["plain", 'with "quotes"', "back\\slash"]
+SOURCES = ["plain", 'with "quotes"', "back\\slash", "line\r\nfeed\tü\x01"]
 DOUBLE = "milvus+http://double:19530"
 ENGINES = [DOUBLE, *filter(None, [os.environ.get("LINEUP_TEST_MILVUS")])]
 
@@ -163,6 +163,14 @@ def test_an_engine_that_is_away_is_asked_once(engine: Engine, monkeypatch: pytes
     with pytest.raises(EngineAway, match="is away"):
         index.search(np.ones((1, DIM)), 1)
     milvus.ping()
+    index.search(np.ones((1, DIM)), 1)
+
+
+def test_an_engine_that_refuses_one_call_is_not_away(pair: tuple[MilvusIndex, VectorIndex]) -> None:
+    index, _ = pair
+    assert index.stamp is not None
+    with pytest.raises(EngineAway, match="refuses"):
+        index.engine.search(index.stamp.collection, np.ones((1, DIM)), 1, 0, filter='source == "')
     index.search(np.ones((1, DIM)), 1)
 
 
