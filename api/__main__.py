@@ -26,6 +26,7 @@ from api.verdict_file import VerdictFile
 from api.verdict_printer import Tally, in_a_line, show
 from indexer.commands import AsJson, CheckpointFolder, Device, fail, opened
 from indexer.database.connection import DatabaseBehind
+from indexer.index.milvus import EngineAway
 from indexer.settings import SettingsError
 from indexer.store.keys import ApiKey, KeyExists
 from indexer.terminal import image_progress
@@ -43,12 +44,21 @@ OUTPUT_HELP = (
     "Write a line of JSON per image to NAME.jsonl, and a table NAME.csv or NAME.parquet if named so; goes on where it "
     "ended."
 )
-EXPECTED = (SettingsError, CheckpointError, DatasetError, DatabaseBehind, KeyExists, ApiError, *DATABASE_AWAY)
+EXPECTED = (
+    SettingsError,
+    CheckpointError,
+    DatasetError,
+    DatabaseBehind,
+    EngineAway,
+    KeyExists,
+    ApiError,
+    *DATABASE_AWAY,
+)
 
 
 @contextmanager
 def expected_failures() -> Iterator[None]:
-    """What is wrong with settings, checkpoint, data or database ends the command with one line."""
+    """What is wrong with settings, checkpoint, data, database or search engine ends the command with one line."""
     try:
         yield
     except EXPECTED as error:

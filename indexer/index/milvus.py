@@ -78,13 +78,19 @@ class EngineUrl:
         Raises:
             WrongEngine: It is not like that.
         """
-        parts = urlsplit(url.removeprefix("milvus+"))
+        try:
+            parts = urlsplit(url.removeprefix("milvus+"))
+            port = parts.port or 19530
+        except ValueError:
+            parts = None
+        if parts is None or not parts.hostname:  # any part may hold the password
+            raise WrongEngine("LINEUP_INDEX is wrong: not a URL like milvus+http://user:password@host:19530")
         options = parse_qs(parts.query)
         index = options.pop("index", ["IVF_FLAT"])[-1]
         if index not in ("IVF_FLAT", "IVF_SQ8") or options:
             raise WrongEngine(f"LINEUP_INDEX ends in ?{parts.query}: only ?index=IVF_FLAT or ?index=IVF_SQ8 is known")
         token = f"{unquote(parts.username)}:{unquote(parts.password or '')}" if parts.username else ""
-        return cls(f"{parts.scheme}://{parts.hostname}:{parts.port or 19530}", token, index)
+        return cls(f"{parts.scheme}://{parts.hostname}:{port}", token, index)
 
 
 class Milvus:

@@ -17,19 +17,21 @@ from urllib.parse import urlsplit
 
 import httpx2
 import pytest
+import typer
 from conftest import small_image
 from rich.console import Console
 from sqlalchemy.exc import OperationalError
 from threadpoolctl import threadpool_info
 from typer.testing import CliRunner, Result
 
-from api.__main__ import app
+from api.__main__ import app, expected_failures
 from api.http import server
 from api.judge.detector import Detector
 from api.schemas.problems import FailedFile
 from api.schemas.verdicts import EXAMPLE_VERDICT, Verdict
 from api.service_settings import ServiceSettings
 from api.verdict_printer import show
+from indexer.index.milvus import EngineAway
 from indexer.store.keys import ApiKeys
 
 Call = Callable[..., Result]
@@ -156,6 +158,12 @@ def test_what_goes_wrong_is_one_line(
         assert len(done.stderr.strip().splitlines()) <= 2
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
+
+
+def test_a_search_engine_that_is_away_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), expected_failures():
+        raise EngineAway("the search engine at http://host does not answer")
+    assert capsys.readouterr().err == "error: the search engine at http://host does not answer\n"
 
 
 def test_without_a_checkpoint_no_database_is_made(tmp_path: Path) -> None:

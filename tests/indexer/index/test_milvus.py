@@ -191,6 +191,12 @@ def test_an_unknown_index_is_refused(url: str) -> None:
         EngineUrl.parse(url)
 
 
+@pytest.mark.parametrize("url", ["milvus+http://user:secret@h:abc", "milvus+http://h:99999", "milvus+http://:1"])
+def test_what_names_no_host_and_port_is_refused(url: str) -> None:
+    with pytest.raises(WrongEngine, match=r"^LINEUP_INDEX is wrong: not a URL like .*host:19530$"):
+        EngineUrl.parse(url)
+
+
 @pytest.mark.parametrize("version", ["v2.2.16", "0.9", "weaviate 1.2"])
 def test_another_version_is_refused(version: str, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.version = version
