@@ -4,8 +4,8 @@ Additions are upserts and removals are deletions by primary key, so that repeati
 order of one revision: the collection's mark says what is begun, the rows follow, the mark is written again, and its
 time goes to Postgres, from where every process takes what its searches ask for.
 
-Whoever holds an advisory lock of Postgres leads, and publishes over the very connection that holds it: a process that
-has lost its lock may still repeat rows that are in the engine already, and publishes nothing.
+Whoever holds an advisory lock of Postgres leads, and publishes over the very connection that holds it, which is asked
+before each batch of rows: a process that has lost its lock ends the batch that it is at, and publishes nothing.
 """
 
 import logging
@@ -21,7 +21,7 @@ import psycopg
 
 from indexer.database.connection import AnsweringConnection, dedicated
 from indexer.database.transactions import CHANNEL
-from indexer.index.milvus import EngineAway, Milvus
+from indexer.index.milvus import ROWS, EngineAway, Milvus
 from indexer.store import Store
 from indexer.store.changes import Additions, Position, Removals
 from indexer.store.shipments import Shipment, hold, publish, switch
@@ -88,8 +88,12 @@ class Shipper:
         Raises:
             EngineAway: The engine does not answer; repeating it goes on from the last revision that was published.
             WrongEngine: It holds something else under the collection's name.
+            psycopg.OperationalError: This process does not lead, or no longer.
         """
         with self._working:
+            connection = self._connection
+            if connection is None:
+                raise psycopg.OperationalError("only the process that holds the lock may ship")
             latest = self.store.shipments.latest(self.checkpoint_id)
             seen = Position() if latest is None else latest.position
             target, stands = self.store.changes.position(self.checkpoint_id, seen)
@@ -97,9 +101,12 @@ class Shipper:
                 if latest is None or not stands or not self._continues(latest.collection):
                     self.rebuild()
                 elif target != latest.position:
-                    publish(self._connected(), self.checkpoint_id, self._extended(latest, target))
+                    publish(connection, self.checkpoint_id, self._extended(connection, latest, target))
             except EngineAway:
                 self._verified = None  # what comes back may be another
+                raise
+            except psycopg.Error:
+                self.resign()
                 raise
 
     def rebuild(self, on_rows: Callable[[int], None] = lambda rows: None) -> Shipment:
@@ -115,16 +122,16 @@ class Shipper:
             EngineAway: The engine does not answer; searches go on with the old collection.
         """
         with self._working:
-            lock = self._lock("rebuild")
+            connection, lock = self._connected(), self._lock("rebuild")
             if not self._row("select pg_try_advisory_lock(%s)", lock)[0]:
                 raise AlreadyRebuilding("another process is loading a new collection: wait until it has ended")
             try:
-                return self._rebuild(on_rows)
+                return self._rebuild(connection, on_rows)
             finally:
-                if self._connection is not None and not self._connection.closed:
-                    self._row("select pg_advisory_unlock(%s)", lock)
+                if not connection.closed:
+                    connection.execute("select pg_advisory_unlock(%s)", [lock])
 
-    def _rebuild(self, on_rows: Callable[[int], None]) -> Shipment:
+    def _rebuild(self, connection: AnsweringConnection, on_rows: Callable[[int], None]) -> Shipment:
         prefix = f"lineup_{self.store.id().replace('-', '')}_{self.checkpoint_id}"
         before = self.store.shipments.latest(self.checkpoint_id)
         for name in self.engine.collections(prefix):
@@ -134,13 +141,12 @@ class Shipper:
         shipment = Shipment(self.engine.create(prefix, self.dim))
         for _ in range(2):  # the second time is quick, and the switch waits for what is left then
             target, _ = self.store.changes.position(self.checkpoint_id, shipment.position)
-            shipment = self._extended(shipment, target, on_rows, empty=not shipment.timestamp)
+            shipment = self._extended(connection, shipment, target, on_rows, empty=not shipment.timestamp)
         self.engine.settle(shipment.collection)
-        connection = self._connected()
         with connection.transaction():
             hold(connection, self.checkpoint_id)
             target, _ = self.store.changes.position(self.checkpoint_id, shipment.position)
-            shipment = self._extended(shipment, target, on_rows)
+            shipment = self._extended(connection, shipment, target, on_rows)
             switch(connection, self.checkpoint_id, shipment)
         self._verified = shipment.collection
         self.engine.point(prefix, shipment.collection)
@@ -153,6 +159,7 @@ class Shipper:
 
     def _extended(
         self,
+        connection: AnsweringConnection,
         shipment: Shipment,
         target: Position,
         on_rows: Callable[[int], None] = lambda rows: None,
@@ -162,6 +169,7 @@ class Shipper:
         """The collection at another position; its mark is written before the rows and after them.
 
         Args:
+            connection: What holds the lock, without which nothing may be written.
             shipment: Its present state, or an earlier one that an interrupted call began from.
             target: Up to where.
             on_rows: Called with how many rows have come in since the last time.
@@ -169,7 +177,8 @@ class Shipper:
         """
         name, seen = shipment.collection, shipment.position.revision
         self._mark(name, target)
-        for change in self.store.changes.between(self.checkpoint_id, seen, target.revision):
+        for change in self.store.changes.between(self.checkpoint_id, seen, target.revision, page=ROWS):
+            connection.execute("select 1")  # reading may have taken long: whether the lock is still ours
             if isinstance(change, Additions):
                 self._upsert(name, change, new=empty)
                 on_rows(len(change.ids))

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import psycopg
@@ -21,6 +22,7 @@ from indexer.milvus_copy import MilvusCopy
 from indexer.settings import Settings
 from indexer.shipper import AlreadyRebuilding, Shipper
 from indexer.store import Store
+from indexer.store.changes import Additions, Removals
 
 URL = "milvus+http://double:19530"
 
@@ -153,6 +155,36 @@ def test_a_leader_without_its_lock_publishes_nothing(
     assert store.shipments.latest(CHECKPOINT) == before
     other.ship()
     assert_equal(engine, store)
+
+
+def test_a_leader_that_loses_its_lock_while_it_reads_writes_nothing_more(
+    store: Store, engine: Engine, start: Callable[[], Shipper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has read a row which the next leader removes before it goes on."""
+    one, other = start(), start()
+    assert one.lead()
+    add(store, 1)
+    one.ship()
+    ids = add(store, 2)
+    between = store.changes.between
+
+    def overtaken(*arguments: Any, page: int) -> Iterator[Additions | Removals]:
+        monkeypatch.setattr(store.changes, "between", between)
+        pages = list(between(*arguments, page=page))
+        with store.engine.begin() as connection:
+            connection.execute(
+                text("select pg_terminate_backend(pid) from pg_stat_activity where application_name like '%shipper'")
+            )
+        take_over(other)
+        store.references.remove(ids=ids)
+        other.ship()
+        yield from pages
+
+    monkeypatch.setattr(store.changes, "between", overtaken)
+    with pytest.raises(psycopg.OperationalError):
+        one.ship()
+    assert_equal(engine, store)
+    assert not one.leads
 
 
 @pytest.mark.parametrize("writes", range(6))
