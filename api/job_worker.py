@@ -37,7 +37,9 @@ FETCH_SECONDS = 20.0
 IMAGE_SECONDS, LEASE_SECONDS = 55.0, 60.0
 """In which an image is judged or left for another time, and after which another service may take it."""
 MOST_ATTEMPTS = 3
-"""Of judging an image that each time ends the service or outlasts the time."""
+"""Of judging an image that each time ends the service, outlasts the time, or is judged without all evidence."""
+DEGRADED_PAUSE = 30.0
+"""Seconds before an image is given back that was judged without all evidence though the database answers."""
 LEAVE_SECONDS = 5.0
 """For giving back what is in work when the service stops."""
 
@@ -60,12 +62,11 @@ class JobWorker:
         """Take what waits, until cancelled; what is in work then is given back."""
         async with public_client(private=self._service.settings.private_addresses) as client:
             judge, tell = partial(self._judge, client), partial(self._tell, client)
-            await asyncio.gather(
-                self._work_off(UPLOADS, self._claim_images(fetched=False), judge, Jobs.release),
-                self._work_off(ADDRESSES, self._claim_images(fetched=True), judge, Jobs.release),
-                self._work_off(WEBHOOKS, self._claim_untold, tell, Jobs.release_untold),
-                self._count(),
-            )
+            async with asyncio.TaskGroup() as group:  # none goes on with a client that is closed
+                group.create_task(self._work_off(UPLOADS, self._claim_images(fetched=False), judge, Jobs.release))
+                group.create_task(self._work_off(ADDRESSES, self._claim_images(fetched=True), judge, Jobs.release))
+                group.create_task(self._work_off(WEBHOOKS, self._claim_untold, tell, Jobs.release_untold))
+                group.create_task(self._count())
 
     def _claim_images(self, *, fetched: bool) -> Callable[[int], Sequence[JobImage]]:
         return lambda limit: self._jobs.claim(fetched=fetched, limit=limit, seconds=LEASE_SECONDS)
@@ -112,16 +113,23 @@ class JobWorker:
                     await self._service.run(release, self._jobs, list(tasks.values()))
 
     async def _judge(self, client: AsyncClient, image: JobImage) -> None:
-        """Judge an image and keep the result; while service or database are not ready it is given back."""
+        """Judge an image and keep the result; while service or database are not ready it is given back.
+
+        A verdict without all evidence is kept in the end where the database is not what hinders: it says so itself.
+        """
         try:
             async with asyncio.timeout(IMAGE_SECONDS):
                 result = await self._result(client, image)
         except TimeoutError:
             return
-        busy = result.kind == "not-ready" if isinstance(result, ApiError) else result.degraded
-        if busy:
-            await asyncio.sleep(RETRY)
-            await self._keep(self._jobs.release, [image])
+        if isinstance(result, ApiError):
+            again, counted = result.kind == "not-ready", False
+        else:
+            counted = not self._service.detector.follower.degraded
+            again = result.degraded and not (counted and image.attempts >= MOST_ATTEMPTS)
+        if again:
+            await asyncio.sleep(DEGRADED_PAUSE if counted else RETRY)
+            await self._keep(partial(self._jobs.release, counted=counted), [image])
             return
         outcome: Outcome = "failed" if isinstance(result, ApiError) else result.verdict
         document = FailedFile(file=image.file, error=result.problem()) if isinstance(result, ApiError) else result
@@ -172,6 +180,10 @@ class JobWorker:
                 waiting = await self._service.run(lambda: self._jobs.waiting())
             except (ApiError, *DATABASE_AWAY):
                 await asyncio.sleep(RETRY)
+                continue
+            except Exception:  # jobs are worked on without being counted
+                log.exception("counting what waits of jobs failed")
+                await asyncio.sleep(COUNT_SECONDS)
                 continue
             metrics.jobs.set(waiting.jobs)
             metrics.job_images.set(waiting.images)

@@ -186,11 +186,15 @@ class Jobs(Rows):
 
         return self.transaction(work)
 
-    def release(self, images: Sequence[JobImage]) -> None:
-        """Give images back that were taken, as if they had not been."""
-        keys = [(image.job_id, image.number) for image in images]
-        taken = tuple_(JobImageRow.job_id, JobImageRow.number).in_(keys) & JobImageRow.result.is_(None)
-        query = update(JobImageRow).where(taken).values(leased_until=None, attempts=JobImageRow.attempts - 1)
+    def release(self, images: Sequence[JobImage], *, counted: bool = False) -> None:
+        """Give images back that were taken, as if they had not been unless the attempt is `counted`.
+
+        One that somebody else has taken since stays theirs.
+        """
+        leases = [(image.job_id, image.number, image.attempts) for image in images]
+        taken = tuple_(JobImageRow.job_id, JobImageRow.number, JobImageRow.attempts).in_(leases)
+        query = update(JobImageRow).where(taken, JobImageRow.result.is_(None))
+        query = query.values(leased_until=None, attempts=JobImageRow.attempts - (0 if counted else 1))
         self.transaction(lambda connection: connection.execute(query))
 
     def finish(self, image: JobImage, outcome: Outcome, result: Mapping[str, Any]) -> bool:

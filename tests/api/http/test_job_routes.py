@@ -37,6 +37,7 @@ from api.verdict_file import COLUMNS
 from indexer import follower
 from indexer.ingest.public_files import public_client
 from indexer.store import Store
+from indexer.store.jobs import Jobs
 
 SECRET = "a secret of webhooks"
 JOBS = "/v1/jobs"
@@ -53,6 +54,7 @@ def hurried(certificate: Path) -> Iterator[None]:
         patch.setattr(job_worker, "POLL", 0.02)
         patch.setattr(job_worker, "RETRY", 0.02)
         patch.setattr(job_worker, "COUNT_SECONDS", 0.02)
+        patch.setattr(job_worker, "DEGRADED_PAUSE", 0.02)
         patch.setattr(webhook, "PAUSE", wait_none())
         yield
 
@@ -313,6 +315,36 @@ def test_an_image_that_never_ends_is_given_up(client: TestClient, monkeypatch: p
     job = sent(client, files=images(png(1, True)))
     assert ended(client, job)["state"] == "failed"
     assert "given up after 3 attempts" in results(client, job)[0]["error"]["detail"]
+
+
+def test_an_image_that_always_lacks_evidence_ends_with_a_verdict_that_says_so(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the database is away it goes on waiting instead."""
+    judge, tries = Detector.judge, 0
+
+    def degraded(self: Detector, cases: Any) -> list[Verdict]:
+        nonlocal tries
+        tries += len(cases)
+        self.follower.degraded = tries < 6
+        return [verdict.model_copy(update={"degraded": True}) for verdict in judge(self, cases)]
+
+    monkeypatch.setattr(Detector, "judge", degraded)
+    monkeypatch.setattr(service_of(client).detector.follower, "catch_up", lambda: 0)
+    job = ended(client, sent(client, files=images(png(1, True))))
+    assert (job["failed"], results(client, job)[0]["degraded"], tries) == (0, True, 8)
+
+
+def test_jobs_are_worked_on_though_counting_them_fails(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Jobs, "waiting", lambda _: 1 / 0)
+    deadline = time.monotonic() + 30
+    while "counting what waits of jobs failed" not in caplog.text:
+        assert time.monotonic() < deadline, caplog.text
+        time.sleep(0.02)
+    monkeypatch.undo()
+    assert ended(client, sent(client, files=images(png(1, True))))["state"] == "done"
 
 
 def test_a_stopped_service_gives_back_what_it_had(populated: ServiceSettings, client: TestClient) -> None:

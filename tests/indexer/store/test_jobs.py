@@ -97,6 +97,16 @@ def test_what_is_taken_comes_back_when_its_time_is_over_or_it_is_given_back(jobs
     assert jobs.results(job.id) == [(1, {"by": "the second"})]
 
 
+def test_what_another_has_taken_since_is_not_given_back_and_attempts_may_count(jobs: Jobs) -> None:
+    jobs.add(uploads(1), {})
+    late = claim(jobs, seconds=-1)
+    (lease,) = claim(jobs)
+    jobs.release(late)
+    assert claim(jobs) == []
+    jobs.release([lease], counted=True)
+    assert [image.attempts for image in claim(jobs)] == [3]
+
+
 def test_services_that_take_at_once_share_without_doing_one_twice(jobs: Jobs) -> None:
     added = [jobs.add(uploads(count), {}) for count in (1, 7, 40)]
 
