@@ -71,8 +71,6 @@ class ServiceSettings(Settings):
     503."""
     job_days: int = Field(default=30, ge=0)
     """Days after which a job that has ended is deleted with its results; 0 keeps it for ever."""
-    private_addresses: bool = False
-    """Let jobs fetch images from servers that are not public, and tell such of their end. true or false."""
     webhook_secret: str | None = Field(default=None, min_length=16, repr=False)
     """What signs the word of a job's end (HMAC-SHA256), at least 16 characters; unset: jobs may have no webhook."""
     rate_limit: int = Field(default=0, ge=0)

@@ -328,6 +328,7 @@ def rebuild(
                     max_pixels=settings.max_pixels,
                     image_seconds=settings.image_seconds,
                     partial=partial,
+                    private_addresses=settings.private_addresses,
                     on_image=advance,
                 )
             if report["unreadable"]:

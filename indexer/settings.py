@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     """Largest image that is decoded, width times height in pixels."""
     image_seconds: float = Field(default=20.0, gt=0)
     """Time that decoding an image and reading what it says of itself may take, seconds; then its process is ended."""
+    private_addresses: bool = False
+    """Let jobs, and `rebuild --checkpoint`, fetch over https from servers that are not public, and jobs tell such of
+    their end. true or false."""
 
     @field_validator("database_url")
     @classmethod

@@ -6,12 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
+from httpx2 import InvalidURL, Request
 from sqlalchemy import RowMapping, text
 
 from indexer.ingest.ingest import register
 from indexer.ingest.prefetch import prefetch
+from indexer.ingest.public_files import Refused, refuse_private
 from indexer.store import Store
 from trainer.cores import usable_cores
 from trainer.data.datasets import read_uri
@@ -33,6 +36,7 @@ def reembed(
     max_pixels: int = 50_000_000,
     image_seconds: float = 20.0,
     partial: bool = False,
+    private_addresses: bool = False,
     batch_size: int = 32,
     on_image: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
@@ -46,6 +50,7 @@ def reembed(
         max_pixels: Larger images cannot be read.
         image_seconds: Images that take longer to decode cannot be read.
         partial: Switch although some images cannot be read any more; they are no longer found by searches then.
+        private_addresses: Also read https:// from servers that are not public: whoever made an imported file chose it.
         batch_size: Images per forward pass.
         on_image: Called once for each image that is done.
 
@@ -61,7 +66,10 @@ def reembed(
         with (
             ThreadPoolExecutor(min(32, usable_cores()), thread_name_prefix="decode") as pool,
             closing(
-                prefetch(_decoded(store, embedder, pool, max_pixels, image_seconds, unreadable), 2 * batch_size)
+                prefetch(
+                    _decoded(store, embedder, pool, max_pixels, image_seconds, private_addresses, unreadable),
+                    2 * batch_size,
+                )
             ) as decoded,
         ):
             while batch := list(islice(decoded, batch_size)):
@@ -86,6 +94,7 @@ def _decoded(
     pool: ThreadPoolExecutor,
     max_pixels: int,
     image_seconds: float,
+    private_addresses: bool,
     unreadable: dict[int, dict[str, Any]],
 ) -> Generator[tuple[int, np.ndarray], None, None]:
     """Ids and windows of the references without an embedding of this checkpoint, in order of id."""
@@ -94,7 +103,7 @@ def _decoded(
         try:
             return decoding_pool().call(
                 _windows,
-                *(_read(store, row), max_pixels, embedder.preprocess),
+                *(_read(store, row, private_addresses), max_pixels, embedder.preprocess),
                 seconds=image_seconds,
                 memory=decoding_memory(max_pixels),
             )
@@ -116,16 +125,37 @@ def _windows(data: bytes, max_pixels: int, preprocess: Preprocess) -> np.ndarray
     return preprocess([decode_image(data, max_pixels=max_pixels)[0]])
 
 
-def _read(store: Store, row: RowMapping) -> bytes:
+def _read(store: Store, row: RowMapping, private_addresses: bool) -> bytes:
     """The bytes that were kept, or the file's."""
     file = store.references.file(row["id"])
     if file is not None:
         return file
     if row["uri"] is None:
         raise UnreadableImage("its bytes were not kept")
-    if row["uri"].startswith("https://") and "#" not in row["uri"]:  # of an archive only what lies there is read
-        raise UnreadableImage("its picture is not on this machine: add its data set with this checkpoint first")
+    _check_address(row["uri"], private_addresses)
     data = read_uri(row["uri"])
     if hashlib.sha256(data).digest() != row["sha256"]:
         raise UnreadableImage("the file has changed since it was added")
     return data
+
+
+def _check_address(uri: str, private_addresses: bool) -> None:
+    """Refuse what a stranger's reference may name and this machine is not to ask.
+
+    Raises:
+        UnreadableImage: It is no address, of a whole file on the web, or of a server that is not public.
+    """
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise UnreadableImage(f"its address cannot be read: {error}") from error
+    if parts.scheme != "https":
+        return
+    if not parts.fragment:  # of an archive only what lies there is read
+        raise UnreadableImage("its picture is not on this machine: add its data set with this checkpoint first")
+    if not private_addresses:
+        try:
+            refuse_private(Request("GET", f"https://{parts.netloc}"))
+        except (Refused, InvalidURL) as error:
+            rule = "LINEUP_PRIVATE_ADDRESSES=true lets servers be read that are not public"
+            raise UnreadableImage(f"{parts.netloc}: {error}; {rule}") from error

@@ -19,6 +19,7 @@ from sqlalchemy import text
 
 from indexer.database.connection import connect
 from indexer.ingest import ingest as module
+from indexer.ingest import reembed as reembed_module
 from indexer.ingest.ingest import fingerprint, hamming_distance, ingest
 from indexer.ingest.prefetch import prefetch
 from indexer.ingest.reembed import reembed
@@ -27,7 +28,7 @@ from indexer.store import Store
 from indexer.store.changes import Additions
 from trainer.data.datasets import read_dataset
 from trainer.data.entry import Entry
-from trainer.images import decode_image
+from trainer.images import UnreadableImage, decode_image
 from trainer.model.embedder import Embedder
 from trainer.process_pool import DeadlinePassed
 
@@ -127,6 +128,35 @@ def test_a_reference_of_several_windows_has_the_embedding_of_everywhere(
         row = store.references.find(sha256)
         assert row is not None
         np.testing.assert_allclose(vectors[row.id], windowed.embed([image])[0], atol=2e-3)  # kept in half precision
+
+
+def test_embedding_again_asks_no_private_server(
+    store: Store, folder: Path, windowed: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless that is allowed. Whoever made a file that is imported chose its addresses."""
+    private = [
+        f"{host}/a.tar#a;offset=0;size=9" for host in ("https://10.0.0.1", "HTTPS://[::1]", "https:////10.0.0.1")
+    ]
+    public, broken = "https://140.82.112.3/a.tar#a;offset=0;size=9", "https://[::1/a.tar#a;offset=0;size=9"
+    uris = [*private, broken, public]
+    entries = list(read_dataset(folder))[: len(uris)]
+    given = [replace(entry, public_uri=uri, size=1, mtime=2.0) for entry, uri in zip(entries, uris, strict=True)]
+    ingest(given, HashingEmbedder(), store)
+    requests: list[str] = []
+
+    def absent(uri: str) -> bytes:
+        requests.append(uri)
+        raise UnreadableImage("nothing is there")
+
+    monkeypatch.setattr(reembed_module, "read_uri", absent)
+    reasons = {one["uri"]: one["reason"] for one in reembed(windowed, store)["unreadable"]}
+    assert requests == [public]
+    assert "10.0.0.1: not a public server; LINEUP_PRIVATE_ADDRESSES=true" in reasons[private[0]]
+    assert "its address cannot be read" in reasons[broken]
+    assert len(reasons) == len(uris)
+    requests.clear()
+    reembed(windowed, store, private_addresses=True)
+    assert sorted(requests) == sorted([*private, public])
 
 
 def test_a_second_run_opens_no_file(store: Store, folder: Path) -> None:
