@@ -92,8 +92,11 @@ class MilvusCopy:
                 self._show(latest)
             if shipped.revision >= target.revision or self.engine.away or time.monotonic() >= deadline:
                 return
-            if self.shipper.leads:
-                self._tell(self.shipper.ship)
+            if self.shipper.leads and self.shipper.working.acquire(blocking=False):  # a load takes too long to wait for
+                try:
+                    self._tell(self.shipper.ship)
+                finally:
+                    self.shipper.working.release()
             else:
                 time.sleep(PAUSE)
 

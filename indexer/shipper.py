@@ -39,6 +39,10 @@ class AlreadyRebuilding(RuntimeError):
 class Shipper:
     """One process's part in it; others may take over at any time. Threads may share it.
 
+    Attributes:
+        leads: Whether this process ships.
+        working: Held by the thread that is at it, for as long as a whole load.
+
     Args:
         store: The rows.
         engine: Where they go.
@@ -51,7 +55,7 @@ class Shipper:
         self.leads = False
         self._connection: AnsweringConnection | None = None
         self._verified: str | None = None  # the collection that was seen to continue this history
-        self._working = threading.RLock()
+        self.working = threading.RLock()
 
     def lead(self) -> bool:
         """Whether this process leads from now on.
@@ -59,7 +63,7 @@ class Shipper:
         Raises:
             psycopg.OperationalError: The database cannot be reached.
         """
-        with self._working:
+        with self.working:
             try:
                 self._connected()
                 if self.leads:
@@ -73,7 +77,7 @@ class Shipper:
 
     def resign(self) -> None:
         """Let another process lead."""
-        with self._working:
+        with self.working:
             if self._connection is not None:
                 self._connection.close()
             self._connection, self.leads, self._verified = None, False, None
@@ -90,7 +94,7 @@ class Shipper:
             WrongEngine: It holds something else under the collection's name.
             psycopg.OperationalError: This process does not lead, or no longer.
         """
-        with self._working:
+        with self.working:
             connection = self._connection
             if connection is None:
                 raise psycopg.OperationalError("only the process that holds the lock may ship")
@@ -121,7 +125,7 @@ class Shipper:
             AlreadyRebuilding: Another process is at it.
             EngineAway: The engine does not answer; searches go on with the old collection.
         """
-        with self._working:
+        with self.working:
             connection, lock = self._connected(), self._lock("rebuild")
             if not self._row("select pg_try_advisory_lock(%s)", lock)[0]:
                 raise AlreadyRebuilding("another process is loading a new collection: wait until it has ended")

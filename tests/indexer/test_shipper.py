@@ -344,6 +344,21 @@ def test_background_work_ships(store: Store, settings: Settings, engine: Engine)
     assert_equal(engine, store)
 
 
+def test_following_does_not_wait_for_a_load(store: Store, settings: Settings, engine: Engine) -> None:
+    follower = followed(store, settings)
+    take_over(shipping(follower))
+    add(store, 1)
+    thread = threading.Thread(target=follower.catch_up)
+    with shipping(follower).working:  # as the thread that loads a collection holds it
+        thread.start()
+        thread.join(3)
+        waits = thread.is_alive()
+    thread.join()
+    assert not waits
+    assert follower.catch_up() == 1
+    shipping(follower).resign()
+
+
 def test_check_tells_rows_and_engine_apart(store: Store, settings: Settings, engine: Engine) -> None:
     settings = settings.model_copy(update={"index": URL})
     add(store, *range(1, 6))
