@@ -65,10 +65,11 @@ class ServiceSettings(Settings):
     max_job_images: int = Field(default=10_000, ge=1)
     """Images in one job, a count."""
     max_waiting_images: int = Field(default=100_000, ge=1)
-    """Images of all jobs that are not judged yet, a count; a job that would exceed it is answered 503."""
+    """Images of all jobs that are not judged yet, a count; a job that would exceed it, or half of it for one key, is
+    answered 503."""
     max_waiting_bytes: int = Field(default=4 * 1024**3, ge=1)
-    """Uploads of all jobs, kept in the database until they are judged, bytes; a job that would exceed it is answered
-    503."""
+    """Uploads of all jobs, kept in the database until they are judged, bytes; a job that would exceed it, or half
+    of it for one key, is answered 503."""
     job_days: int = Field(default=30, ge=0)
     """Days after which a job that has ended is deleted with its results; 0 keeps it for ever."""
     webhook_secret: str | None = Field(default=None, min_length=16, repr=False)

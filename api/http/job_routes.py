@@ -60,7 +60,7 @@ async def create_job(
     if webhook is not None:
         check_webhook(webhook, settings)
     store: Store = detector.store
-    await service.run(check_room, store, images, settings)
+    await service.run(check_room, store, images, caller, settings)
     asked: dict[str, Any] = asdict(question) | {"explain": sorted(question.explain)}
     job = await service.run(store.jobs.add, images, asked, api_key_id=caller.key_id, webhook=webhook)
     return Job.model_validate(job, from_attributes=True)
@@ -116,13 +116,22 @@ def check_webhook(webhook: str, settings: ServiceSettings) -> None:
         raise ApiError("bad-field", f"webhook: {webhook[:100]!r} is no address like https://a.example/path")
 
 
-def check_room(store: Store, images: Sequence[NewImage], settings: ServiceSettings) -> None:
-    """Refuse what the jobs that are there leave no room for.
+def check_room(store: Store, images: Sequence[NewImage], caller: Caller, settings: ServiceSettings) -> None:
+    """Refuse what the jobs that are there leave no room for; a key may fill half of it, that others find some.
 
     Raises:
         ApiError: not-ready.
     """
     waiting, size = store.jobs.waiting(), sum(image.size or 0 for image in images)
+    if caller.key_id is not None:
+        same = store.jobs.waiting_of(caller.key_id)
+        share = "a key may fill half of LINEUP_MAX_WAITING"
+        if same.images and same.images + len(images) > (most := settings.max_waiting_images // 2):
+            detail = f"{same.images:,} images of this key wait, {len(images):,} more came, and {share}_IMAGES: {most:,}"
+            raise ApiError("not-ready", detail, retry_after=60)
+        if same.images and same.bytes + size > (most := settings.max_waiting_bytes // 2):
+            detail = f"uploads of this key hold {same.bytes:,} bytes, {size:,} more came, and {share}_BYTES: {most:,}"
+            raise ApiError("not-ready", detail, retry_after=60)
     if waiting.images + len(images) > settings.max_waiting_images:
         rule = f"LINEUP_MAX_WAITING_IMAGES allows {settings.max_waiting_images:,}"
         detail = f"{waiting.images:,} images of jobs wait to be judged, {len(images):,} more came, and {rule}"

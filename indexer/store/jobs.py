@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 from uuid import UUID
 
 import psycopg
-from sqlalchemy import Connection, RowMapping, delete, func, insert, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, delete, func, insert, select, tuple_, update
 
 from indexer.database.tables import JobImageRow, JobRow
 from indexer.database.transactions import Rows
@@ -142,14 +142,19 @@ class Jobs(Rows):
         waiting = next((place for place, row in enumerate(rows) if row["result"] is None), len(rows))
         return [(row["number"], row["result"]) for row in rows[:waiting]]
 
-    def waiting(self) -> Waiting:
-        """What all jobs together have still to do."""
+    def waiting(self, *condition: ColumnElement[bool]) -> Waiting:
+        """What all jobs together have still to do, or those that fulfil a condition."""
         left = JobRow.images - sum(getattr(JobRow, name) for name in COUNTS)
         totals = (func.count().label("jobs"), func.coalesce(func.sum(left), 0).label("images"))
         kept = func.coalesce(func.sum(JobRow.kept_bytes), 0).label("bytes")
-        row = self.read_one(select(*totals, kept, func.min(JobRow.at).label("oldest")).where(JobRow.ended_at.is_(None)))
+        query = select(*totals, kept, func.min(JobRow.at).label("oldest"))
+        row = self.read_one(query.where(JobRow.ended_at.is_(None), *condition))
         assert row is not None
         return Waiting(row["jobs"], int(row["images"]), int(row["bytes"]), row["oldest"])
+
+    def waiting_of(self, api_key_id: int | None) -> Waiting:
+        """What the jobs of one key have still to do, or those without a key."""
+        return self.waiting(JobRow.api_key_id.is_not_distinct_from(api_key_id))
 
     def claim(self, *, fetched: bool, limit: int, seconds: float) -> Sequence[JobImage]:
         """Take images that nobody has, for so many seconds; then whoever comes first may take them again.
