@@ -73,4 +73,4 @@ def test_make_demo_judges_the_samples_or_what_it_is_given(images: str) -> None:
         ["make", "--dry-run", "demo", *given], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     ).stdout
     assert "index import pretrained/references.lineup" in commands
-    assert f"detect {images}\n" in commands if images else "detect pretrained/samples/*.jpg" in commands
+    assert f"detect {images} --details\n" in commands if images else "detect pretrained/samples/*.jpg" in commands

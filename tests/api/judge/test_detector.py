@@ -567,7 +567,7 @@ def test_the_same_revision_of_another_history_is_calibrated_anew(
     before = detector.calibrator.current
     monkeypatch.setattr(detector.calibrator, "current", before)  # afterwards again
     elsewhere = detector.follower.position._replace(nonce=uuid4())
-    monkeypatch.setattr(detector.follower, "position", elsewhere)
+    monkeypatch.setattr(detector.follower.copy, "position", elsewhere)
     detector.calibrator.refresh()
     after = detector.calibrator.current
     assert (after.position, after.revision) == (elsewhere, before.revision)
