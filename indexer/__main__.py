@@ -25,11 +25,13 @@ from indexer.commands import (
 from indexer.database.connection import migrate, schema_revision, stop
 from indexer.database.embedded import exit_on_termination
 from indexer.settings import Settings
+from indexer.store import Store
 from indexer.store.checkpoints import with_active_folder
 from indexer.store.counts import miscounts, recount
 from indexer.store.generators import GeneratorExists
 from indexer.store.reference_facts import LABEL_NAMES
-from indexer.store.relabelling import Kind
+from indexer.store.relabelling import Kind, Relabelled
+from indexer.store.removing import Removed
 from indexer.terminal import (
     answer,
     image_progress,
@@ -170,14 +172,20 @@ def remove(
             removed = store.generators.delete(generator, forget=forget)
         else:
             removed = store.references.remove(**given, forget=forget)
-        followers = [renew_snapshot(settings, store, checkpoint_id) for checkpoint_id in removed.revisions]
+        indexes = renewed(settings, store, removed, "removed")
     report = {"removed": removed.references, "revisions": removed.revisions, "forgotten": forget}
-    report["indexes"] = [
-        {"checkpoint": one.checkpoint_id, "removed": removed.vectors[one.checkpoint_id]}
+    report["indexes"] = indexes
+    answer(as_json, report, lambda: tell_removed(report))
+
+
+def renewed(settings: Settings, store: Store, changed: Removed | Relabelled, verb: str) -> list[dict[str, Any]]:
+    """Renew the snapshot of every index that a change touched; how many vectors it did is told under `verb`."""
+    followers = [renew_snapshot(settings, store, checkpoint_id) for checkpoint_id in changed.revisions]
+    return [
+        {"checkpoint": one.checkpoint_id, verb: changed.vectors[one.checkpoint_id]}
         | {"size": len(one.index), "snapshot": one.saved_revision}
         for one in followers
     ]
-    answer(as_json, report, lambda: tell_removed(report))
 
 
 @app.command()
@@ -202,13 +210,9 @@ def relabel(
     settings = Settings.read()
     with opened(settings) as store:
         relabelled = store.references.relabel(kind, **given)
-        followers = [renew_snapshot(settings, store, checkpoint_id) for checkpoint_id in relabelled.revisions]
+        indexes = renewed(settings, store, relabelled, "relabelled")
     report = {"relabelled": len(relabelled.ids), "ids": relabelled.ids, "revisions": relabelled.revisions}
-    report["indexes"] = [
-        {"checkpoint": one.checkpoint_id, "relabelled": relabelled.vectors[one.checkpoint_id]}
-        | {"size": len(one.index), "snapshot": one.saved_revision}
-        for one in followers
-    ]
+    report["indexes"] = indexes
     answer(as_json, report, lambda: tell_relabelled(report))
 
 

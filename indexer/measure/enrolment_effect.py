@@ -17,7 +17,8 @@ from indexer.measure.calibrate import recalibrate, saved_calibration
 from indexer.measure.near_duplicates import related_references
 from indexer.settings import Settings
 from indexer.store.reference_facts import LABEL_NAMES
-from trainer.heads.calibration import Calibration
+from trainer.evaluation.metrics import auroc
+from trainer.heads.calibration import Calibration, decisions
 from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads
 from trainer.heads.vote import Votes, vote
@@ -196,8 +197,7 @@ def shares(scores: np.ndarray, t_fake: float | None, t_real: float | None) -> di
     n = len(scores)
     if not n:
         return None
-    fake = scores >= (np.inf if t_fake is None else t_fake)
-    real = ~fake & (scores < (-np.inf if t_real is None else t_real))
+    fake, real = decisions(scores, t_fake, t_real)
     counts = {"fake": fake, "real": real, "uncertain": ~fake & ~real}
     return {
         "images": n,
@@ -215,12 +215,11 @@ def wilson(count: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def _area(fake: np.ndarray, real: np.ndarray) -> float | None:
-    """AUROC of scores of fakes against those of real images, ascending; None where there are none of a kind."""
+    """AUROC of scores of fakes against those of real images; None where there are none of a kind."""
     fake = fake[~np.isnan(fake)]
     if not len(fake) or not len(real):
         return None
-    below = (np.searchsorted(real, fake, "left") + np.searchsorted(real, fake, "right")) / 2  # (n,)
-    return round(float(below.mean() / len(real)), 4)
+    return round(float(auroc(np.concatenate([real, fake]), np.repeat([0, 1], [len(real), len(fake)]))), 4)
 
 
 def _false_alarms(

@@ -20,7 +20,7 @@ from trainer.evaluation.metrics import RESAMPLES
 from trainer.evaluation.splits import LEAVING_OUT, embed_splits, measure_splits, split_mask
 from trainer.evaluation.transforms import table_transforms
 from trainer.files import write_atomically
-from trainer.heads.calibration import METHOD, Calibration
+from trainer.heads.calibration import METHOD, Calibration, decisions
 from trainer.heads.heads import Heads
 from trainer.heads.vote import vote
 from trainer.model.embedder import Embedder
@@ -217,8 +217,7 @@ def verdict_shares(
         t_fake: `fake` from here up; None for never.
         t_real: `real` below, where it is not fake; None for never.
     """
-    fake = scores >= (np.inf if t_fake is None else t_fake)
-    real = ~fake & (scores < (-np.inf if t_real is None else t_real))
+    fake, real = decisions(scores, t_fake, t_real)
     names = np.array([name if label else "real" for name, label in zip(images.generators, images.labels, strict=True)])
     rows = []
     for name in ["real", *sorted(set(names.tolist()) - {"real"})]:

@@ -3,12 +3,13 @@
 import io
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import pytest
 from conftest import small_image
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from api import client as api_client
@@ -117,7 +118,9 @@ def test_every_call_of_the_interface_has_a_method(
     assert lineup.status().references.fake > 0
     assert lineup.calibration().max_false_alarm == 0.05
 
-    paths = lineup.http.app.openapi()["paths"]  # type: ignore[attr-defined]
+    assert isinstance(lineup.http, TestClient)
+    assert isinstance(lineup.http.app, FastAPI)
+    paths = lineup.http.app.openapi()["paths"]
     operations = {
         (method.upper(), path) for path, methods in paths.items() if path.startswith("/v1/") for method in methods
     }
@@ -172,8 +175,7 @@ def test_refusals_are_told_in_the_words_of_the_service(response: httpx2.Response
 
 @pytest.mark.parametrize("attempts", [1, 2])
 def test_attempts_are_bounded(attempts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    pause: Callable[[float], None] = lambda seconds: None  # noqa: E731
-    monkeypatch.setattr("tenacity.nap.time.sleep", pause)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
     requests: list[httpx2.Request] = []
 
     def handler(request: httpx2.Request) -> httpx2.Response:

@@ -58,6 +58,18 @@ def shift_prior(score: float, prior: float) -> float:
     return odds / (odds + (1 - score) * (1 - prior))
 
 
+def decisions(scores: np.ndarray, t_fake: float | None, t_real: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Which images are called fake, and which real, bool, each of the scores' shape; the others are uncertain.
+
+    Args:
+        scores: Of the images, shape (n,), NaN where there is none.
+        t_fake: `fake` from here up; None for never.
+        t_real: `real` below, where it is not fake; None for never.
+    """
+    fake = scores >= (np.inf if t_fake is None else t_fake)
+    return fake, ~fake & (scores < (-np.inf if t_real is None else t_real))
+
+
 @dataclass(frozen=True, slots=True)
 class Probabilities:
     """Calibration images' probabilities of fake, float64, as thresholds are read from them at any rate."""
