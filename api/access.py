@@ -19,6 +19,8 @@ from api.schemas.verdicts import Neighbour
 from indexer.store.keys import ApiKey, ApiKeys
 from indexer.store.reference_facts import PUBLIC
 
+PREFIX = "lineup_"
+"""What every API key begins with."""
 SCOPES: tuple[Scope, ...] = ("detect", "enrol", "admin")
 FRESH = 2.0
 """Seconds that an answer about a key is believed: a revocation counts after these at the latest."""
@@ -62,7 +64,7 @@ def hide_paths(neighbours: Iterable[Neighbour], caller: Caller) -> None:
 
 def new_secret() -> str:
     """A key as its owner gets it, 256 random bits. Only its hash is kept, so it cannot be shown again."""
-    return f"lineup_{secrets.token_urlsafe(32)}"
+    return f"{PREFIX}{secrets.token_urlsafe(32)}"
 
 
 def hash_secret(secret: str) -> bytes:
@@ -130,23 +132,28 @@ class Keys:
     _any: tuple[float, bool] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def remembered(self) -> bool | None:
+    def remembered(self, secret: str = "") -> bool | None:
         """What `exist` answers without asking the database; None where it has to ask."""
         at, exist = self._any or (-math.inf, False)
-        return exist if exist or time.monotonic() - at < FRESH else None
+        fresh = time.monotonic() - at < FRESH and not secret.startswith(PREFIX)
+        return exist if exist or fresh else None
 
-    def exist(self) -> bool:
+    def exist(self, secret: str = "") -> bool:
         """Whether any key was ever made. Revoked ones count: revoking the last key must not open the door.
 
+        Args:
+            secret: What the caller sends. Who sends a key may have the first one, made a moment ago: that there was
+                none is not believed then, or its holder might do everything, whatever its scopes.
+
         Raises:
-            ApiError: not-ready, when the database is away and was never asked.
+            ApiError: not-ready, when the database is away and was never asked, or the caller sends a key.
         """
-        if (remembered := self.remembered()) is not None:
+        if (remembered := self.remembered(secret)) is not None:
             return remembered
         try:
             self._any = (time.monotonic(), bool(self.breaker.ask(self.keys.list)))
         except DATABASE_AWAY as error:
-            if self._any is None:
+            if self._any is None or secret.startswith(PREFIX):
                 raise ApiError("not-ready", "the database does not answer", retry_after=2) from error
         return self._any[1]
 

@@ -252,11 +252,11 @@ class Service:
         if (lag := follower.lag) > STALE_SECONDS and not follower.away:
             raise ApiError("not-ready", f"the index has not been known to be complete for {lag:.0f} s", retry_after=5)
 
-    async def keys_exist(self) -> bool:
+    async def keys_exist(self, secret: str) -> bool:
         """Whether any key was ever made, see `Keys.exist`."""
         self.detector  # noqa: B018 - not ready before there are keys to ask
-        remembered = self._keys.remembered()  # a thread for what is known would cost more than all the rest of this
-        return await run_in(self._askers, self._keys.exist) if remembered is None else remembered
+        remembered = self._keys.remembered(secret)  # a thread for what is known would cost more than all the rest
+        return await run_in(self._askers, self._keys.exist, secret) if remembered is None else remembered
 
     async def authenticate(self, secret: str, address: str | None) -> Caller:
         """The owner of a key, see `Keys.authenticate`."""

@@ -180,12 +180,13 @@ class Guard:
             ApiError: unauthorized, forbidden, too-many-requests or not-ready.
         """
         headers, address = Headers(scope=scope), scope["client"][0] if scope.get("client") else None
-        if not await self.service.keys_exist():
+        secret = bearer(headers)
+        if not await self.service.keys_exist(secret):
             check_loopback(address, headers, scope.get("http_version", "1.1"))
             if not self.service.settings.open:
-                check_token(bearer(headers), self.service.settings.token)
+                check_token(secret, self.service.settings.token)
             return Caller()
-        if not (secret := bearer(headers)):
+        if not secret:
             raise ApiError("unauthorized", "send an API key as `Authorization: Bearer lineup_...`")
         caller = await self.service.authenticate(secret, address)
         if caller.key_id is not None:

@@ -160,6 +160,21 @@ def test_the_door_stays_shut_when_the_database_was_never_asked(clock: list[float
     assert caught.value.status == 503
 
 
+def test_the_first_key_counts_at_once_for_who_sends_it(clock: list[float]) -> None:
+    """Without keys the caller at this machine may do everything: the holder of a new key must not pass for it."""
+    rows, secret = Rows(), new_secret()
+    keys = Keys(rows, Breaker(pause=0))
+    assert not keys.exist()
+    rows.away = True
+    with pytest.raises(ApiError, match="does not answer"):
+        keys.exist(secret)
+    assert not keys.exist("the token of the start")
+    rows.away, rows.rows = False, {hash_secret(secret): key()}
+    assert not keys.exist()
+    assert keys.exist(secret)
+    assert keys.exist()
+
+
 def test_wrong_keys_fill_no_memory_and_displace_no_good_one(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -825,6 +825,12 @@ def test_with_keys_nobody_comes_in_without(keyed: TestClient) -> None:
         assert keyed.get(path).status_code == 200, path
 
 
+def test_the_first_key_opens_only_what_its_scopes_name(own: TestClient) -> None:
+    assert own.get("/v1/status").status_code == 200  # from now on it is remembered that there is no key
+    _, headers = make_key(own, "detect")
+    problem(own.get("/v1/detections", headers=headers), 403, "forbidden")
+
+
 def test_who_guesses_keys_is_told_to_wait_and_who_has_one_is_not(keyed: TestClient) -> None:
     _, headers = make_key(keyed, "detect")
     assert keyed.get("/v1/status", headers=headers).status_code == 200

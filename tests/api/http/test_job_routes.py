@@ -238,7 +238,6 @@ def headers(client: TestClient) -> Iterator[dict[str, dict[str, str]]]:
     keys = {name: new_secret() for name in ("a", "b", "admin", "enrol")}
     for name, secret in keys.items():
         store_of(client).keys.create(name, hash_secret(secret), ["detect" if name in "ab" else name])
-    service_of(client)._keys._any = None
     yield {name: {"authorization": f"Bearer {secret}"} for name, secret in keys.items()}
     with store_of(client).engine.begin() as connection:
         connection.exec_driver_sql("delete from api_key")
