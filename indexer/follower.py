@@ -10,7 +10,7 @@ import numpy as np
 import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 
-from indexer.database.connection import AnsweringConnection, dedicated
+from indexer.database.connection import dedicated
 from indexer.database.embedded import EmbeddedFailure, EmbeddedServer
 from indexer.database.transactions import CHANNEL
 from indexer.index.index import Contents, Index, Neighbours
@@ -283,7 +283,8 @@ class Follower:
     def _follow(self) -> None:
         while not self._end.is_set():
             try:
-                with self._listen() as connection:  # before catching up, so that nothing falls between
+                with dedicated(self.store.engine, "follower") as connection:
+                    connection.execute(f"listen {CHANNEL}")  # before catching up, so that nothing falls between
                     while not self._end.is_set():
                         self.catch_up()
                         next(connection.notifies(timeout=POLL, stop_after=1), None)
@@ -296,11 +297,6 @@ class Follower:
                     log.exception("following failed, searches go on from memory while it is tried again")
                 self.degraded, self.away = True, False
                 self._end.wait(POLL)
-
-    def _listen(self) -> AnsweringConnection:
-        connection = dedicated(self.store.engine, "follower")
-        connection.execute(f"listen {CHANNEL}")
-        return connection
 
     def _revive(self) -> None:
         """Start the embedded server again after a crash; one that was stopped stays down."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psycopg
 import pytest
 from numbered import CHECKPOINT, DIM, add, add_all, following, in_memory, new, opened, vector
 from sqlalchemy import Engine, create_engine, make_url, text
@@ -225,17 +224,16 @@ def test_any_failure_of_following_degrades(
     store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "POLL", 0.05)
-    listen = Follower._listen
     failures = [TypeError("a fault"), TypeError("a fault")]
     mended = threading.Event()
 
-    def broken(follower: Follower) -> "psycopg.Connection[Any]":
+    def broken(engine: Engine, purpose: str) -> AnsweringConnection:
         if failures:
             raise failures.pop()
         mended.wait(20)
-        return listen(follower)
+        return database.dedicated(engine, purpose)
 
-    monkeypatch.setattr(Follower, "_listen", broken)
+    monkeypatch.setattr(module, "dedicated", broken)
     follower = following(store, settings)
     follower.load()
     follower.start()
@@ -247,30 +245,49 @@ def test_any_failure_of_following_degrades(
     assert sum(record.exc_info is not None for record in caplog.records) == 1
 
 
-def test_an_outage_is_survived(
-    store: Store, started: Follower, settings: Settings, monkeypatch: pytest.MonkeyPatch
+def test_a_connection_that_may_not_listen_is_closed(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As on a standby; what is left open brings a warning, and so do warnings of a test."""
+    monkeypatch.setattr(module, "CHANNEL", "no name")
+    follower = following(store, settings)
+    follower.load()
+    follower.start()
+    until(lambda: follower.degraded)
+    follower.stop()
+    with store.engine.connect() as connection:
+        query = "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+        assert connection.scalar(text(query)) == 0
+
+
+@pytest.fixture
+def admin(settings: Settings) -> Iterator[Engine]:
+    """To close, copy and replace the test's database from another one of the same server."""
+    url = make_url(str(settings.database_url)).set(drivername="postgresql+psycopg", database="postgres")
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    yield engine
+    engine.dispose()
+
+
+def test_an_outage_is_survived(store: Store, started: Follower, admin: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POLL", 0.05)
     add(store, 1)
     until(lambda: started.revision == 1)
-    url = make_url(str(settings.database_url)).set(drivername="postgresql+psycopg")
-    admin = create_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
+    name = str(store.engine.url.database)
     with admin.connect() as connection:
-        connection.execute(text(f"alter database {url.database} allow_connections false"))
-        _disconnect(admin, str(url.database))
+        connection.execute(text(f"alter database {name} allow_connections false"))
+        _disconnect(admin, name)
         until(lambda: started.degraded)
         assert len(started.search(vector(1)[None], 1)[0]) == 1
         with pytest.raises(OperationalError):
             started.catch_up()
         assert started.away
         lag = started.lag
-        connection.execute(text(f"alter database {url.database} allow_connections true"))
+        connection.execute(text(f"alter database {name} allow_connections true"))
     add(store, 2)
-    until(lambda: started.revision == 2)
-    assert (started.degraded, started.away) == (False, False)
+    until(lambda: (started.revision, started.degraded, started.away) == (2, False, False))  # one after the other
     assert started.lag < lag + 20
     assert_equal(started, store)
-    admin.dispose()
 
 
 def _disconnect(admin: Engine, database: str) -> None:
@@ -412,30 +429,28 @@ def break_off(store: Store, monkeypatch: pytest.MonkeyPatch, page: int) -> None:
 class Backup:
     """A copy of a test's database, to be restored over it."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.url = make_url(str(settings.database_url)).set(drivername="postgresql+psycopg")
-        self.admin = create_engine(self.url.set(database="postgres"), isolation_level="AUTOCOMMIT")
-        self._copy(self.url.database, f"{self.url.database}_copy")
+    def __init__(self, store: Store, admin: Engine) -> None:
+        self.database, self.admin = str(store.engine.url.database), admin
+        self._copy(self.database, f"{self.database}_copy")
 
     def restore(self) -> None:
-        self._copy(f"{self.url.database}_copy", self.url.database)
+        self._copy(f"{self.database}_copy", self.database)
         with self.admin.connect() as connection:
-            connection.execute(text(f"drop database {self.url.database}_copy"))
-        self.admin.dispose()
+            connection.execute(text(f"drop database {self.database}_copy"))
 
-    def _copy(self, source: str | None, target: str | None) -> None:
+    def _copy(self, source: str, target: str) -> None:
         with self.admin.connect() as connection:
             connection.execute(text(f"drop database if exists {target} with (force)"))
-            _disconnect(self.admin, str(source))
+            _disconnect(self.admin, source)
             connection.execute(text(f"create database {target} template {source}"))
 
 
 @pytest.mark.parametrize("later", [0, 1, 2, 3])
-def test_a_restored_backup_is_noticed(store: Store, settings: Settings, later: int) -> None:
+def test_a_restored_backup_is_noticed(store: Store, settings: Settings, admin: Engine, later: int) -> None:
     """Also where the restored database was written to since, up to and past the revision that was followed."""
     first = add(store, 1, 2)
     store.engine.dispose()
-    backup = Backup(settings)
+    backup = Backup(store, admin)
     add(store, 3, 4)
     store.references.remove(ids=first[:1])
     follower = following(store, settings)
@@ -452,10 +467,12 @@ def test_a_restored_backup_is_noticed(store: Store, settings: Settings, later: i
     assert_equal(follower, store)
 
 
-def test_two_histories_that_end_with_the_same_removal_are_told_apart(store: Store, settings: Settings) -> None:
+def test_two_histories_that_end_with_the_same_removal_are_told_apart(
+    store: Store, settings: Settings, admin: Engine
+) -> None:
     first = add(store, 1, 2)
     store.engine.dispose()
-    backup = Backup(settings)
+    backup = Backup(store, admin)
     follower = following(store, settings)
     for number in (3, 4):  # in the one history, then in the other
         add(store, number)
@@ -472,13 +489,13 @@ def test_two_histories_that_end_with_the_same_removal_are_told_apart(store: Stor
 
 
 def test_half_of_a_revision_does_not_outlive_a_restored_backup(
-    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    store: Store, settings: Settings, admin: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     follower = following(store, settings)
     add(store, 1)
     follower.load()
     store.engine.dispose()
-    backup = Backup(settings)
+    backup = Backup(store, admin)
     add(store, 2, 3)
     break_off(store, monkeypatch, page=1)
     with pytest.raises(OperationalError):
