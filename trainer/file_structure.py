@@ -44,6 +44,12 @@ MOST_NUMBERS = 50_000
 """The tags of one page, or of EXIF, hold at most so many values that are neither bytes nor text."""
 MOST_ITEMS = 2**16
 """An AVIF's or HEIF's list of items has at most so many bytes."""
+MOST_WORK = 2
+"""A slow codec may take as long as so many opaque images of all pixels that are allowed, but of no bytes."""
+BYTE_WORK = {"AVIF": 6}
+"""Pixels that take such a codec as long as a byte, some 0.1 µs; transparency is a picture of its own."""
+LEAST_BYTES = 2**20
+"""So many such an image may have, however many pixels."""
 
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 """What may follow in a JPEG: not the bytes that stand for 255 in a scan, restarts and fillers, which have no length."""
@@ -85,6 +91,27 @@ def check_structure(data: bytes, format: str, max_pixels: int) -> None:
         _check_jpeg(data, max_pixels)
     elif check := _CHECKS.get(format):
         check(data)
+
+
+def check_work(format: str, pixels: int, transparent: bool, size: int, max_pixels: int) -> None:
+    """Refuse an image whose pixels and bytes together would take its decoder longer than any other image takes.
+
+    Args:
+        format: Its format.
+        pixels: Width times height.
+        transparent: Whether it has transparency.
+        size: Bytes of the file.
+        max_pixels: Width times height that are allowed.
+
+    Raises:
+        CostlyFile: It has too many bytes for its pixels.
+    """
+    if format in BYTE_WORK:
+        most = max(LEAST_BYTES, (MOST_WORK * max_pixels - (1 + transparent) * pixels) // BYTE_WORK[format])
+        if size > most:
+            kind = f"{'transparent ' if transparent else ''}{format} of {pixels:,} pixels"
+            rule = f"{most:,} are allowed where LINEUP_MAX_PIXELS is {max_pixels:,}"
+            raise CostlyFile(f"{kind} with {size:,} bytes; {rule}: save it smaller, or as JPEG")
 
 
 def check_exif(data: bytes) -> None:

@@ -3,7 +3,7 @@
 Every image of the project comes through `decode_image`. It refuses with one of three exceptions:
 
     UnreadableImage        empty, truncated or broken
-    ├── ImageTooLarge      the header promises more pixels than allowed
+    ├── ImageTooLarge      the header promises more pixels than allowed, or they would take too long
     └── UnsupportedFormat  no image, or an image of another format
 """
 
@@ -31,7 +31,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from trainer.file_structure import CostlyFile, check_exif, check_structure
+from trainer.file_structure import CostlyFile, check_exif, check_structure, check_work
 
 
 class UnreadableImage(ValueError):
@@ -39,7 +39,7 @@ class UnreadableImage(ValueError):
 
 
 class ImageTooLarge(UnreadableImage):
-    """The header promises more pixels than allowed."""
+    """The header promises more pixels than allowed, or more work on them."""
 
 
 class UnsupportedFormat(UnreadableImage):
@@ -127,7 +127,7 @@ def open_image(data: bytes, *, max_pixels: int = 50_000_000) -> tuple[ImageFile.
 
     Raises:
         UnsupportedFormat: Not an image, or of a format outside `FORMATS`.
-        ImageTooLarge: Width times height exceed `max_pixels`, or a side `MOST_SIDE`.
+        ImageTooLarge: Width times height exceed `max_pixels`, or a side `MOST_SIDE`, or its bytes are too many.
         UnreadableImage: Empty, broken, or made of more parts than are read.
     """
     if not data:
@@ -147,6 +147,10 @@ def open_image(data: bytes, *, max_pixels: int = 50_000_000) -> tuple[ImageFile.
     except Exception as error:  # hostile bytes make the plugins raise nearly anything, SyntaxError included
         raise UnreadableImage(f"broken {name} header ({_reason(error)})") from error
     _check_size(image.size, max_pixels)
+    try:
+        check_work(name, image.width * image.height, image.has_transparency_data, len(data), max_pixels)
+    except CostlyFile as error:
+        raise ImageTooLarge(str(error)) from error
     return image, name
 
 
@@ -166,7 +170,7 @@ def decode_image(
 
     Raises:
         UnsupportedFormat: Not an image, or of a format outside `FORMATS`.
-        ImageTooLarge: Width times height exceed `max_pixels`, or a side `MOST_SIDE`.
+        ImageTooLarge: Width times height exceed `max_pixels`, or a side `MOST_SIDE`, or its bytes are too many.
         UnreadableImage: Empty, truncated, broken, or made of more parts than are read.
     """
     image, name = open_image(data, max_pixels=max_pixels)

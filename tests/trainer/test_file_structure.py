@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from trainer.file_structure import CostlyFile, check_exif, check_structure
-from trainer.images import UnreadableImage, decode_image, read_exif
+from trainer.file_structure import CostlyFile, check_exif, check_structure, check_work
+from trainer.images import ImageTooLarge, UnreadableImage, decode_image, read_exif
 
 MB = 1_000_000
 HEIC = Path(__file__).parents[1] / "heic/turned.heic"
@@ -231,6 +231,36 @@ def test_the_more_pixels_are_allowed_the_more_scans() -> None:
     with pytest.raises(CostlyFile, match="more than 12 scans in a JPEG of 262,144 pixels"):
         check_structure(data, "JPEG", 512 * 512)
     check_structure(data, "JPEG", 4 * 512 * 512)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pixels", "transparent", "most"),
+    [
+        ("AVIF", 49 * MB, False, 8_500_000),  # (2 x 50 - 49) / 6
+        ("transparent AVIF", 33 * MB, True, 5_666_666),
+        ("AVIF", 12 * MB, False, 14_666_666),
+        ("transparent AVIF", 50 * MB, True, 2**20),
+    ],
+)
+def test_the_more_pixels_an_image_of_a_slow_codec_has_the_fewer_bytes(
+    kind: str, pixels: int, transparent: bool, most: int
+) -> None:
+    check_work("AVIF", pixels, transparent, most, 50 * MB)
+    with pytest.raises(CostlyFile, match=f"^{kind} of {pixels:,} pixels with {most + 1:,} bytes; {most:,} are"):
+        check_work("AVIF", pixels, transparent, most + 1, 50 * MB)
+    check_work("JPEG", pixels, transparent, 20 * MB, 50 * MB)
+
+
+def test_transparency_is_a_picture_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an image as large as may be an opaque one may have a byte for each six pixels, a transparent one none."""
+    monkeypatch.setattr("trainer.file_structure.LEAST_BYTES", 0)
+    files = [io.BytesIO(), io.BytesIO()]
+    for file, mode in zip(files, ("RGB", "RGBA"), strict=True):
+        Image.new(mode, (100, 90), (200, 0, 0, 99)[: len(mode)]).save(file, "AVIF")
+    opaque, transparent = (file.getvalue() for file in files)
+    assert decode_image(opaque, max_pixels=9_000)[1].width == 100
+    with pytest.raises(ImageTooLarge, match=r"^transparent AVIF of 9,000 pixels .* 0 are allowed where LINEUP_MAX_PIX"):
+        decode_image(transparent, max_pixels=9_000)
 
 
 @pytest.mark.parametrize("name", ORDINARY)
