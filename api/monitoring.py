@@ -44,6 +44,7 @@ class Metrics:
         self.index_size = gauge("lineup_index_images", "References in the index.", ["label"])
         self.revision = gauge("lineup_index_revision", "Revision up to which the index is complete.")
         self.lag = gauge("lineup_index_lag_seconds", "Time since the index was known to be complete.")
+        self.engine_away = gauge("lineup_engine_away", "1 while the search engine of LINEUP_INDEX does not answer.")
         self.calibration = gauge("lineup_calibration_revision", "Revision of the calibration in use.")
         self.inactive = gauge("lineup_checkpoint_inactive", "1 while another checkpoint than the active one judges.")
         self.jobs = gauge("lineup_jobs", "Jobs that have not ended, of all services on this database.")

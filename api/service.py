@@ -240,7 +240,8 @@ class Service:
     def check_capacity(self) -> None:
         """Whether an image that came now would be judged in time, by an index that is up to date.
 
-        One that is stale for want of the database is good enough: all replicas have lost that, and answer from memory.
+        One that is stale for want of the database, or of a search engine that has not caught up, is good enough: all
+        replicas share that.
 
         Raises:
             ApiError: not-ready.
@@ -347,6 +348,7 @@ class Service:
         show(metrics.queue, lambda now: now.embedding.waiting + now.judging.waiting)
         show(metrics.revision, lambda now: now.detector.follower.revision)
         show(metrics.lag, lambda now: now.detector.follower.lag)
+        show(metrics.engine_away, lambda now: now.detector.follower.engine_away)
         show(metrics.degraded, lambda now: now.detector.follower.degraded)
         show(metrics.inactive, lambda now: now.detector.inactive is not None)
         show(metrics.calibration, lambda now: now.detector.calibrator.current.revision or 0)

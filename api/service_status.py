@@ -54,7 +54,7 @@ def status(detector: Detector, drift: Drift | None) -> Status:
         index=IndexState(kind=index.kind, device=index.device, size=len(index), revision=follower.revision),
         calibration=fitted.facts,
         reason=detector.calibrator.reason or fitted.shortage(settings.max_false_alarm, settings.max_miss),
-        degraded=degraded,
+        degraded=degraded or follower.engine_away,
         version=package_version(),
         drift=drift,
         k=settings.k,

@@ -41,7 +41,11 @@ class Neighbour(NamedTuple):
 
 
 class Copy(Protocol):
-    """The rows of one checkpoint as an index. `load` and `catch_up` raise what the database and the index raise."""
+    """The rows of one checkpoint as an index.
+
+    `load` and `catch_up` raise what the database and the index raise, and return whether the index has everything that
+    was written when they began: false where another process has not brought it there yet.
+    """
 
     @property
     def index(self) -> Index:
@@ -72,15 +76,20 @@ class Copy(Protocol):
         """What is wrong with what the next start begins from, as one line; None where nothing is."""
         ...
 
+    @property
+    def engine_away(self) -> bool:
+        """Whether the index is in a search engine that does not answer."""
+        ...
+
     def contents(self) -> Contents:
         """A copy of everything in the index."""
         ...
 
-    def load(self, *, anew: bool) -> None:
+    def load(self, *, anew: bool) -> bool:
         """Make the index complete; `anew` trusts nothing but the rows."""
         ...
 
-    def catch_up(self) -> None:
+    def catch_up(self) -> bool:
         """Bring the index to the latest revision. After a failure, the next call goes on from there."""
         ...
 
@@ -104,7 +113,7 @@ class Follower:
         copy: The index and what keeps it.
         active: The store's active checkpoint, which may be another one than is followed here.
         degraded: Whether following failed last time, mostly for want of the database; searches go on from memory.
-        away: Whether it was for want of the database.
+        away: Whether the index is behind for want of what all processes share: the database, or a search engine.
         generator_names: Names by id.
 
     Args:
@@ -150,6 +159,11 @@ class Follower:
     def lag(self) -> float:
         """Seconds since the index was last known to be complete."""
         return time.monotonic() - self._complete_at
+
+    @property
+    def engine_away(self) -> bool:
+        """Whether the index is in a search engine that does not answer."""
+        return self.copy.engine_away
 
     @property
     def saved_revision(self) -> int | None:
@@ -261,15 +275,17 @@ class Follower:
             for row in zip(*(column.tolist() for column in columns), strict=True)
         ]
 
-    def _catch_up(self, complete: Callable[[], None]) -> int:
-        """What `complete` reaches, with the names that the store has by then."""
+    def _catch_up(self, work: Callable[[], bool]) -> int:
+        """What `work` reaches, with the names that the store has by then."""
         start = time.monotonic()
-        complete()
+        complete = work()
         self.generator_names, self.active = self.store.generators.names(), self.store.checkpoints.active()
         if self.degraded:
             log.warning("the database is back")
             self._warned.clear()
-        self._complete_at, self.degraded, self.away = start, False, False
+        self.degraded, self.away = False, not complete
+        if complete:
+            self._complete_at = start
         return self.revision
 
     def _keep(self) -> None:

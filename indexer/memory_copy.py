@@ -66,6 +66,11 @@ class MemoryCopy:
             return None
         return "the snapshot is damaged or of another history: run lineup index rebuild"
 
+    @property
+    def engine_away(self) -> bool:
+        """False: the index is in this process."""
+        return False
+
     def contents(self) -> Contents:
         """A copy of everything in the index."""
         ids, vectors = self.index.vectors()
@@ -75,7 +80,7 @@ class MemoryCopy:
         names = np.array([self.source_names.get(number) for number in sources.tolist()], object)
         return Contents(ids, vectors, labels, generators, names)
 
-    def load(self, *, anew: bool) -> None:
+    def load(self, *, anew: bool) -> bool:
         """Read the snapshot where it is good, then the rest from Postgres."""
         with self._changing:
             self._store_id = self.store.id()
@@ -89,11 +94,13 @@ class MemoryCopy:
             except BadSnapshot as error:
                 log.info("reading the index from the database: %s", error)
             self._catch_up()
+        return True
 
-    def catch_up(self) -> None:
+    def catch_up(self) -> bool:
         """Apply what was written since."""
         with self._changing:
             self._catch_up()
+        return True
 
     def save(self) -> None:
         """Write the snapshot if it is out of date.

@@ -10,7 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from indexer.index.index import Contents
 from indexer.index.milvus import EngineAway, Milvus, MilvusIndex, Stamp
-from indexer.shipper import AlreadyRebuilding, Shipper
+from indexer.shipper import AlreadyRebuilding, Ended, Shipper
 from indexer.store import Store
 from indexer.store.changes import Position
 from indexer.store.shipments import Shipment
@@ -60,6 +60,11 @@ class MilvusCopy:
         """The number of a source; -2 for one that nothing has come from."""
         return self.index.number(source)
 
+    @property
+    def engine_away(self) -> bool:
+        """Whether the last call was not answered."""
+        return self.engine.away
+
     def contents(self) -> Contents:
         """Everything in the collection that searches are asked of."""
         stamp = self.index.stamp
@@ -67,7 +72,7 @@ class MilvusCopy:
             raise EngineAway("nothing was shipped to the search engine yet: run lineup index ship")
         return self.engine.contents(stamp.collection, self.dim)
 
-    def load(self, *, anew: bool) -> None:
+    def load(self, *, anew: bool) -> bool:
         """Have the engine filled, by this process unless another one does that; `anew` loads a new collection."""
         self._tell(self.engine.check)
         try:
@@ -77,28 +82,32 @@ class MilvusCopy:
                 self._tell(self.shipper.ship)
         finally:
             self.shipper.resign()  # to whoever keeps at it, this process by `keep` perhaps
-        self.catch_up()
+        return self.catch_up()
 
-    def catch_up(self) -> None:
-        """Ask the engine for what is written by now, as soon as it is shipped: for `PATIENCE` seconds at most."""
-        if self.engine.away:
-            self._tell(self.engine.ping)
+    def catch_up(self) -> bool:
+        """Ask the engine for what is written by now, as soon as it is shipped: for `PATIENCE` seconds at most.
+
+        Returns:
+            Whether it was shipped, and the engine answers.
+        """
+        self._tell(self.engine.ping)  # or nobody knows that it is away before somebody searches
         deadline = time.monotonic() + PATIENCE
         while True:
             latest = self.store.shipments.latest(self.checkpoint_id)
             shipped = Position() if latest is None else latest.position
-            target, _ = self.store.changes.position(self.checkpoint_id, shipped)
+            target, stands = self.store.changes.position(self.checkpoint_id, shipped)
             if latest is not None:
                 self._show(latest)
-            if shipped.revision >= target.revision or self.engine.away or time.monotonic() >= deadline:
-                return
+            complete = stands and shipped.revision >= target.revision
+            if complete or self.engine.away or time.monotonic() >= deadline or self.shipper.end.is_set():
+                return complete and not self.engine.away
             if self.shipper.leads and self.shipper.working.acquire(blocking=False):  # a load takes too long to wait for
                 try:
                     self._tell(self.shipper.ship)
                 finally:
                     self.shipper.working.release()
             else:
-                time.sleep(PAUSE)
+                self.shipper.end.wait(PAUSE)
 
     def save(self) -> None:
         """Nothing: the engine keeps what it was given."""
@@ -107,7 +116,8 @@ class MilvusCopy:
         """Nothing, see `save`."""
 
     def keep(self, end: threading.Event, poll: float) -> None:
-        """Ship, whenever no other process does, until the end."""
+        """Ship, whenever no other process does, until the end, also of a load that takes long."""
+        self.shipper.end = end
         while not end.is_set():
             try:
                 if self.shipper.lead():
@@ -131,7 +141,7 @@ class MilvusCopy:
         """Do it, and say once when the engine is away and when it is back."""
         try:
             work()
-        except AlreadyRebuilding as error:
+        except (AlreadyRebuilding, Ended) as error:
             log.info("%s", error)
         except EngineAway as error:
             if not self._away:

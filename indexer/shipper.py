@@ -21,9 +21,9 @@ import psycopg
 
 from indexer.database.connection import AnsweringConnection, dedicated
 from indexer.database.transactions import CHANNEL
-from indexer.index.milvus import ROWS, EngineAway, Milvus
+from indexer.index.milvus import CALL_SECONDS, ROWS, EngineAway, Milvus
 from indexer.store import Store
-from indexer.store.changes import Additions, Position, Removals
+from indexer.store.changes import Additions, Position
 from indexer.store.shipments import Shipment, hold, publish, switch
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,21 @@ GRACE = 3.0
 """Seconds for which a collection outlives the switch to another: every process has heard of it by then."""
 
 
+SETTLED = 2 * CALL_SECONDS
+"""Seconds after a takeover by which no write of an earlier leader is under way: it asks for its lock before each batch,
+which is one upsert for each label."""
+RECENT = 10_000
+"""Removals that a new leader repeats, at once and when `SETTLED` has passed: an earlier one may have read such a row
+before it was removed, and have written it afterwards."""
+NONE = np.empty(0, np.int64)
+
+
 class AlreadyRebuilding(RuntimeError):
     """Another process is loading a new collection."""
+
+
+class Ended(RuntimeError):
+    """This process ends before everything is shipped; another goes on, or this one when it starts again."""
 
 
 class Shipper:
@@ -41,6 +54,7 @@ class Shipper:
 
     Attributes:
         leads: Whether this process ships.
+        end: Once it is set, what is being shipped ends after the batch of rows that it is at.
         working: Held by the thread that is at it, for as long as a whole load.
 
     Args:
@@ -55,6 +69,8 @@ class Shipper:
         self.leads = False
         self._connection: AnsweringConnection | None = None
         self._verified: str | None = None  # the collection that was seen to continue this history
+        self._repeats: list[float] = []  # when recent removals are due again
+        self.end = threading.Event()
         self.working = threading.RLock()
 
     def lead(self) -> bool:
@@ -70,6 +86,7 @@ class Shipper:
                     self._row("select 1")  # whether the lock is still ours: it goes with the connection
                 else:
                     (self.leads,) = self._row("select pg_try_advisory_lock(%s)", self._lock("ship"))
+                    self._repeats = [time.monotonic() + seconds for seconds in (0, SETTLED)] if self.leads else []
             except psycopg.Error:
                 self.resign()
                 raise
@@ -93,6 +110,7 @@ class Shipper:
             EngineAway: The engine does not answer; repeating it goes on from the last revision that was published.
             WrongEngine: It holds something else under the collection's name.
             psycopg.OperationalError: This process does not lead, or no longer.
+            Ended: See `end`.
         """
         with self.working:
             connection = self._connection
@@ -101,11 +119,14 @@ class Shipper:
             latest = self.store.shipments.latest(self.checkpoint_id)
             seen = Position() if latest is None else latest.position
             target, stands = self.store.changes.position(self.checkpoint_id, seen)
+            due = bool(self._repeats) and time.monotonic() >= self._repeats[0]
+            removed = self.store.changes.last_removed(self.checkpoint_id, RECENT if due else 0)
             try:
                 if latest is None or not stands or not self._continues(latest.collection):
                     self.rebuild()
-                elif target != latest.position:
-                    publish(connection, self.checkpoint_id, self._extended(connection, latest, target))
+                elif target != latest.position or len(removed):
+                    publish(connection, self.checkpoint_id, self._extended(connection, latest, target, removed=removed))
+                del self._repeats[:due]
             except EngineAway:
                 self._verified = None  # what comes back may be another
                 raise
@@ -124,6 +145,7 @@ class Shipper:
         Raises:
             AlreadyRebuilding: Another process is at it.
             EngineAway: The engine does not answer; searches go on with the old collection.
+            Ended: See `end`; likewise.
         """
         with self.working:
             connection, lock = self._connected(), self._lock("rebuild")
@@ -153,6 +175,7 @@ class Shipper:
             shipment = self._extended(connection, shipment, target, on_rows)
             switch(connection, self.checkpoint_id, shipment)
         self._verified = shipment.collection
+        self._repeats.clear()  # no earlier leader knows this collection
         self.engine.point(prefix, shipment.collection)
         others = [name for name in self.engine.collections(prefix) if name != shipment.collection]
         if others:
@@ -168,6 +191,7 @@ class Shipper:
         target: Position,
         on_rows: Callable[[int], None] = lambda rows: None,
         *,
+        removed: np.ndarray = NONE,
         empty: bool = False,
     ) -> Shipment:
         """The collection at another position; its mark is written before the rows and after them.
@@ -177,17 +201,21 @@ class Shipper:
             shipment: Its present state, or an earlier one that an interrupted call began from.
             target: Up to where.
             on_rows: Called with how many rows have come in since the last time.
+            removed: Ids that are deleted once more, shape (m,).
             empty: Nothing was ever written to it, so that nothing need be removed.
         """
         name, seen = shipment.collection, shipment.position.revision
         self._mark(name, target)
         for change in self.store.changes.between(self.checkpoint_id, seen, target.revision, page=ROWS):
+            if self.end.is_set():
+                raise Ended("shipping ended before everything was in the search engine")
             connection.execute("select 1")  # reading may have taken long: whether the lock is still ours
             if isinstance(change, Additions):
                 self._upsert(name, change, new=empty)
                 on_rows(len(change.ids))
             elif not empty:
-                self._delete(name, change)
+                self.engine.delete(name, change.ids)
+        self.engine.delete(name, removed)
         timestamp = self._mark(name, target)
         counts = (self.engine.counts(name, 0), self.engine.counts(name, 1))
         recall = shipment.recall
@@ -202,9 +230,6 @@ class Shipper:
             if rows.any():
                 columns = (added.ids[rows], added.vectors[rows], added.generators[rows], sources[rows].tolist())
                 self.engine.upsert(collection, label, *columns, new=new)
-
-    def _delete(self, collection: str, removed: Removals) -> None:
-        self.engine.delete(collection, removed.ids)
 
     def _mark(self, collection: str, position: Position) -> int:
         return self.engine.mark(collection, f"{position.revision} {position.nonce}", self.dim)

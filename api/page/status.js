@@ -68,7 +68,7 @@ function cards(status) {
   const { index, references, model } = status;
   const lag = status.revision - index.revision;
   return [
-    status.degraded ? h("p", { class: "note" }, "Numbers below are the last that were seen.") : null,
+    status.degraded ? h("p", { class: "note" }, "The database or the search engine is away: numbers below may be the last that were seen.") : null,
     h(
       "div",
       { class: "cards" },

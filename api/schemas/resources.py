@@ -359,6 +359,7 @@ class Status(Model):
     reason: str | None = None
     """Why nothing is calibrated, or how many calibration images more a promised rate would need."""
     degraded: bool = False
+    """The database is away, or the search engine of LINEUP_INDEX."""
     version: str | None = None
     drift: Drift | None = None
     """Null until it was looked for, which is at the start and then each hour."""

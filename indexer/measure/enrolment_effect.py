@@ -47,7 +47,16 @@ select image_id, vector, label, generator, "group", sha256 from (
 ) ranked
 where place <= :sample order by sha256
 """)
+UNMEASURED = (
+    "the search engine has not the new references yet, and what they change was not measured: a service, or lineup "
+    "index ship, brings them there"
+)
 BEGINNING = text("select at from enrolment where id = :enrolment")
+REVISION = text("""
+select coalesce(max(e.revision), 0) as revision
+from reference_image r join embedding e on e.image_id = r.id and e.checkpoint_id = :checkpoint
+where r.enrolment_id = :enrolment
+""")
 GROUPS = text('select id, "group" from reference_image where enrolment_id = :enrolment')
 
 
@@ -127,7 +136,10 @@ def effect(
 
 
 def consequences(settings: Settings, follower: Follower, enrolment: int) -> dict[str, Any]:
-    """What `lineup index add` says at its end: {"effect": see `effect`, "warnings": what to think of it}."""
+    """What `lineup index add` says at its end: {"effect": see `effect`, "warnings": what to think of it}.
+
+    Nothing is measured while the enrolment has not come into the search engine, where there is one.
+    """
     calibration, judges = None, None
     with suppress(CheckpointError):  # missing or broken; the references are added all the same
         folder = settings.checkpoint_folder
@@ -136,10 +148,13 @@ def consequences(settings: Settings, follower: Follower, enrolment: int) -> dict
         earlier = saved_calibration(follower, heads, None, settings.k, before=beginning["at"])
         rates = settings.max_false_alarm, settings.max_miss
         judges = Judges(heads, earlier, recalibrate(settings, follower, folder), rates)
-    change = None
-    with suppress(EngineAway):  # the references are there, and found as soon as it is back
-        change = effect(follower, enrolment, calibration, settings.k, judges)
-    return {"effect": change, "warnings": blindness(change) + fact_warnings(follower.store)}
+    [written] = follower.store.read(REVISION, {"enrolment": enrolment, "checkpoint": follower.checkpoint_id})
+    change, warnings = None, [UNMEASURED]
+    if follower.revision >= written["revision"]:
+        with suppress(EngineAway):
+            change = effect(follower, enrolment, calibration, settings.k, judges)
+            warnings = blindness(change)
+    return {"effect": change, "warnings": warnings + fact_warnings(follower.store)}
 
 
 def blindness(change: Mapping[str, Any] | None) -> list[str]:

@@ -56,6 +56,11 @@ REMOVALS = """
 select string_agg(int8send(image_id), '') from removal
 where checkpoint_id = %(checkpoint)s and revision > %(seen)s and revision <= %(target)s
 """
+LAST_REMOVED = """
+select string_agg(int8send(image_id), '') from (
+    select image_id from removal where checkpoint_id = %(checkpoint)s order by revision desc limit %(count)s
+) recent
+"""
 EMBEDDED = (
     "select string_agg(int8send(image_id), '' order by image_id) from embedding where checkpoint_id = %(checkpoint)s"
 )
@@ -111,6 +116,11 @@ class Changes(Rows):
         (gone,) = self._row(REMOVALS, {"checkpoint": checkpoint_id, "seen": seen, "target": target})
         if gone:
             yield Removals(_integers(gone))
+
+    def last_removed(self, checkpoint_id: str, count: int) -> np.ndarray:
+        """Ids of the latest removals, at most so many, shape (n,), int64, in any order."""
+        (ids,) = self._row(LAST_REMOVED, {"checkpoint": checkpoint_id, "count": count})
+        return _integers(ids or b"")
 
     def embedded_ids(self, checkpoint_id: str) -> np.ndarray:
         """Ids that have an embedding now, shape (n,), int64, ascending."""

@@ -20,7 +20,7 @@ from indexer.index.milvus import EngineAway, Milvus
 from indexer.measure.check import compare
 from indexer.milvus_copy import MilvusCopy
 from indexer.settings import Settings
-from indexer.shipper import AlreadyRebuilding, Shipper
+from indexer.shipper import AlreadyRebuilding, Ended, Shipper
 from indexer.store import Store
 from indexer.store.changes import Additions, Removals
 
@@ -187,6 +187,31 @@ def test_a_leader_that_loses_its_lock_while_it_reads_writes_nothing_more(
     assert not one.leads
 
 
+def test_a_row_that_comes_after_its_removal_is_deleted_again(
+    store: Store, engine: Engine, start: Callable[[], Shipper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine carries out what an earlier leader asked when the next one has removed the row already."""
+    one, other = start(), start()
+    one.lead()
+    ids = add(store, 1, 2, 3)
+    one.ship()
+    one.resign()
+    shipment = store.shipments.latest(CHECKPOINT)
+    assert shipment is not None
+    rows = dict(engine.rows(shipment.collection))
+    store.references.remove(ids=ids[:2])
+    monkeypatch.setattr(shipper, "SETTLED", 0.1)
+    take_over(other)
+    other.ship()
+    engine.collections[shipment.collection]["real"] |= {ids[0]: rows[ids[0]]}
+    time.sleep(0.1)
+    other.ship()
+    assert_equal(engine, store)
+    engine.log.clear()
+    other.ship()
+    assert not engine.log  # not for ever
+
+
 @pytest.mark.parametrize("writes", range(6))
 def test_what_was_half_shipped_is_shipped_again(
     store: Store, engine: Engine, start: Callable[[], Shipper], writes: int
@@ -282,6 +307,34 @@ def test_a_rebuild_switches_under_a_writer(
     assert store.shipments.latest(CHECKPOINT) != shipment
 
 
+def test_a_load_ends_between_two_pages(
+    store: Store, settings: Settings, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipper, "ROWS", 1)
+    follower, over, between = (
+        Follower(settings.model_copy(update={"index": URL}), store, CHECKPOINT, DIM),
+        threading.Event(),
+        store.changes.between,
+    )
+
+    def ending(*arguments: Any, page: int) -> Iterator[Additions | Removals]:
+        for change in between(*arguments, page=page):
+            yield change
+            over.set()
+
+    monkeypatch.setattr(store.changes, "between", ending)
+    add(store, *range(1, 6))
+    follower.copy.keep(over, 0.02)
+    assert store.shipments.latest(CHECKPOINT) is None
+    assert [len(engine.rows(name)) for name in engine.collections] == [1]
+    with pytest.raises(Ended):
+        shipping(follower).rebuild()
+    shipping(follower).resign()
+    monkeypatch.setattr(store.changes, "between", between)
+    followed(store, settings)
+    assert_equal(engine, store)
+
+
 def test_two_rebuilds_do_not_meet(store: Store, engine: Engine, start: Callable[[], Shipper]) -> None:
     add(store, 1)
 
@@ -307,8 +360,12 @@ def test_a_follower_asks_the_engine(store: Store, settings: Settings, engine: En
     assert [one.ids.tolist() for one in follower.voters(query, 2)] == [[[real]], [[fake]]]
     add(store, 3)
     assert follower.catch_up() == 2  # who leads has not shipped it yet
+    assert (follower.degraded, follower.away, follower.engine_away) == (False, True, False)
+    assert follower.catch_up() == 2
+    assert follower.lag >= 2 * milvus_copy.PATIENCE
     take_over(shipping(leading))
     assert leading.catch_up() == follower.catch_up() == 3
+    assert not follower.away
     assert len(follower.index) == 3
     shipping(leading).resign()
 
@@ -322,11 +379,16 @@ def test_the_engine_may_be_away_and_come_back(
     with pytest.raises(EngineAway):
         follower.voters(vector(1)[None], 2)
     assert "does not answer" in caplog.text
+    assert (follower.degraded, follower.away, follower.engine_away) == (False, True, True)
     engine.down = False
     take_over(shipping(follower))
     assert follower.catch_up() == 1
     assert follower.voters(vector(1)[None], 1)[0].ids.tolist() == [[1]]
     assert caplog.text.count("is back") == 1
+    assert (follower.away, follower.engine_away) == (False, False)
+    engine.down = True
+    assert follower.catch_up() == 1  # though nothing was written or searched
+    assert (follower.away, follower.engine_away) == (True, True)
     shipping(follower).resign()
 
 

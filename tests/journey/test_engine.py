@@ -27,6 +27,7 @@ from indexer.measure.check import compare
 from indexer.milvus_copy import MilvusCopy
 from indexer.settings import Settings
 from indexer.store import Store
+from indexer.store.relabelling import Kind
 
 Record = Callable[[str, object], None]
 LEADERS = int(os.environ.get("LINEUP_SOAK_LEADERS", "100"))
@@ -101,6 +102,9 @@ def writing(store: Store) -> Iterator[None]:
             ids += add(store, *numbers, generator=moments.choice([None, "gen-a"]))
             if moments.random() < 0.4:
                 store.references.remove(ids=[ids.pop(moments.randrange(len(ids)))])
+            if ids and moments.random() < 0.1:
+                former = ids.pop(moments.randrange(len(ids)))
+                ids += store.references.relabel(Kind(1, "gen-b"), ids=[former]).ids.values()
 
     thread = threading.Thread(target=write)
     thread.start()
@@ -124,7 +128,7 @@ def caught_up(store: Store, seconds: float) -> bool:
 
 def until_published(store: Store, published: set[int]) -> None:
     """Wait for a revision that is not among those published before, and note it."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600  # an engine that was killed loads everything first
     while True:
         latest = store.shipments.latest(CHECKPOINT)
         if latest and latest.position.revision not in published:
@@ -158,7 +162,7 @@ def test_kills_of_leaders_and_engines_lose_nothing(server: Server, record_proper
                 processes[0].join()
                 processes = [processes[1], start.Process(target=ship, args=(settings,))]
                 processes[1].start()
-        assert caught_up(store, 300)
+        assert caught_up(store, 900)
         for process in processes:
             process.kill()
             process.join()

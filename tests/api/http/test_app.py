@@ -53,6 +53,7 @@ from indexer.__main__ import app as indexer
 from indexer.index.milvus import EngineAway
 from indexer.index.vector_index import VectorIndex
 from indexer.ingest.reembed import reembed
+from indexer.memory_copy import MemoryCopy
 from indexer.store import Store
 from indexer.store.checkpoints import Calibrations
 from indexer.store.keys import ApiKey
@@ -1047,9 +1048,20 @@ def test_metrics_count_what_happened(own: TestClient) -> None:
         'lineup_index_images{label="real"} 0.0',
         "lineup_index_revision 0.0",
         "lineup_degraded 0.0",
+        "lineup_engine_away 0.0",
     ):
         assert line in page.splitlines()
     assert "lineup_index_lag_seconds" in page
+
+
+def test_a_search_engine_that_is_away_is_told(own: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemoryCopy, "engine_away", True)
+    assert "lineup_engine_away 1.0" in own.get("/metrics").text.splitlines()
+    assert own.get("/v1/status").json()["degraded"]
+    monkeypatch.setattr(MemoryCopy, "catch_up", lambda copy: False)
+    monkeypatch.setattr(service, "STALE_SECONDS", 0.0)
+    detector_of(own).follower.catch_up()
+    assert own.get("/health/ready").status_code == 200  # as good as any other replica
 
 
 def test_what_is_asked_again_is_counted_once(own: TestClient) -> None:

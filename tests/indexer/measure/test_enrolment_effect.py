@@ -9,7 +9,7 @@ import pytest
 
 from indexer.database.connection import connect
 from indexer.follower import Follower
-from indexer.measure.enrolment_effect import Judges, blindness, effect, shares, wilson
+from indexer.measure.enrolment_effect import UNMEASURED, Judges, blindness, consequences, effect, shares, wilson
 from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.reference_facts import NewReference
@@ -98,6 +98,17 @@ def test_an_image_does_not_answer_for_its_group(follower: Follower) -> None:
     (row,) = measured["recall"]
     assert (row["knn"]["before"], row["knn"]["after"]) == (0.0, 0.0)
     assert measured["false_alarms"] is None
+
+
+def test_what_is_not_in_the_index_yet_is_not_measured(settings: Settings, follower: Follower) -> None:
+    enrolment = follower.store.enrolments.open("new", "tests")
+    follower.store.references.add([reference(n, NEW, "new") for n in range(100, 140)], CHECKPOINT, enrolment)
+    report = consequences(settings, follower, enrolment)
+    assert (report["effect"], report["warnings"][:1]) == (None, [UNMEASURED])
+    follower.catch_up()
+    report = consequences(settings, follower, enrolment)
+    assert report["effect"] is not None
+    assert UNMEASURED not in report["warnings"]
 
 
 def test_nothing_is_said_where_nothing_can_be(settings: Settings) -> None:
