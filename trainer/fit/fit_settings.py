@@ -11,6 +11,7 @@ from typer import Option
 
 from trainer.data.entry import FIT_FORBIDDEN_SPLITS
 from trainer.images import Preprocess
+from trainer.model.checkpoint import is_network
 
 REFERENCE_BATCH = 1024
 """Records per step for which the learning rate is stated."""
@@ -41,9 +42,18 @@ class FitSettings:
     """The paper's text says 96 at 224, its code 224. By default 96, scaled with `image_size`."""
     architecture: Annotated[str, Option(help="A timm vision transformer.")] = "vit_tiny_patch16_224"
     architecture_args: Annotated[
-        str, Option(help='JSON passed to timm, e.g. {"depth": 2}; {"stem": "conv"} and "residual" are ours.')
+        str,
+        Option(
+            help='JSON passed to timm, e.g. {"depth": 2}; ours is "stem": "conv", "residual", or a network of timm '
+            'such as "tf_efficientnet_lite0".'
+        ),
     ] = "{}"
-    pretrained: Annotated[bool, Option(help="Start from timm's weights (ablation).")] = False
+    pretrained: Annotated[
+        bool, Option(help="Start from timm's weights (ablation); of the stem, where that is a network of timm.")
+    ] = False
+    pretrained_file: Annotated[
+        Path | None, Option(help="Safetensors file of those weights, where they cannot be fetched.")
+    ] = None
     preprocess: Annotated[
         Literal["center_crop", "resize_crop"], Option(help="resize_crop, or center_crop at native resolution.")
     ] = "resize_crop"
@@ -160,10 +170,12 @@ class FitSettings:
             if value is not None and value <= 0:
                 raise FitError(f"{option} is {value}: set it above 0")
 
-        if self.pretrained and "stem" in self.timm_args:
+        if self.pretrained and "stem" in self.timm_args and not is_network(self.timm_args["stem"]):
             raise FitError(
                 "--pretrained: timm has no weights of a convolutional stem; drop it from --architecture-args"
             )
+        if self.pretrained_file and not (self.pretrained and self.pretrained_file.is_file()):
+            raise FitError(f"--pretrained-file {self.pretrained_file} is no file, or --pretrained is missing")
         if not 0 <= self.paired <= 1:
             raise FitError(f"--paired is {self.paired}: set it to a chance from 0 to 1")
         if not 0 < self.teacher_until <= 1:
@@ -214,6 +226,8 @@ class FitSettings:
         if self.teacher and not self.teacher.startswith(TIMM_TEACHER):
             path = Path(self.teacher)
             values["teacher"] = f"{path.name}, sha256 {teacher_sha256(path)}"
+        if self.pretrained_file:
+            values["pretrained_file"] = f"{self.pretrained_file.name}, sha256 {teacher_sha256(self.pretrained_file)}"
         return values | ({"architecture_args": self.timm_args} if self.timm_args else {})
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from trainer.fit.fit_settings import FitError, FitSettings
 from trainer.fit.loss import code_loss, proxy_loss, supervised_contrastive_loss
 from trainer.fit.teacher import Distillation, load_teacher
-from trainer.model.checkpoint import OWN_ARGUMENTS, CheckpointConfig, build_backbone
+from trainer.images import Preprocess
+from trainer.model.checkpoint import OWN_ARGUMENTS, CheckpointConfig, build_backbone, network_stem
 
 DROP_CHANCES = {"Dropout": "p", "DropPath": "drop_prob", "PatchDropout": "prob", "PatchDropoutWithIndices": "prob"}
 """The attribute with the chance of each kind of layer that draws in training, PyTorch's and timm's."""
@@ -270,6 +271,18 @@ class Slices:
                 parameter.grad /= dist.get_world_size()
 
 
+def rescaled(network: nn.Module, preprocess: Preprocess) -> nn.Module:
+    """Let a network's first convolution read pixels normalised as by `preprocess`, not as the network learnt them."""
+    layers: Any = network
+    taught = layers.pretrained_cfg
+    mean, std = (torch.tensor(value)[:, None, None] for value in (preprocess.mean, preprocess.std))  # (3, 1, 1)
+    taught_mean, taught_std = (torch.tensor(taught[key])[:, None, None] for key in ("mean", "std"))  # (3, 1, 1)
+    with torch.no_grad():  # what it learnt of is a x + b, where x is what is read here
+        layers.bn1.running_mean -= (layers.conv_stem.weight * (mean - taught_mean) / taught_std).sum((1, 2, 3))
+        layers.conv_stem.weight *= std / taught_std
+    return network
+
+
 Slice = tuple[Tensor, Tensor, int]
 """Whole and local views of some records, and the seed of their patches."""
 
@@ -318,8 +331,19 @@ def make_objective(settings: FitSettings, device: str, generators: int = 1) -> t
             "anew: set the drop rates in --architecture-args to 0, or leave out --cached-batch"
         )
     if settings.pretrained:
-        official = timm.create_model(settings.architecture, pretrained=True, num_classes=0, **known)
-        objective.backbone.load_state_dict(official.state_dict())
+        network = args.get("stem")
+        official = timm.create_model(
+            network or settings.architecture,
+            pretrained=True,
+            num_classes=0,
+            pretrained_cfg_overlay={"file": settings.pretrained_file} if settings.pretrained_file else None,
+            **({} if network else known),
+        )
+        if network:
+            embedding: Any = objective.backbone.patch_embed
+            embedding.proj = network_stem(rescaled(official, config.preprocess), config.dim, settings.patch)
+        else:
+            objective.backbone.load_state_dict(official.state_dict())
     if settings.teacher:
         teacher = load_teacher(settings.teacher, device)
         config.provenance["teacher"] = {"name": teacher.name, "sha256": teacher.sha256}

@@ -8,6 +8,7 @@ every file that is read again, so that a damaged file is refused; checkpoints wr
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -31,6 +32,10 @@ WEIGHTS_FILE = "model.safetensors"
 OWN_ARGUMENTS = ("norm_eps", "stem")
 """Arguments of an architecture that timm does not know."""
 STEMS = ("conv", "residual")
+NETWORK_STEM = re.compile(r"tf_efficientnet_lite[0-4]")
+"""Networks of timm that may be stems: no attention, no swish, which serves well on a CPU."""
+NETWORK_PATCH = 32
+"""Pixels that such a network joins to a token."""
 RESIDUAL_CHANNELS = 6
 """The pixels, and what each has over its surroundings."""
 RESIDUAL_GAIN = 4.0
@@ -55,8 +60,8 @@ class CheckpointConfig:
     """Length of an embedding."""
     preprocess: Preprocess = field(default_factory=Preprocess)
     architecture_args: dict[str, Any] = field(default_factory=dict)
-    """Passed to timm, e.g. depth; `norm_eps` sets the epsilon of every LayerNorm, and `stem` "conv" or "residual" puts
-    convolutions in place of the patch embedding, see `conv_stem`."""
+    """Passed to timm, e.g. depth; `norm_eps` sets the epsilon of every LayerNorm, and `stem` puts convolutions in place
+    of the patch embedding: "conv" or "residual", see `conv_stem`, or "tf_efficientnet_lite0", see `network_stem`."""
     training: dict[str, Any] = field(default_factory=dict)
     """The settings of the training run."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -100,9 +105,10 @@ def build_backbone(config: CheckpointConfig) -> nn.Module:
 
     args = dict(config.architecture_args)
     eps, stem = args.pop("norm_eps", None), args.pop("stem", None)
-    if stem not in (None, *STEMS):
+    if stem not in (None, *STEMS) and not is_network(stem):
         raise CheckpointError(
-            f"architecture argument stem is {stem!r}; expected conv or residual, or none for the patch embedding"
+            f"architecture argument stem is {stem!r}; expected conv, residual or tf_efficientnet_lite0 to 4, or none "
+            "for the patch embedding"
         )
     try:
         backbone: nn.Module = timm.create_model(
@@ -122,7 +128,11 @@ def build_backbone(config: CheckpointConfig) -> nn.Module:
                 module.eps = eps
     if stem:
         embedding: Any = backbone.patch_embed
-        embedding.proj = conv_stem(config.dim, embedding.patch_size[0], residual=stem == "residual")
+        patch = embedding.patch_size[0]
+        if is_network(stem):
+            embedding.proj = network_stem(timm.create_model(stem, num_classes=0), config.dim, patch)
+        else:
+            embedding.proj = conv_stem(config.dim, patch, residual=stem == "residual")
     return backbone
 
 
@@ -162,6 +172,43 @@ def conv_stem(dim: int, patch: int, *, residual: bool = False) -> nn.Sequential:
         nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")  # torch's own would fade from layer to layer
         layers += [convolution, nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
+
+
+def is_network(stem: object) -> bool:
+    """Whether a stem is a network of timm, which may come with weights."""
+    return isinstance(stem, str) and NETWORK_STEM.fullmatch(stem) is not None
+
+
+def network_stem(network: Any, dim: int, patch: int) -> nn.Sequential:
+    """A convolutional network of timm as a stem: from pixels (n, 3, s, s) to patch tokens (n, dim, s / 32, s / 32).
+
+    What it learnt of a million photographs is what a few thousand images cannot teach. Its batch norms are fixed, so
+    that no view tells of another, and so are its first two stages, which cost most and see edges and colours.
+
+    Args:
+        network: timm's, of a name that `is_network`; its layers become part of the stem.
+        dim: Of the tokens, d.
+        patch: Side of what a token sees first, pixels.
+
+    Raises:
+        CheckpointError: The patch is not of 32 pixels.
+    """
+    import timm.layers as timm_layers
+    from torch import nn
+
+    if patch != NETWORK_PATCH:
+        raise CheckpointError(
+            f"patch_size is {patch}, and a network as stem makes patches of {NETWORK_PATCH} pixels: set "
+            f'"patch_size": {NETWORK_PATCH} in --architecture-args'
+        )
+    for part in (network.conv_stem, network.blocks[0], network.blocks[1]):
+        part.requires_grad_(False)
+    channels = network.blocks[-1][-1].conv_pwl.out_channels
+    last = nn.Conv2d(channels, dim, 1)
+    stem: Any = nn.Sequential(network.conv_stem, network.bn1, network.blocks, last)
+    layers: Any = timm_layers  # partly without types
+    frozen: nn.Sequential = layers.freeze_batch_norm_2d(stem)
+    return frozen
 
 
 def stem_channels(dim: int, patch: int) -> list[int]:

@@ -137,7 +137,9 @@ def _origin(config: CheckpointConfig) -> str:
         f"token, {config.dim} dimensions"
     )
     if config.training:
-        start = "pretrained weights" if config.training.get("pretrained") else "scratch"
+        stem = config.architecture_args.get("stem")
+        official = f"timm's weights of {stem}, its stem," if stem else "timm's weights"
+        start = official if config.training.get("pretrained") else "scratch"
         teacher = config.provenance.get("teacher")
         taught = f" with the features of {teacher['name']} to learn from" if teacher else ""
         made = f"trained from {start} by `lineup train fit`{taught}"

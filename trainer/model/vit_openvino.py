@@ -6,13 +6,13 @@ import re
 import threading
 from collections.abc import Mapping
 from functools import cache
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from trainer.model.checkpoint import RESIDUAL_CHANNELS, CheckpointConfig, stem_channels
+from trainer.model.checkpoint import RESIDUAL_CHANNELS, CheckpointConfig, is_network, stem_channels
 
 if TYPE_CHECKING:
     import openvino
@@ -23,6 +23,8 @@ VIT_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
 """Dimension, depth and attention heads by timm's name."""
 VIT_ARGUMENTS = ("embed_dim", "depth", "num_heads", "patch_size", "img_size", "norm_eps", "qkv_bias")
 """Arguments of timm's model that the graph follows."""
+NETWORK_STRIDES, NETWORK_EPSILON = (1, 2, 2, 2, 1, 2, 1), 1e-3
+"""Of the stages of an EfficientNet, and of the batch norms of timm's conversions from TensorFlow."""
 INPUT, OUTPUT = "pixels", "embedding"
 
 
@@ -64,6 +66,9 @@ def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> 
             raise NotPlain(f"{name} is not among the weights in the shape {shape}")
         return np.asarray(weights[name], np.float32)
 
+    def take_any(name: str) -> np.ndarray:
+        return take(name, *getattr(weights.get(name), "shape", ()))
+
     def linear(x: Node, name: str, into: int, out: int, part: slice = slice(None), bias: bool = True) -> Node:
         x = op.matmul(x, op.constant(take(f"{name}.weight", out, into)[part]), False, True)
         return op.add(x, op.constant(take(f"{name}.bias", out)[part])) if bias else x
@@ -86,8 +91,50 @@ def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> 
         x = op.convolution(x, kernel, [stride, stride], padding, padding, [1, 1])
         return op.add(x, op.constant(take(f"{name}.bias", out)[:, None, None]))
 
+    def network(x: Node, name: str) -> Node:
+        """The layers of `network_stem`, each batch norm joined to the convolution before it."""
+
+        def layer(
+            x: Node, conv: str, norm: str, stride: int = 1, *, depthwise: bool = False, last: bool = False
+        ) -> Node:
+            kernel = take_any(f"{conv}.weight")
+            out = len(kernel)
+            mean, variance, weight, bias = (
+                take(f"{norm}.{part}", out) for part in ("running_mean", "running_var", "weight", "bias")
+            )
+            factor = weight / np.sqrt(variance + NETWORK_EPSILON)
+            kernel = kernel * factor[:, None, None, None]
+            options = ([stride, stride], [0, 0], [0, 0], [1, 1], "same_upper")
+            if depthwise:
+                x = op.group_convolution(x, op.constant(kernel[:, None]), *options)
+            else:
+                x = op.convolution(x, op.constant(kernel), *options)
+            x = op.add(x, op.constant((bias - mean * factor)[:, None, None]))
+            return x if last else op.clamp(x, 0.0, 6.0)
+
+        x = layer(x, f"{name}.0", f"{name}.1", 2)
+        for stage, stride in enumerate(NETWORK_STRIDES):
+            for number in count():
+                block = f"{name}.2.{stage}.{number}"
+                if f"{block}.conv_dw.weight" not in weights:
+                    break
+                before, step = x, stride if number == 0 else 1
+                if f"{block}.conv_pwl.weight" in weights:
+                    x = layer(x, f"{block}.conv_pw", f"{block}.bn1")
+                    x = layer(x, f"{block}.conv_dw", f"{block}.bn2", step, depthwise=True)
+                    x = layer(x, f"{block}.conv_pwl", f"{block}.bn3", last=True)
+                else:
+                    x = layer(x, f"{block}.conv_dw", f"{block}.bn1", step, depthwise=True)
+                    x = layer(x, f"{block}.conv_pw", f"{block}.bn2", last=True)
+                if before.get_output_partial_shape(0) == x.get_output_partial_shape(0):
+                    x = op.add(x, before)
+        channels = take_any(f"{name}.3.weight").shape[1]
+        return convolution(x, f"{name}.3", channels, dim, 1, 1)
+
     x, embedding = pixels, "patch_embed.proj"
-    if stem:
+    if is_network(stem):
+        x = network(pixels, embedding)
+    elif stem:
         channels, layer = [3, *stem_channels(dim, patch)], 0
         if stem == "residual":
             x, channels[0], layer = convolution(x, f"{embedding}.0", 3, RESIDUAL_CHANNELS, 3, 1), RESIDUAL_CHANNELS, 1
@@ -102,8 +149,8 @@ def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> 
     positions = resized(take("pos_embed", 1, 1 + grid * grid, dim), size // patch)
     x = op.add(x, op.constant(positions[:, 1:]))
     cls = op.constant(take("cls_token", 1, 1, dim) + positions[:, :1])
-    count = op.slice(op.shape_of(x), op.constant([0]), op.constant([1]), op.constant([1]))
-    cls = op.broadcast(cls, op.concat([count, op.constant(np.array([1, dim]))], 0))
+    batch = op.slice(op.shape_of(x), op.constant([0]), op.constant([1]), op.constant([1]))
+    cls = op.broadcast(cls, op.concat([batch, op.constant(np.array([1, dim]))], 0))
     x = op.concat([cls, x], 1)  # (n, 1 + t, d)
 
     for number in range(depth):

@@ -21,6 +21,7 @@ import torch
 from nodes import train_on_node
 from PIL import Image
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 from tiny import TINY, tiny_command, tiny_settings
 from typer.testing import CliRunner
 
@@ -815,6 +816,36 @@ def test_a_stem_is_trained_and_kept(tiny: FitSettings) -> None:
     assert {key for key in read_weights(settings.output) if "patch_embed" in key} >= {"patch_embed.proj.0.weight"}
     with pytest.raises(FitError, match=r"--pretrained: timm has no weights of a convolutional stem"):
         replace(settings, pretrained=True)
+
+
+def test_a_network_of_timm_is_a_stem_that_reads_the_same_pixels(tiny: FitSettings, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network: Any = timm.create_model("tf_efficientnet_lite0")
+    file = tmp_path / "network.safetensors"
+    for name, buffer in network.named_buffers():
+        if name.startswith("bn1.running"):
+            torch.nn.init.uniform_(buffer, 0.5, 2)
+    save_file({key: value for key, value in network.state_dict().items() if "num_batches" not in key}, file)
+    args = TINY.replace("{", '{"stem": "tf_efficientnet_lite0", ', 1).replace('"patch_size": 8', '"patch_size": 32')
+    settings = replace(tiny, architecture_args=args, pretrained=True, pretrained_file=file, local_size=32)
+    objective, _ = make_objective(settings, "cpu")
+    stem: Any = objective.backbone.get_submodule("patch_embed.proj")
+    pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    expected = network.eval().bn1(network.conv_stem(pixels.permute(0, 3, 1, 2) / 127.5 - 1))
+    inside = (slice(None), slice(None), slice(-1), slice(-1))  # beyond the border is 0, of either normalisation
+    torch.testing.assert_close(stem[1](stem[0](objective.normalised(pixels)))[inside], expected[inside])
+    assert torch.equal(stem[2][6][0].conv_pwl.weight, network.blocks[6][0].conv_pwl.weight)
+    assert not any(weight.requires_grad for weight in (*stem[0].parameters(), *stem[2][:2].parameters()))
+    assert all(weight.requires_grad for weight in stem[2][2:].parameters())
+    assert settings.record()["pretrained_file"].startswith("network.safetensors, sha256 ")
+    with pytest.raises(FitError, match=r"--pretrained-file .*gone is no file"):
+        replace(settings, pretrained_file=tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"patch_size is 8, and a network as stem makes patches of 32 pixels"):
+        make_objective(replace(settings, architecture_args=args.replace("32}", "8}")), "cpu")
+    fit(settings)
+    metrics = fit(settings)
+    assert "timm's weights of tf_efficientnet_lite0, its stem," in (settings.output / "README.md").read_text()
+    assert metrics["checkpoint"] == read_id(settings.output)
 
 
 def test_pretrained_starts_from_timms_weights(tiny: FitSettings, monkeypatch: pytest.MonkeyPatch) -> None:
