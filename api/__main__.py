@@ -28,6 +28,7 @@ from indexer.commands import AsJson, CheckpointFolder, Device, fail, opened
 from indexer.database.connection import DatabaseBehind
 from indexer.index.milvus import EngineAway
 from indexer.settings import SettingsError
+from indexer.store.blobs import BlobsAway
 from indexer.store.keys import ApiKey, KeyExists
 from indexer.terminal import image_progress
 from trainer.data.entry import DatasetError
@@ -50,6 +51,7 @@ EXPECTED = (
     DatasetError,
     DatabaseBehind,
     EngineAway,
+    BlobsAway,
     KeyExists,
     ApiError,
     *DATABASE_AWAY,
@@ -58,7 +60,7 @@ EXPECTED = (
 
 @contextmanager
 def expected_failures() -> Iterator[None]:
-    """What is wrong with settings, checkpoint, data, database or search engine ends the command with one line."""
+    """What is wrong with settings, checkpoint, data or what they name ends the command with one line."""
     try:
         yield
     except EXPECTED as error:

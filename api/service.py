@@ -28,6 +28,7 @@ from api.service_settings import ServiceSettings
 from api.service_status import status
 from indexer.database.connection import DatabaseBehind
 from indexer.measure.drift import drift
+from indexer.store.blobs import BlobsAway
 from indexer.store.checkpoints import CheckpointSwitched
 from trainer.cores import usable_cores
 
@@ -109,16 +110,17 @@ class Service:
         return self._serving
 
     async def load(self) -> None:
-        """`start` off the event loop, again and again until the database answers.
+        """`start` off the event loop, again and again until database and object storage answer.
 
         What else goes wrong is kept in `failure`, and readiness tells it: restarting might help, waiting will not.
         """
         while not self._ready:
             try:
                 await self.run(self.start)
-            except (*DATABASE_AWAY, DatabaseBehind, ApiError) as error:
+            except (*DATABASE_AWAY, DatabaseBehind, BlobsAway, ApiError) as error:
                 self.failure = public_detail(error)
-                log.warning("waiting for the database", extra={"reason": " ".join(str(error).split())})
+                what = "object storage" if isinstance(error, BlobsAway) else "the database"
+                log.warning(f"waiting for {what}", extra={"reason": " ".join(str(error).split())})
                 await asyncio.sleep(RETRY)
             except Exception as error:
                 self.failure = public_detail(error)
@@ -184,7 +186,7 @@ class Service:
         self._retired = None
 
     async def keep_house(self) -> None:
-        """Delete records and jobs older than the settings allow, and look for drift: at the start, then each hour.
+        """Delete what is older than the settings allow or has lost its row, and look for drift: first, then each hour.
 
         Runs until cancelled.
         """
@@ -194,6 +196,7 @@ class Service:
                 store = self.detector.store
                 await self._delete_old("records", store.detections.delete, self.settings.record_days)
                 await self._delete_old("jobs", store.jobs.delete_ended, self.settings.job_days)
+                await self._drain_blobs()
             await asyncio.sleep(HOUSEKEEPING if self._ready else 1)
 
     async def _delete_old(self, things: str, delete: Callable[[datetime], int], days: int) -> None:
@@ -204,6 +207,13 @@ class Service:
                 log.info(f"{things} deleted", extra={things: deleted, "days": days})
             except DATABASE_AWAY:
                 log.warning(f"{things} could not be deleted; trying again")
+
+    async def _drain_blobs(self) -> None:
+        """Delete objects of references that were removed."""
+        try:
+            await self.run(self.detector.store.blobs.drain)
+        except (*DATABASE_AWAY, BlobsAway) as error:
+            log.warning("objects could not be deleted; trying again", extra={"reason": public_detail(error)})
 
     async def _look_for_drift(self) -> None:
         """Compare the last complete day, for status and metrics; what hinders it hinders nothing else."""

@@ -26,6 +26,7 @@ from indexer.database.connection import migrate, schema_revision, stop
 from indexer.database.embedded import exit_on_termination
 from indexer.settings import Settings
 from indexer.store import Store
+from indexer.store.blobs import SHARDS, BlobsAway
 from indexer.store.checkpoints import with_active_folder
 from indexer.store.counts import miscounts, recount
 from indexer.store.generators import GeneratorExists
@@ -172,6 +173,10 @@ def remove(
             removed = store.generators.delete(generator, forget=forget)
         else:
             removed = store.references.remove(**given, forget=forget)
+        try:
+            store.blobs.drain()
+        except BlobsAway as error:
+            note(f"warning: {error}; a service, or `lineup index check --blobs --repair`, deletes the objects later")
         indexes = renewed(settings, store, removed, "removed")
     report = {"removed": removed.references, "revisions": removed.revisions, "forgotten": forget}
     report["indexes"] = indexes
@@ -285,18 +290,38 @@ def status(checkpoint: CheckpointFolder = None, device: Device = None, as_json: 
 
 @app.command()
 @expected_failures()
-def check(checkpoint: CheckpointFolder = None, device: Device = None, as_json: AsJson = False) -> None:
+def check(
+    checkpoint: CheckpointFolder = None,
+    device: Device = None,
+    blobs: Annotated[bool, typer.Option("--blobs", help="Compare rows and object storage (LINEUP_BLOBS) too.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="With --blobs: delete objects that no row names.")] = False,
+    orphan_hours: Annotated[
+        float, typer.Option(min=0, help="With --blobs: how old an object must be to count as one that no row names.")
+    ] = 24,
+    as_json: AsJson = False,
+) -> None:
     """Compare rows, counts, index and snapshot of every checkpoint (or of one); exit code 0 only where they agree."""
-    from indexer.measure.check import compare
+    from indexer.measure.check import compare, compare_blobs
 
     settings = Settings.read(checkpoint=checkpoint, device=device)
+    if repair and not blobs:
+        fail("--repair goes with --blobs; `lineup index rebuild` repairs counts and indexes", 2)
+    if blobs and settings.blobs is None:
+        fail("--blobs needs LINEUP_BLOBS, which is not set", 2)
     with opened(settings) as store:
         checkpoints = store.checkpoints.list() if checkpoint is None else [checkpoint_of(checkpoint, store)]
         results = [compare(settings, store, one) for one in checkpoints]
         problems = miscounts(store)
+        objects = None
+        if blobs:
+            with image_progress(total=len(SHARDS), what="shards") as advance:
+                objects = compare_blobs(store, repair=repair, hours=orphan_hours, on_shard=advance)
     agree = not problems and not any(result.problems for result in results)
+    agree = agree and not (objects and (objects.missing or objects.orphans))
     report = {"agree": agree, "checkpoints": [asdict(result) for result in results], "counts": problems}
-    answer(as_json, report, lambda: tell_agreement(results, problems))
+    if objects is not None:
+        report["blobs"] = asdict(objects)
+    answer(as_json, report, lambda: tell_agreement(results, problems, objects))
     if not agree:
         raise typer.Exit(1)
 

@@ -22,6 +22,7 @@ from indexer.measure.discovery import CandidateEnrolled, UnknownCandidate
 from indexer.settings import Settings, SettingsError
 from indexer.shipper import AlreadyRebuilding
 from indexer.store import Store
+from indexer.store.blobs import BlobsAway
 from indexer.store.checkpoints import Checkpoint, CheckpointSwitched, UnknownCheckpoint
 from indexer.store.generators import BadGeneratorName, GeneratorExists, UnknownGenerator
 from indexer.store.writing import BadVector
@@ -81,6 +82,7 @@ def expected_failures() -> Iterator[None]:
         BadVector,
         AlreadyRebuilding,
         EngineAway,
+        BlobsAway,
         UnknownGenerator,
         UnknownCheckpoint,
         UnknownCandidate,
@@ -103,7 +105,7 @@ def opened(settings: Settings, *, check: bool = True) -> Iterator[Store]:
     """The store of these settings."""
     engine = connect(settings, check=check)
     try:
-        yield Store(engine)
+        yield Store(engine, settings.blobs)
     finally:
         engine.dispose()
 

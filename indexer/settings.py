@@ -36,6 +36,9 @@ class Settings(BaseSettings):
     index: str | None = Field(default=None, repr=False)
     """Where neighbours are searched: `milvus+http://user:password@host:19530` for a Milvus of one's own (`https` too;
     `?index=IVF_SQ8` at the end takes a quarter of its memory); unset: in the memory of each process."""
+    blobs: str | None = None
+    """Object storage for thumbnails and kept uploads of references, `s3://bucket/prefix` (or gs, az, file:///folder);
+    credentials come from the usual environment (AWS_..., GOOGLE_..., AZURE_...). Unset: in PostgreSQL."""
     k: int = Field(default=10, ge=1, le=1000)
     """Neighbours that vote, a count."""
     max_false_alarm: float = Field(default=0.05, gt=0, lt=1)
@@ -63,6 +66,13 @@ class Settings(BaseSettings):
         if url is not None and not re.match(r"milvus\+https?://[^/?]", url):
             raise ValueError("not a URL like milvus+http://host:19530; unset it to search in memory")
         return url
+
+    @field_validator("blobs")
+    @classmethod
+    def _is_object_storage(cls, place: str | None) -> str | None:
+        if place is not None and not re.fullmatch(r"((s3|gs|az)://[^/?#@]+|file://)(/[^?#]*)?", place):
+            raise ValueError("not like s3://bucket/prefix, gs://..., az://... or file:///folder")
+        return place
 
     @classmethod
     def read(cls, **overrides: Any) -> Self:

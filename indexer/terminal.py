@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from indexer.measure.audit import RINGS
-from indexer.measure.check import Agreement
+from indexer.measure.check import Agreement, BlobAgreement
 from indexer.measure.enrolment_effect import NEIGHBOUR_HEADS
 from indexer.store.generators import GENERATOR_FACTS
 from trainer.data.entry import DatasetError
@@ -281,14 +281,16 @@ def tell_discovery(report: Mapping[str, Any]) -> None:
         print(f"to enrol one: lineup index discover --enrol {candidates[0]['name']} --generator NAME")
 
 
-def tell_agreement(results: Sequence[Agreement], miscounts: Sequence[str]) -> None:
-    """The result of `check`, a line for each checkpoint and for each count that is wrong."""
+def tell_agreement(results: Sequence[Agreement], miscounts: Sequence[str], blobs: BlobAgreement | None) -> None:
+    """The result of `check`, a line for each checkpoint, for each count that is wrong, and for object storage."""
     for result in results:
         print(result)
     for miscount in miscounts:
         print(f"{miscount}: run lineup index rebuild")
     if not results:
         print("nothing was added yet")
+    if blobs is not None:
+        print(blobs)
 
 
 def tell_rebuilt(report: Mapping[str, Any]) -> None:

@@ -39,6 +39,7 @@ from api.service_settings import ServiceSettings
 from api.service_status import package_version
 from indexer.index.milvus import EngineAway
 from indexer.measure.discovery import CandidateEnrolled, UnknownCandidate
+from indexer.store.blobs import BlobsAway
 from indexer.store.generators import BadGeneratorName, GeneratorExists, UnknownGenerator
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,12 @@ async def on_engine_away(request: Request, error: EngineAway) -> JSONResponse:
     return await on_api_error(request, ApiError("not-ready", "the search engine does not answer", retry_after=2))
 
 
+async def on_blobs_away(request: Request, error: BlobsAway) -> JSONResponse:
+    """A call that cannot do without object storage: to enrol, or to show a picture."""
+    log.warning("object storage cannot be used", extra={"reason": str(error)})
+    return await on_api_error(request, ApiError("not-ready", "object storage does not answer", retry_after=10))
+
+
 async def on_refusal(request: Request, error: Exception) -> JSONResponse:
     """A request that the store refuses."""
     return await on_api_error(request, ApiError(REFUSALS[type(error)], str(error)))
@@ -116,6 +123,7 @@ ERROR_HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]] = {
     RequestValidationError: on_bad_field,
     HTTPException: on_http_error,
     EngineAway: on_engine_away,
+    BlobsAway: on_blobs_away,
     **dict.fromkeys(REFUSALS, on_refusal),
     **dict.fromkeys(DATABASE_AWAY, on_database_away),
 }

@@ -41,14 +41,16 @@ def load_detector(settings: ServiceSettings) -> Detector:
         CheckpointError: The checkpoint is missing, broken, or known to the database with another dimension.
         DatabaseUnreachable: No database answers.
         DatabaseBehind: Its schema is another one.
+        BlobsAway: Object storage cannot be used.
     """
     Thread(target=decoding_pool().warm, args=(prepare.__module__,), daemon=True).start()  # a second, beside the others
     no_database = settings.database_url is None and not EmbeddedServer(settings.home).data.exists()
     if no_database or settings.checkpoint is not None:  # no other can be the active one, or none is asked for
         read_sections(settings.checkpoint_folder)
-    store = Store(connect(settings, statement_seconds=STATEMENT_SECONDS))
+    store = Store(connect(settings, statement_seconds=STATEMENT_SECONDS), settings.blobs)
     named, hindrance = settings.checkpoint is not None, None
     try:
+        store.blobs.claim()
         try:
             settings = with_active_folder(settings, store.checkpoints)
         except CheckpointError as error:

@@ -107,6 +107,7 @@ class ReferenceRow(Base):
         # A path may be longer than a b-tree entry can be.
         sa.Index(None, "uri", postgresql_using="hash"),
         sa.Index(None, "group", postgresql_using="hash"),
+        sa.Index(None, "thumbnail_sha256", postgresql_where=sa.text("thumbnail_sha256 is not null")),
         *(
             # Flat pictures have 0: a partial index would leave them out too, but the planner asks no statistics of one.
             sa.Index(
@@ -131,6 +132,7 @@ class ReferenceRow(Base):
     jpeg_quality: Mapped[int | None] = mapped_column(sa.SmallInteger)
     fingerprint: Mapped[int | None] = mapped_column(sa.BigInteger)
     thumbnail: Mapped[bytes | None]
+    thumbnail_sha256: Mapped[bytes | None]
     attributes: Mapped[dict[str, str]]
     enrolment_id: Mapped[int | None] = mapped_column(sa.ForeignKey("enrolment.id", ondelete="SET NULL"))
     added_at: Mapped[datetime] = mapped_column(server_default=sa.func.now())
@@ -151,15 +153,34 @@ class ReferenceCountRow(Base):
     images: Mapped[int] = mapped_column(sa.BigInteger)
 
 
+PICTURED = ReferenceRow.thumbnail.is_not(None) | ReferenceRow.thumbnail_sha256.is_not(None)
+"""Whether a reference has a thumbnail, here or in object storage."""
+
+
 class ReferenceFileRow(Base):
-    """The bytes of a reference that came over HTTP, for a later checkpoint to embed."""
+    """The bytes of a reference that came over HTTP, or the name of their object, for a later checkpoint to embed."""
 
     __tablename__ = "reference_file"
+    __table_args__ = (
+        sa.CheckConstraint("num_nonnulls(bytes, sha256) = 1", name="bytes_or_sha256"),
+        sa.Index(None, "sha256", postgresql_where=sa.text("sha256 is not null")),
+    )
 
     image_id: Mapped[int] = mapped_column(
         sa.BigInteger, sa.ForeignKey("reference_image.id", ondelete="CASCADE"), primary_key=True
     )
-    bytes: Mapped[bytes]
+    sha256: Mapped[bytes | None]
+    bytes: Mapped[bytes | None]
+
+
+class BlobOutboxRow(Base):
+    """A name of an object that a row had until it was deleted: the object goes too, unless another row names it."""
+
+    __tablename__ = "blob_outbox"
+
+    id: Mapped[int] = mapped_column(sa.BigInteger, sa.Identity(always=True), primary_key=True)
+    sha256: Mapped[bytes]
+    at: Mapped[datetime] = mapped_column(server_default=sa.func.now())
 
 
 class BlockedHashRow(Base):

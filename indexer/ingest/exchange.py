@@ -8,7 +8,7 @@ half precision.
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from datetime import date
@@ -29,12 +29,13 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from sqlalchemy import text
+from sqlalchemy import RowMapping, text
 
 from indexer.database.transactions import TRANSACTION_IMAGES
 from indexer.index.vector_checks import unit_vectors
 from indexer.ingest.thumbnails import missing_thumbnails
 from indexer.store import Store
+from indexer.store.blobs import BlobsAway, Kept
 from indexer.store.generators import GENERATOR_FACTS, GeneratorExists, check_generator_name
 from indexer.store.reference_facts import PUBLIC, ImageFacts, NewReference
 from trainer.data.entry import check_source
@@ -48,14 +49,15 @@ EXPORT_PAGE = 250
 PAGE_BYTES = 64 * 1024 * 1024
 """A page ends before its thumbnails and kept uploads exceed this, unless it is a single reference."""
 ROWS = text("""
-select r.*, g.name as generator, f.bytes
+select r.*, g.name as generator, f.bytes, f.sha256 as file_sha256
 from reference_image r left join generator g on g.id = r.generator_id left join reference_file f on f.image_id = r.id
 where r.id > :after and r.id <= (
     select max(id) from (
         select id, row_number() over page as place,
-               sum(coalesce(octet_length(thumbnail), 0) + coalesce(octet_length(bytes), 0)) over page as total
+               sum(coalesce(octet_length(thumbnail), 0) + coalesce(octet_length(bytes), stored, 0)) over page as total
         from (
-            select p.id, p.thumbnail, pf.bytes from reference_image p left join reference_file pf on pf.image_id = p.id
+            select p.id, p.thumbnail, pf.bytes, case when pf.sha256 is not null then p.file_bytes end as stored
+            from reference_image p left join reference_file pf on pf.image_id = p.id
             where p.id > :after order by p.id limit :page
         ) next window page as (order by id)
     ) sized where total <= :bytes or place = 1)
@@ -164,6 +166,9 @@ def export_references(
 
     Returns:
         {"file", "references", "checkpoints": [ids]}.
+
+    Raises:
+        BlobsAway: A picture lies in object storage, which cannot be used or lacks it; nothing was written.
     """
     vector_type = VECTOR_TYPES[0 if pictures else 1]
     about: dict[str, Any] = {"format": FORMAT, "pages": 0, "references": 0, "vectors": vector_type}
@@ -206,7 +211,9 @@ def import_references(store: Store, path: Path, on_image: Callable[[], None] = l
 
     Raises:
         BadExport: The file is no export, damaged, or says what cannot be; nothing was added.
+        BlobsAway: Pictures are to be kept in object storage, which cannot be used.
     """
+    store.blobs.claim()
     about = _verified(path, on_image)
     checkpoints = [checkpoint.id for checkpoint in about.checkpoints]
     dims = {known.id: known.dim for known in store.checkpoints.list()}
@@ -240,6 +247,8 @@ def _pages(store: Store, pictures: bool, vector_type: str) -> Iterator[tuple[lis
     while page := store.read(ROWS, {"after": after, "page": EXPORT_PAGE, "bytes": PAGE_BYTES}):
         after = page[-1]["id"]
         vectors = store.read(VECTORS, {"ids": [row["id"] for row in page]})
+        thumbnails = _loaded(store, page, "thumbnail", "thumbnail_sha256") if pictures else {}
+        files = _loaded(store, page, "bytes", "file_sha256") if pictures else {}
         data = bytearray()
 
         def place(part: bytes | None, data: bytearray = data) -> list[int] | None:
@@ -252,7 +261,7 @@ def _pages(store: Store, pictures: bool, vector_type: str) -> Iterator[tuple[lis
         for row in page:
             facts = {name: row[name] for name in COLUMNS} | {"sha256": row["sha256"].hex(), "vectors": {}}
             if pictures:
-                facts |= {"thumbnail": place(row["thumbnail"]), "data": place(row["bytes"])}
+                facts |= {"thumbnail": place(thumbnails[row["id"]]), "data": place(files[row["id"]])}
             else:
                 public = (row["uri"] or "").startswith(PUBLIC)
                 facts |= {"thumbnail": None, "data": None, "uri": row["uri"] if public else None, "mtime": None}
@@ -266,6 +275,18 @@ def _pages(store: Store, pictures: bool, vector_type: str) -> Iterator[tuple[lis
             vector = np.frombuffer(row["vector"], "<f4").astype(vector_type)  # (d,)
             rows[row["image_id"]]["vectors"][row["checkpoint_id"]] = place(vector.tobytes())
         yield list(rows.values()), bytes(data)
+
+
+def _loaded(store: Store, page: Sequence[RowMapping], data: str, sha256: str) -> dict[int, bytes | None]:
+    """The bytes of a page's rows by their ids, from these two columns."""
+    loaded = store.blobs.load_all([Kept(row[data], row[sha256]) for row in page])
+    for row, part in zip(page, loaded, strict=True):
+        if part is None and row[sha256] is not None:
+            raise BlobsAway(
+                f"reference {row['id']} has lost an object: `lineup index check --blobs` names all that are missing, "
+                "and --no-pictures exports without any"
+            )
+    return {row["id"]: part for row, part in zip(page, loaded, strict=True)}
 
 
 def _exported_config(config: Mapping[str, Any], paths: bool) -> dict[str, Any]:

@@ -140,10 +140,12 @@ def ingest(
         DeadlinePassed: Nobody waits any more; it names the enrolment of what was added by then, which is reported.
         CheckpointSwitched: Another checkpoint is the active one, though `while_active`; what was added has been
             embedded with that one too.
+        BlobsAway: Pictures are to be kept in object storage, which cannot be used; what was added before stays.
     """
     start = time.monotonic()
     workers = min(32, usable_cores())
     if not dry_run:
+        store.blobs.claim()
         register(embedder, store)
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:

@@ -24,8 +24,8 @@ CONNECTIONS = 8
 """Files that are fetched at a time."""
 PAGE_REFERENCES = 64
 MISSING = text("""select id, encode(sha256, 'hex') as sha256, uri, width, height, fingerprint, attributes
-from reference_image where thumbnail is null and id > :after order by id limit :page""")
-MISSING_COUNT = text("select count(*) as images from reference_image where thumbnail is null")
+from reference_image where num_nulls(thumbnail, thumbnail_sha256) = 2 and id > :after order by id limit :page""")
+MISSING_COUNT = text("select count(*) as images from reference_image where num_nulls(thumbnail, thumbnail_sha256) = 2")
 
 
 def missing_thumbnails(store: Store) -> int:

@@ -1,6 +1,8 @@
-"""Whether rows, index and snapshot of a checkpoint say the same."""
+"""Whether rows, index and snapshot of a checkpoint say the same, and rows and object storage."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
@@ -8,6 +10,7 @@ from indexer.follower import Follower
 from indexer.index.index import Contents
 from indexer.settings import Settings
 from indexer.store import Store
+from indexer.store.blobs import SHARDS
 from indexer.store.changes import Additions
 from indexer.store.checkpoints import Checkpoint
 
@@ -57,6 +60,66 @@ def compare(settings: Settings, store: Store, checkpoint: Checkpoint) -> Agreeme
             break
     if fault:
         result.problems.append(fault)
+    return result
+
+
+@dataclass(slots=True)
+class BlobAgreement:
+    """The comparison of names in rows and objects.
+
+    Attributes:
+        objects: How many there were.
+        bytes: Of all of them.
+        missing: Hexadecimal names in rows that have no object.
+        orphans: Objects that no row names and that are older than was asked for, and still there.
+        deleted: Objects that were deleted, with those that the outbox noted.
+    """
+
+    objects: int = 0
+    bytes: int = 0
+    missing: list[str] = field(default_factory=list)
+    orphans: int = 0
+    deleted: int = 0
+
+    def __str__(self) -> str:
+        counts = f"{self.objects:,} objects of {self.bytes:,} bytes, {self.deleted:,} deleted"
+        missing = f"{len(self.missing)} missing, {self.missing[0]} for one: restore them" if self.missing else ""
+        orphans = f"{self.orphans:,} that no row names: --repair deletes them" if self.orphans else ""
+        return f"object storage: {counts}: {'; '.join(filter(None, (missing, orphans))) or 'all are named and there'}"
+
+
+def compare_blobs(
+    store: Store, *, repair: bool = False, hours: float = 24, on_shard: Callable[[], None] = lambda: None
+) -> BlobAgreement:
+    """Compare the names in rows with the objects; others may write meanwhile.
+
+    Args:
+        store: The rows.
+        repair: Delete what the outbox notes, and orphans.
+        hours: Orphans that were put later than so long ago do not count: their rows may be about to be committed.
+        on_shard: Called once for each of the `SHARDS`.
+
+    Raises:
+        BlobsAway: Object storage cannot be used.
+    """
+    blobs, result = store.blobs, BlobAgreement()
+    blobs.claim()
+    if repair:
+        result.deleted = blobs.drain()
+    before = datetime.now(UTC) - timedelta(hours=hours)
+    for shard in SHARDS:
+        names = blobs.names(shard)  # first: what was named by then has been put
+        stored = blobs.stored(shard)
+        result.objects += len(stored)
+        result.bytes += sum(blob.size for blob in stored.values())
+        # What was dropped meanwhile may be deleted by now; what was named meanwhile is no orphan.
+        result.missing += sorted(sha256.hex() for sha256 in blobs.named(names - stored.keys()))
+        unnamed = {sha256 for sha256 in stored.keys() - names if stored[sha256].at < before}
+        if repair:
+            result.deleted += blobs.delete_unnamed(unnamed)
+        else:
+            result.orphans += len(unnamed - blobs.named(unnamed))
+        on_shard()
     return result
 
 

@@ -4,6 +4,7 @@ from sqlalchemy import Engine, select
 
 from indexer.database.tables import StoreRow
 from indexer.database.transactions import Rows
+from indexer.store.blobs import Blobs
 from indexer.store.changes import Changes
 from indexer.store.checkpoints import Calibrations, Checkpoints
 from indexer.store.detections import Detections
@@ -18,15 +19,21 @@ __all__ = ["Store"]
 
 
 class Store(Rows):
-    """Reference images, embeddings, revisions, calibrations and verdicts. Safe to share between threads."""
+    """Reference images, embeddings, revisions, calibrations and verdicts. Safe to share between threads.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: The database.
+        blobs: Where pictures are kept, see `Blobs`; None keeps them in the database.
+    """
+
+    def __init__(self, engine: Engine, blobs: str | None = None) -> None:
         super().__init__(engine)
+        self.blobs = Blobs(engine, blobs)
         self.checkpoints = Checkpoints(engine)
         self.calibrations = Calibrations(engine)
         self.generators = Generators(engine)
         self.enrolments = Enrolments(engine)
-        self.references = References(engine, self.checkpoints, self.generators)
+        self.references = References(engine, self.checkpoints, self.generators, self.blobs)
         self.changes = Changes(engine)
         self.shipments = Shipments(engine)
         self.detections = Detections(engine)

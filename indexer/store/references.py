@@ -9,6 +9,7 @@ from sqlalchemy import (
     ARRAY,
     BigInteger,
     ColumnElement,
+    Connection,
     Engine,
     LargeBinary,
     RowMapping,
@@ -22,6 +23,7 @@ from sqlalchemy import (
 )
 
 from indexer.database.tables import (
+    PICTURED,
     BlockedHashRow,
     EmbeddingRow,
     GeneratorRow,
@@ -31,6 +33,7 @@ from indexer.database.tables import (
 )
 from indexer.database.transactions import TRANSACTION_IMAGES, Rows
 from indexer.store import writing
+from indexer.store.blobs import Blobs, Kept
 from indexer.store.checkpoints import Checkpoints
 from indexer.store.generators import Generators
 from indexer.store.reference_facts import LABEL_NAMES, NewReference, Reference
@@ -50,19 +53,20 @@ class Known:
     pictured: bool
 
 
+UNREAD = {"thumbnail", "thumbnail_sha256", "generator_id"}
 REFERENCES = select(
-    *(column for column in ReferenceRow.__table__.columns if column.name not in {"thumbnail", "generator_id"}),
+    *(column for column in ReferenceRow.__table__.columns if column.name not in UNREAD),
     GeneratorRow.name.label("generator"),
-    ReferenceRow.thumbnail.is_not(None).label("pictured"),
+    PICTURED.label("pictured"),
 ).outerjoin(GeneratorRow, GeneratorRow.id == ReferenceRow.generator_id)
 
 
 class References(Rows):
     """The only way to reference images and their embeddings."""
 
-    def __init__(self, engine: Engine, checkpoints: Checkpoints, generators: Generators) -> None:
+    def __init__(self, engine: Engine, checkpoints: Checkpoints, generators: Generators, blobs: Blobs) -> None:
         super().__init__(engine)
-        self._checkpoints, self._generators = checkpoints, generators
+        self._checkpoints, self._generators, self._blobs = checkpoints, generators, blobs
 
     def get(self, image_id: int) -> Reference | None:
         """One reference."""
@@ -86,18 +90,39 @@ class References(Rows):
         return next(iter(self._references(REFERENCES.where(hashes).limit(1))), None)
 
     def thumbnail(self, image_id: int) -> bytes | None:
-        """JPEG bytes, longest side at most 256; None where there is no such reference, or no picture of it."""
-        return self.read_value(select(ReferenceRow.thumbnail).where(ReferenceRow.id == image_id))
+        """JPEG bytes, longest side at most 256; None where there is no such reference, or no picture of it.
+
+        Raises:
+            BlobsAway: It lies in object storage, which cannot be used.
+        """
+        query = select(ReferenceRow.thumbnail, ReferenceRow.thumbnail_sha256).where(ReferenceRow.id == image_id)
+        row = self.read_one(query)
+        return None if row is None else self._blobs.load(Kept(row["thumbnail"], row["thumbnail_sha256"]))
 
     def add_thumbnail(self, image_id: int, thumbnail: bytes) -> None:
-        """Keep the thumbnail of a reference that has none."""
-        missing = (ReferenceRow.id == image_id) & ReferenceRow.thumbnail.is_(None)
-        query = update(ReferenceRow).where(missing).values(thumbnail=thumbnail)
-        self.transaction(lambda connection: connection.execute(query))
+        """Keep the thumbnail of a reference that has none.
+
+        Raises:
+            BlobsAway: It is to be kept in object storage, which cannot be used.
+        """
+
+        def work(connection: Connection) -> None:
+            [kept] = self._blobs.keep(connection, [thumbnail])
+            query = update(ReferenceRow).where(ReferenceRow.id == image_id, ~PICTURED)
+            connection.execute(query.values(thumbnail=kept.data, thumbnail_sha256=kept.sha256))
+            self._blobs.note_spare(connection, [kept])
+
+        self.transaction(work)
 
     def file(self, image_id: int) -> bytes | None:
-        """The bytes of an image that came over HTTP, where they were kept."""
-        return self.read_value(select(ReferenceFileRow.bytes).where(ReferenceFileRow.image_id == image_id))
+        """The bytes of an image that came over HTTP, where they were kept.
+
+        Raises:
+            BlobsAway: They lie in object storage, which cannot be used.
+        """
+        query = select(ReferenceFileRow.bytes, ReferenceFileRow.sha256).where(ReferenceFileRow.image_id == image_id)
+        row = self.read_one(query)
+        return None if row is None else self._blobs.load(Kept(row["bytes"], row["sha256"]))
 
     def vector(self, image_id: int, checkpoint_id: str) -> np.ndarray | None:
         """The embedding of a reference as stored, shape (d,), float32; None where this checkpoint made none."""
@@ -153,6 +178,7 @@ class References(Rows):
             CheckpointSwitched: It is not, though `while_active`.
             BadVector: A vector is not finite, zero, or not of the checkpoint's dimension.
             BadGeneratorName: A new generator's name breaks the rule.
+            BlobsAway: Pictures are to be kept in object storage, which cannot be used.
             UnknownCheckpoint: The checkpoint was never registered.
             ValueError: More than 1,000 images.
         """
@@ -161,7 +187,9 @@ class References(Rows):
         dim = self._checkpoints.require(checkpoint_id).dim
         vectors = [writing.stored_vector(reference.vector, dim) for reference in batch]
         return self.transaction(
-            lambda connection: writing.add(connection, batch, vectors, checkpoint_id, enrolment, while_active)
+            lambda connection: writing.add(
+                connection, self._blobs, batch, vectors, checkpoint_id, enrolment, while_active
+            )
         )
 
     def embed(self, ids: Sequence[int], vectors: np.ndarray, checkpoint_id: str) -> int:
@@ -291,7 +319,7 @@ def _known(checkpoint_id: str) -> Select[Any]:
             ReferenceRow.mtime,
             GeneratorRow.name.label("generator"),
             EmbeddingRow.image_id.is_not(None).label("embedded"),
-            ReferenceRow.thumbnail.is_not(None).label("pictured"),
+            PICTURED.label("pictured"),
         )
         .outerjoin(GeneratorRow, GeneratorRow.id == ReferenceRow.generator_id)
         .outerjoin(EmbeddingRow, embedded)

@@ -8,6 +8,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from indexer.database.tables import BlockedHashRow, ReferenceRow
 from indexer.database.transactions import TRANSACTION_IMAGES, Rows, notify
+from indexer.store.blobs import note_dropped
 from indexer.store.counts import count_removed
 
 STAMP = """with stamped as (
@@ -68,6 +69,7 @@ def _remove(connection: Connection, criterion: ColumnElement[bool], forget: bool
         blocked = [{"sha256": row.sha256} for row in rows]
         connection.execute(insert(BlockedHashRow).values(blocked).on_conflict_do_nothing())
     count_removed(connection, ids["ids"])
+    note_dropped(connection, ids["ids"])
     connection.execute(text("delete from reference_image where id = any(:ids)"), ids)
     for checkpoint_id, revision in revisions.items():
         notify(connection, f"{checkpoint_id} {revision}")

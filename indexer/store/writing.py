@@ -12,6 +12,7 @@ from sqlalchemy import Connection, make_url, text
 from indexer.database.tables import ReferenceRow
 from indexer.database.transactions import PassingConflict, notify
 from indexer.index.vector_checks import BadVectors, unit_vectors
+from indexer.store.blobs import Blobs, Kept
 from indexer.store.checkpoints import CheckpointSwitched
 from indexer.store.counts import count_added
 from indexer.store.generators import generator_ids
@@ -27,6 +28,7 @@ INCOMING = {
     **{column.name: column.type.compile(POSTGRES).lower() for column in ROW_COLUMNS},
     "vector": "bytea",
     "bytes": "bytea",
+    "file_sha256": "bytea",
 }
 ROW_NAMES = ", ".join(f'"{column.name}"' for column in ROW_COLUMNS)
 CREATE = f"""create temporary table incoming ({", ".join(f'"{name}" {kind}' for name, kind in INCOMING.items())})
@@ -36,15 +38,17 @@ BLOCK = "delete from incoming i using blocked_hash b where b.sha256 = i.sha256 r
 INSERT = f"""insert into reference_image ({ROW_NAMES}, enrolment_id)
 select distinct on (sha256) {ROW_NAMES}, cast(:enrolment as bigint) from incoming order by sha256, position
 on conflict (sha256) do nothing returning id"""
-KEEP_FILES = """insert into reference_file (image_id, bytes)
-select distinct on (r.id) r.id, i.bytes from incoming i join reference_image r using (sha256)
-where i.bytes is not null order by r.id, i.position on conflict do nothing"""
+KEEP_FILES = """insert into reference_file (image_id, bytes, sha256)
+select distinct on (r.id) r.id, i.bytes, i.file_sha256 from incoming i join reference_image r using (sha256)
+where num_nonnulls(i.bytes, i.file_sha256) > 0 order by r.id, i.position on conflict do nothing"""
 MATCH = """select i.position, r.id, r.sha256, r.label, r.generator_id, g.name as generator,
        i.label = r.label and i.generator_id is not distinct from r.generator_id as agrees
 from incoming i join reference_image r using (sha256) left join generator g on g.id = r.generator_id
 order by i.position"""
-KEEP_THUMBNAILS = """update reference_image r set thumbnail = i.thumbnail from incoming i
-where i.sha256 = r.sha256 and r.thumbnail is null and i.thumbnail is not null
+KEEP_THUMBNAILS = """update reference_image r set thumbnail = i.thumbnail, thumbnail_sha256 = i.thumbnail_sha256
+from incoming i
+where i.sha256 = r.sha256 and num_nulls(r.thumbnail, r.thumbnail_sha256) = 2
+and num_nulls(i.thumbnail, i.thumbnail_sha256) < 2
 and i.label = r.label and i.generator_id is not distinct from r.generator_id"""
 EMBED = """insert into embedding (image_id, checkpoint_id, vector, revision)
 select distinct on (r.id) r.id, :checkpoint, i.vector, :revision from incoming i join reference_image r using (sha256)
@@ -103,6 +107,7 @@ class Added:
 
 def add(
     connection: Connection,
+    blobs: Blobs,
     batch: Sequence[NewReference],
     vectors: Sequence[bytes],
     checkpoint_id: str,
@@ -110,8 +115,11 @@ def add(
     while_active: bool,
 ) -> Added:
     """Store a batch, with one vector as `stored_vector` gives it for each image, in this transaction."""
+    # Before any row is locked: object storage may be slow.
+    thumbnails = blobs.keep(connection, [item.thumbnail for item in batch])
+    files = blobs.keep(connection, [item.data for item in batch])
     generators = generator_ids(connection, {item.generator for item in batch if item.generator is not None})
-    _copy(connection, batch, vectors, generators)
+    _copy(connection, batch, vectors, generators, thumbnails, files)
     blocked = {row.position: row.sha256.hex() for row in connection.execute(text(BLOCK))}
     # Rows that nobody sees yet need no lock, and their thumbnails take most of the time.
     inserted = {row.id for row in connection.execute(text(INSERT), {"enrolment": enrolment})}
@@ -120,6 +128,7 @@ def add(
     if while_active and not connection.scalar(text(ACTIVE), {"checkpoint": checkpoint_id}):
         raise CheckpointSwitched(f"the active checkpoint is no longer {checkpoint_id}: run the command again")
     connection.execute(text(KEEP_THUMBNAILS))
+    blobs.note_spare(connection, thumbnails + files)
     matches = connection.execute(text(MATCH)).all()
     if len(matches) + len(blocked) < len(batch):
         raise PassingConflict("a row was removed after its image was found to be known")
@@ -172,19 +181,28 @@ def _stamp(connection: Connection, checkpoint_id: str, revision: int) -> None:
 
 
 def _copy(
-    connection: Connection, batch: Sequence[NewReference], vectors: Sequence[bytes], generators: dict[str, int]
+    connection: Connection,
+    batch: Sequence[NewReference],
+    vectors: Sequence[bytes],
+    generators: dict[str, int],
+    thumbnails: Sequence[Kept],
+    files: Sequence[Kept],
 ) -> None:
     connection.execute(text(CREATE))
     driver = cast("psycopg.Connection[Any]", connection.connection.driver_connection)
     with driver.cursor() as cursor, cursor.copy("copy incoming from stdin (format binary)") as copy:
         copy.set_types(list(INCOMING.values()))
-        for position, (item, vector) in enumerate(zip(batch, vectors, strict=True)):
+        rows = zip(batch, vectors, thumbnails, files, strict=True)
+        for position, (item, vector, thumbnail, file) in enumerate(rows):
             values = {
                 "position": position,
                 "sha256": bytes.fromhex(item.sha256),
                 "generator_id": None if item.generator is None else generators[item.generator.lower()],
                 "vector": vector,
-                "bytes": item.data,
+                "thumbnail": thumbnail.data,
+                "thumbnail_sha256": thumbnail.sha256,
+                "bytes": file.data,
+                "file_sha256": file.sha256,
             }
             copy.write_row([values[name] if name in values else _storable(getattr(item, name)) for name in INCOMING])
     connection.execute(text("analyze incoming (sha256)"))
