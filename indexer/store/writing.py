@@ -38,6 +38,7 @@ BLOCK = "delete from incoming i using blocked_hash b where b.sha256 = i.sha256 r
 INSERT = f"""insert into reference_image ({ROW_NAMES}, enrolment_id)
 select distinct on (sha256) {ROW_NAMES}, cast(:enrolment as bigint) from incoming order by sha256, position
 on conflict (sha256) do nothing returning id"""
+LOCK = "select revision from index_revision where checkpoint_id = :checkpoint for update"
 KEEP_FILES = """insert into reference_file (image_id, bytes, sha256)
 select distinct on (r.id) r.id, i.bytes, i.file_sha256 from incoming i join reference_image r using (sha256)
 where num_nonnulls(i.bytes, i.file_sha256) > 0 order by r.id, i.position on conflict do nothing"""
@@ -171,8 +172,7 @@ def embed(connection: Connection, ids: Sequence[int], vectors: Sequence[bytes], 
 
 def _lock(connection: Connection, checkpoint_id: str) -> int:
     """The revision, locked: revisions become visible in the order of commits, and nothing is removed meanwhile."""
-    lock = text("select revision from index_revision where checkpoint_id = :checkpoint for update")
-    return int(connection.execute(lock, {"checkpoint": checkpoint_id}).scalar_one())
+    return int(connection.execute(text(LOCK), {"checkpoint": checkpoint_id}).scalar_one())
 
 
 def _stamp(connection: Connection, checkpoint_id: str, revision: int) -> None:
