@@ -67,16 +67,17 @@ class AnsweringConnection(psycopg.Connection[Any]):
         Raises:
             psycopg.OperationalError: It took too long, and the connection is closed; or it failed.
         """
-        if timeout is not None or self.patience is None:
-            return super().wait(gen, interval, timeout)
-        start = time.monotonic()
+        patience, start = self.patience if timeout is None else None, time.monotonic()
         try:
-            return super().wait(gen, interval, self.patience)
+            return super().wait(gen, interval, timeout if patience is None else patience)
+        except SystemExit:  # of SIGTERM: amid an answer no other call is taken, whose error would hide this one
+            self.close()
+            raise
         except psycopg.OperationalError as error:
-            if time.monotonic() - start < self.patience:
+            if patience is None or time.monotonic() - start < patience:
                 raise
             self.close()
-            raise psycopg.OperationalError(f"no answer for {self.patience:g} seconds") from error
+            raise psycopg.OperationalError(f"no answer for {patience:g} seconds") from error
 
 
 def dedicated(engine: Engine, purpose: str) -> AnsweringConnection:

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import GeneratorType
 from typing import Any, cast
 from unittest.mock import Mock
 
@@ -423,6 +424,27 @@ def test_the_connection_limits_how_long_it_waits(settings: Settings) -> None:
     engine = connect(settings)
     with engine.connect() as connection:
         assert connection.scalar(text("show statement_timeout")) == "0"  # exports and rebuilds take their time
+    engine.dispose()
+
+
+def test_termination_amid_an_answer_is_no_failure_of_the_database(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the pool asks whether a connection still answers, whose mode it would then set back."""
+    engine, wait = connect(settings), psycopg.Connection.wait
+
+    def ended(connection: psycopg.Connection[Any], gen: GeneratorType[Any, Any, Any], *limits: Any) -> Any:
+        if gen.__name__ != "_execute_gen":
+            return wait(connection, gen, *limits)
+        next(gen)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(psycopg.Connection, "wait", ended)
+        with pytest.raises(SystemExit):
+            engine.connect()
+    with engine.connect() as connection:
+        assert connection.scalar(text("select 1")) == 1
     engine.dispose()
 
 
