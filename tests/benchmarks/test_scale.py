@@ -1,6 +1,7 @@
-"""The simulation of writers and replicas against what can be worked out by hand."""
+"""The simulation of writers and replicas, and the sizes of machines, against what can be worked out by hand."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +43,37 @@ def test_a_replica_lags_by_one_reading_unless_commits_outrun_it() -> None:
     slow = simulate(1, 1, before=0.05, held=0.05, load=0.25)
     assert 0.25 <= slow.lag <= slow.worst_lag <= 0.5  # what comes during one reading has to wait for the next
     assert slow.rate == quick.rate
+
+
+def test_costs_grow_by_the_power_of_the_measured_points() -> None:
+    assert scale.extrapolated({1.0: 10.0, 10.0: 100.0}, 1_000.0) == pytest.approx(10_000)
+    assert scale.extrapolated({1.0: 1.0, 4.0: 2.0}, 16.0) == pytest.approx(4)  # a square root
+
+
+def test_a_machine_has_the_cores_and_the_memory() -> None:
+    assert [scale.machine(cores, 0) for cores in (0.1, 2, 2.1, 5)] == [2, 2, 4, 8]
+    assert [scale.machine(1, scale.GIB * memory) for memory in (8, 8.1, 33)] == [2, 4, 16]
+
+
+def test_a_row_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {"VERDICT_SECONDS": 0.024, "ROW_BYTES": 1_000, "THUMBNAIL_BYTES": 9_000, "VERDICT_BYTES": 0}
+    for name, value in {**costs, "CORE_DOLLARS": 30}.items():
+        monkeypatch.setattr(scale, name, value)
+    # 48 cores; 100 million x 792 bytes are 74 GiB, x 310 bytes 29; a terabyte on disk for 80 dollars.
+    assert scale.verdict_row(100_000_000, 1_000) == [
+        "100,000,000",
+        "1,000",
+        "3 x 16 cores, 64 GiB",
+        "32 cores, 128 GiB",
+        "8 cores, 32 GiB",
+        "1.0 TB",
+        "24.0",
+        f"{30 * (48 + 32 + 8) + 80:,}",
+        "1.05",
+    ]
+
+
+def test_the_page_has_the_tables() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    for table in (scale.reference_table(), scale.verdict_table()):
+        assert table in page, "python -m benchmarks.scale tables prints what belongs there"
