@@ -433,7 +433,7 @@ def test_termination_amid_an_answer_is_no_failure_of_the_database(
     """As the pool asks whether a connection still answers, whose mode it would then set back."""
     engine, wait = connect(settings), psycopg.Connection.wait
 
-    def ended(connection: psycopg.Connection[Any], gen: GeneratorType[Any, Any, Any], *limits: Any) -> Any:
+    def ended(connection: psycopg.Connection[Any], gen: "GeneratorType[Any, Any, Any]", *limits: Any) -> Any:
         if gen.__name__ != "_execute_gen":
             return wait(connection, gen, *limits)
         next(gen)
