@@ -1,4 +1,4 @@
-"""Planted keys, the token of the start and the database's password are in no answer, log line, metric or page."""
+"""Planted secrets of callers, webhooks and the database are in no answer, log line, metric or page."""
 
 import logging
 from collections.abc import Callable
@@ -21,12 +21,13 @@ from indexer.__main__ import app as indexer
 from indexer.database.connection import connect
 
 PASSWORD, PARAMETER = "planted-password", "planted-parameter"
-TOKEN = "planted-token-of-the-start"
+TOKEN, WEBHOOK = "planted-token-of-the-start", "planted-secret-of-webhooks"
 KEY, WRONG_KEY, REVOKED_KEY = "lineup_planted-key", "lineup_planted-wrong-key", "lineup_planted-revoked-key"
-PLANTED = (PASSWORD, PARAMETER, TOKEN, KEY, WRONG_KEY, REVOKED_KEY)
+PLANTED = (PASSWORD, PARAMETER, TOKEN, WEBHOOK, KEY, WRONG_KEY, REVOKED_KEY)
 PATHS = (
     *("/", "/app.js", "/docs", "/openapi.json", "/health/live", "/health/ready", "/metrics", "/nothing"),
     *("/v1/status", "/v1/calibration", "/v1/generators", "/v1/references", "/v1/enrolments", "/v1/detections"),
+    *("/v1/jobs", "/v1/candidates"),
 )
 
 
@@ -38,8 +39,8 @@ def with_password(url: str) -> str:
 
 @pytest.fixture
 def planted(settings: ServiceSettings, tiny_checkpoint: Path) -> ServiceSettings:
-    changes = {"database_url": with_password(str(settings.database_url)), "token": TOKEN, "open": False}
-    return settings.model_copy(update={**changes, "checkpoint": tiny_checkpoint, "device": "cpu"})
+    changes = {"database_url": with_password(str(settings.database_url)), "token": TOKEN, "webhook_secret": WEBHOOK}
+    return settings.model_copy(update={**changes, "open": False, "checkpoint": tiny_checkpoint, "device": "cpu"})
 
 
 def text_of(response: Response) -> str:
