@@ -130,9 +130,9 @@ audit: $(TOOLS)/.locked
 manifests: $(TOOLS)/.locked
 	$(TOOLS)/kubernetes-validate --strict docker/kubernetes.yml
 
-build/sbom/lean.json: EXTRAS := cpu blobs
-build/sbom/cpu.json: EXTRAS := cpu train blobs
-build/sbom/cuda.json: EXTRAS := gpu train blobs datasets export
+build/sbom/lean.json: EXTRAS := cpu blobs milvus
+build/sbom/cpu.json: EXTRAS := cpu train blobs milvus
+build/sbom/cuda.json: EXTRAS := gpu train blobs milvus datasets export
 build/sbom/%.json: $(TOOLS)/.locked pyproject.toml requirements.lock docker/faiss-cpu.lock docker/pip.lock
 	@mkdir -p $(@D)
 	{ $(TOOLS)/python docker/extras.py $(EXTRAS); cat docker/pip.lock; } | $(TOOLS)/uv pip compile --quiet --generate-hashes \

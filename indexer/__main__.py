@@ -364,10 +364,11 @@ def rebuild(
                 save_report(settings.home, "rebuild", report)
         if miscounts(store):
             recount(store)
-        report["indexes"] = [
-            {"checkpoint": one.id, "size": len(renew_snapshot(settings, store, one.id, anew=True).index)}
-            for one in store.checkpoints.list()
-        ]
+        report["indexes"] = []
+        for one in store.checkpoints.list():
+            with image_progress(total=len(store.changes.embedded_ids(one.id)), what="index") as advance:
+                follower = renew_snapshot(settings, store, one.id, anew=True, on_rows=advance)
+            report["indexes"].append({"checkpoint": one.id, "size": len(follower.index)})
     answer(as_json, report, lambda: tell_rebuilt(report))
     named = Settings.read().checkpoint
     if checkpoint is not None and named is not None and named.resolve() != checkpoint.resolve():

@@ -1,7 +1,7 @@
 """What every command of the indexer shares: options, expected failures, the store it opens, the snapshot it leaves."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -129,7 +129,13 @@ def serving_checkpoint(settings: Settings, store: Store) -> Checkpoint | None:
 
 
 def renew_snapshot(
-    settings: Settings, store: Store, checkpoint_id: str, *, folder: Path | None = None, anew: bool = False
+    settings: Settings,
+    store: Store,
+    checkpoint_id: str,
+    *,
+    folder: Path | None = None,
+    anew: bool = False,
+    on_rows: Callable[[int], None] = lambda rows: None,
 ) -> Follower:
     """Write the snapshot and the calibration of the index as the rows are now, and return the index.
 
@@ -139,9 +145,10 @@ def renew_snapshot(
         checkpoint_id: Whose index.
         folder: See `recalibrate`.
         anew: Do not trust the snapshot that is there, and fail where none can be written.
+        on_rows: See `Follower.load`.
     """
     follower = Follower(settings, store, checkpoint_id, store.checkpoints.require(checkpoint_id).dim)
-    follower.load(anew=anew)
+    follower.load(anew=anew, on_rows=on_rows)
     if anew:
         follower.save()
     else:

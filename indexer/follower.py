@@ -85,8 +85,8 @@ class Copy(Protocol):
         """A copy of everything in the index."""
         ...
 
-    def load(self, *, anew: bool) -> bool:
-        """Make the index complete; `anew` trusts nothing but the rows."""
+    def load(self, *, anew: bool, on_rows: Callable[[int], None]) -> bool:
+        """Make the index complete; `anew` trusts nothing but the rows, `on_rows` is told how many each page brought."""
         ...
 
     def catch_up(self) -> bool:
@@ -170,18 +170,19 @@ class Follower:
         """Revision of the snapshot as it was read or written here; None where there is no good one."""
         return self.copy.saved_revision
 
-    def load(self, *, anew: bool = False) -> int:
+    def load(self, *, anew: bool = False, on_rows: Callable[[int], None] = lambda rows: None) -> int:
         """Make the index complete, from what was kept of it and the rows since; returns the revision reached.
 
         Args:
             anew: Read all rows: a snapshot is replaced by `save`, a search engine loads another collection.
+            on_rows: Called with how many rows have come in since the last time.
 
         Raises:
             sqlalchemy.exc.DBAPIError: The database cannot be reached.
             UnknownCheckpoint: The store has never heard of the checkpoint.
         """
         with self._following:
-            return self._catch_up(lambda: self.copy.load(anew=anew))
+            return self._catch_up(lambda: self.copy.load(anew=anew, on_rows=on_rows))
 
     def catch_up(self) -> int:
         """Apply what was written since; returns the revision reached.

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -80,7 +81,7 @@ class MemoryCopy:
         names = np.array([self.source_names.get(number) for number in sources.tolist()], object)
         return Contents(ids, vectors, labels, generators, names)
 
-    def load(self, *, anew: bool) -> bool:
+    def load(self, *, anew: bool, on_rows: Callable[[int], None]) -> bool:
         """Read the snapshot where it is good, then the rest from Postgres."""
         with self._changing:
             self._store_id = self.store.id()
@@ -93,7 +94,7 @@ class MemoryCopy:
                 self._saved = self._store_id, self.position
             except BadSnapshot as error:
                 log.info("reading the index from the database: %s", error)
-            self._catch_up()
+            self._catch_up(on_rows)
         return True
 
     def catch_up(self) -> bool:
@@ -168,21 +169,21 @@ class MemoryCopy:
             raise BadSnapshot(f"{self.snapshot} is of another history: the database was restored from a backup")
         return position
 
-    def _catch_up(self) -> None:
+    def _catch_up(self, on_rows: Callable[[int], None] = lambda rows: None) -> None:
         store_id = self.store.id()
         # First: what commits later, or is restored meanwhile, is for the next time.
         target, stands = self.store.changes.position(self.checkpoint_id, self._begun)
         if store_id != self._store_id or not stands:
             log.warning("the database is another one, or was restored from a backup: loading all of it")
             index = VectorIndex(self.dim, self.settings.device)
-            self._apply(index, 0, target.revision)
+            self._apply(index, 0, target.revision, on_rows)
             self.index, self._store_id = index, store_id
         elif target != self.position:
             self._begun = target
-            self._apply(self.index, self.position.revision, target.revision)
+            self._apply(self.index, self.position.revision, target.revision, on_rows)
         self.position = self._begun = target
 
-    def _apply(self, index: VectorIndex, seen: int, target: int) -> None:
+    def _apply(self, index: VectorIndex, seen: int, target: int, on_rows: Callable[[int], None]) -> None:
         """Bring an index from one revision to another. Repeating it after a failure half-way does no harm."""
         numbers = {name: number for number, name in self.source_names.items()}
         for change in self.store.changes.between(self.checkpoint_id, seen, target):
@@ -195,3 +196,4 @@ class MemoryCopy:
             index.remove(change.ids)  # of an earlier try, or embedded anew
             sources = np.array([numbers[name] for name in change.sources])
             index.add(change.ids, change.vectors, change.labels, change.generators, sources)
+            on_rows(len(change.ids))

@@ -72,12 +72,12 @@ class MilvusCopy:
             raise EngineAway("nothing was shipped to the search engine yet: run lineup index ship")
         return self.engine.contents(stamp.collection, self.dim)
 
-    def load(self, *, anew: bool) -> bool:
+    def load(self, *, anew: bool, on_rows: Callable[[int], None]) -> bool:
         """Have the engine filled, by this process unless another one does that; `anew` loads a new collection."""
         self._tell(self.engine.check)
         try:
             if anew:
-                self.shipper.rebuild()
+                self.shipper.rebuild(on_rows)
             elif self.shipper.lead():
                 self._tell(self.shipper.ship)
         finally:

@@ -65,8 +65,8 @@ def note(line: str) -> None:
 @contextmanager
 def image_progress(
     again: Callable[[], Iterable[object]] | None = None, total: int | None = None, what: str = "images"
-) -> Iterator[Callable[[], None]]:
-    """A bar, see `Bar`, that the given function advances by one image.
+) -> Iterator[Callable[..., None]]:
+    """A bar, see `Bar`, that the given function advances by one image, or as many as it is told.
 
     Args:
         again: Gives the images anew, to be counted in the background while the first of them are added.
@@ -83,7 +83,7 @@ def image_progress(
 
         if again is not None and console.is_terminal:
             threading.Thread(target=count, args=(again,), name="count", daemon=True).start()
-        yield lambda: bar.advance(task)
+        yield lambda images=1: bar.advance(task, images)
 
 
 def save_report(home: Path, command: str, report: dict[str, Any]) -> None:

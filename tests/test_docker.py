@@ -123,6 +123,17 @@ def test_commands_exist(services: dict[str, Any]) -> None:
         assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0, command
 
 
+def test_milvus_is_asked_where_it_runs(services: dict[str, Any]) -> None:
+    """Nobody runs it unless told to, and whatever asks it is told the same."""
+    assert services["milvus"]["profiles"] == ["milvus"]
+    [url, profile] = re.findall(r"export LINEUP_INDEX=(\S+) COMPOSE_PROFILES=(\S+)", COMPOSE)[0]
+    assert (ServiceSettings(index=url).index, profile) == ("milvus+http://milvus:19530", "milvus")
+    for name in ("api", "indexer"):
+        assert services[name]["environment"]["LINEUP_INDEX"] == "${LINEUP_INDEX:-}"
+    for image in ("lean", "cpu", "cuda"):
+        assert any(requirement.startswith("pymilvus") for requirement in requirements(image))
+
+
 def test_services_wait_for_each_other(services: dict[str, Any]) -> None:
     waits = {name: dict(service.get("depends_on", {})) for name, service in services.items()}
     assert waits == {
@@ -131,6 +142,7 @@ def test_services_wait_for_each_other(services: dict[str, Any]) -> None:
         "key": {"migrate": {"condition": "service_completed_successfully"}},
         "indexer": {"migrate": {"condition": "service_completed_successfully"}},
         "api": {"key": {"condition": "service_completed_successfully"}},
+        "milvus": {},  # replicas go on without it
         "proxy": {"api": {"condition": "service_healthy"}},
         "backup": {"db": {"condition": "service_healthy"}},
     }

@@ -370,6 +370,14 @@ def test_a_follower_asks_the_engine(store: Store, settings: Settings, engine: En
     shipping(leading).resign()
 
 
+@pytest.mark.parametrize("index", [None, URL])
+def test_a_load_tells_of_its_rows(store: Store, settings: Settings, engine: Engine, index: str | None) -> None:
+    add(store, 1, 2, 3)
+    rows: list[int] = []
+    Follower(settings.model_copy(update={"index": index}), store, CHECKPOINT, DIM).load(anew=True, on_rows=rows.append)
+    assert sum(rows) == 3
+
+
 def test_the_engine_may_be_away_and_come_back(
     store: Store, settings: Settings, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
