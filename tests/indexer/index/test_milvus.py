@@ -1,7 +1,14 @@
-"""The index in Milvus gives what the index in memory gives; with LINEUP_TEST_MILVUS a real engine is asked as well."""
+"""The index in Milvus gives what the index in memory gives.
+
+With LINEUP_TEST_MILVUS a real engine is asked as well, and with LINEUP_MILVUS_LITE, which names the executable
+`milvus-lite` of another environment (its FAISS and ours overwrite each other), Milvus Lite.
+"""
 
 import os
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,9 +23,11 @@ from indexer.index.vector_checks import BadVectors
 from indexer.index.vector_index import VectorIndex
 
 DIM, N = 16, 120
-SOURCES = ["plain", 'with "quotes"', "back\\slash", "line\r\nfeed\tü\x01"]
+SOURCES = ["plain", 'with "quotes"', "back\\slash", "line\r\nfeed\tü"]
 DOUBLE = "milvus+http://double:19530"
-ENGINES = [DOUBLE, *filter(None, [os.environ.get("LINEUP_TEST_MILVUS")])]
+LITE = "lite"
+SERVERS = [DOUBLE, *filter(None, [os.environ.get("LINEUP_TEST_MILVUS")])]
+ENGINES = [*SERVERS, LITE]
 
 
 def connected(url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Milvus:
@@ -33,12 +42,41 @@ def engine() -> Engine:
     return Engine()
 
 
+@pytest.fixture(scope="module")
+def lite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The url of a Milvus Lite."""
+    program = os.environ.get("LINEUP_MILVUS_LITE")
+    if program is None:
+        pytest.skip("LINEUP_MILVUS_LITE names no milvus-lite")
+    pytest.importorskip("pymilvus")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = str(tmp_path_factory.mktemp("lite"))
+    command = [program, "server", "--data-dir", folder, "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url, deadline = f"milvus+http://127.0.0.1:{port}", time.monotonic() + 180
+    try:
+        while True:
+            try:
+                Milvus(url).ping()
+                break
+            except EngineAway:
+                assert time.monotonic() < deadline, "Milvus Lite did not start"
+                time.sleep(0.2)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture(params=ENGINES)
 def pair(
     request: pytest.FixtureRequest, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[MilvusIndex, VectorIndex]]:
     """The same references in both, which half precision holds exactly, so that both agree on the order."""
-    milvus = connected(request.param, engine, monkeypatch)
+    url = request.getfixturevalue("lite") if request.param == LITE else request.param
+    milvus = connected(url, engine, monkeypatch)
     collection = milvus.create("lineup_test", DIM)
     rng = np.random.default_rng(0)
     vectors, ids = rng.choice([-1.0, 1.0], (N, DIM)), np.arange(N) * 3
@@ -81,6 +119,18 @@ def test_it_finds_what_memory_finds(pair: tuple[MilvusIndex, VectorIndex]) -> No
     assert (index.search(queries, 3, source=-2).ids == -1).all()
     # more than there are
     assert_same(index, index.search(queries, N + 5), memory.search(queries, N + 5))
+
+
+@pytest.mark.parametrize("url", SERVERS)
+def test_control_characters_are_escaped(url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Milvus Lite has no way to write them."""
+    milvus = connected(url, engine, monkeypatch)
+    collection = milvus.create("lineup_test", DIM)
+    milvus.upsert(collection, 0, np.array([7]), np.ones((1, DIM)), np.array([-1]), ["\x01"])
+    index = MilvusIndex(milvus, DIM)
+    index.stamp = Stamp(collection, milvus.mark(collection, "1 None", DIM), 1, 0, 1.0)
+    assert index.search(np.ones((1, DIM)), 1, source=index.number("\x01")).ids.tolist() == [[7]]
+    milvus.drop(collection)
 
 
 def test_both_labels_without_what_is_excluded(
