@@ -1,6 +1,11 @@
-"""References for tests of the index: numbers as images, with a direction of its own for each."""
+"""References for tests of the index: numbers as images, with a direction of its own for each.
+
+Run as a program with a database, a place of object storage and a seed, it adds and removes some until it is killed.
+"""
 
 import hashlib
+import random
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,3 +80,26 @@ def in_memory(follower: Follower) -> MemoryCopy:
     """The copy of a follower whose index is in memory."""
     assert isinstance(follower.copy, MemoryCopy)
     return follower.copy
+
+
+CHURNED = range(12)
+
+
+def pictures(number: int) -> dict[str, bytes]:
+    """Thumbnail and file of an image that `churn` adds; two images have one thumbnail."""
+    return {"thumbnail": b"thumbnail %d" % (number // 2), "data": b"file %d" % number}
+
+
+def churn(url: str, place: str, seed: str) -> None:
+    """Add, remove and drain, over and over."""
+    store, choice = Store(connect(Settings(database_url=url)), place), random.Random(seed)
+    print("ready", flush=True)
+    while True:
+        add_all(store, [new(number, **pictures(number)) for number in choice.sample(CHURNED, 6)])
+        hashes = [sha256(number) for number in choice.sample(CHURNED, 6)]
+        store.references.remove(ids=store.references.get_many((), hashes))
+        store.blobs.drain()
+
+
+if __name__ == "__main__":
+    churn(*sys.argv[1:])

@@ -9,6 +9,7 @@ killed leaves objects that no row names at worst, which `lineup index check --bl
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -36,6 +37,7 @@ OWNER = "store"
 """The object that says whose the place is."""
 SHARDS = tuple(f"{first:02x}" for first in range(256))
 """Beginnings of names, which are folders of the place."""
+KEY = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 NAMES = """
 select thumbnail_sha256 as sha256 from reference_image where thumbnail_sha256 {condition}
 union select sha256 from reference_file where sha256 {condition}
@@ -181,8 +183,8 @@ class Blobs(Rows):
             metas = [meta for page in obstore.list(self._objects, prefix=shard) for meta in page]
         blobs: dict[bytes, StoredBlob] = {}
         for meta in metas:
-            with suppress(ValueError):  # something else that somebody put there
-                blobs[bytes.fromhex(meta["path"].partition("/")[2])] = StoredBlob(meta["size"], meta["last_modified"])
+            if KEY.fullmatch(meta["path"]):  # nothing else is ours
+                blobs[bytes.fromhex(meta["path"][3:])] = StoredBlob(meta["size"], meta["last_modified"])
         return blobs
 
     def delete_unnamed(self, hashes: Collection[bytes]) -> int:

@@ -269,6 +269,36 @@ def test_check_notices(run: Run, images: Path, settings: Settings, store: Store)
     assert run("check").exit_code == 0
 
 
+def test_check_compares_object_storage(run: Run, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--blobs needs LINEUP_BLOBS" in run("check", "--blobs").stderr
+    folder = tmp_path / "objects"
+    monkeypatch.setenv("LINEUP_BLOBS", folder.as_uri())
+    away = run("add", images)
+    assert (away.exit_code, len(away.stderr.splitlines())) == (1, 1)
+    assert "LINEUP_BLOBS file:///" in away.stderr
+    folder.mkdir()
+    run("add", images)
+    blobs = document(run("check", "--blobs", "--json"))["blobs"]
+    assert {name: blobs[name] for name in ("objects", "missing", "orphans")} == {
+        "objects": 16,
+        "missing": [],
+        "orphans": 0,
+    }
+    run("remove", "--generator", "gen-a")
+    first, *rest = sorted(folder.glob("??/*"))
+    assert len(rest) == 11
+    (folder / "ff").mkdir(exist_ok=True)
+    first.rename(folder / "ff" / ("f" * 64))  # which no row names
+    wrong = run("check", "--blobs", "--orphan-hours", "0")
+    assert wrong.exit_code == 1
+    assert f"1 missing, {first.name} for one: restore them; 1 that no row names: --repair deletes them" in wrong.stdout
+    repaired = run("check", "--blobs", "--orphan-hours", "0", "--repair")
+    assert repaired.exit_code == 1
+    assert "1 deleted: 1 missing" in repaired.stdout
+    assert len(list(folder.glob("??/*"))) == 11
+    assert "--repair goes with --blobs" in run("check", "--repair").stderr
+
+
 def test_rebuild_with_another_checkpoint(run: Run, images: Path, settings: Settings, store: Store) -> None:
     run("add", images)
     run("add", images / "fake/gen-b", "--label", "fake", "--generator", "gen-b")

@@ -1,7 +1,7 @@
 """Whatever is killed and whenever, running it again ends with the same rows, and rows, index and snapshot agree.
 
 A small form runs with the other tests; `make soak PART=kills` makes `LINEUP_SOAK_KILLS` (300) runs that are killed,
-and a tenth as many services that enrol, or that work on jobs.
+as many processes that fill object storage and empty it, and a tenth as many services that enrol, or that work on jobs.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numbered
 import psutil
 import pytest
 from fastapi.testclient import TestClient
@@ -32,7 +33,7 @@ from api.judge.loader import load_detector
 from api.service_settings import ServiceSettings
 from indexer.__main__ import app as commands
 from indexer.database.connection import connect
-from indexer.measure.check import compare
+from indexer.measure.check import compare, compare_blobs
 from indexer.settings import Settings
 from indexer.store import Store
 
@@ -199,6 +200,45 @@ def test_many_kills_lose_nothing(image_folder: Path, record_property: Record) ->
         record_property("failed", len(faults))
         assert len(faults) < 10, "\n".join(faults)
     assert faults == [], "\n".join(faults)
+
+
+@pytest.mark.timeout(8 * 3600)
+@pytest.mark.parametrize("kills", [2, pytest.param(KILLS, marks=pytest.mark.soak)])
+def test_kills_lose_no_object_that_a_row_names(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record, kills: int
+) -> None:
+    """Two at a time are killed between put, commit and deletion, while each puts what the other deletes."""
+    objects = {data for number in numbered.CHURNED for data in numbered.pictures(number).values()}
+    monkeypatch.setattr("indexer.measure.check.SHARDS", sorted({sha256(data).hexdigest()[:2] for data in objects}))
+    (tmp_path / "objects").mkdir()
+    moments, place, orphans = random.Random(kills), (tmp_path / "objects").as_uri(), 0
+    engine, variables = numbered.opened(settings).engine, os.environ | {"PYTHONPATH": str(ROOT)}
+    store = Store(engine, place)
+    for seed in range(0, kills, 2):
+        command = [sys.executable, numbered.__file__, str(settings.database_url), place]
+        churners = [
+            subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, env=variables)
+            for number in (seed, seed + 1)
+        ]
+        for churner in churners:
+            assert churner.stdout is not None
+            assert churner.stdout.readline() == b"ready\n"
+        time.sleep(moments.uniform(0.1, 0.5))
+        for churner in churners:
+            churner.kill()
+            churner.communicate()
+        agreement = compare_blobs(store, hours=0)
+        assert agreement.missing == []
+        orphans += agreement.orphans
+    assert compare_blobs(store, repair=True, hours=0).missing == []
+    repaired = compare_blobs(store, hours=0)
+    rows = store.references.list()
+    assert len(rows) <= repaired.objects <= 2 * len(rows)  # a file of each, and a thumbnail of each two
+    assert repaired.missing == []
+    assert repaired.orphans == store.blobs.waiting() == 0
+    record_property("tried", f"{kills} kills of who adds to and deletes from object storage, {orphans} orphans found")
+    record_property("failed", 0)
+    engine.dispose()
 
 
 @pytest.mark.timeout(8 * 3600)

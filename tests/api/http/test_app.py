@@ -247,6 +247,29 @@ def test_references_are_added_searched_shown_and_removed(own: TestClient) -> Non
     problem(own.get(f"/v1/references/{second['id']}/thumbnail"), 404, "not-found")
 
 
+def test_without_object_storage_images_are_judged_and_none_enrolled(
+    settings: ServiceSettings, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder, form = tmp_path / "objects", {"label": "fake", "generator": "New-1"}
+    folder.mkdir()
+    with connected(settings, checkpoint=tiny_checkpoint, device="cpu", k=5, blobs=folder.as_uri()) as client:
+        enrol = partial(client.post, "/v1/references", data=form)
+        assert enrol(files=files(png(1), field="images")).json()["added"] == 1
+        (row,) = client.get("/v1/references").json()["references"]
+        assert client.get(row["thumbnail"]).headers["content-type"] == "image/jpeg"
+        folder.rename(tmp_path / "away")
+        folder.touch()  # which is no folder
+        detail = problem(enrol(files=files(png(2), field="images")), 503, "not-ready")["detail"]
+        assert detail == "object storage does not answer"
+        problem(client.get(row["thumbnail"]), 503, "not-ready")
+        verdict = client.post("/v1/detect", files=files(png(3))).json()["results"][0]
+        assert [near["id"] for near in verdict["neighbours"]] == [row["id"]]
+        assert not verdict["degraded"]
+        folder.unlink()
+        (tmp_path / "away").rename(folder)
+        assert enrol(files=files(png(2), field="images")).json()["added"] == 1
+
+
 def test_references_are_relabelled(own: TestClient) -> None:
     form = {"label": "fake", "generator": "New-1"}
     own.post("/v1/references", data=form, files=files(png(1), png(2), field="images"))
