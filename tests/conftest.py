@@ -137,7 +137,9 @@ def postgres_server() -> Iterator[URL]:
     url = server.start()
     admin = create_engine(url, isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
-        connection.execute(text("alter system set fsync = off"))
+        # The vacuum would come to the template, and who copies it would wait or fail.
+        for setting in ("fsync", "full_page_writes", "autovacuum"):
+            connection.execute(text(f"alter system set {setting} = off"))
         connection.execute(text("select pg_reload_conf()"))
         connection.execute(text("create database template"))
     template = create_engine(url.set(database="template"))

@@ -5,8 +5,10 @@ A small form runs with the other tests; `make soak PART=fuzz` tries `LINEUP_SOAK
 """
 
 import io
+import logging
 import os
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -57,6 +59,8 @@ from indexer.store.counts import miscounts
 from indexer.store.generators import GeneratorExists
 from indexer.store.relabelling import Kind
 from trainer.images import FORMATS
+
+log = logging.getLogger(__name__)
 
 HEIC = Path(__file__).parents[1] / "heic"
 FILES = int(os.environ.get("LINEUP_SOAK_FILES", "40000"))
@@ -241,13 +245,7 @@ class StoreModel(RuleBasedStateMachine):
 
     def __init__(self, server: URL, folder: Path) -> None:
         super().__init__()
-        self.stack = ExitStack()
-        url = self.stack.enter_context(new_database(server))
-        self.settings = Settings(home=folder / url.rpartition("/")[2].partition("?")[0], database_url=url)
-        self.store = opened(self.settings)
-        self.stack.callback(self.store.engine.dispose)
-        self.store.checkpoints.register(OTHER, "other", OTHER_DIM, {})
-        self.followers = {checkpoint: self.follower(checkpoint) for checkpoint in DIMS}
+        self.server, self.folder, self.stack = server, folder, ExitStack()
         self.rows: dict[int, Row] = {}
         self.blocked: set[int] = set()
         self.generators: set[str] = set()
@@ -256,6 +254,9 @@ class StoreModel(RuleBasedStateMachine):
         self.exported: tuple[dict[int, Row], set[str]] | None = None
 
     def teardown(self) -> None:
+        """A failure that does not come again, as of a server that answers too late, is nowhere else told as it was."""
+        if isinstance(error := sys.exception(), Exception):
+            log.error("the sequence failed", exc_info=error)
         self.stack.close()
 
     def follower(self, checkpoint: str) -> Follower:
@@ -286,6 +287,12 @@ class StoreModel(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         """Without rows most other rules do nothing."""
+        url = self.stack.enter_context(new_database(self.server))
+        self.settings = Settings(home=self.folder / url.rpartition("/")[2].partition("?")[0], database_url=url)
+        self.store = opened(self.settings)
+        self.stack.callback(self.store.engine.dispose)
+        self.store.checkpoints.register(OTHER, "other", OTHER_DIM, {})
+        self.followers = {checkpoint: self.follower(checkpoint) for checkpoint in DIMS}
         for number, generator in enumerate((None, *GENERATORS)):
             self.add(list(range(2 * number, 2 * number + 2)), generator, "one", CHECKPOINT)
         self.everything_agrees()
