@@ -45,13 +45,13 @@ def test_a_command_that_is_not_there_is_wrong_usage() -> None:
     assert "No such command 'trian'" in done.stderr
 
 
-@pytest.mark.parametrize(("name", "unneeded"), [("detect", "trainer.__main__"), ("train", "faiss"), ("train", "torch")])
-def test_a_command_imports_its_own_program_only(name: str, unneeded: str) -> None:
+@pytest.mark.parametrize(("name", "unneeded"), [("detect", {"trainer.__main__"}), ("train", {"faiss", "torch"})])
+def test_a_command_imports_its_own_program_only(name: str, unneeded: set[str]) -> None:
     code = "import sys; from api.cli import app; app(sys.argv[1:], standalone_mode=False); print(*sys.modules)"
     command = [sys.executable, "-c", code, name, "--help"]
     modules = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert f"{PROGRAMS[name]}.__main__" in modules
-    assert unneeded not in modules
+    assert not unneeded.intersection(modules)
 
 
 def test_a_wheel_works_outside_the_repository(tmp_path: Path) -> None:
