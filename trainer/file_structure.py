@@ -46,7 +46,7 @@ MOST_ITEMS = 2**16
 """An AVIF's or HEIF's list of items has at most so many bytes."""
 MOST_WORK = 2
 """A slow codec may take as long as so many opaque images of all pixels that are allowed, but of no bytes."""
-BYTE_WORK = {"AVIF": 6}
+BYTE_WORK = {"AVIF": 6, "HEIF": 6}
 """Pixels that take such a codec as long as a byte, some 0.1 µs; transparency is a picture of its own."""
 LEAST_BYTES = 2**20
 """So many such an image may have, however many pixels."""
