@@ -269,17 +269,21 @@ class Client:
         max_false_alarm: float | None = None,
         explain: Sequence[Explanation] = (),
         record: bool = True,
+        idempotency_key: str | None = None,
     ) -> Job:
         """Have images, and those at https:// addresses, judged in the background; `webhook` is told of the end.
 
-        It is sent once: a service that was too busy to answer may have taken it all the same, see `jobs`.
+        A service that was too busy to answer may have taken it all the same. With an `idempotency_key`, which is to be
+        another one for each job, it is sent again, and makes no second job; without one it is sent once.
         """
         files = _files("image", images)
         if urls:
             files.append(("urls", ("urls.txt", "\n".join(urls).encode())))
         data = {"webhook": webhook} if webhook else {}
         query = _asked(k, max_false_alarm, explain, record)
-        return self._call("POST", "/jobs", Job, once=True, params=query, data=data, files=files)
+        headers = {} if idempotency_key is None else {"idempotency-key": idempotency_key}
+        once = idempotency_key is None
+        return self._call("POST", "/jobs", Job, once=once, headers=headers, params=query, data=data, files=files)
 
     def jobs(self) -> Iterator[Job]:
         """Every job that this key may see, newest first."""
@@ -335,8 +339,10 @@ class Client:
         if query := content.get("params"):
             content["params"] = {name: value for name, value in query.items() if value is not None}
 
+        headers = self.headers | content.pop("headers", {})
+
         def send() -> httpx2.Response:
-            response = self.http.request(method, f"{self.url}/v1{path}", headers=self.headers, **content)
+            response = self.http.request(method, f"{self.url}/v1{path}", headers=headers, **content)
             if not response.is_success:
                 raise ServiceError(response)
             return response

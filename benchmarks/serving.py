@@ -1,4 +1,4 @@
-"""Detection end to end: one image against the reference path, then a server under 1, 8 and 64 clients.
+"""Detection end to end: one image against the reference path, then a server under 1, 8 and 64 clients and with a job.
 
 Weights and references are random: nothing here depends on what they say. The reference path is the one of the paper's
 code: PIL, the transformers model in eager float32, and scikit-learn's 1-NN, logistic regression and one-class SVM.
@@ -28,6 +28,7 @@ import psutil
 import typer
 from PIL import Image
 
+from api.client import Client as LineupClient
 from api.judge.detector import Detector
 from api.judge.loader import load_detector
 from api.judge.uploads import Upload
@@ -221,6 +222,19 @@ def arrive(port: int, rate: float, seconds: float, forms: list[bytes]) -> tuple[
     return len(times) / (time.perf_counter() - start), sorted(times)
 
 
+def job(port: int, images: list[bytes], number: int) -> float:
+    """Images per second of a job of so many, from its sending to its end."""
+    start = time.perf_counter()
+    with LineupClient(f"http://127.0.0.1:{port}") as lineup:
+        state = lineup.start_job(*((f"{one}.jpg", images[one % len(images)]) for one in range(number)))
+        while not state.ended_at:
+            time.sleep(0.05)
+            state = lineup.job(state.id)
+    if state.failed:
+        raise RuntimeError(f"{state.failed} of {number} images failed")
+    return number / (time.perf_counter() - start)
+
+
 def rates(detector: Detector, images: list[bytes], seconds: float) -> tuple[float, float]:
     """Images per second of the embedding engine alone in batches of 32, and with decoding beside it."""
     views = [detector.prepare(Upload("a.jpg", image)).views for image in images * 2]  # of 32 images, each (w, 3, s, s)
@@ -311,6 +325,8 @@ def main(
                 highest = max(highest, rate)
                 print(row(str(number), rate, times, pid), flush=True)
             print(row("half load", *arrive(port, highest / 2, seconds, forms), pid))
+            number = int(highest * seconds)
+            print(f"\nA job of {number} images, nobody else calling: {job(port, images, number):.1f} images/s")
     finally:
         EmbeddedServer(folder).stop()
         if home is None:

@@ -198,7 +198,7 @@ def create_app(settings: ServiceSettings | None = None, detector: Detector | Non
             CORSMiddleware,
             allow_origins=origins,
             allow_methods=["GET", "POST", "PATCH", "DELETE"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
+            allow_headers=["authorization", "content-type", "idempotency-key", "x-request-id"],
             expose_headers=["x-request-id", "retry-after"],
         )
     app.add_middleware(Envelope, metrics=metrics, settings=settings)

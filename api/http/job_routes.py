@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 from uuid import UUID
 
-from fastapi import File, Form, Query, Response, UploadFile
+from fastapi import File, Form, Header, Query, Response, UploadFile
 
 from api.access import Caller
 from api.http.dependencies import Asked, Detecting, Limit, Loaded, Served, v1_router
@@ -46,11 +46,19 @@ async def create_job(
     webhook: Annotated[
         str | None, Form(max_length=MOST_ADDRESS, description="An https:// address to be told of the end.")
     ] = None,
+    idempotency_key: Annotated[
+        str | None,
+        Header(min_length=1, max_length=200, description="Of your making: a repeated call makes no other job."),
+    ] = None,
 ) -> Job:
     """Judge many images in the background: those sent, and those at the addresses of a list. They are kept until they
     are judged, and no longer.
     """
     settings = service.settings
+    if idempotency_key is not None:
+        made = await service.run(detector.store.jobs.made_with, idempotency_key, caller.key_id)
+        if made is not None:
+            return Job.model_validate(made, from_attributes=True)
     images = [new_image(file, settings) for file in image or ()]
     images += [NewImage(address) for address in await addresses(urls, settings)]
     if not images:
@@ -62,7 +70,14 @@ async def create_job(
     store: Store = detector.store
     await service.run(check_room, store, images, caller, settings)
     asked: dict[str, Any] = asdict(question) | {"explain": sorted(question.explain)}
-    job = await service.run(store.jobs.add, images, asked, api_key_id=caller.key_id, webhook=webhook)
+    job = await service.run(
+        store.jobs.add,
+        images,
+        asked,
+        api_key_id=caller.key_id,
+        webhook=webhook,
+        idempotency_key=idempotency_key,
+    )
     return Job.model_validate(job, from_attributes=True)
 
 

@@ -305,7 +305,8 @@ class JobRow(Base):
     __tablename__ = "job"
     __table_args__ = (
         sa.Index(None, "at", "id"),
-        sa.Index("ix_job_unfinished", "at", postgresql_where=sa.text("ended_at is null")),
+        sa.Index("ix_job_unfinished", "taken_at", "id", postgresql_where=sa.text("ended_at is null")),
+        sa.Index("uq_job_idempotency_key", sa.text("coalesce(api_key_id, 0)"), "idempotency_key", unique=True),
         sa.Index("ix_job_untold", "ended_at", postgresql_where=sa.text("webhook_state = 'pending'")),
     )
 
@@ -325,6 +326,8 @@ class JobRow(Base):
     webhook_state: Mapped[str | None]
     webhook_error: Mapped[str | None]
     leased_until: Mapped[datetime | None]
+    taken_at: Mapped[datetime] = mapped_column(server_default=sa.func.clock_timestamp())
+    idempotency_key: Mapped[str | None]
 
 
 class JobImageRow(Base):
@@ -332,7 +335,7 @@ class JobImageRow(Base):
 
     __tablename__ = "job_image"
     __table_args__ = (
-        sa.Index("ix_job_image_waiting", "fetched", "number", "job_id", postgresql_where=sa.text("result is null")),
+        sa.Index("ix_job_image_waiting", "job_id", "fetched", "number", postgresql_where=sa.text("result is null")),
     )
 
     job_id: Mapped[UUID] = mapped_column(sa.ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)

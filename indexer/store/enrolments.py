@@ -136,8 +136,13 @@ class Enrolments(Rows):
 
     # Last in its class: below it, `list` would mean this method.
     def list(self, *, before: int | None = None, limit: int = 50) -> Sequence[Enrolment]:
-        """Enrolments, newest first; `before` is the last id of the page before."""
-        query = ENROLMENTS.order_by(EnrolmentRow.id.desc()).limit(limit)
+        """Enrolments, newest first; `before` is the last id of the page before.
+
+        Left out are those of parts that have brought nothing so far: a part that is repeated after the others' end
+        leaves one for good.
+        """
+        brought = EnrolmentRow.report.is_(None) | ~EnrolmentRow.report.has_key("job") | (EnrolmentRow.images > 0)
+        query = ENROLMENTS.where(brought).order_by(EnrolmentRow.id.desc()).limit(limit)
         if before is not None:
             query = query.where(EnrolmentRow.id < before)
         return [Enrolment(**row) for row in self.read(query)]

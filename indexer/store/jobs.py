@@ -7,7 +7,8 @@ from typing import Any, Literal, cast
 from uuid import UUID
 
 import psycopg
-from sqlalchemy import ColumnElement, Connection, RowMapping, delete, func, insert, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, delete, func, select, text, tuple_, update
+from sqlalchemy.dialects.postgresql import insert
 
 from indexer.database.tables import JobImageRow, JobRow
 from indexer.database.transactions import Rows
@@ -84,6 +85,25 @@ class Waiting:
     oldest: datetime | None
 
 
+# Jobs are locked before their images, as by whoever finishes one; `exists` keeps jobs out that have nothing free.
+TAKE = text("""with turn as (
+    select id, taken_at from job
+    where ended_at is null and exists (
+        select from job_image
+        where job_id = job.id and result is null and fetched = :fetched
+          and (leased_until is null or leased_until < now()))
+    order by taken_at, id limit :limit for update of job),
+waiting as (
+    select i.job_id, i.number, turn.taken_at, row_number() over (partition by i.job_id order by i.number) as round
+    from turn cross join lateral (
+        select job_id, number from job_image
+        where job_id = turn.id and result is null and fetched = :fetched
+          and (leased_until is null or leased_until < now())
+        order by number limit :limit for update skip locked) i),
+taken as (select job_id, number from waiting order by round, taken_at, job_id limit :limit)
+update job_image i set leased_until = now() + make_interval(secs => :seconds), attempts = i.attempts + 1
+from taken where i.job_id = taken.job_id and i.number = taken.number
+returning i.job_id, i.number, i.file, i.file_bytes, i.bytes, i.attempts""")
 JOBS = select(*(JobRow.__table__.c[name] for name in Job.__slots__))
 
 
@@ -97,6 +117,7 @@ class Jobs(Rows):
         *,
         api_key_id: int | None = None,
         webhook: str | None = None,
+        idempotency_key: str | None = None,
     ) -> Job:
         """Keep a job as a whole or not at all.
 
@@ -105,6 +126,7 @@ class Jobs(Rows):
             question: What is asked of each image, as JSON.
             api_key_id: Who asks.
             webhook: Address that is told of the end.
+            idempotency_key: Where who asks has made a job with this one, that is given and no other made.
         """
         row = {
             "question": dict(question),
@@ -113,10 +135,14 @@ class Jobs(Rows):
             "api_key_id": api_key_id,
             "webhook": webhook,
             "webhook_state": None if webhook is None else "pending",
+            "idempotency_key": idempotency_key,
         }
 
-        def work(connection: Connection) -> UUID:
-            job_id = connection.execute(insert(JobRow).values(row).returning(JobRow.id)).scalar_one()
+        def work(connection: Connection) -> UUID | None:
+            new = insert(JobRow).values(row).on_conflict_do_nothing().returning(JobRow.id)
+            job_id: UUID | None = connection.execute(new).scalar()
+            if job_id is None:
+                return None
             driver = cast("psycopg.Connection[Any]", connection.connection.driver_connection)
             command = f"copy job_image ({', '.join(IMAGE_COLUMNS)}) from stdin (format binary)"
             with driver.cursor() as cursor, cursor.copy(command) as copy:
@@ -126,9 +152,16 @@ class Jobs(Rows):
                     copy.write_row((job_id, number, image.file, image.read is None, image.size, data))
             return job_id
 
-        job = self.get(self.transaction(work))
+        job_id = self.transaction(work)
+        job = self.made_with(idempotency_key, api_key_id) if job_id is None else self.get(job_id)
         assert job is not None
         return job
+
+    def made_with(self, idempotency_key: str | None, api_key_id: int | None) -> Job | None:
+        """The job that a key's owner, or who has none, made with this idempotency key; None without."""
+        same = (JobRow.idempotency_key == idempotency_key) & JobRow.api_key_id.is_not_distinct_from(api_key_id)
+        row = self.read_one(JOBS.where(same))
+        return None if row is None else Job(**row)
 
     def get(self, job_id: UUID) -> Job | None:
         """One job."""
@@ -159,32 +192,22 @@ class Jobs(Rows):
     def claim(self, *, fetched: bool, limit: int, seconds: float) -> Sequence[JobImage]:
         """Take images that nobody has, for so many seconds; then whoever comes first may take them again.
 
-        The first images of all jobs come before the second ones: a small job need not wait for a large one.
+        Jobs take turns: first comes the one whose last turn, or for want of one its making, was longest ago. So no job
+        waits for a larger one, nor for a stream of later ones.
 
         Args:
             fetched: Those that are fetched from an address, or those that were uploaded.
             limit: How many at most.
             seconds: From now.
         """
-        free = (
-            select(JobImageRow.job_id, JobImageRow.number)
-            .where(JobImageRow.result.is_(None), JobImageRow.fetched == fetched)
-            .where(JobImageRow.leased_until.is_(None) | (JobImageRow.leased_until < func.now()))
-            .order_by(JobImageRow.number, JobImageRow.job_id)
-            .limit(limit)
-            .with_for_update(skip_locked=True)
-            .cte("free")
-        )
-        same = (JobImageRow.job_id == free.c.job_id) & (JobImageRow.number == free.c.number)
-        values = {"leased_until": func.now() + timedelta(seconds=seconds), "attempts": JobImageRow.attempts + 1}
-        columns = (JobImageRow.__table__.c[name] for name in JobImage.__slots__[:6])
-        take = update(JobImageRow).where(same).values(values).returning(*columns)
+        values = {"fetched": fetched, "limit": limit, "seconds": seconds}
 
         def work(connection: Connection) -> Sequence[JobImage]:
-            rows = connection.execute(take).mappings().all()
+            rows = connection.execute(TAKE, values).mappings().all()
             begun = JobRow.id.in_({row["job_id"] for row in rows})
             if rows:
-                connection.execute(update(JobRow).where(begun, JobRow.state == "queued").values(state="running"))
+                turn = update(JobRow).where(begun).values(state="running", taken_at=func.clock_timestamp())
+                connection.execute(turn)
             jobs = connection.execute(select(JobRow.id, JobRow.question, JobRow.api_key_id).where(begun)).all()
             asked = {job.id: {"question": job.question, "api_key_id": job.api_key_id} for job in jobs}
             return [JobImage(**row, **asked[row["job_id"]]) for row in rows]

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -102,7 +103,9 @@ def test_every_call_of_the_interface_has_a_method(
         lineup.enrol_candidate("none", "gen-new")
     assert lineup.replay(kept.id).after.id == kept.id
 
-    job = lineup.start_job(path, png(2), urls=["https://127.0.0.1/a.png"], k=3)
+    asked: dict[str, Any] = {"urls": ["https://127.0.0.1/a.png"], "k": 3, "idempotency_key": "mine"}
+    job = lineup.start_job(path, png(2), **asked)
+    assert lineup.start_job(path, png(2), **asked).id == job.id
     while not (ended := lineup.job(job.id)).ended_at:
         time.sleep(0.02)
     assert (ended.state, ended.images, ended.failed) == ("done", 3, 1)
@@ -196,8 +199,11 @@ def test_names_stay_within_their_part_of_a_path() -> None:
     assert paths == [b"/v1/generators/..%2Freferences%2F5", b"/v1/generators/SD%232", b"/v1/generators/SD%3Fx%20y"]
 
 
-def test_a_job_is_sent_once() -> None:
-    lineup, requests = answering(httpx2.Response(503))
-    with pytest.raises(ServiceError):
-        lineup.start_job(urls=["https://example.org/a.jpg"])
-    assert len(requests) == 1
+def test_a_job_is_sent_once_unless_its_key_keeps_it_from_being_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    lineup, requests = answering(*[httpx2.Response(503)] * 4)
+    for key, sent in ((None, 1), ("one", 4)):
+        with pytest.raises(ServiceError):
+            lineup.start_job(urls=["https://example.org/a.jpg"], idempotency_key=key)
+        assert len(requests) == sent
+    assert [request.headers.get("idempotency-key") for request in requests] == [None, "one", "one", "one"]

@@ -127,6 +127,14 @@ def results(client: TestClient, job: dict[str, Any], limit: int = 1000) -> list[
     return every
 
 
+def test_a_call_that_is_repeated_with_its_key_makes_one_job(client: TestClient) -> None:
+    request: dict[str, Any] = {"files": images(png(1, True)), "headers": {"idempotency-key": "one"}}
+    job = ended(client, sent(client, **request))
+    assert sent(client, **request) == job
+    assert sent(client, files=images(png(1, True)))["id"] != job["id"]
+    detail(client.post(JOBS, files=images(png(1, True)), headers={"idempotency-key": "k" * 201}), 422)
+
+
 def test_a_job_says_of_each_image_what_detect_says(client: TestClient) -> None:
     data = [png(95_000 + number, number % 2 == 0) for number in range(5)]
     job = sent(client, files=images(*data[:3], b"no image", *data[3:]), params={"k": 3, "explain": "stability"})

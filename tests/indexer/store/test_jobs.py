@@ -124,12 +124,40 @@ def test_services_that_take_at_once_share_without_doing_one_twice(jobs: Jobs) ->
     assert {current(jobs, job).state for job in added} == {"done"}
 
 
-def test_a_small_job_need_not_wait_for_a_large_one(jobs: Jobs) -> None:
+def test_jobs_take_turns_so_that_none_waits_for_a_large_one_nor_for_a_stream_of_small_ones(jobs: Jobs) -> None:
     large = jobs.add(uploads(20), {})
-    claim(jobs, 2)
-    small = jobs.add(uploads(2), {})
-    assert [image.job_id for image in claim(jobs, 2)] == [small.id, small.id]
-    assert [image.job_id for image in claim(jobs, 2)] == [large.id, large.id]
+    assert [image.number for image in claim(jobs, 3)] == [1, 2, 3]
+    small = jobs.add(uploads(3), {})
+    assert [(image.job_id, image.number) for image in claim(jobs, 3)] == [(small.id, 1), (large.id, 4), (large.id, 5)]
+    turns = []
+    for _ in range(12):  # a job of one image comes with each image that is taken
+        jobs.add(uploads(1), {})
+        turns += [image.job_id for image in claim(jobs, 1)]
+    assert turns.count(large.id) >= 3
+    assert turns.count(small.id) == 2
+    assert len(set(turns)) > 6
+
+
+def test_jobs_that_have_nothing_of_a_kind_take_no_turn_of_it(jobs: Jobs) -> None:
+    for _ in range(3):
+        jobs.add([NewImage("https://a.example/b.png")], {})
+    job = jobs.add(uploads(1), {})
+    assert [image.job_id for image in claim(jobs, 1)] == [job.id]
+
+
+def test_a_key_of_idempotence_makes_one_job_for_each_who_asks(jobs: Jobs) -> None:
+    with jobs.engine.begin() as connection:
+        connection.execute(text("insert into api_key (name, hash, scopes) values ('a', 'a', '{detect}')"))
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: jobs.add(uploads(2), {}, idempotency_key="one"), range(4)))
+    assert len({job.id for job in made}) == 1
+    others = {
+        jobs.add(uploads(1), {}, idempotency_key=key, api_key_id=by).id for key, by in (("two", None), ("one", 1))
+    }
+    assert len(others - {made[0].id}) == 2
+    assert jobs.waiting().images == 4
+    assert jobs.made_with("one", 1) is not None
+    assert jobs.made_with("three", 1) is None
 
 
 def test_cancelling_drops_what_is_not_judged_and_a_late_result_changes_nothing(jobs: Jobs) -> None:

@@ -402,12 +402,16 @@ def test_the_parts_of_an_enrolment_end_once(store: Store) -> None:
     # The last one measures what changed, while another repeats its part.
     other = enrolments.join("job", 2, 2, None, None)
     assert other != one
+    assert [row.id for row in enrolments.list()] == []  # neither has brought a reference
     assert enrolments.finish_part(one, 2, {"added": 2}) == (1, [])
     enrolments.finish(one, {"added": 3})
     assert enrolments.finish_part(one, 2, {"added": 2}) == (1, [])
     ended = enrolments.get(one)
     assert ended is not None
     assert ended.report == {"added": 3}
+    assert [row.id for row in enrolments.list()] == [one]
+    store.references.add([new(1)], CHECKPOINT, other)
+    assert [row.id for row in enrolments.list()] == [other, one]
     enrolments.discard(other)
     assert enrolments.finish_part(other, 2, {"added": 2}) == (1, [])
 
