@@ -26,9 +26,9 @@ SAMPLE_FAKE = 2_000
 LISTED_PAIRS = 100
 """Near duplicates that are listed, the nearest first; all are counted."""
 
-WARNING_SAMPLE_REAL = 500
+WARNING_SAMPLE_REAL = 300
 """The same for the warnings at the end of an addition, which is not to take longer because many were added before."""
-WARNING_SAMPLE_FAKE = 100
+WARNING_SAMPLE_FAKE = 60
 """The same for the warnings at the end of an addition."""
 
 # One short range of an index for each label and generator.

@@ -27,12 +27,18 @@ where "group" in (select unnest(cast(:groups as text[])))
 BAND_RADII = (1, 1, 0)
 """Bits in which bands of near duplicates differ: of `NEAR_BITS` = 4, two in the first and two in the second band leave
 none for the third."""
+# Keys are made there and rows come packed: sending and reading them took longer than finding them.
+KEYS = """select (image & cast({band} as bigint)) # flip
+    from (select unnest(cast(:images as bigint[])) as image) images
+    cross join (select unnest(cast(:flips_{number} as bigint[])) as flip) flips"""
 CANDIDATES = text(
-    " union ".join(
-        f"select id, fingerprint from reference_image "
-        f"where nullif(fingerprint, 0) & cast({band} as bigint) = any(:band_{number})"
+    "select string_agg(int8send(id), ''), string_agg(int8send(fingerprint), '') from ("
+    + " union ".join(
+        f"select id, fingerprint from reference_image where nullif(fingerprint, 0) & cast({band} as bigint)"
+        f" = any(array({KEYS.format(band=band, number=number)}))"
         for number, band in enumerate(FINGERPRINT_BANDS)
     )
+    + ") candidates"
 )
 FINGERPRINTS = text("""
 select string_agg(int8send(id), ''), string_agg(int8send(fingerprint), ''), max(id), count(*) from (
@@ -89,13 +95,11 @@ def similar_fingerprints(store: Store, images: np.ndarray) -> tuple[np.ndarray, 
     Returns:
         Both shape (n,), int64.
     """
-    images = np.unique(images[images != 0])
     bands = zip(FINGERPRINT_BANDS, BAND_RADII, strict=True)
-    keys = {f"band_{number}": _nearby(images, band, radius) for number, (band, radius) in enumerate(bands)}
+    values = {f"flips_{number}": _flips(band, radius) for number, (band, radius) in enumerate(bands)}
     with store.engine.connect() as connection:
-        rows = connection.execute(CANDIDATES, keys).all()
-    ids, fingerprints = np.array([tuple(row) for row in rows], np.int64).reshape(-1, 2).T  # (2, n)
-    return ids, fingerprints
+        ids, fingerprints = connection.execute(CANDIDATES, values | {"images": images[images != 0].tolist()}).one()
+    return _integers(ids), _integers(fingerprints)
 
 
 def all_fingerprints(store: Store) -> tuple[np.ndarray, np.ndarray]:
@@ -105,11 +109,9 @@ def all_fingerprints(store: Store) -> tuple[np.ndarray, np.ndarray]:
     with store.engine.connect() as connection:
         while count == FINGERPRINTS_AT_ONCE:
             place = {"after": after, "page": FINGERPRINTS_AT_ONCE}
-            page_ids, page, last, count = connection.execute(FINGERPRINTS, place).one()
-            if count:
-                after = last
-                ids.append(np.frombuffer(page_ids, ">i8").astype(np.int64))
-                fingerprints.append(np.frombuffer(page, ">i8").astype(np.int64))
+            page_ids, page, after, count = connection.execute(FINGERPRINTS, place).one()
+            ids.append(_integers(page_ids))
+            fingerprints.append(_integers(page))
     return np.concatenate(ids), np.concatenate(fingerprints)
 
 
@@ -137,12 +139,16 @@ def near_duplicates(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return unique
 
 
-def _nearby(images: np.ndarray, band: int, radius: int) -> list[int]:
-    """What fingerprints that differ from these in at most `radius` bits, 0 or 1, of a band have there."""
+def _flips(band: int, radius: int) -> list[int]:
+    """What changes at most `radius` bits, 0 or 1, of a band, as signed masks."""
     bits = [bit for bit in range(64) if band >> bit & 1] if radius else []
-    flips = np.array([0, *(1 << bit for bit in bits)], np.uint64).view(np.int64)
-    keys: list[int] = np.unique((images & band)[:, None] ^ flips).tolist()
-    return keys
+    masks: list[int] = np.array([0, *(1 << bit for bit in bits)], np.uint64).view(np.int64).tolist()
+    return masks
+
+
+def _integers(packed: bytes | None) -> np.ndarray:
+    """What `int8send` packed, shape (n,), int64; none of None, which it gives of no rows."""
+    return np.frombuffer(packed or b"", ">i8").astype(np.int64)
 
 
 def _bytes(fingerprints: np.ndarray) -> np.ndarray:
