@@ -260,7 +260,7 @@ def test_transparency_is_a_picture_of_its_own(monkeypatch: pytest.MonkeyPatch) -
         Image.new(mode, (100, 90), (200, 0, 0, 99)[: len(mode)]).save(file, "AVIF")
     opaque, transparent = (file.getvalue() for file in files)
     assert decode_image(opaque, max_pixels=9_000)[1].width == 100
-    with pytest.raises(ImageTooLarge, match=r"^transparent AVIF of 9,000 pixels .* 0 are allowed where LINEUP_MAX_PIX"):
+    with pytest.raises(ImageTooLarge, match=r"^transparent AVIF of 9,000 pixels .* 0 are allowed"):
         decode_image(transparent, max_pixels=9_000)
 
 
