@@ -23,6 +23,7 @@ from api.schemas.resources import (
     CalibrationState,
     CandidateEnrolment,
     Candidates,
+    Corrected,
     Detection,
     DetectionPage,
     DetectionSummary,
@@ -259,6 +260,18 @@ class Client:
         """Dispute or confirm a verdict."""
         said = Feedback(label=label, note=note)
         return self._call("POST", _path("detections", id, "feedback"), Detection, json=_json(said))
+
+    def enrol_detection(
+        self, id: str, label: Label, generator: str | None = None, source: str = "verdicts", image: Image | None = None
+    ) -> Corrected:
+        """Make a reference of an image that was judged, or relabel the one that it is.
+
+        `image` is the image itself, without which another checkpoint cannot embed it again.
+        """
+        fields = {"label": label, "generator": generator, "source": source}
+        fields = {name: value for name, value in fields.items() if value is not None}
+        files = _files("image", [] if image is None else [image])
+        return self._call("POST", _path("detections", id, "enrol"), Corrected, data=fields, files=files)
 
     def start_job(
         self,

@@ -1,7 +1,8 @@
 """Reference images that come and go over HTTP; they come on the way of all: `indexer.ingest.ingest`."""
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 from api.inflight import deadline_in_use
@@ -11,7 +12,9 @@ from api.schemas import LABELS, Label
 from api.schemas.problems import ApiError, FieldError
 from api.schemas.resources import Added, ReferenceChange, Removed
 from indexer.ingest.ingest import FORGOTTEN, ingest
+from indexer.measure.discovery import enrol_judged
 from indexer.measure.enrolment_effect import consequences
+from indexer.store.detections import Detection
 from indexer.store.generators import check_generator_name
 from indexer.store.reference_facts import Reference
 from indexer.store.relabelling import Kind
@@ -114,6 +117,56 @@ def measured(detector: Detector, added: Added) -> Added:
         added = added.model_copy(update=consequences(detector.settings, detector.follower, enrolment))
         detector.store.enrolments.finish(enrolment, added.model_dump(mode="json"))
     return added
+
+
+def correct(
+    detector: Detector, verdict: Detection, batch: Batch, upload: Upload | None = None
+) -> tuple[Added, Reference, bool]:
+    """Make a reference of a judged image, or relabel the one that it is.
+
+    Args:
+        detector: Where the verdict is kept.
+        verdict: On the image.
+        batch: What the image is.
+        upload: The image itself; without it the reference stands on the embedding of the verdict.
+
+    Returns:
+        What was added, the reference, and whether it was one of another kind before.
+
+    Raises:
+        ApiError: bad-field, when the upload is another image; conflict, when the image may not come back, or the
+            verdict's embedding is of another checkpoint; and as `enrol`.
+        CheckpointSwitched: See `enrol`.
+    """
+    references, sha256 = detector.store.references, verdict.sha256
+    if upload is not None and hashlib.sha256(upload.data).hexdigest() != sha256:
+        detail = f"{upload.file} is not the image of detection {verdict.id}: send that one, or none"
+        raise ApiError("bad-field", detail, errors=[FieldError(field="image", message=detail)])
+    if references.blocked_hashes([sha256]):
+        raise ApiError("conflict", f"the image of detection {verdict.id} {FORGOTTEN}")
+    known = references.find(sha256)
+    if known is not None:
+        relabel(detector, known.id, ReferenceChange(label=batch.label, generator=batch.generator))
+        added = Added(added=0, known=1, embedded=0, revision=detector.follower.revision)
+    elif upload is not None:
+        added = enrol(detector, [upload], batch)
+    elif verdict.checkpoint_id != detector.embedder.id:
+        detail = f"detection {verdict.id} was embedded by checkpoint {verdict.checkpoint_id}: send the image as well"
+        raise ApiError("conflict", detail)
+    else:
+        report = enrol_judged(
+            detector.store,
+            detector.embedder.id,
+            [verdict.image()],
+            Kind(LABELS.index(batch.label), batch.generator),
+            batch.source,
+            while_active=not detector.named,
+        )
+        added = measured(detector, Added.model_validate(asdict(report)))
+    reference = references.find(sha256)
+    if reference is None:
+        raise ApiError("conflict", "the reference was removed meanwhile; try again")
+    return added, reference, known is not None and known.id != reference.id
 
 
 def remove(detector: Detector, removal: Callable[[], RemovedRows]) -> Removed:

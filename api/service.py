@@ -21,7 +21,7 @@ from api.judge.loader import load_detector, load_successor
 from api.judge.uploads import Question, Upload
 from api.monitoring import Metrics
 from api.schemas.problems import ApiError
-from api.schemas.resources import Added, Drift, Status
+from api.schemas.resources import Drift, Status
 from api.schemas.verdicts import Hits, Verdict
 from api.served_checkpoint import Serving, run_admitted, run_in
 from api.service_settings import ServiceSettings
@@ -330,7 +330,7 @@ class Service:
         """What is loaded, followed and calibrated. In threads of its own: who asks for it may wait, nobody else."""
         return await run_in(self._counters, status, self.detector, self.drift)
 
-    async def enrol(self, work: Callable[[Detector], Added], images: int) -> Added:
+    async def enrol(self, work: Callable[[Detector], T], images: int) -> T:
         """Add so many images as references.
 
         Where the active checkpoint changes meanwhile, this is done with the new one.

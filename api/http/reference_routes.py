@@ -3,16 +3,28 @@
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated
+from uuid import UUID
 
 from fastapi import File, Form, Query, Response, UploadFile
 
+from api import verdict_log
 from api.access import Caller, hide_paths
-from api.enrolment import Batch, enrol, relabel, remove
+from api.enrolment import Batch, correct, enrol, relabel, remove
 from api.http.dependencies import Enrolling, Id, Jpeg, Limit, Loaded, Reading, Served, existing, read_uploads, v1_router
+from api.judge.detector import Detector
 from api.judge.evidence import SearchQuery
-from api.schemas import LABELS, Label, Text
+from api.schemas import LABELS, GeneratorName, Label, Text
 from api.schemas.problems import ApiError, documented
-from api.schemas.resources import Added, ReferenceChange, ReferenceImage, ReferenceNeighbours, ReferencePage, Removed
+from api.schemas.resources import (
+    Added,
+    Corrected,
+    ReferenceChange,
+    ReferenceImage,
+    ReferenceNeighbours,
+    ReferencePage,
+    Removed,
+)
+from indexer.measure.discovery import SOURCE
 from indexer.store.reference_facts import Reference
 
 router = v1_router("references")
@@ -44,6 +56,36 @@ async def add_references(
     batch = Batch(label, generator, source)
     uploads = await read_uploads(images, service.settings)
     return await service.enrol(partial(enrol, uploads=uploads, batch=batch), len(uploads))
+
+
+@router.post("/detections/{id}/enrol", responses=documented("not-found", "unreadable", "not-an-image", "conflict"))
+async def enrol_detection(
+    service: Served,
+    caller: Enrolling,
+    id: UUID,
+    label: Annotated[Label, Form()],
+    generator: Annotated[GeneratorName | None, Form(description="What made it, for fakes only.")] = None,
+    source: Annotated[Text, Form(description="Where it came from.")] = SOURCE,
+    image: Annotated[UploadFile | None, File(description="The image itself, which verdicts do not keep.")] = None,
+) -> Corrected:
+    """Make a reference of an image that was judged, or relabel the reference that it is.
+
+    Without `image` the reference has the embedding of the verdict, and a picture only where the verdict has one.
+    """
+    batch = Batch(label, generator, source)
+    upload = next(iter(await read_uploads([image] if image else [], service.settings)), None)
+
+    def work(detector: Detector) -> Corrected:
+        verdict = verdict_log.find(detector, caller, id)
+        added, reference, relabelled = correct(detector, verdict, batch, upload)
+        return Corrected(
+            **added.model_dump(),
+            reference=reference_image(reference, caller),
+            relabelled=relabelled,
+            readable=bool(reference.uri) or detector.store.references.file(reference.id) is not None,
+        )
+
+    return await service.enrol(work, 1)
 
 
 @router.get("/references", responses=documented())

@@ -13,8 +13,8 @@ import { figure, headline, oneIn, plural, rarity } from "./words.js";
 const OF_THE_FILE = new Set([400, 413, 415]);
 const view = document.getElementById("view-detect");
 
-/** Blobs of images judged in this tab, by the id of their record: the service keeps none. */
-export const addresses = new Map();
+/** Images judged in this tab, as {file, address of its blob}, by the id of their record: the service keeps none. */
+export const recent = new Map();
 
 let rates = null;
 const items = [];
@@ -118,7 +118,7 @@ function add(files) {
 
 function redraw(item) {
   if (!items.includes(item)) return; // cleared meanwhile
-  if (item.whole) addresses.set(item.result.id, item.address);
+  if (item.whole) recent.set(item.result.id, item);
   draw(item);
   update();
   if (item.alone && item.result && !item.whole && !item.busy && !item.problem) announce(spoken(item.result));
@@ -171,6 +171,7 @@ function judged(item) {
   const own = item.max_false_alarm ? Number(item.max_false_alarm) : rates?.false_alarm;
   const options = {
     address: item.address,
+    file: item.file,
     at: item.at,
     rates: { ...rates, false_alarm: own },
     pending: !item.whole && !item.problem,
@@ -265,7 +266,7 @@ function exportAll() {
 function clear() {
   queue.stop();
   for (const item of items.splice(0)) URL.revokeObjectURL(item.address);
-  addresses.clear();
+  recent.clear();
   results.replaceChildren();
   tools.hidden = true;
   welcome.hidden = false;

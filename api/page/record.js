@@ -1,7 +1,8 @@
 /** One recorded verdict, shown again: what was said then, what was disputed, and what would be said now. */
 
-import { addresses } from "./detect.js";
 import { ask } from "./client.js";
+import { correction } from "./correction.js";
+import { recent } from "./detect.js";
 import { h, table } from "./dom.js";
 import { problemBox } from "./problems.js";
 import { account } from "./verdict.js";
@@ -20,6 +21,7 @@ export async function show(id) {
   place.replaceChildren(h("p", { class: "hint" }, "Looking it up…"));
   try {
     const { at, result, feedback } = await ask(`/v1/detections/${encodeURIComponent(id)}`);
+    const { address = null, file = null } = recent.get(id) ?? {};
     const today = h("div", { class: "today", "aria-live": "polite" });
     place.replaceChildren(
       h(
@@ -27,14 +29,20 @@ export async function show(id) {
         { class: "lead" },
         `Judged on ${when(at)}. The image was not kept; its fingerprint (SHA-256) and the evidence were.`,
       ),
-      feedback ? h("p", { class: "note plain" }, disputed(feedback)) : "",
+      ...(feedback
+        ? [
+            h("h2", {}, "What somebody said of it"),
+            h("p", { class: "note plain" }, disputed(feedback)),
+            correction(result, feedback.label, file),
+          ]
+        : []),
       h(
         "div",
         { class: "buttons" },
         h("button", { type: "button", onclick: () => replay(id, today) }, "Judge again with today’s references"),
       ),
       today,
-      account(result, { address: addresses.get(id) ?? null, at, record: true }),
+      account(result, { address, file, at, record: true }),
     );
   } catch (problem) {
     place.replaceChildren(problemBox(problem, () => show(id)));

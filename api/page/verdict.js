@@ -1,6 +1,7 @@
 /** One verdict, from the word down to the version that answered. */
 
 import { ask } from "./client.js";
+import { correction } from "./correction.js";
 import { download, fileName, h, icon } from "./dom.js";
 import { evidence } from "./evidence.js";
 import { picture } from "./picture.js";
@@ -10,12 +11,12 @@ import { figure, headline, labelWord, meaning, percent, promise, rarity } from "
 /**
  * The whole account of one image.
  *
- * `address` is a blob of the image or null, `rates` the error rates that the thresholds promise ({false_alarm, miss}),
+ * `address` is a blob of the image or null, `file` the same as a file, `rates` the error rates that the thresholds promise ({false_alarm, miss}),
  * `at` when it was judged, `record` whether this is shown from its record, `pending` whether regions and re-encoded
  * copies are still being scored, and `level` that of its heading.
  */
 export function account(verdict, options = {}) {
-  const { address = null, rates = null, at = null, record = false, pending = false, level = 2 } = options;
+  const { address = null, file = null, rates = null, at = null, record = false, pending = false, level = 2 } = options;
   const id = `verdict-${verdict.id}`;
   return h(
     "article",
@@ -41,7 +42,7 @@ export function account(verdict, options = {}) {
         scale(verdict),
         h("p", { class: "meaning" }, `${meaning(verdict)} ${promise(verdict, rates)}`.trim()),
         cautions(verdict),
-        pending ? coming() : actions(verdict, record),
+        pending ? coming() : actions(verdict, record, file),
       ),
     ),
     evidence(verdict, at, level + 1),
@@ -144,7 +145,7 @@ function onlySimulated({ neighbours }) {
   return neighbours.length > 0 && neighbours.every(({ source }) => source === "simulated");
 }
 
-function actions(verdict, record) {
+function actions(verdict, record, file) {
   const form = h("div", { class: "dispute" });
   return [
     h(
@@ -157,7 +158,7 @@ function actions(verdict, record) {
             {
               type: "button",
               "aria-expanded": "false",
-              onclick: (event) => dispute(event.currentTarget, form, verdict),
+              onclick: (event) => dispute(event.currentTarget, form, verdict, file),
             },
             "This is wrong",
           )
@@ -184,7 +185,7 @@ function printOne(article) {
   print();
 }
 
-function dispute(button, place, verdict) {
+function dispute(button, place, verdict, file) {
   const open = place.childElementCount > 0;
   button.setAttribute("aria-expanded", String(!open));
   if (open) return place.replaceChildren();
@@ -220,6 +221,7 @@ function dispute(button, place, verdict) {
               { class: "done", tabindex: "-1" },
               `Noted: you say it is ${labelWord(label)}. The record keeps this; verdicts do not change by it.`,
             ),
+            correction(verdict, label, file),
           );
           place.firstChild.focus();
           button.setAttribute("aria-expanded", "false");

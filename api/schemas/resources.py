@@ -61,6 +61,16 @@ class ReferenceImage(Model):
     added_at: datetime
 
 
+class Corrected(Added):
+    """What became of a judged image: a new reference, or the one that it was, relabelled."""
+
+    reference: ReferenceImage
+    relabelled: bool
+    """It was a reference of another kind, which `PATCH` makes it again: its attributes tell."""
+    readable: bool
+    """Its bytes are kept or lie at its uri; of others no other checkpoint can make an embedding."""
+
+
 class ReferenceChange(Model):
     """What a reference is."""
 

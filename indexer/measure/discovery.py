@@ -18,9 +18,11 @@ from sqlalchemy import text
 from indexer.database.transactions import TRANSACTION_IMAGES
 from indexer.follower import Follower, Neighbour
 from indexer.ingest.ingest import FORGOTTEN, Report
-from indexer.store.detections import Unexplained
+from indexer.store import Store
+from indexer.store.detections import JudgedImage
 from indexer.store.generators import check_generator_name
 from indexer.store.reference_facts import LABEL_NAMES, NewReference, kind
+from indexer.store.relabelling import Kind
 from trainer.heads.calibration import Calibration
 
 NOVELTY = 0.05
@@ -66,7 +68,7 @@ class Candidate:
             references; None below 50 calibration images.
     """
 
-    images: Sequence[Unexplained]
+    images: Sequence[JudgedImage]
     nearest: Sequence[Neighbour]
     novelty: float | None
 
@@ -210,9 +212,8 @@ def enrol_candidate(
         CandidateEnrolled: Its images are references of another kind.
         BadGeneratorName: The name may not be used.
     """
-    start, store = time.monotonic(), follower.store
+    store = follower.store
     check_generator_name(generator)
-    report = Report(revision=store.checkpoints.revision(follower.checkpoint_id))
     first = store.references.find_prefix(name) if NAME.fullmatch(name) else None
     if first is not None:
         enrolled = None if first.enrolment_id is None else store.enrolments.get(first.enrolment_id)
@@ -220,38 +221,60 @@ def enrol_candidate(
             undo = "" if enrolled is None else f"; undo that first: lineup index remove --enrolment {enrolled.id}"
             was = f"reference {first.id}, {kind(first.label, first.generator)}"
             raise CandidateEnrolled(f"candidate {name} was enrolled: its first image is {was}{undo}")
-        report.images = report.known = 1 if enrolled is None else enrolled.references
-        return asdict(report) | {"candidate": name}
+        known = 1 if enrolled is None else enrolled.references
+        revision = store.checkpoints.revision(follower.checkpoint_id)
+        return asdict(Report(revision=revision, images=known, known=known)) | {"candidate": name}
     candidate = next((one for one in discovery().candidates if one.name == name), None)
     if candidate is None:
         raise UnknownCandidate(f"no candidate is called {name!r}: `lineup index discover` lists those of now")
-    report.images = len(candidate.images)
-    report.enrolment = store.enrolments.open(generator, source)
-    for place in range(0, report.images, TRANSACTION_IMAGES):
-        images = candidate.images[place : place + TRANSACTION_IMAGES]
-        thumbnails = store.detections.thumbnails([image.id for image in images if image.pictured])
-        batch = [_reference(image, generator, source, thumbnails.get(image.id)) for image in images]
-        added = store.references.add(batch, follower.checkpoint_id, report.enrolment, while_active=while_active)
+    report = enrol_judged(
+        store, follower.checkpoint_id, candidate.images, Kind(1, generator), source, while_active=while_active
+    )
+    return asdict(report) | {"candidate": name}
+
+
+def enrol_judged(
+    store: Store, checkpoint_id: str, images: Sequence[JudgedImage], wanted: Kind, source: str, *, while_active: bool
+) -> Report:
+    """Make judged images references of one kind by the embeddings of their verdicts, as one finished enrolment.
+
+    Args:
+        store: Where the verdicts are kept.
+        checkpoint_id: What made the embeddings.
+        images: None of them a reference.
+        wanted: What they are.
+        source: Of the references.
+        while_active: See `References.add`.
+    """
+    start = time.monotonic()
+    enrolment = store.enrolments.open(wanted.generator, source)
+    report = Report(images=len(images), enrolment=enrolment)
+    for place in range(0, len(images), TRANSACTION_IMAGES):
+        batch = images[place : place + TRANSACTION_IMAGES]
+        thumbnails = store.detections.thumbnails([image.id for image in batch if image.pictured])
+        references = [_reference(image, wanted, source, thumbnails.get(image.id)) for image in batch]
+        added = store.references.add(references, checkpoint_id, enrolment, while_active=while_active)
         report.added += added.added
         report.known += added.known
         report.revision = added.revision
         for conflict in added.conflicts:
-            report.conflict(images[conflict.position].file, conflict.sha256, conflict.has, conflict.wants)
-        for image, image_id in zip(images, added.ids, strict=True):
+            report.conflict(batch[conflict.position].file, conflict.sha256, conflict.has, conflict.wants)
+        for image, image_id in zip(batch, added.ids, strict=True):
             if image_id is None:
                 report.reject(image.file, FORGOTTEN)
-    report.generators, report.sources = {generator: report.added}, {source: report.added}
+    report.generators = {wanted.generator or LABEL_NAMES[wanted.label]: report.added}
+    report.sources = {source: report.added}
     report.seconds = round(time.monotonic() - start, 3)
-    store.enrolments.finish(report.enrolment, asdict(report))
-    return asdict(report) | {"candidate": name}
+    store.enrolments.finish(enrolment, asdict(report))
+    return report
 
 
-def _reference(image: Unexplained, generator: str, source: str, thumbnail: bytes | None) -> NewReference:
+def _reference(image: JudgedImage, wanted: Kind, source: str, thumbnail: bytes | None) -> NewReference:
     """A reference; each is a group of its own, as uploads are."""
     return NewReference(
         sha256=image.sha256,
-        label=1,
-        generator=generator,
+        label=wanted.label,
+        generator=wanted.generator,
         source=source,
         group=image.sha256,
         uri=None,

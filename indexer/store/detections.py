@@ -49,8 +49,8 @@ order by i.last_at desc, d.id limit :images
 
 
 @dataclass(frozen=True, slots=True)
-class Unexplained:
-    """A judged image that no reference explains; `id` and `verdict` are those of its latest verdict.
+class JudgedImage:
+    """An image by its verdicts; `id` and `verdict` are those of the latest.
 
     `vector` is the raw embedding, shape (d,), float32; `sha256` is hexadecimal.
     """
@@ -90,6 +90,24 @@ class Detection:
     feedback: dict[str, Any] | None = None
     at: datetime | None = None
     thumbnail: bytes | None = None
+
+    def image(self) -> JudgedImage:
+        """The image, by this verdict alone."""
+        assert self.at is not None  # the database sets it
+        return JudgedImage(
+            id=self.id,
+            sha256=self.sha256,
+            first_at=self.at,
+            last_at=self.at,
+            vector=self.vector,
+            file_bytes=self.file_bytes,
+            width=self.width,
+            height=self.height,
+            file=self.result.get("file", ""),
+            verdict=self.result.get("verdict", "uncertain"),
+            format=self.result.get("image", {}).get("format", "unknown"),
+            pictured=self.thumbnail is not None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +165,7 @@ class Detections(Rows):
 
     def unexplained(
         self, checkpoint_id: str, *, novelty: float, images: int, owner: int | None = None, everybody: bool = True
-    ) -> tuple[Sequence[Unexplained], int]:
+    ) -> tuple[Sequence[JudgedImage], int]:
         """Images of the latest 20,000 verdicts that are undecided, of an unknown generator, novel or disputed.
 
         Left out are images that a person called real, that have too little to judge, and references.
@@ -169,8 +187,8 @@ class Detections(Rows):
         values |= {"api_key_id": owner} if whose.endswith(":api_key_id") else {}
         rows = self.read(text(UNEXPLAINED.format(whose=whose)), values)
         unexplained = [
-            Unexplained(
-                **{name: row[name] for name in Unexplained.__slots__ if name != "vector"},
+            JudgedImage(
+                **{name: row[name] for name in JudgedImage.__slots__ if name != "vector"},
                 vector=np.frombuffer(row["vector"], "<f4"),
             )
             for row in rows

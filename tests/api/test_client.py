@@ -102,6 +102,9 @@ def test_every_call_of_the_interface_has_a_method(
     with pytest.raises(ServiceError, match="no candidate is called 'none'"):
         lineup.enrol_candidate("none", "gen-new")
     assert lineup.replay(kept.id).after.id == kept.id
+    corrected = lineup.enrol_detection(kept.id, "fake", "gen-new", image=path)
+    assert (corrected.added, corrected.reference.generator, corrected.readable) == (1, "gen-new", True)
+    assert lineup.undo(corrected.enrolment or 0).references == 1
 
     asked: dict[str, Any] = {"urls": ["https://127.0.0.1/a.png"], "k": 3, "idempotency_key": "mine"}
     job = lineup.start_job(path, png(2), **asked)

@@ -171,6 +171,53 @@ def test_a_verdict_is_recorded_disputed_and_judged_again(opens: Opens) -> None:
     expect(page.locator("#view-status tr", has_text="disputed.png")).to_contain_text("disputed: real")
 
 
+def test_a_disputed_verdict_becomes_a_reference_which_is_relabelled_and_taken_back(opens: Opens) -> None:
+    page = opens(axe=True)
+    verdict = judge(page, picture("wrong.png", seed=33))
+    verdict.get_by_role("button", name="This is wrong").click()
+    verdict.get_by_role("radio", name="Generated").check()
+    verdict.get_by_role("button", name="Send").click()
+    form = verdict.locator(".correction")
+    expect(form).not_to_contain_text("not kept")  # this tab has it
+    form.get_by_label("Made by the generator").fill("real")
+    form.get_by_role("button", name="Make it a reference").click()
+    expect(verdict.get_by_role("alert")).to_contain_text("real")
+    form.get_by_label("Made by the generator").fill("gen-wrong")
+    form.get_by_role("button", name="Make it a reference").click()
+    expect(verdict.locator(".dispute")).to_contain_text("Enrolled with gen-wrong as reference")
+    expect(verdict.locator(".dispute")).to_contain_text("Found by the vote")
+    expect(verdict.locator(".dispute")).not_to_contain_text("was not kept")
+    expect(form).to_be_hidden()
+    assert violations(page) == []
+    verdict.get_by_role("button", name="Undo").click()
+    page.get_by_role("button", name="Undo it").click()
+    expect(verdict.locator(".dispute .done").last).to_have_text("Undone.")
+    expect(form).to_be_visible()
+
+    verdict.get_by_role("link", name="Record").click()
+    page.reload()  # now the image is not at hand any more
+    record = page.locator("#view-record")
+    expect(record.locator(".correction")).to_contain_text("The image was not kept")
+    record.get_by_label("Made by the generator").fill("gen-wrong")
+    page.emulate_media(color_scheme="dark")
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert violations(page) == []
+    record.get_by_role("button", name="Make it a reference").click()
+    expect(record).to_contain_text("The image itself was not kept, so another checkpoint cannot embed it.")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+    page.get_by_role("link", name="Detect", exact=True).click()
+    again = judge(page, picture("wrong.png", seed=33))
+    again.get_by_role("button", name="This is wrong").click()
+    again.get_by_label("A real photo").check()
+    again.get_by_role("button", name="Send").click()
+    again.get_by_role("button", name="Relabel the reference").click()
+    expect(again.locator(".dispute")).to_contain_text("is one of real photos now")
+    again.get_by_role("button", name="Undo").click()
+    expect(again.locator(".dispute")).to_contain_text("Undone: it is what it was.")
+    page.request.delete(f"{page.url.split('#')[0]}v1/generators/gen-wrong")
+
+
 def test_the_verdict_comes_before_what_takes_longer(opens: Opens) -> None:
     page = opens(axe=True)
     held: list[Route] = []

@@ -1,0 +1,103 @@
+/** From a disputed verdict to a reference: the image becomes one, or the one that it is gets another kind. */
+
+import { ask } from "./client.js";
+import { announce, h } from "./dom.js";
+import { effectBars, reportWords, undo } from "./enrolments.js";
+import { problemBox } from "./problems.js";
+
+/**
+ * A form with one button for an image that is `label` according to whoever disputed its verdict, and what came of it.
+ *
+ * `file` is the image itself where this tab has it, else null: the service keeps none.
+ */
+export function correction({ id, known }, label, file = null) {
+  const outcome = h("div", { "aria-live": "polite" });
+  const name = h("input", {
+    type: "text",
+    list: "generator-names",
+    maxlength: 100,
+    required: true,
+    autocomplete: "off",
+    spellcheck: "false",
+    value: known?.generator ?? "",
+  });
+  const action = known ? "Relabel the reference" : "Make it a reference";
+  const button = h("button", { type: "submit" }, action);
+  const form = h(
+    "form",
+    {
+      class: "correction",
+      onsubmit: async (event) => {
+        event.preventDefault();
+        button.disabled = true;
+        const generator = label === "fake" ? name.value.trim() : null;
+        try {
+          outcome.replaceChildren(...told(await enrol(id, label, generator, file), generator, again));
+        } catch (problem) {
+          outcome.replaceChildren(problemBox(problem));
+          return again();
+        }
+        form.hidden = true;
+      },
+    },
+    !known &&
+      !file &&
+      h("p", { class: "hint" }, "The image was not kept: the reference will stand on the embedding of this verdict alone."),
+    h("div", { class: "buttons" }, label === "fake" && h("label", {}, "Made by the generator ", name), button),
+  );
+  const again = () => {
+    form.hidden = button.disabled = false;
+  };
+  return h("div", {}, form, outcome);
+
+  function told(report, generator, undone) {
+    const { reference, enrolment = null } = report;
+    const kind = generator ?? "real photos";
+    const place = h("a", { href: `#/references/${reference.id}` }, `reference ${reference.id}`);
+    const takeBack = async () => {
+      try {
+        if (report.relabelled) await relabelBack(reference);
+        else if ((await undo([enrolment], `This image of ${kind}`)) === null) return;
+        outcome.replaceChildren(h("p", { class: "done" }, report.relabelled ? "Undone: it is what it was." : "Undone."));
+        undone();
+      } catch (problem) {
+        outcome.append(problemBox(problem));
+      }
+    };
+    const words = report.relabelled
+      ? [place, ` is one of ${kind} now.`]
+      : report.added
+        ? ["Enrolled with ", kind, " as ", place, "."]
+        : ["Nothing changed: it is ", place, " already."];
+    announce(words.map((part) => part.textContent ?? part).join(""));
+    return [
+      h("p", { class: "done" }, words),
+      report.conflicts.length > 0 && reportWords(report),
+      !report.readable &&
+        h(
+          "p",
+          { class: "hint" },
+          "The image itself was not kept, so another checkpoint cannot embed it. Enrol the file under Generators where " +
+            "you have it.",
+        ),
+      report.added > 0 && [h("h3", {}, "What that changed"), effectBars([report], generator)],
+      (report.relabelled || enrolment !== null) &&
+        h("div", { class: "buttons" }, h("button", { type: "button", onclick: takeBack }, "Undo")),
+    ]
+      .flat(Infinity)
+      .filter(Boolean);
+  }
+}
+
+function enrol(id, label, generator, file) {
+  const body = new FormData();
+  body.append("label", label);
+  if (generator) body.append("generator", generator);
+  if (file) body.append("image", file, file.name);
+  return ask(`/v1/detections/${id}/enrol`, { method: "POST", body });
+}
+
+function relabelBack({ id, attributes }) {
+  const { former_label: label, former_generator: generator = null } = attributes;
+  return ask(`/v1/references/${id}`, { method: "PATCH", json: { label, generator } });
+}
