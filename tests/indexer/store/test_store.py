@@ -805,7 +805,7 @@ def test_hot_queries_can_use_their_indexes(store: Store) -> None:
 
     def note(connection: object, cursor: object, statement: str, parameters: object, *_: object) -> None:
         if statement.lstrip().startswith(
-            ("select", "SELECT", "delete", "DELETE", "insert into removal", "with relabelled")
+            ("select", "SELECT", "delete", "DELETE", "insert into removal", "insert into blob", "with relabelled")
         ):
             seen.append((statement, parameters))
 
@@ -819,6 +819,8 @@ def test_hot_queries_can_use_their_indexes(store: Store) -> None:
     store.references.list(source="tests", after=3)
     store.references.thumbnail(1)
     store.references.file(1)
+    store.blobs.named([b"1" * 32])
+    store.blobs.names("00")
     store.references.counts()
     store.references.sources()
     store.generators.get("sd-xl")
