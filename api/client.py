@@ -8,7 +8,7 @@ print(verdict.verdict, verdict.score, [near.generator for near in verdict.neighb
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote
 from uuid import UUID
 
@@ -39,6 +39,7 @@ from api.schemas.resources import (
     NewGenerator,
     ReferenceChange,
     ReferenceImage,
+    ReferenceMap,
     ReferenceNeighbours,
     ReferencePage,
     Removed,
@@ -156,11 +157,17 @@ class Client:
         generator: str | None = None,
         source: str | None = None,
         newest: bool = False,
+        sort: Literal["label", "generator", "source"] | None = None,
     ) -> Iterator[ReferenceImage]:
-        """Every reference of a kind, in the order they were added, or the newest first."""
-        query = {"label": label, "generator": generator, "source": source, "newest": "true" if newest else None}
+        """Every reference of a kind, in the order they were added, or the newest first; `sort` groups them before."""
+        query: dict[str, object] = {"label": label, "generator": generator, "source": source, "sort": sort}
+        query["newest"] = "true" if newest else None
         for page in self._pages("/references", ReferencePage, query):
             yield from page.references
+
+    def map(self) -> ReferenceMap:
+        """The references on a plane."""
+        return self._call("GET", "/map", ReferenceMap)
 
     def neighbours(
         self,

@@ -28,6 +28,7 @@ from api.service_settings import ServiceSettings
 from api.service_status import status
 from indexer.database.connection import DatabaseBehind
 from indexer.measure.drift import drift
+from indexer.measure.reference_map import ReferenceMap, draw_map
 from indexer.store.blobs import BlobsAway
 from indexer.store.checkpoints import CheckpointSwitched
 from trainer.cores import usable_cores
@@ -55,6 +56,9 @@ RETRY = 2.0
 """Seconds between two attempts to start, or to change the checkpoint, while that fails."""
 LOOK = 0.2
 """Seconds between two looks for what another thread tells."""
+MAP_PAUSE, MAP_RETRY, MAP_REST = 1.0, 60.0, 20.0
+"""Seconds from one look whether the map is old to the next, and after a failure, and how long it rests, in times of
+what drawing took."""
 HOUSEKEEPING = 3600.0
 """Seconds between two deletions of old records, and two looks for drift."""
 
@@ -73,6 +77,7 @@ class Service:
         self.metrics = metrics
         self.failure: str | None = None
         self.drift: Drift | None = None
+        self.reference_map: ReferenceMap | None = None
         self._detector = detector
         self._ready = False
         self._decoders = ThreadPoolExecutor(usable_cores(), "decode")
@@ -198,6 +203,25 @@ class Service:
                 await self._delete_old("jobs", store.jobs.delete_ended, self.settings.job_days)
                 await self._drain_blobs()
             await asyncio.sleep(HOUSEKEEPING if self._ready else 1)
+
+    async def keep_map(self) -> None:
+        """Draw the map of the references anew after each change of the index. Runs until cancelled.
+
+        It has a twentieth of the time at most, so that it slows no long enrolment.
+        """
+        while True:
+            start, pause = time.monotonic(), MAP_PAUSE
+            if self._ready:
+                detector, drawn = self.detector, self.reference_map
+                checkpoint_id, store = detector.embedder.id, detector.store
+                position = (checkpoint_id, detector.follower.revision)
+                if drawn is None or (drawn.checkpoint_id, drawn.revision) != position:
+                    try:
+                        self.reference_map = await run_in(self._counters, draw_map, store, checkpoint_id, drawn)
+                    except Exception as error:
+                        log.warning("no map was drawn", extra={"reason": " ".join(str(error).split())})
+                        pause = MAP_RETRY
+            await asyncio.sleep(max(pause, MAP_REST * (time.monotonic() - start)))
 
     async def _delete_old(self, things: str, delete: Callable[[datetime], int], days: int) -> None:
         """Delete what is older than so many days, where there are any."""

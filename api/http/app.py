@@ -160,7 +160,13 @@ def create_app(settings: ServiceSettings | None = None, detector: Detector | Non
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         background = [
             asyncio.create_task(work)
-            for work in (service.load(), service.keep_house(), service.follow_active(), JobWorker(service).run())
+            for work in (
+                service.load(),
+                service.keep_house(),
+                service.keep_map(),
+                service.follow_active(),
+                JobWorker(service).run(),
+            )
         ]
         if loaded:
             await background[0]

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import File, Form, Query, Response, UploadFile
@@ -20,12 +20,14 @@ from api.schemas.resources import (
     Corrected,
     ReferenceChange,
     ReferenceImage,
+    ReferenceMap,
     ReferenceNeighbours,
     ReferencePage,
     Removed,
 )
 from indexer.measure.discovery import SOURCE
 from indexer.store.reference_facts import Reference
+from indexer.store.references import SortKey
 
 router = v1_router("references")
 
@@ -98,21 +100,38 @@ async def list_references(
     source: Text | None = None,
     after: Annotated[int, Query(ge=0, le=2**63 - 1, description="`next` of the page before.")] = 0,
     newest: Annotated[bool, Query(description="The newest first.")] = False,
+    sort: Annotated[SortKey | None, Query(description="What belongs together, before the order of addition.")] = None,
     limit: Limit = 100,
 ) -> ReferencePage:
     """Reference images in the order they were added."""
-    number = None if label is None else LABELS.index(label)
-    read = partial(
-        detector.store.references.list,
-        label=number,
-        generator=generator,
-        source=source,
-        after=after,
-        newest=newest,
-        limit=limit,
-    )
+    references, number = detector.store.references, None if label is None else LABELS.index(label)
+    narrowed: dict[str, Any] = {"label": number, "generator": generator, "source": source}
+    narrowed |= {"newest": newest, "limit": limit}
+    if sort is None:
+        read = partial(references.list, after=after, **narrowed)
+    else:
+        last = None
+        if after:
+            last = existing(await service.run(references.get, after), f"reference {after} to go on after")
+        read = partial(references.sorted, sort, after=last, **narrowed)
     page = [reference_image(row, caller) for row in await service.run(read)]
     return ReferencePage(references=page, next=page[-1].id if len(page) == limit else None)
+
+
+@router.get("/map", responses=documented("not-ready"))
+async def get_map(service: Served, detector: Loaded, caller: Reading) -> ReferenceMap:
+    """The references on a plane, drawn in the background after each change of the index."""
+    drawn = service.reference_map
+    if drawn is None or drawn.checkpoint_id != detector.embedder.id:
+        raise ApiError("not-ready", "the map of the references is being drawn", retry_after=2)
+    follower, projection = detector.follower, drawn.projection
+    return ReferenceMap(
+        checkpoint=drawn.checkpoint_id,
+        revision=drawn.revision,
+        references=sum(follower.index.counts()),
+        explained=list(projection.explained) if projection else [0.0, 0.0],
+        **await service.run(drawn.summary, follower.generator_names),
+    )
 
 
 @router.get("/references/{id}", responses=documented("not-found"))

@@ -3,6 +3,7 @@
 import * as candidates from "./candidates.js";
 import * as detect from "./detect.js";
 import * as generators from "./generators.js";
+import * as map from "./map.js";
 import * as record from "./record.js";
 import * as references from "./references.js";
 import * as search from "./search.js";
@@ -10,8 +11,8 @@ import * as status from "./status.js";
 import { forgetKey, keepToken, key } from "./client.js";
 import { stateWords } from "./words.js";
 
-const VIEWS = { detect, record, search, references, generators, candidates, status };
-const TITLES = { detect: "Detect", record: "Record", search: "Search", references: "References", generators: "Generators", candidates: "Discover", status: "Status" };
+const VIEWS = { detect, record, search, references, map, generators, candidates, status };
+const TITLES = { detect: "Detect", record: "Record", search: "Search", references: "References", map: "Map", generators: "Generators", candidates: "Discover", status: "Status" };
 const notice = document.getElementById("service-notice");
 
 /** The view and its argument from an address such as #/record/ID. */
@@ -24,7 +25,7 @@ function go(moved) {
   const [name, argument] = route();
   for (const other of Object.keys(VIEWS)) document.getElementById(`view-${other}`).hidden = other !== name;
   for (const link of document.querySelectorAll("nav [data-view]")) {
-    if (link.dataset.view === name) link.setAttribute("aria-current", "page");
+    if (link.dataset.view === (name === "map" ? "references" : name)) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
   document.title = `${TITLES[name]} · Lineup`;

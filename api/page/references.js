@@ -1,7 +1,8 @@
-/** The view of the reference images: a gallery to filter, with each one's neighbours; relabels and removes them. */
+/** The view of the reference images: a gallery to filter and sort, with each one's neighbours; relabels and removes them. */
 
 import { ask, serviceState, showThumbnail } from "./client.js";
-import { announce, confirmed, h } from "./dom.js";
+import { announce, h } from "./dom.js";
+import { editing } from "./editing.js";
 import { referenceFacts, suspect } from "./lineup.js";
 import { problemBox } from "./problems.js";
 import { plural } from "./words.js";
@@ -19,8 +20,16 @@ const label = h(
 );
 const generator = h("select", {}, any("all"));
 const source = h("select", {}, any("all"));
-const order = h("select", {}, h("option", { value: "true" }, "newest first"), h("option", { value: "" }, "oldest first"));
-const orderLabel = h("label", {}, "Order ", order);
+const order = h(
+  "select",
+  { id: "references-order" },
+  h("option", { value: "newest" }, "newest first"),
+  h("option", { value: "oldest" }, "oldest first"),
+  h("option", { value: "label" }, "by kind"),
+  h("option", { value: "generator" }, "by generator"),
+  h("option", { value: "source" }, "by source"),
+);
+const orderLabel = h("span", {}, h("label", { for: "references-order" }, "Order "), order);
 const names = h("datalist", { id: "generator-names" });
 const filters = h(
   "form",
@@ -45,6 +54,7 @@ const selection = h(
   removeButton,
 );
 const outcome = h("div", { "aria-live": "polite" });
+const { relabel, change, remove } = editing(outcome, settled);
 const chosen = h("div");
 const gallery = h("div");
 const previous = h("button", { type: "button", onclick: () => load(starts.slice(0, -1)) }, "← Back");
@@ -64,6 +74,7 @@ let asked = 0;
 export function setUp() {
   view.append(
     h("p", { class: "lead" }, "The known images that every verdict rests on. A wrong label misleads: correct it, or remove the image."),
+    h("p", {}, h("a", { href: "#/map" }, "See them as a map")),
     chosen,
     filters,
     selection,
@@ -96,6 +107,10 @@ async function offer() {
   }
 }
 
+/** What is asked for of the order; within a group the newest come first. */
+const sorting = () =>
+  ["newest", "oldest"].includes(order.value) ? { newest: order.value === "newest" } : { sort: order.value, newest: true };
+
 async function load(pages) {
   const turn = (asked += 1);
   gallery.setAttribute("aria-busy", "true");
@@ -104,7 +119,7 @@ async function load(pages) {
   try {
     const [one, found] =
       compared === null
-        ? [null, await ask("/v1/references", { query: { ...query, newest: order.value, after: pages.at(-1) } })]
+        ? [null, await ask("/v1/references", { query: { ...query, ...sorting(), after: pages.at(-1) } })]
         : await Promise.all([
             ask(`/v1/references/${encodeURIComponent(compared)}`),
             ask(`/v1/references/${encodeURIComponent(compared)}/neighbours`, { query }),
@@ -211,82 +226,12 @@ function count() {
   relabelButton.disabled = removeButton.disabled = number === 0;
 }
 
-async function relabel(references) {
-  const kind = h(
-    "select",
-    { name: "kind" },
-    h("option", { value: "fake" }, "a generated image"),
-    h("option", { value: "real" }, "a real photo"),
-  );
-  const name = h("input", {
-    type: "text",
-    list: "generator-names",
-    maxlength: 100,
-    required: true,
-    autocomplete: "off",
-    spellcheck: "false",
-    value: references[0].generator ?? "",
-  });
-  const nameLabel = h("label", {}, "Generator ", name);
-  kind.value = references[0].label;
-  kind.onchange = () => {
-    name.disabled = nameLabel.hidden = kind.value === "real";
-  };
-  kind.onchange();
-  const title = references.length === 1 ? `What is reference ${references[0].id}?` : `What are these ${references.length}?`;
-  if (!(await confirmed(title, h("div", {}, h("label", {}, "It is ", kind), " ", nameLabel), "Relabel"))) return;
-  const made = kind.value === "real" ? null : name.value.trim();
-  await change(references.map(({ id }) => ({ id, label: kind.value, generator: made })));
-}
-
-/** Relabel references one after the other, then offer to take that back. */
-async function change(wanted) {
-  const undo = [];
-  const numbers = new Map();
-  const problem = await each(wanted, "Relabelled", async ({ id, label: kind, generator: made }) => {
-    const now = await ask(`/v1/references/${id}`, { method: "PATCH", json: { label: kind, generator: made } });
-    if (now.id === id) return; // it was that already
-    numbers.set(id, now.id);
-    const { former_label: formerLabel, former_generator: formerGenerator = null } = now.attributes;
-    if (formerLabel) undo.push({ id: now.id, label: formerLabel, generator: formerGenerator });
-  });
-  const button = h("button", { type: "button", onclick: () => change(undo) }, "Undo");
-  await settle(`${plural(numbers.size, "reference")} relabelled.`, problem, numbers, undo.length ? button : null);
-}
-
-async function remove(references) {
-  const what = references.length === 1 ? `reference image ${references[0].id}` : plural(references.length, "reference image");
-  const text = "What is removed votes no more, and its picture goes too. Past verdicts stay as they are.";
-  if (!(await confirmed(`Remove ${what}?`, text, "Remove"))) return;
-  const numbers = new Map();
-  const problem = await each(references, "Removed", async ({ id }) => {
-    await ask(`/v1/references/${id}`, { method: "DELETE" });
-    numbers.set(id, null);
-  });
-  await settle(`${plural(numbers.size, "reference")} removed.`, problem, numbers);
-}
-
-/** Do something with each reference, and say how far it is; answers with the problem that ended it, if one did. */
-async function each(references, verb, work) {
-  for (const [number, reference] of references.entries()) {
-    outcome.replaceChildren(h("p", {}, `${verb} ${number} of ${references.length}…`));
-    try {
-      await work(reference);
-    } catch (problem) {
-      return problem;
-    }
-  }
-  return null;
-}
-
-/** Show what there is now, and say what was done; `numbers` has new ids, or null, by those that are gone. */
-async function settle(words, problem, numbers, button = null) {
-  const now = numbers.get(Number(compared));
+/** Show what there is now; `gone` has what is there in place of ids that are not any more, or null. */
+async function settled(gone) {
+  const now = gone.get(Number(compared));
   if (compared !== null && now !== undefined) {
-    compared = now;
-    history.replaceState(null, "", now === null ? "#/references" : `#/references/${now}`);
+    compared = now?.id ?? null;
+    history.replaceState(null, "", now ? `#/references/${now.id}` : "#/references");
   }
   await Promise.all([offer(), load(starts)]);
-  const done = h("div", { class: "selection" }, h("p", { class: "done" }, words), button);
-  outcome.replaceChildren(...[problem && problemBox(problem), done].filter(Boolean));
 }

@@ -90,6 +90,35 @@ class ReferencePage(Model):
     """Give it as `after` for the following page; null at the end."""
 
 
+class MapKind(Model):
+    """Points of one colour."""
+
+    label: Label
+    generator: str | None
+
+
+class ReferenceMap(Model):
+    """References on a plane, a point each: `id`, `kind`, `x` and `y` are lists of one length.
+
+    The axes are the two first principal components of the embeddings' directions.
+    """
+
+    checkpoint: str
+    revision: int
+    """Of the index that was drawn; a newer one follows within seconds."""
+    references: int
+    """How many there are in all; of more than 50,000 so many are drawn."""
+    explained: Annotated[list[float], Field(min_length=2, max_length=2)]
+    """Share of the variance along each axis, 0..1; what is far apart here is so in fact, what is near may not be."""
+    kinds: list[MapKind]
+    id: list[int]
+    kind: list[int]
+    """Number of the point's kind, from 0."""
+    x: list[int]
+    """0..9999, in the same unit as `y`."""
+    y: list[int]
+
+
 class Removed(Model):
     references: int
     revision: int

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from sqlalchemy import (
@@ -54,6 +54,8 @@ class Known:
 
 
 UNREAD = {"thumbnail", "thumbnail_sha256", "generator_id"}
+SortKey = Literal["label", "generator", "source"]
+
 REFERENCES = select(
     *(column for column in ReferenceRow.__table__.columns if column.name not in UNREAD),
     GeneratorRow.name.label("generator"),
@@ -271,6 +273,78 @@ class References(Rows):
             raise ValueError("give one of ids, generator, source and enrolment")
         return criteria[0]
 
+    def sorted(
+        self,
+        by: SortKey,
+        *,
+        label: int | None = None,
+        generator: str | None = None,
+        source: str | None = None,
+        after: Reference | None = None,
+        newest: bool = False,
+        limit: int = 100,
+    ) -> Sequence[Reference]:
+        """As `list`, with everything of one label, generator or source together; each group is read by its index.
+
+        Real images come first, then fakes of which no generator is known; names are in order of the alphabet.
+
+        Args:
+            by: What belongs together.
+            label: 0 real, 1 fake.
+            generator: Name, in any case.
+            source: Name.
+            after: The last one of the page before.
+            newest: The newest of a group first.
+            limit: How many at most.
+        """
+        groups = self._groups(by)
+        names, rows = list(groups), list[Reference]()
+        first = names.index(_group(by, after)) if after is not None else 0
+        filters = self._filters(label, generator, source)
+        for name in names[first:]:
+            last = after.id if after is not None and name == names[first] else 0
+            rows += self._page([*filters, groups[name]], last, newest, limit - len(rows))
+            if len(rows) == limit:
+                break
+        return rows
+
+    def _groups(self, by: SortKey) -> dict[str, ColumnElement[bool]]:
+        """Which references each group has, by its name, in order."""
+        if by == "source":
+            return {source: ReferenceRow.source == source for source in sorted(self.sources())}
+        fakes = ReferenceRow.label == 1
+        if by == "label":
+            return {LABEL_NAMES[0]: ReferenceRow.label == 0, LABEL_NAMES[1]: fakes}
+        counted = select(ReferenceCountRow.generator_id, GeneratorRow.name).distinct()
+        rows = self.read(counted.join(GeneratorRow, GeneratorRow.id == ReferenceCountRow.generator_id))
+        unnamed = ReferenceRow.generator_id.is_(None)
+        return {LABEL_NAMES[0]: unnamed & (ReferenceRow.label == 0), LABEL_NAMES[1]: unnamed & fakes} | {
+            f"fake {row['name']}": ReferenceRow.generator_id == row["generator_id"]
+            for row in sorted(rows, key=lambda row: row["name"].lower())
+        }
+
+    def _filters(self, label: int | None, generator: str | None, source: str | None) -> list[ColumnElement[bool]]:
+        filters: list[ColumnElement[bool]] = []
+        if label is not None:
+            filters.append(ReferenceRow.label == label)
+        if generator is not None:
+            named = select(GeneratorRow.id).where(func.lower(GeneratorRow.name) == generator.lower())
+            filters.append(ReferenceRow.generator_id == named.scalar_subquery())
+        if source is not None:
+            filters.append(ReferenceRow.source == source)
+        return filters
+
+    def _page(
+        self, filters: Iterable[ColumnElement[bool]], after: int, newest: bool, limit: int
+    ) -> Sequence[Reference]:
+        query = REFERENCES.order_by(ReferenceRow.id.desc() if newest else ReferenceRow.id).limit(limit)
+        if after:
+            query = query.where(ReferenceRow.id < after if newest else ReferenceRow.id > after)
+        return self._references(query.where(*filters))
+
+    def _references(self, query: Select[Any]) -> Sequence[Reference]:
+        return [Reference(**{**row, "sha256": row["sha256"].hex()}) for row in self.read(query)]
+
     # Last in its class: below it, `list` would mean this method.
     def list(
         self,
@@ -283,20 +357,15 @@ class References(Rows):
         limit: int = 100,
     ) -> Sequence[Reference]:
         """References in order of id, or with `newest` against it, from `after` on (0: the first); filters narrow."""
-        query = REFERENCES.order_by(ReferenceRow.id.desc() if newest else ReferenceRow.id).limit(limit)
-        if after:
-            query = query.where(ReferenceRow.id < after if newest else ReferenceRow.id > after)
-        if label is not None:
-            query = query.where(ReferenceRow.label == label)
-        if generator is not None:
-            named = select(GeneratorRow.id).where(func.lower(GeneratorRow.name) == generator.lower())
-            query = query.where(ReferenceRow.generator_id == named.scalar_subquery())
-        if source is not None:
-            query = query.where(ReferenceRow.source == source)
-        return self._references(query)
+        return self._page(self._filters(label, generator, source), after, newest, limit)
 
-    def _references(self, query: Select[Any]) -> Sequence[Reference]:
-        return [Reference(**{**row, "sha256": row["sha256"].hex()}) for row in self.read(query)]
+
+def _group(by: SortKey, reference: Reference) -> str:
+    """The name of the group that a reference belongs to."""
+    if by == "source":
+        return reference.source
+    label = LABEL_NAMES[reference.label]
+    return label if by == "label" or reference.generator is None else f"{label} {reference.generator}"
 
 
 def _binary(hashes: Sequence[str]) -> ColumnElement[Any]:

@@ -76,6 +76,10 @@ def test_every_call_of_the_interface_has_a_method(
     assert [one.id for one in lineup.references(generator="gen-new", newest=True)] == [
         one.id for one in reversed(references)
     ]
+    assert {one.id for one in lineup.references(source="client", sort="generator")} == {one.id for one in references}
+    while (drawn := lineup.map()).revision < added.revision:
+        time.sleep(0.05)
+    assert {one.id for one in references} < set(drawn.id)
     near = lineup.neighbours(references[0].id, generator="gen-new")
     assert {one.id for one in near} == {one.id for one in references[1:]}
     assert [one.similarity for one in near] == sorted((one.similarity for one in near), reverse=True)

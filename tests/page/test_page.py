@@ -616,6 +616,8 @@ def test_references_are_filtered_relabelled_compared_and_removed(opens: Opens) -
     expect(view.locator(".pager")).to_contain_text("Page 2")
     view.get_by_role("button", name="Back").click()
     expect(view.locator(".pager")).to_contain_text("Page 1")
+    view.get_by_label("Order").select_option("generator")
+    expect(cards.nth(1).locator(".who")).to_have_text("real photo")
     view.get_by_label("Generator").select_option("gen-w")
     expect(cards).to_have_count(2)
     alike(gallery.locator("img"))
@@ -673,6 +675,66 @@ def test_references_are_filtered_relabelled_compared_and_removed(opens: Opens) -
 
 
 # Generators
+
+
+def test_references_are_selected_on_the_map_relabelled_and_removed(opens: Opens) -> None:
+    page = opens("status", axe=True)
+    root, view, dialog = page.url.split("#")[0], page.locator("#view-map"), page.get_by_role("dialog")
+    for seed in (410, 411):
+        fields: dict[str, Any] = {"label": "fake", "generator": "gen-m", "images": picture(seed=seed)}
+        assert page.request.post(f"{root}v1/references", multipart=fields).ok
+    while "gen-m" not in page.request.get(f"{root}v1/map").text():
+        page.wait_for_timeout(50)
+    page.get_by_role("link", name="References", exact=True).click()
+    page.get_by_role("link", name="See them as a map").click()
+    legend = view.get_by_role("list", name="Kinds of references").get_by_role("listitem")
+    expect(legend).to_have_text(["real photos 60", "gen-a 30", "gen-b 30", "gen-m 2"])
+    assert violations(page) == []
+    canvas, count = view.get_by_role("application", name="Map of the references"), view.locator(".counter")
+    canvas.focus()
+    for key in (*["PageUp"] * 12, "ArrowLeft", " "):
+        page.keyboard.press(key)
+    expect(count).to_have_text(re.compile(r"^\d{2,3} selected"))
+    page.keyboard.press("Escape")
+    expect(count).to_have_text("0 selected")
+    expect(view.get_by_role("button", name="Remove…")).to_be_disabled()
+
+    for kind in ("real photos", "gen-a", "gen-b"):
+        view.get_by_label(kind).uncheck()
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    assert box
+    corners = [(box["x"] + box["width"] * x, box["y"] + box["height"] * y) for x, y in ((0, 0), (1, 0), (1, 1), (0, 1))]
+
+    def lasso() -> None:
+        """Around everything that is shown."""
+        page.mouse.move(corners[0][0] + 1, corners[0][1] + 1)
+        page.mouse.down()
+        for x, y in corners[1:]:
+            page.mouse.move(x - 1, y - 1)
+        page.mouse.up()
+
+    lasso()
+    expect(count).to_have_text("2 selected")
+    alike(view.locator(".chosen-points img"))
+    assert violations(page) == []
+    view.get_by_role("button", name="Relabel…").click()
+    dialog.get_by_label("Generator").fill("gen-n")
+    dialog.get_by_role("button", name="Relabel").click()
+    expect(view.locator(".done")).to_have_text("2 references relabelled.")
+    expect(legend.filter(has_text="gen-n")).to_contain_text("2")
+    view.get_by_role("button", name="Undo").click()
+    expect(legend.filter(has_text="gen-m")).to_contain_text("2")
+    page.emulate_media(color_scheme="dark")
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert violations(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    view.get_by_role("button", name="Remove…").click()
+    dialog.get_by_role("button", name="Remove").click()
+    expect(view.locator(".done")).to_have_text("2 references removed.")
+    expect(legend).to_have_count(3)
+    for name in ("gen-m", "gen-n"):
+        page.request.delete(f"{root}v1/generators/{name}")
 
 
 def test_a_folder_is_enrolled_reported_and_undone(opens: Opens, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from indexer.store.counts import miscounts, recount
 from indexer.store.detections import Detection
 from indexer.store.generators import BadGeneratorName, GeneratorExists, UnknownGenerator
 from indexer.store.keys import KeyExists
-from indexer.store.reference_facts import NewReference
+from indexer.store.reference_facts import NewReference, Reference
+from indexer.store.references import SortKey
 from indexer.store.relabelling import Kind
 from indexer.store.removing import STAMP, Removed
 from indexer.store.writing import BadVector
@@ -283,6 +284,27 @@ def test_list_pages_and_filters(store: Store) -> None:
     assert len(store.references.list(generator="sd-xl")) == 3
     assert len(store.references.list(source="tests", label=0)) == 5
     assert store.references.list(generator="none such") == []
+
+
+@pytest.mark.parametrize("newest", [False, True])
+@pytest.mark.parametrize("by", ["label", "generator", "source"])
+def test_references_are_grouped_page_by_page(store: Store, by: SortKey, newest: bool) -> None:
+    rows = [(None, "b"), ("SD-XL", "a"), ("gan", "b"), (None, "a"), ("Flux", "b"), ("gan", "a"), ("SD-XL", "b")]
+    store.references.add([new(n, generator, source=source) for n, (generator, source) in enumerate(rows)], CHECKPOINT)
+    store.references.add([replace(new(9), label=1, source="c")], CHECKPOINT)  # of no known generator
+    every = store.references.list(newest=newest)
+    keys: dict[str, Callable[[Reference], Any]] = {
+        "label": lambda row: row.label,
+        "generator": lambda row: (row.label, (row.generator or "").lower()),
+        "source": lambda row: row.source,
+    }
+    expected = sorted(every, key=keys[by])  # stable
+    pages: list[Reference] = []
+    while page := store.references.sorted(by, newest=newest, limit=3, after=pages[-1] if pages else None):
+        pages += page
+    assert [row.id for row in pages] == [row.id for row in expected]
+    narrowed = store.references.sorted(by, newest=newest, label=1, source="b")
+    assert [row.id for row in narrowed] == [row.id for row in expected if row.label == 1 and row.source == "b"]
 
 
 def test_removal_reaches_the_followers_of_every_checkpoint(store: Store) -> None:
