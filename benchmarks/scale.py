@@ -4,13 +4,13 @@ python -m benchmarks.scale --adders 1,2,4,8 --replicas 3
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import mean
 from typing import Annotated
 
 import simpy
 import typer
+from simpy.events import ProcessGenerator
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -153,7 +153,7 @@ def simulate(
     )
 
 
-def _add(database: Database, together: bool, elsewhere: float, before: float, held: float) -> Iterator[simpy.Event]:
+def _add(database: Database, together: bool, elsewhere: float, before: float, held: float) -> ProcessGenerator:
     world = database.world
     while True:
         yield from _work(database, elsewhere) if together else [world.timeout(elsewhere)]
@@ -170,7 +170,7 @@ def _add(database: Database, together: bool, elsewhere: float, before: float, he
         database.news = world.event()
 
 
-def _follow(database: Database, together: bool, load: float) -> Iterator[simpy.Event]:
+def _follow(database: Database, together: bool, load: float) -> ProcessGenerator:
     world, seen = database.world, 0
     while True:
         if seen == len(database.commits):
@@ -181,7 +181,7 @@ def _follow(database: Database, together: bool, load: float) -> Iterator[simpy.E
         seen = latest
 
 
-def _work(database: Database, seconds: float) -> Iterator[simpy.Event]:
+def _work(database: Database, seconds: float) -> ProcessGenerator:
     """Use one core of the database's machine for so long, in slices."""
     full, rest = divmod(seconds, SLICE)
     for slice_ in [SLICE] * int(full) + [rest]:
