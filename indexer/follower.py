@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import psycopg
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 POLL = 1.0
 """Seconds after which the database is asked even when it has not called."""
+LOOK = 0.1
+"""Seconds between looks at whether to end, while the database does not call."""
 AWAY = (SQLAlchemyError, psycopg.Error, OSError)
 """What a database raises that cannot be reached or breaks off."""
 
@@ -304,7 +306,7 @@ class Follower:
                     connection.execute(f"listen {CHANNEL}")  # before catching up, so that nothing falls between
                     while not self._end.is_set():
                         self.catch_up()
-                        next(connection.notifies(timeout=POLL, stop_after=1), None)
+                        self._await_call(connection)
             except AWAY as error:
                 self._lose(error)
                 self._end.wait(POLL)
@@ -314,6 +316,13 @@ class Follower:
                     log.exception("following failed, searches go on from memory while it is tried again")
                 self.degraded, self.away = True, False
                 self._end.wait(POLL)
+
+    def _await_call(self, connection: psycopg.Connection[Any]) -> None:
+        """Until the database calls, `POLL` seconds have passed, or following ends."""
+        deadline = time.monotonic() + POLL
+        while not self._end.is_set() and (left := deadline - time.monotonic()) > 0:
+            if next(connection.notifies(timeout=min(left, LOOK), stop_after=1), None) is not None:
+                return
 
     def _revive(self) -> None:
         """Start the embedded server again after a crash; one that was stopped stays down."""

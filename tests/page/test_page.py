@@ -20,7 +20,6 @@ from api import verdict_printer as terminal
 from api.access import hash_secret, new_secret
 from api.schemas.verdicts import EXAMPLE_VERDICT, Verdict
 from api.service_settings import ServiceSettings
-from indexer import follower
 from indexer.database.connection import connect
 from indexer.store import Store
 from indexer.store.detections import Detection
@@ -29,14 +28,6 @@ FILES = Path(__file__).parents[2] / "api" / "page"
 VIEWS = ("detect", "search", "references", "generators", "candidates", "status")
 HOSTILE = "<img src=x onerror=globalThis.broken=1><script>globalThis.broken=1</script>"
 Opens = Callable[..., Page]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hurried() -> Iterator[None]:
-    """Followers look at their end every 50 ms, so that closing one takes no second."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(follower, "POLL", 0.05)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,6 @@ from api.schemas.verdicts import Verdict
 from api.served_checkpoint import CAPACITY_PER_WINDOW, run_in
 from api.service import Service
 from api.service_settings import ServiceSettings
-from indexer import follower
 from indexer.__main__ import app as indexer
 from indexer.index.milvus import EngineAway
 from indexer.index.vector_index import VectorIndex
@@ -80,14 +79,6 @@ def connected(settings: ServiceSettings, **changes: object) -> TestClient:
     detector = load_detector(settings)
     detector.calibrator.refresh()
     return TestClient(create_app(settings, detector), base_url=BASE, client=("127.0.0.1", 50000))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hurried() -> Iterator[None]:
-    """Followers look at their end every 50 ms, so that closing one takes no second."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(follower, "POLL", 0.05)
-        yield
 
 
 @pytest.fixture(scope="module")
