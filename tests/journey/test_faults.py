@@ -43,7 +43,7 @@ from trainer.model.checkpoint import read_id
 Record = Callable[[str, object], None]
 ENDING = "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid() and backend_type = %s"
 DISK = "size=256m,mode=755"
-REQUEST_SECONDS = 20
+REQUEST_SECONDS = 10
 RESTORES = 5
 RESET = struct.pack("ii", 1, 0)
 """SO_LINGER that makes close() reset the connection."""
@@ -124,8 +124,8 @@ FAULTS: list[Fault] = [stopped, crashed, ended, filled, left_by_other_clocks]
     ("fault", "seconds"),
     [
         (crashed, 1.0),
-        (ended, 2.0),
-        (filled, 2.0),
+        (ended, 1.0),
+        (filled, 1.0),
         *(pytest.param(fault, 20.0, marks=pytest.mark.soak) for fault in FAULTS),
     ],
 )
