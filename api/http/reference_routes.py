@@ -90,7 +90,7 @@ async def enrol_detection(
     return await service.enrol(work, 1)
 
 
-@router.get("/references", responses=documented())
+@router.get("/references", responses=documented("not-found"))
 async def list_references(
     service: Served,
     detector: Loaded,

@@ -692,17 +692,15 @@ def test_references_are_selected_on_the_map_relabelled_and_removed(opens: Opens)
 
     for kind in ("real photos", "gen-a", "gen-b"):
         view.get_by_label(kind).uncheck()
-    canvas.scroll_into_view_if_needed()
-    box = canvas.bounding_box()
-    assert box
-    corners = [(box["x"] + box["width"] * x, box["y"] + box["height"] * y) for x, y in ((0, 0), (1, 0), (1, 1), (0, 1))]
 
     def lasso() -> None:
         """Around everything that is shown."""
-        page.mouse.move(corners[0][0] + 1, corners[0][1] + 1)
+        canvas.hover(position={"x": 2, "y": 2})
         page.mouse.down()
-        for x, y in corners[1:]:
-            page.mouse.move(x - 1, y - 1)
+        box = canvas.bounding_box()
+        assert box
+        for x, y in ((1, 0), (1, 1), (0, 1)):
+            page.mouse.move(box["x"] + 2 + x * (box["width"] - 4), box["y"] + 2 + y * (box["height"] - 4))
         page.mouse.up()
 
     lasso()

@@ -170,7 +170,10 @@ class FitSettings:
             if value is not None and value <= 0:
                 raise FitError(f"{option} is {value}: set it above 0")
 
-        if self.pretrained and "stem" in self.timm_args and not is_network(self.timm_args["stem"]):
+        stem = self.timm_args.get("stem")
+        if is_network(stem) and not self.pretrained:
+            raise FitError(f"the stem {stem} keeps what it begins with in its first stages: add --pretrained")
+        if self.pretrained and stem and not is_network(stem):
             raise FitError(
                 "--pretrained: timm has no weights of a convolutional stem; drop it from --architecture-args"
             )

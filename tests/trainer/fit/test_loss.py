@@ -2,14 +2,13 @@
 
 import math
 import os
-import socket
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from nodes import launcher
 from torch import Tensor, nn
 
 from trainer.fit.fit_settings import Anchors, FitSettings, Terms
@@ -292,16 +291,8 @@ def half_gradient(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_give_the_gradient_of_one_on_the_joint_batch(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = get_context("spawn")
-    children = [context.Process(target=half_gradient, args=(rank, port, str(tmp_path))) for rank in (0, 1)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    assert [child.exitcode for child in children] == [0, 0]
+    with launcher() as launch:
+        assert launch(half_gradient, [(str(tmp_path),)] * 2) == [0, 0]
     for loss in ("infonce", "generator", "cached"):
         for rank in (0, 1):
             gradient = torch.load(tmp_path / f"{loss}{rank}.pt", weights_only=True)

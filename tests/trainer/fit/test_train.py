@@ -6,11 +6,9 @@ import json
 import math
 import shutil
 import signal
-import socket
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from hashlib import sha256
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from nodes import train_on_node
+from nodes import launcher, train_on_node
 from PIL import Image
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
@@ -437,39 +435,21 @@ def test_early_stopping_keeps_the_best_epoch(tiny: FitSettings, monkeypatch: pyt
 
 def test_two_nodes_without_a_common_disk_resume_and_end_alike(tiny: FitSettings) -> None:
     """Twice the first node is lost or through with it: then both go on with what it knows."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["trainer.fit.train", "timm", "torch._dynamo"])
     disks = [tiny.output.with_name(name) for name in ("one", "two")]
     nodes = [replace(tiny, output=disk / "checkpoint") for disk in disks]
-
-    def launch(dies: bool = False) -> list[int | None]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        processes = [
-            context.Process(target=train_on_node, args=(rank, port, settings, dies))
-            for rank, settings in enumerate(nodes)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-            process.kill()
-            process.join()
-        return [process.exitcode for process in processes]
-
     for disk in disks:
         disk.mkdir()
-    assert launch(dies=True)[0] == -signal.SIGKILL
-    assert [state_folder(settings.output).exists() for settings in nodes] == [True, False]
-    assert launch() == [0, 0]
-    heard = [json.loads((disk / "heard.json").read_text()) for disk in disks]
-    assert all("resuming after epoch 1, 3 updates" in words["lines"] for words in heard)
-    assert heard[0]["metrics"]["training"]["updates"] == 6
-    weights = [torch.load(disk / "weights.pt", weights_only=True) for disk in disks]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    assert [settings.output.exists() for settings in nodes] == [True, False]
-    assert launch() == [0, 0]
+    with launcher() as launch:
+        assert launch(train_on_node, [(settings, True) for settings in nodes])[0] == -signal.SIGKILL
+        assert [state_folder(settings.output).exists() for settings in nodes] == [True, False]
+        assert launch(train_on_node, [(settings, False) for settings in nodes]) == [0, 0]
+        heard = [json.loads((disk / "heard.json").read_text()) for disk in disks]
+        assert all("resuming after epoch 1, 3 updates" in words["lines"] for words in heard)
+        assert heard[0]["metrics"]["training"]["updates"] == 6
+        weights = [torch.load(disk / "weights.pt", weights_only=True) for disk in disks]
+        assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+        assert [settings.output.exists() for settings in nodes] == [True, False]
+        assert launch(train_on_node, [(settings, False) for settings in nodes]) == [0, 0]
     reused = [json.loads((disk / "heard.json").read_text())["metrics"] for disk in disks]
     assert reused == [heard[0]["metrics"] | {"reused": True}, {"reused": True}]
 
@@ -838,6 +818,8 @@ def test_a_network_of_timm_is_a_stem_that_reads_the_same_pixels(tiny: FitSetting
     assert not any(weight.requires_grad for weight in (*stem[0].parameters(), *stem[2][:2].parameters()))
     assert all(weight.requires_grad for weight in stem[2][2:].parameters())
     assert settings.record()["pretrained_file"].startswith("network.safetensors, sha256 ")
+    with pytest.raises(FitError, match=r"the stem tf_efficientnet_lite0 keeps what .*: add --pretrained"):
+        replace(settings, pretrained=False, pretrained_file=None)
     with pytest.raises(FitError, match=r"--pretrained-file .*gone is no file"):
         replace(settings, pretrained_file=tmp_path / "gone")
     with pytest.raises(CheckpointError, match=r"patch_size is 8, and a network as stem makes patches of 32 pixels"):

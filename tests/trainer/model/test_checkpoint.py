@@ -97,7 +97,7 @@ def test_a_stem_makes_the_tokens_of_patches() -> None:
     for dim, patch in ((48, 12), (50, 16), (48, 1)):
         with pytest.raises(CheckpointError, match=f"tokens of {dim} values of patches of {patch} pixels"):
             stem_channels(dim, patch)
-    with pytest.raises(CheckpointError, match="stem is 'deep'; expected conv or residual"):
+    with pytest.raises(CheckpointError, match="stem is 'deep'; expected conv, residual or tf_efficientnet_lite0 to 4"):
         build_backbone(CheckpointConfig(architecture_args={"depth": 1, "stem": "deep"}))
 
 
