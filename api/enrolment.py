@@ -121,7 +121,7 @@ def measured(detector: Detector, added: Added) -> Added:
 
 def correct(
     detector: Detector, verdict: Detection, batch: Batch, upload: Upload | None = None
-) -> tuple[Added, Reference, bool]:
+) -> tuple[Added, Reference, Reference | None]:
     """Make a reference of a judged image, or relabel the one that it is.
 
     Args:
@@ -131,11 +131,11 @@ def correct(
         upload: The image itself; without it the reference stands on the embedding of the verdict.
 
     Returns:
-        What was added, the reference, and whether it was one of another kind before.
+        What was added, the reference, and what it was before if it was relabelled.
 
     Raises:
-        ApiError: bad-field, when the upload is another image; conflict, when the image may not come back, or the
-            verdict's embedding is of another checkpoint; and as `enrol`.
+        ApiError: bad-field, when the upload is another image; conflict, when the image may not come back, has become a
+            reference of another kind meanwhile, or the verdict's embedding is of another checkpoint; and as `enrol`.
         CheckpointSwitched: See `enrol`.
     """
     references, sha256 = detector.store.references, verdict.sha256
@@ -147,9 +147,10 @@ def correct(
     known = references.find(sha256)
     if known is not None:
         relabel(detector, known.id, ReferenceChange(label=batch.label, generator=batch.generator))
+    if upload is not None:
+        added = enrol(detector, [upload], batch)  # which brings a known one what it lacks
+    elif known is not None:
         added = Added(added=0, known=1, embedded=0, revision=detector.follower.revision)
-    elif upload is not None:
-        added = enrol(detector, [upload], batch)
     elif verdict.checkpoint_id != detector.embedder.id:
         detail = f"detection {verdict.id} was embedded by checkpoint {verdict.checkpoint_id}: send the image as well"
         raise ApiError("conflict", detail)
@@ -163,10 +164,13 @@ def correct(
             while_active=not detector.named,
         )
         added = measured(detector, Added.model_validate(asdict(report)))
+    if added.conflicts:
+        detail = f"the image of detection {verdict.id} has just become a reference of another kind; try again"
+        raise ApiError("conflict", detail, conflicts=added.conflicts)
     reference = references.find(sha256)
     if reference is None:
         raise ApiError("conflict", "the reference was removed meanwhile; try again")
-    return added, reference, known is not None and known.id != reference.id
+    return added, reference, None if known is None or known.id == reference.id else known
 
 
 def remove(detector: Detector, removal: Callable[[], RemovedRows]) -> Removed:

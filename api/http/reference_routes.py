@@ -79,12 +79,13 @@ async def enrol_detection(
 
     def work(detector: Detector) -> Corrected:
         verdict = verdict_log.find(detector, caller, id)
-        added, reference, relabelled = correct(detector, verdict, batch, upload)
+        added, reference, former = correct(detector, verdict, batch, upload)
         return Corrected(
             **added.model_dump(),
             reference=reference_image(reference, caller),
-            relabelled=relabelled,
-            readable=bool(reference.uri) or detector.store.references.file(reference.id) is not None,
+            relabelled=former is not None,
+            former=None if former is None else ReferenceChange(label=LABELS[former.label], generator=former.generator),
+            readable=detector.store.references.readable(reference.id),
         )
 
     return await service.enrol(work, 1)

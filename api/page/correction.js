@@ -32,7 +32,8 @@ export function correction({ id, known }, label, file = null) {
         button.disabled = true;
         const generator = label === "fake" ? name.value.trim() : null;
         try {
-          outcome.replaceChildren(...told(await enrol(id, label, generator, file), generator, again));
+          const report = await enrol(id, label, generator, file);
+          show(told(report, generator, again));
         } catch (problem) {
           outcome.replaceChildren(problemBox(problem));
           return again();
@@ -48,6 +49,13 @@ export function correction({ id, known }, label, file = null) {
   const again = () => {
     form.hidden = button.disabled = false;
   };
+  /** What came of it has the focus, since the button that was pressed goes. */
+  const show = (parts) => {
+    outcome.replaceChildren(...parts);
+    const done = outcome.querySelector(".done");
+    done.tabIndex = -1;
+    done.focus({ preventScroll: true });
+  };
   return h("div", {}, form, outcome);
 
   function told(report, generator, undone) {
@@ -55,16 +63,21 @@ export function correction({ id, known }, label, file = null) {
     const kind = generator ?? "real photos";
     const place = h("a", { href: `#/references/${reference.id}` }, `reference ${reference.id}`);
     const takeBack = async () => {
+      undoing.disabled = true;
       try {
-        if (report.relabelled) await relabelBack(reference);
+        if (report.former) await ask(`/v1/references/${reference.id}`, { method: "PATCH", json: report.former });
         else if ((await undo([enrolment], `This image of ${kind}`)) === null) return;
-        outcome.replaceChildren(h("p", { class: "done" }, report.relabelled ? "Undone: it is what it was." : "Undone."));
+        show([h("p", { class: "done" }, report.former ? "Undone: it is what it was." : "Undone.")]);
         undone();
       } catch (problem) {
         outcome.append(problemBox(problem));
+      } finally {
+        undoing.disabled = false;
+        if (undoing.isConnected) undoing.focus();
       }
     };
-    const words = report.relabelled
+    const undoing = h("button", { type: "button", onclick: takeBack }, "Undo");
+    const words = report.former
       ? [place, ` is one of ${kind} now.`]
       : report.added
         ? ["Enrolled with ", kind, " as ", place, "."]
@@ -81,8 +94,7 @@ export function correction({ id, known }, label, file = null) {
             "you have it.",
         ),
       report.added > 0 && [h("h3", {}, "What that changed"), effectBars([report], generator)],
-      (report.relabelled || enrolment !== null) &&
-        h("div", { class: "buttons" }, h("button", { type: "button", onclick: takeBack }, "Undo")),
+      (report.former || enrolment !== null) && h("div", { class: "buttons" }, undoing),
     ]
       .flat(Infinity)
       .filter(Boolean);
@@ -95,9 +107,4 @@ function enrol(id, label, generator, file) {
   if (generator) body.append("generator", generator);
   if (file) body.append("image", file, file.name);
   return ask(`/v1/detections/${id}/enrol`, { method: "POST", body });
-}
-
-function relabelBack({ id, attributes }) {
-  const { former_label: label, former_generator: generator = null } = attributes;
-  return ask(`/v1/references/${id}`, { method: "PATCH", json: { label, generator } });
 }

@@ -61,22 +61,24 @@ class ReferenceImage(Model):
     added_at: datetime
 
 
-class Corrected(Added):
-    """What became of a judged image: a new reference, or the one that it was, relabelled."""
-
-    reference: ReferenceImage
-    relabelled: bool
-    """It was a reference of another kind, which `PATCH` makes it again: its attributes tell."""
-    readable: bool
-    """Its bytes are kept or lie at its uri; of others no other checkpoint can make an embedding."""
-
-
 class ReferenceChange(Model):
     """What a reference is."""
 
     label: Label
     generator: GeneratorName | None = None
     """What made it, for fakes only; created if new."""
+
+
+class Corrected(Added):
+    """What became of a judged image: a new reference, or the one that it was, relabelled."""
+
+    reference: ReferenceImage
+    relabelled: bool
+    """It was a reference of another kind."""
+    former: ReferenceChange | None
+    """What it was then, which `PATCH` makes it again."""
+    readable: bool
+    """Its bytes are kept or lie at its uri; of others no other checkpoint can make an embedding."""
 
 
 class ReferenceNeighbours(Model):

@@ -128,7 +128,7 @@ def ingest(
         enrolment: One that other workers fill too, in large transactions; whoever opened it finishes it. By default one
             is opened when something is to be written.
         dry_run: Read and decode, but embed and write nothing; `added` is what would be added.
-        keep_bytes: Keep the files themselves and no uri (uploads).
+        keep_bytes: Keep the files themselves and no uri (uploads), also those of rows that can be read nowhere.
         while_active: Add nothing once another checkpoint is the active one.
         batch_size: Images per forward pass.
         on_image: Called once for each entry that is done, from several threads.
@@ -244,17 +244,21 @@ class _Ingestion:
         if has.lower() != wants.lower():
             self.report.conflict(entry.key, known.sha256, has, wants)
         elif known.embedded and (known.pictured or data is not None):
-            if data is not None and not known.pictured and not self.dry_run:
-                self._add_thumbnail(known.id, data)
+            if data is not None and not self.dry_run:
+                self._complete(known, data)
             self.known += 1
         else:
             return False
         self.on_image()
         return True
 
-    def _add_thumbnail(self, image_id: int, data: bytes) -> None:
-        with suppress(UnreadableImage, LimitExceeded):
-            self.store.references.add_thumbnail(image_id, self._in_process(_thumbnail, data, self.max_pixels))
+    def _complete(self, known: Known, data: bytes) -> None:
+        """Let a row have the thumbnail and the file that it lacks."""
+        if not known.pictured:
+            with suppress(UnreadableImage, LimitExceeded):
+                self.store.references.add_thumbnail(known.id, self._in_process(_thumbnail, data, self.max_pixels))
+        if self.keep_bytes:
+            self.store.references.add_file(known.id, data)
 
     def _read(self, entry: Entry) -> File | None:
         try:

@@ -238,6 +238,8 @@ def enrol_judged(
 ) -> Report:
     """Make judged images references of one kind by the embeddings of their verdicts, as one finished enrolment.
 
+    Where nothing is added there is no enrolment.
+
     Args:
         store: Where the verdicts are kept.
         checkpoint_id: What made the embeddings.
@@ -249,23 +251,29 @@ def enrol_judged(
     start = time.monotonic()
     enrolment = store.enrolments.open(wanted.generator, source)
     report = Report(images=len(images), enrolment=enrolment)
-    for place in range(0, len(images), TRANSACTION_IMAGES):
-        batch = images[place : place + TRANSACTION_IMAGES]
-        thumbnails = store.detections.thumbnails([image.id for image in batch if image.pictured])
-        references = [_reference(image, wanted, source, thumbnails.get(image.id)) for image in batch]
-        added = store.references.add(references, checkpoint_id, enrolment, while_active=while_active)
-        report.added += added.added
-        report.known += added.known
-        report.revision = added.revision
-        for conflict in added.conflicts:
-            report.conflict(batch[conflict.position].file, conflict.sha256, conflict.has, conflict.wants)
-        for image, image_id in zip(batch, added.ids, strict=True):
-            if image_id is None:
-                report.reject(image.file, FORGOTTEN)
+    try:
+        for place in range(0, len(images), TRANSACTION_IMAGES):
+            batch = images[place : place + TRANSACTION_IMAGES]
+            thumbnails = store.detections.thumbnails([image.id for image in batch if image.pictured])
+            references = [_reference(image, wanted, source, thumbnails.get(image.id)) for image in batch]
+            added = store.references.add(references, checkpoint_id, enrolment, while_active=while_active)
+            report.added += added.added
+            report.known += added.known
+            report.revision = added.revision
+            for conflict in added.conflicts:
+                report.conflict(batch[conflict.position].file, conflict.sha256, conflict.has, conflict.wants)
+            for image, image_id in zip(batch, added.ids, strict=True):
+                if image_id is None:
+                    report.reject(image.file, FORGOTTEN)
+    finally:
+        if not report.added:
+            report.enrolment = None
+            store.enrolments.discard(enrolment)
     report.generators = {wanted.generator or LABEL_NAMES[wanted.label]: report.added}
     report.sources = {source: report.added}
     report.seconds = round(time.monotonic() - start, 3)
-    store.enrolments.finish(enrolment, asdict(report))
+    if report.added:
+        store.enrolments.finish(enrolment, asdict(report))
     return report
 
 

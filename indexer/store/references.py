@@ -16,11 +16,13 @@ from sqlalchemy import (
     Select,
     Text,
     any_,
+    exists,
     func,
     literal,
     select,
     update,
 )
+from sqlalchemy.dialects.postgresql import insert
 
 from indexer.database.tables import (
     PICTURED,
@@ -53,6 +55,7 @@ class Known:
     pictured: bool
 
 
+READABLE = (func.coalesce(ReferenceRow.uri, "") != "") | exists().where(ReferenceFileRow.image_id == ReferenceRow.id)
 UNREAD = {"thumbnail", "thumbnail_sha256", "generator_id"}
 SortKey = Literal["label", "generator", "source"]
 
@@ -116,6 +119,26 @@ class References(Rows):
 
         self.transaction(work)
 
+    def add_file(self, image_id: int, data: bytes) -> None:
+        """Keep the bytes of a reference that can be read nowhere.
+
+        Raises:
+            BlobsAway: They are to be kept in object storage, which cannot be used.
+        """
+        if self.readable(image_id):
+            return
+
+        def work(connection: Connection) -> None:
+            [kept] = self._blobs.keep(connection, [data])
+            values = (ReferenceRow.id, literal(kept.data, LargeBinary), literal(kept.sha256, LargeBinary))
+            unread = select(*values).where(ReferenceRow.id == image_id, ~READABLE)
+            unread = unread.with_for_update(read=True, key_share=True)  # or it might be removed before this is there
+            columns = (ReferenceFileRow.image_id, ReferenceFileRow.bytes, ReferenceFileRow.sha256)
+            connection.execute(insert(ReferenceFileRow).from_select(columns, unread).on_conflict_do_nothing())
+            self._blobs.note_spare(connection, [kept])
+
+        self.transaction(work)
+
     def file(self, image_id: int) -> bytes | None:
         """The bytes of an image that came over HTTP, where they were kept.
 
@@ -125,6 +148,10 @@ class References(Rows):
         query = select(ReferenceFileRow.bytes, ReferenceFileRow.sha256).where(ReferenceFileRow.image_id == image_id)
         row = self.read_one(query)
         return None if row is None else self._blobs.load(Kept(row["bytes"], row["sha256"]))
+
+    def readable(self, image_id: int) -> bool:
+        """Whether the bytes of a reference lie at its uri or were kept. Object storage is not asked."""
+        return bool(self.read_value(select(READABLE).where(ReferenceRow.id == image_id)))
 
     def vector(self, image_id: int, checkpoint_id: str) -> np.ndarray | None:
         """The embedding of a reference as stored, shape (d,), float32; None where this checkpoint made none."""

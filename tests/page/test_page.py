@@ -206,6 +206,23 @@ def test_a_disputed_verdict_becomes_a_reference_which_is_relabelled_and_taken_ba
     expect(again.locator(".dispute")).to_contain_text("is one of real photos now")
     again.get_by_role("button", name="Undo").click()
     expect(again.locator(".dispute")).to_contain_text("Undone: it is what it was.")
+    expect(again.locator(".dispute .done").last).to_be_focused()
+    [known] = page.request.get(f"{page.url.split('#')[0]}v1/references?generator=gen-wrong").json()["references"]
+    back = page.request.patch(f"{page.url.split('#')[0]}v1/references/{known['id']}", data={"label": "real"})
+    assert back.json()["attributes"]["former_generator"] == "gen-wrong"
+    page.reload()  # and back to gen-wrong, which it was
+    again = judge(page, picture("wrong.png", seed=33))
+    again.get_by_role("button", name="This is wrong").click()
+    again.get_by_role("radio", name="Generated").check()
+    again.get_by_role("button", name="Send").click()
+    again.get_by_label("Made by the generator").fill("gen-wrong")
+    again.get_by_role("button", name="Relabel the reference").click()
+    expect(again.locator(".dispute")).to_contain_text("is one of gen-wrong now")
+    expect(again.locator(".dispute .done").last).to_be_focused()
+    again.get_by_role("button", name="Undo").click()
+    expect(again.locator(".dispute")).to_contain_text("Undone: it is what it was.")
+    [known] = page.request.get(f"{page.url.split('#')[0]}v1/references?newest=true&limit=1").json()["references"]
+    page.request.delete(f"{page.url.split('#')[0]}v1/references/{known['id']}")
     page.request.delete(f"{page.url.split('#')[0]}v1/generators/gen-wrong")
 
 

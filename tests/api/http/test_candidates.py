@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from api.judge.detector import Detector
 from api.judge.loader import load_detector
 from api.service_settings import ServiceSettings
 from indexer.ingest.ingest import ingest
+from indexer.store.blobs import Blobs, BlobsAway
 from indexer.store.detections import Detection
 from trainer.data.datasets import read_dataset
 from trainer.process_pool import DeadlinePassed, LimitExceeded
@@ -128,6 +130,13 @@ def test_a_disputed_verdict_becomes_a_reference_or_relabels_the_one_it_is(
     assert (corrected["added"], corrected["relabelled"]) == (0, True)
     now = corrected["reference"]
     assert (now["label"], now["attributes"]["former_generator"]) == ("real", "Newcomer")
+    assert corrected["former"] == wanted
+    back = client.post(url, data=wanted).json()
+    assert (back["former"], back["reference"]["attributes"]) == (
+        {"label": "real", "generator": None},
+        {"detection": str(theirs.id)},  # which no longer say what it was
+    )
+    now = client.patch(f"/v1/references/{back['reference']['id']}", json=back["former"]).json()
     assert client.delete(f"/v1/enrolments/{made['enrolment']}").json()["references"] == 1
     assert references.get(now["id"]) is None
     elsewhere = replace(theirs, id=uuid.uuid4(), checkpoint_id="another")
@@ -136,8 +145,12 @@ def test_a_disputed_verdict_becomes_a_reference_or_relabels_the_one_it_is(
     assert (refused.status_code, "send the image as well" in refused.json()["detail"]) == (409, True)
 
 
+def unreachable(*_: object, **__: object) -> NoReturn:
+    raise BlobsAway("it does not answer")
+
+
 def test_a_judged_image_that_is_sent_once_more_is_kept_and_one_removed_for_good_stays_away(
-    client: TestClient, detector: Detector
+    client: TestClient, detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     buffer = io.BytesIO()
     small_image(70, True, 64).save(buffer, "PNG")
@@ -147,9 +160,38 @@ def test_a_judged_image_that_is_sent_once_more_is_kept_and_one_removed_for_good_
     made = client.post(url, data=wanted, files=image).json()
     assert (made["added"], made["readable"], made["reference"]["source"]) == (1, True, "desk")
     assert detector.store.references.file(made["reference"]["id"]) == buffer.getvalue()
-    detector.store.references.remove(ids=[made["reference"]["id"]], forget=True)
+    with monkeypatch.context() as away:
+        away.setattr(Blobs, "load", unreachable)  # asked for a picture, and not for whether there is one
+        assert client.post(url, data=wanted).json()["readable"]
+    detector.store.references.remove(ids=[made["reference"]["id"]])
+    for send, again in ((url, image), ("/v1/references", {"images": image["image"]})):
+        made = client.post(url, data=wanted).json()  # from the verdict alone
+        assert (made["added"], made["readable"]) == (1, False)
+        assert client.post(send, data=wanted, files=again).json()["known"] == 1
+        assert client.post(url, data=wanted).json()["readable"]
+        assert detector.store.references.file(made["reference"]["id"]) == buffer.getvalue()
+        detector.store.references.remove(ids=[made["reference"]["id"]], forget=send != url)
     refused = client.post(url, data=wanted, files=image)
     assert (refused.status_code, "removed with --forget" in refused.json()["detail"]) == (409, True)
+
+
+def test_what_cannot_be_made_a_reference_leaves_no_enrolment(
+    client: TestClient, detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, verdict = detector.store, uncertain(detector, "a0", 0, None, None)
+    store.detections.add([verdict])
+    url, wanted = f"/v1/detections/{verdict.id}/enrol", {"label": "fake", "generator": "Newcomer"}
+    before = [one.id for one in store.enrolments.list()]
+    with monkeypatch.context() as away:
+        away.setattr(store.references, "add", unreachable)
+        assert client.post(url, data=wanted).status_code == 503
+    assert [one.id for one in store.enrolments.list()] == before
+    client.post(url, data=wanted)
+    before = [one.id for one in store.enrolments.list()]
+    monkeypatch.setattr(store.references, "find", lambda _: None)  # somebody else made it one in between
+    refused = client.post(url, data={"label": "real"})
+    assert (refused.status_code, refused.json()["conflicts"][0]["has"]) == (409, "fake (Newcomer)")
+    assert [one.id for one in store.enrolments.list()] == before
 
 
 def test_thumbnails_of_judged_images_are_kept_where_a_setting_says_so(client: TestClient, detector: Detector) -> None:
