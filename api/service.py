@@ -233,9 +233,10 @@ class Service:
                 log.warning(f"{things} could not be deleted; trying again")
 
     async def _drain_blobs(self) -> None:
-        """Delete objects of references that were removed."""
+        """Delete objects of references that were removed, some in each call of a thread, so that closing ends it."""
         try:
-            await self.run(self.detector.store.blobs.drain)
+            while not (await self.run(self.detector.store.blobs.drain_some)).last:
+                pass
         except (*DATABASE_AWAY, BlobsAway) as error:
             log.warning("objects could not be deleted; trying again", extra={"reason": public_detail(error)})
 

@@ -10,6 +10,7 @@ from threading import Event
 from typing import Annotated, Any
 
 import typer
+from sqlalchemy.exc import DBAPIError
 
 from indexer.commands import (
     AsJson,
@@ -173,11 +174,12 @@ def remove(
             removed = store.generators.delete(generator, forget=forget)
         else:
             removed = store.references.remove(**given, forget=forget)
+        indexes = renewed(settings, store, removed, "removed")
         try:
             store.blobs.drain()
-        except BlobsAway as error:
-            note(f"warning: {error}; a service, or `lineup index check --blobs --repair`, deletes the objects later")
-        indexes = renewed(settings, store, removed, "removed")
+        except (BlobsAway, DBAPIError) as error:
+            reason = " ".join(str(error.orig if isinstance(error, DBAPIError) else error).split())
+            note(f"warning: {reason}; a service, or `lineup index check --blobs --repair`, deletes the objects later")
     report = {"removed": removed.references, "revisions": removed.revisions, "forgotten": forget}
     report["indexes"] = indexes
     answer(as_json, report, lambda: tell_removed(report))

@@ -85,7 +85,7 @@ def in_memory(follower: Follower) -> MemoryCopy:
 CHURNED = range(12)
 
 
-def pictures(number: int) -> dict[str, bytes]:
+def pictures(number: int) -> dict[str, Any]:
     """Thumbnail and file of an image that `churn` adds; two images have one thumbnail."""
     return {"thumbnail": b"thumbnail %d" % (number // 2), "data": b"file %d" % number}
 

@@ -9,12 +9,13 @@ killed leaves objects that no row names at worst, which `lineup index check --bl
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Engine, text
@@ -33,6 +34,8 @@ REQUESTS = 16
 DRAINED = 256
 """Names that are taken from the outbox at a time: who wants to put waits meanwhile."""
 RETRY_LIMIT = timedelta(seconds=10)
+TIMEOUTS = {"connect_timeout": timedelta(seconds=3), "timeout": RETRY_LIMIT}
+"""Of one request: storage that stalls would hold all threads of a service."""
 OWNER = "store"
 """The object that says whose the place is."""
 SHARDS = tuple(f"{first:02x}" for first in range(256))
@@ -44,7 +47,7 @@ union select sha256 from reference_file where sha256 {condition}
 """
 NAMED = NAMES.format(condition="= any(:hashes)")
 NAMED_BETWEEN = NAMES.format(condition="between :lowest and :highest")
-ANY_NAMED = f"select exists({NAMES.format(condition='is not null')})"
+ANY_NAMED = f"select exists({NAMES.format(condition='is not null')} union select sha256 from blob_outbox)"
 NOTE = "insert into blob_outbox (sha256) select unnest(cast(:hashes as bytea[]))"
 NOTE_DROPPED = """
 insert into blob_outbox (sha256)
@@ -71,6 +74,18 @@ class StoredBlob(NamedTuple):
 
     size: int
     at: datetime
+
+
+class Drained(NamedTuple):
+    """What came of some names of the outbox: how many they were, and how many objects were deleted."""
+
+    names: int = 0
+    deleted: int = 0
+
+    @property
+    def last(self) -> bool:
+        """Whether no more were noted."""
+        return self.names < DRAINED
 
 
 class Blobs(Rows):
@@ -102,9 +117,8 @@ class Blobs(Rows):
                     f"LINEUP_BLOBS {self.place} is new, and this store's pictures lie elsewhere: "
                     "name that place, or copy all of it here first"
                 )
-            with self._failures():
-                self._put(OWNER, identity.encode())
-        elif owner != identity:
+            owner = self._become_owner(identity)
+        if owner != identity:
             raise BlobsAway(f"LINEUP_BLOBS {self.place} holds the pictures of another store: name another prefix")
         self._claimed = True
 
@@ -152,10 +166,15 @@ class Blobs(Rows):
         Raises:
             BlobsAway: Object storage cannot be used; what is left stays noted.
         """
-        deleted = 0
-        while self.place is not None and self.waiting():
-            deleted += self.transaction(self._drain)
-        return deleted
+        drained = [self.drain_some()]
+        while not drained[-1].last:
+            drained.append(self.drain_some())
+        return sum(some.deleted for some in drained)
+
+    def drain_some(self) -> Drained:
+        """As `drain`, of the first `DRAINED` names alone."""
+        self.claim()
+        return Drained() if self.place is None else self.transaction(self._drain)
 
     def waiting(self) -> int:
         """How many names the outbox notes."""
@@ -193,21 +212,32 @@ class Blobs(Rows):
         Raises:
             BlobsAway: Object storage cannot be used.
         """
-        if not hashes:
-            return 0
-        return self.transaction(lambda connection: self._delete_unnamed(connection, hashes))
+        self.claim()
+        return sum(self.transaction(partial(self._delete_unnamed, hashes=some)) for some in _parts(hashes, DRAINED))
 
-    def _drain(self, connection: Connection) -> int:
+    def _drain(self, connection: Connection) -> Drained:
+        _exclude_others(connection)  # first: another process may be deleting the next names
         rows = connection.execute(text(NEXT), {"most": DRAINED}).all()
         deleted = self._delete_unnamed(connection, {row.sha256 for row in rows})
         connection.execute(text(DONE), {"ids": [row.id for row in rows]})
-        return deleted
+        return Drained(len(rows), deleted)
 
     def _delete_unnamed(self, connection: Connection, hashes: Collection[bytes]) -> int:
-        connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": LOCK})
+        _exclude_others(connection)
         unnamed = set(hashes) - _named(connection, hashes)
-        self._each(lambda sha256: self._delete(_key(sha256)), unnamed)
+        for some in _parts(unnamed, REQUESTS):
+            connection.execute(text("select 1"))  # fails where the connection is lost, and with it the lock
+            self._each(lambda sha256: self._delete(_key(sha256)), some)
         return len(unnamed)
+
+    def _become_owner(self, identity: str) -> str | None:
+        """The owner, which is this store unless another one was quicker."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        with self._failures(), suppress(AlreadyExistsError):
+            obstore.put(self._objects, OWNER, identity.encode(), mode="create")
+        return self._owner()
 
     def _owner(self) -> str | None:
         with self._failures():
@@ -244,11 +274,13 @@ class Blobs(Rows):
     def _objects(self) -> ObjectStore:
         from obstore.store import from_url
 
-        options = {"max_retries": 2, "retry_timeout": RETRY_LIMIT}
         place = self.place or ""
         if place.startswith("file:"):
             return from_url(place)
-        return from_url(place, retry_config=options)  # type: ignore[call-overload, no-any-return]
+        retries = {"max_retries": 2, "retry_timeout": RETRY_LIMIT}
+        # Options of the client replace those that it reads from the environment.
+        options = TIMEOUTS | {"allow_http": os.environ.get("AWS_ALLOW_HTTP", "false")}
+        return from_url(place, retry_config=retries, client_options=options)  # type: ignore[call-overload, no-any-return]
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
@@ -272,6 +304,17 @@ def note_dropped(connection: Connection, image_ids: Sequence[int]) -> None:
 
 def _named(connection: Connection, hashes: Collection[bytes]) -> set[bytes]:
     return set(connection.scalars(text(NAMED), {"hashes": list(hashes)})) if hashes else set()
+
+
+def _exclude_others(connection: Connection) -> None:
+    """Wait until nobody else puts or deletes objects, which nobody does until this transaction ends."""
+    connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": LOCK})
+
+
+def _parts(hashes: Collection[bytes], most: int) -> Iterator[list[bytes]]:
+    """All of them, so many at a time."""
+    rest = list(hashes)
+    return (rest[start : start + most] for start in range(0, len(rest), most))
 
 
 def _key(sha256: bytes) -> str:

@@ -1,24 +1,32 @@
 """Object storage: rows name nothing that is not there, whatever fails or is done at the same time."""
 
 import hashlib
+import socket
 import threading
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numbered
 import pytest
 from object_servers import WEED, serve_seaweed
 from sqlalchemy import Engine, event, text
+from sqlalchemy.exc import OperationalError
 
 from indexer.ingest.exchange import export_references, import_references
 from indexer.ingest.thumbnails import missing_thumbnails
 from indexer.measure.check import compare_blobs
 from indexer.settings import Settings, SettingsError
 from indexer.store import Store
-from indexer.store.blobs import BlobsAway
+from indexer.store.blobs import Blobs, BlobsAway
 from indexer.store.relabelling import Kind
 
 NUMBERED = [b"%d" % number for number in range(3)]
+END_DELETION = """
+select pg_terminate_backend(pid) from pg_locks join pg_database d on d.oid = database
+where locktype = 'advisory' and d.datname = current_database()
+"""
 DATA = (b"jpeg", b"one", b"two", b"three", b"another", b"other", b"same", b"file", b"file 1", b"file 2", b"blocked")
 
 
@@ -184,6 +192,76 @@ def test_what_is_put_again_while_it_is_to_be_deleted_stays(store: Store) -> None
     draining.join()
     assert waited
     assert (store.blobs.waiting(), *numbers(store)) == (0, 1, 0, 0)
+
+
+def test_deletions_come_in_parts_and_end_with_the_connection(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("indexer.store.blobs.DRAINED", 2)
+    monkeypatch.setattr("indexer.store.blobs.REQUESTS", 1)
+    ids = numbered.add_all(store, [numbered.new(number, thumbnail=data) for number, data in enumerate(NUMBERED)])
+    store.references.remove(ids=ids)
+    drained = [store.blobs.drain_some() for _ in range(2)]
+    assert [(some.names, some.deleted, some.last) for some in drained] == [(2, 2, False), (1, 1, True)]
+    numbered.add_all(store, [numbered.new(number, thumbnail=data) for number, data in enumerate(NUMBERED, 3)])
+    with store.engine.begin() as connection:
+        connection.execute(text("update reference_image set thumbnail_sha256 = null"))
+    transactions: list[object] = []
+    event.listen(store.engine, "commit", transactions.append)
+    blobs, delete = store.blobs, store.blobs._delete
+    hashes = [hashlib.sha256(data).digest() for data in NUMBERED]
+
+    def delete_and_lose(key: str) -> None:
+        delete(key)
+        with store.engine.connect() as other:
+            other.execute(text(END_DELETION))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blobs, "_delete", delete_and_lose)
+        with pytest.raises(OperationalError):
+            blobs.delete_unnamed(hashes)
+    assert numbers(store)[0] == 2
+    transactions.clear()
+    assert blobs.delete_unnamed(hashes) == 3
+    assert len(transactions) == 2
+
+
+def test_nothing_is_deleted_at_a_place_that_is_not_this_stores(store: Store, tmp_path: Path) -> None:
+    first, second = numbered.add_all(store, [numbered.new(number, thumbnail=b"one") for number in (1, 2)])
+    store.references.remove(ids=[first, second])
+    with pytest.raises(BlobsAway, match="this store's pictures lie elsewhere"):
+        Store(store.engine, folder(tmp_path / "empty")).blobs.drain()
+    foreign = tmp_path / "foreign"
+    place = folder(foreign)
+    (foreign / "store").write_text("another")
+    for delete in (Blobs.drain, lambda blobs: blobs.delete_unnamed([b"0" * 32])):
+        with pytest.raises(BlobsAway, match="holds the pictures of another store"):
+            delete(Blobs(store.engine, place))
+    assert (store.blobs.waiting(), store.blobs.drain()) == (1, 1)
+
+
+def test_a_place_is_of_who_claims_it_first(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another store has put its name between this one's look and its own."""
+    store.blobs._put("store", b"another")
+    owner = store.blobs._owner
+    answers: Iterator[str | None] = iter([None])
+    monkeypatch.setattr(store.blobs, "_owner", lambda: next(answers, owner()))
+    with pytest.raises(BlobsAway, match="holds the pictures of another store"):
+        store.blobs.claim()
+
+
+def test_storage_that_stalls_is_given_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("indexer.store.blobs.TIMEOUTS", {"timeout": timedelta(seconds=0.1)})
+    monkeypatch.setattr("indexer.store.blobs.RETRY_LIMIT", timedelta(seconds=0.1))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+        for name, value in (keys | {"AWS_ENDPOINT_URL": address, "AWS_ALLOW_HTTP": "true"}).items():
+            monkeypatch.setenv(name, value)
+        start = time.monotonic()
+        with pytest.raises(BlobsAway, match="error sending request"):
+            Store(engine, "s3://bucket/prefix").blobs.claim()
+        assert time.monotonic() - start < 10
+        server.settimeout(0)
+        server.accept()[0].close()  # it was asked
 
 
 def test_what_is_missing_is_named(store: Store) -> None:
