@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 from uuid import UUID
 
 import psycopg
-from sqlalchemy import ColumnElement, Connection, RowMapping, delete, func, select, text, tuple_, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, delete, func, literal_column, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 
 from indexer.database.tables import JobImageRow, JobRow
@@ -152,15 +152,17 @@ class Jobs(Rows):
                     copy.write_row((job_id, number, image.file, image.read is None, image.size, data))
             return job_id
 
-        job_id = self.transaction(work)
-        job = self.made_with(idempotency_key, api_key_id) if job_id is None else self.get(job_id)
+        while (job_id := self.transaction(work)) is None:
+            if (first := self.made_with(idempotency_key, api_key_id)) is not None:
+                return first  # otherwise it was deleted just now
+        job = self.get(job_id)
         assert job is not None
         return job
 
     def made_with(self, idempotency_key: str | None, api_key_id: int | None) -> Job | None:
         """The job that a key's owner, or who has none, made with this idempotency key; None without."""
-        same = (JobRow.idempotency_key == idempotency_key) & JobRow.api_key_id.is_not_distinct_from(api_key_id)
-        row = self.read_one(JOBS.where(same))
+        owner = func.coalesce(JobRow.api_key_id, literal_column("0")) == (api_key_id or 0)  # as in the unique index
+        row = self.read_one(JOBS.where(owner, JobRow.idempotency_key == idempotency_key))
         return None if row is None else Job(**row)
 
     def get(self, job_id: UUID) -> Job | None:

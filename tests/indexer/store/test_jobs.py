@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select, text, update
+from sqlalchemy import event, func, select, text, update
 
 from indexer.database.connection import connect
 from indexer.database.tables import JobImageRow, JobRow
@@ -158,6 +158,36 @@ def test_a_key_of_idempotence_makes_one_job_for_each_who_asks(jobs: Jobs) -> Non
     assert jobs.waiting().images == 4
     assert jobs.made_with("one", 1) is not None
     assert jobs.made_with("three", 1) is None
+
+
+def test_a_first_job_that_is_deleted_meanwhile_is_made_again(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = jobs.add(uploads(1), {}, idempotency_key="one")
+    made_with = jobs.made_with
+
+    def too_late(idempotency_key: str | None, api_key_id: int | None) -> Job | None:
+        jobs.delete(first.id)
+        return made_with(idempotency_key, api_key_id)
+
+    monkeypatch.setattr(jobs, "made_with", too_late)
+    second = jobs.add(uploads(1), {}, idempotency_key="one")
+    assert (second.id != first.id, jobs.get(first.id), jobs.waiting().jobs) == (True, None, 1)
+
+
+def test_the_job_of_a_key_of_idempotence_is_found_by_the_index(jobs: Jobs) -> None:
+    queries: list[tuple[str, Any]] = []
+
+    def note(connection: object, cursor: object, statement: str, parameters: object, *_: object) -> None:
+        queries.append((statement, parameters))
+
+    event.listen(jobs.engine, "before_cursor_execute", note)
+    jobs.made_with("one", None)
+    event.remove(jobs.engine, "before_cursor_execute", note)
+    [(statement, parameters)] = [query for query in queries if "idempotency_key" in query[0]]
+    with jobs.engine.begin() as connection:
+        connection.execute(text("set local enable_seqscan = off"))
+        plan = connection.exec_driver_sql(f"explain {statement}", parameters).scalars().all()
+    [condition] = [line for line in plan if "Index Cond" in line]
+    assert "COALESCE(api_key_id" in condition
 
 
 def test_cancelling_drops_what_is_not_judged_and_a_late_result_changes_nothing(jobs: Jobs) -> None:
