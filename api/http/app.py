@@ -41,11 +41,13 @@ from indexer.index.milvus import EngineAway
 from indexer.measure.discovery import CandidateEnrolled, UnknownCandidate
 from indexer.store.blobs import BlobsAway
 from indexer.store.generators import BadGeneratorName, GeneratorExists, UnknownGenerator
+from indexer.store.references import ReferenceGone
 
 log = logging.getLogger(__name__)
 PAGE_FOLDER = Path(__file__).parents[1] / "page"
 REFUSALS: dict[type[Exception], Kind] = {
     UnknownGenerator: "not-found",
+    ReferenceGone: "not-found",
     GeneratorExists: "conflict",
     BadGeneratorName: "bad-field",
     UnknownCandidate: "not-found",

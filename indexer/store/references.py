@@ -43,6 +43,10 @@ from indexer.store.relabelling import Kind, Relabelled, relabel_all
 from indexer.store.removing import Removed, remove_all
 
 
+class ReferenceGone(LookupError):
+    """A reference was removed while it was in use."""
+
+
 @dataclass(frozen=True, slots=True)
 class Known:
     """What decides whether a file has to be read: its row, and whether that has thumbnail and embedding."""
@@ -323,10 +327,17 @@ class References(Rows):
             after: The last one of the page before.
             newest: The newest of a group first.
             limit: How many at most.
+
+        Raises:
+            ReferenceGone: The last one of the page before was removed with all of its group.
         """
         groups = self._groups(by)
         names, rows = list(groups), list[Reference]()
-        first = names.index(_group(by, after)) if after is not None else 0
+        first = 0
+        if after is not None:
+            if _group(by, after) not in groups:
+                raise ReferenceGone(f"there is no reference {after.id} to go on after")
+            first = names.index(_group(by, after))
         filters = self._filters(label, generator, source)
         for name in names[first:]:
             last = after.id if after is not None and name == names[first] else 0

@@ -28,7 +28,7 @@ from indexer.store.detections import Detection
 from indexer.store.generators import BadGeneratorName, GeneratorExists, UnknownGenerator
 from indexer.store.keys import KeyExists
 from indexer.store.reference_facts import NewReference, Reference
-from indexer.store.references import SortKey
+from indexer.store.references import ReferenceGone, SortKey
 from indexer.store.relabelling import Kind
 from indexer.store.removing import STAMP, Removed
 from indexer.store.writing import BadVector
@@ -305,6 +305,13 @@ def test_references_are_grouped_page_by_page(store: Store, by: SortKey, newest: 
     assert [row.id for row in pages] == [row.id for row in expected]
     narrowed = store.references.sorted(by, newest=newest, label=1, source="b")
     assert [row.id for row in narrowed] == [row.id for row in expected if row.label == 1 and row.source == "b"]
+    store.references.remove(source="c")
+    last = next(row for row in every if row.source == "c")
+    if by == "source":
+        with pytest.raises(ReferenceGone, match=f"no reference {last.id} "):
+            store.references.sorted(by, newest=newest, after=last)
+    else:  # its group is still there
+        store.references.sorted(by, newest=newest, after=last)
 
 
 def test_removal_reaches_the_followers_of_every_checkpoint(store: Store) -> None:
