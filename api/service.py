@@ -214,8 +214,9 @@ class Service:
             if self._ready:
                 detector, drawn = self.detector, self.reference_map
                 checkpoint_id, store = detector.embedder.id, detector.store
-                position = (checkpoint_id, detector.follower.revision)
-                if drawn is None or (drawn.checkpoint_id, drawn.revision) != position:
+                # A map is of the rows, and may be newer than an index that still follows them.
+                current = drawn is not None and drawn.checkpoint_id == checkpoint_id
+                if drawn is None or not current or drawn.revision < detector.follower.revision:
                     try:
                         self.reference_map = await run_in(self._counters, draw_map, store, checkpoint_id, drawn)
                     except Exception as error:

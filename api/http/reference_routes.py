@@ -126,13 +126,17 @@ async def get_map(service: Served, detector: Loaded, caller: Reading) -> Referen
     if drawn is None or drawn.checkpoint_id != detector.embedder.id:
         raise ApiError("not-ready", "the map of the references is being drawn", retry_after=2)
     follower, projection = detector.follower, drawn.projection
-    return ReferenceMap(
-        checkpoint=drawn.checkpoint_id,
-        revision=drawn.revision,
-        references=sum(follower.index.counts()),
-        explained=list(projection.explained) if projection else [0.0, 0.0],
-        **await service.run(drawn.summary, follower.generator_names),
-    )
+
+    def work() -> ReferenceMap:
+        return ReferenceMap(
+            checkpoint=drawn.checkpoint_id,
+            revision=drawn.revision,
+            references=sum(follower.index.counts()),  # which waits for an index that is being changed
+            explained=list(projection.explained) if projection else [0.0, 0.0],
+            **drawn.summary(follower.generator_names),
+        )
+
+    return await service.run(work)
 
 
 @router.get("/references/{id}", responses=documented("not-found"))

@@ -7,6 +7,7 @@ import { problemBox } from "./problems.js";
 import { count, percent, plural } from "./words.js";
 
 const GRID = 9_999; // places are 0..9,999
+const MOST = 50_000; // points that the service draws; fewer than references only because it is drawing them anew
 const FEW = 1_000; // points, fewer of which are drawn large
 const SHOWN = 24; // pictures of what is selected
 const STEP = 24; // pixels that an arrow key moves the ring
@@ -93,7 +94,7 @@ export async function show() {
     kinds = map.kinds;
     points = map.id.map((id, n) => ({ id, kind: map.kind[n], x: map.x[n], y: map.y[n] }));
     points.sort((one, other) => one.kind - other.kind);
-    const most = map.references > points.length ? ` of ${count(map.references)}, drawn by lot` : "";
+    const most = points.length >= MOST && map.references > points.length ? ` of ${count(map.references)}, drawn by lot` : "";
     const [across, down] = map.explained;
     told.textContent =
       `${plural(points.length, "reference")}${most}. The axes are the two principal components of the embeddings, and hold ` +

@@ -26,7 +26,7 @@ FITTED_PAGES = 5
 GRID = 9_999
 """The largest number of a place in a summary."""
 OUTGROWN = 2
-"""The axes are found anew once they could be found from so many times as many."""
+"""The axes are found anew once there are so many times as many references on the map."""
 
 POINTS = text("""
 select r.id, r.label, coalesce(r.generator_id, -1) as generator
@@ -44,7 +44,7 @@ class Projection:
         matrix: Shape (d, 2), float32.
         offset: Shape (2,), float32.
         explained: Share of the variance along each axis, 0..1.
-        references: How many it was fitted on.
+        references: How many there were on the map when it was fitted.
     """
 
     matrix: np.ndarray
@@ -58,19 +58,19 @@ class Projection:
         return places
 
     @classmethod
-    def fit(cls, directions: np.ndarray) -> "Projection":
-        """The two directions along which these vary most, of shape (n, d), d at least 2.
+    def fit(cls, directions: np.ndarray, references: int) -> "Projection":
+        """The two directions along which these vary most, of shape (n, d), d at least 2, drawn from so many references.
 
         Each points to where its largest weight is positive, so that the same references give the same map.
         """
-        n, d = directions.shape
+        d = directions.shape[1]
         components = faiss.PCAMatrix(d, 2)
         components.train(directions)
         matrix = faiss.vector_to_array(components.A).reshape(-1, d)[:2].T.copy()  # (d, 2)
         matrix *= np.sign(matrix[np.abs(matrix).argmax(axis=0), [0, 1]])
         variances = faiss.vector_to_array(components.eigenvalues)
         first, second = (variances[:2] / max(variances.sum(), np.finfo(np.float32).tiny)).tolist()
-        return cls(matrix, -directions.mean(axis=0) @ matrix, (first, second), n)
+        return cls(matrix, -directions.mean(axis=0) @ matrix, (first, second), references)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +132,13 @@ def draw_map(store: Store, checkpoint_id: str, before: ReferenceMap | None = Non
         before
         and before.checkpoint_id == checkpoint_id
         and before.projection
-        and min(len(rows), FITTED_PAGES * PAGE) <= OUTGROWN * before.projection.references
+        and len(rows) <= OUTGROWN * before.projection.references
     ):
         projection, places = before.projection, dict(zip(before.ids.tolist(), before.places, strict=True))
     pages = _directions(store, checkpoint_id, [row["id"] for row in rows if row["id"] not in places])
     if projection is None and len(rows) > 2:
         first = list(islice(pages, FITTED_PAGES))
-        projection = Projection.fit(np.concatenate([directions for _, directions in first]))
+        projection = Projection.fit(np.concatenate([directions for _, directions in first]), len(rows))
         pages = chain(first, pages)
     if projection:
         for ids, directions in pages:

@@ -72,6 +72,19 @@ def test_an_outgrown_map_finds_its_axes_anew_and_one_of_another_checkpoint_count
     np.testing.assert_allclose(grown.places, draw_map(store, CHECKPOINT).places, atol=1e-5)
 
 
+def test_axes_of_a_few_pages_are_outgrown_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference_map, "PAGE", 2)
+    monkeypatch.setattr(reference_map, "FITTED_PAGES", 4)
+    add(store, *range(10))
+    drawn = draw_map(store, CHECKPOINT)
+    assert drawn.projection
+    assert drawn.projection.references == 10
+    add(store, *range(10, 20))
+    assert draw_map(store, CHECKPOINT, drawn).projection is drawn.projection
+    add(store, 20)
+    assert draw_map(store, CHECKPOINT, drawn).projection is not drawn.projection
+
+
 def test_of_many_references_the_same_ones_are_drawn_each_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_map, "MOST_POINTS", 8)
     monkeypatch.setattr(reference_map, "PAGE", 3)
