@@ -351,7 +351,7 @@ def rebuild(
             from trainer.model.embedder import Embedder
 
             embedder = Embedder.load(checkpoint, device=settings.device, engine=settings.engine)
-            todo = sum(store.references.counts().values()) - len(store.changes.embedded_ids(embedder.id))
+            todo = sum(store.references.counts().values()) - store.changes.embedded(embedder.id)
             with image_progress(total=todo) as advance:
                 report = reembed(
                     embedder,
@@ -368,7 +368,7 @@ def rebuild(
             recount(store)
         report["indexes"] = []
         for one in store.checkpoints.list():
-            with image_progress(total=len(store.changes.embedded_ids(one.id)), what="index") as advance:
+            with image_progress(total=store.changes.embedded(one.id), what="index") as advance:
                 follower = renew_snapshot(settings, store, one.id, anew=True, on_rows=advance)
             report["indexes"].append({"checkpoint": one.id, "size": len(follower.index)})
     answer(as_json, report, lambda: tell_rebuilt(report))

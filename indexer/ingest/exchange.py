@@ -246,9 +246,11 @@ def _pages(store: Store, pictures: bool, vector_type: str) -> Iterator[tuple[lis
     after = 0
     while page := store.read(ROWS, {"after": after, "page": EXPORT_PAGE, "bytes": PAGE_BYTES}):
         after = page[-1]["id"]
-        vectors = store.read(VECTORS, {"ids": [row["id"] for row in page]})
         thumbnails = _loaded(store, page, "thumbnail", "thumbnail_sha256") if pictures else {}
         files = _loaded(store, page, "bytes", "file_sha256") if pictures else {}
+        if pictures:  # rows that were removed meanwhile are left out
+            page = [row for row in page if row["id"] in thumbnails and row["id"] in files]
+        vectors = store.read(VECTORS, {"ids": [row["id"] for row in page]})
         data = bytearray()
 
         def place(part: bytes | None, data: bytearray = data) -> list[int] | None:
@@ -278,15 +280,18 @@ def _pages(store: Store, pictures: bool, vector_type: str) -> Iterator[tuple[lis
 
 
 def _loaded(store: Store, page: Sequence[RowMapping], data: str, sha256: str) -> dict[int, bytes | None]:
-    """The bytes of a page's rows by their ids, from these two columns."""
+    """The bytes of a page's rows by their ids, from these columns, without those whose object went with its rows."""
     loaded = store.blobs.load_all([Kept(row[data], row[sha256]) for row in page])
-    for row, part in zip(page, loaded, strict=True):
-        if part is None and row[sha256] is not None:
+    parts = {row["id"]: part for row, part in zip(page, loaded, strict=True)}
+    lost = {row["id"]: row[sha256] for row in page if parts[row["id"]] is None and row[sha256] is not None}
+    named = store.blobs.named(lost.values())
+    for image_id, name in lost.items():
+        if name in named:
             raise BlobsAway(
-                f"reference {row['id']} has lost an object: `lineup index check --blobs` names all that are missing, "
-                "and --no-pictures exports without any"
+                f"reference {image_id} has lost an object: `lineup index check --blobs` names all that are missing, "
+                "and --without-pictures exports without any"
             )
-    return {row["id"]: part for row, part in zip(page, loaded, strict=True)}
+    return {image_id: part for image_id, part in parts.items() if image_id not in lost}
 
 
 def _exported_config(config: Mapping[str, Any], paths: bool) -> dict[str, Any]:

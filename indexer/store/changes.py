@@ -64,6 +64,7 @@ select string_agg(int8send(image_id), '') from (
 EMBEDDED = (
     "select string_agg(int8send(image_id), '' order by image_id) from embedding where checkpoint_id = %(checkpoint)s"
 )
+NUMBER_EMBEDDED = text("select count(*) from embedding where checkpoint_id = :checkpoint")
 
 POSITION = text("""
 select r.revision, latest.nonce, seen.nonce as seen_nonce
@@ -121,6 +122,10 @@ class Changes(Rows):
         """Ids of the latest removals, at most so many, shape (n,), int64, in any order."""
         (ids,) = self._row(LAST_REMOVED, {"checkpoint": checkpoint_id, "count": count})
         return _integers(ids or b"")
+
+    def embedded(self, checkpoint_id: str) -> int:
+        """How many references have an embedding now."""
+        return int(self.read(NUMBER_EMBEDDED, {"checkpoint": checkpoint_id})[0]["count"])
 
     def embedded_ids(self, checkpoint_id: str) -> np.ndarray:
         """Ids that have an embedding now, shape (n,), int64, ascending."""

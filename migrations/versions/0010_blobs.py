@@ -10,13 +10,6 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.add_column("reference_image", sa.Column("thumbnail_sha256", sa.LargeBinary(), nullable=True))
-    op.create_index(
-        "ix_reference_image_thumbnail_sha256",
-        "reference_image",
-        ["thumbnail_sha256"],
-        postgresql_where=sa.text("thumbnail_sha256 is not null"),
-    )
     op.add_column("reference_file", sa.Column("sha256", sa.LargeBinary(), nullable=True))
     op.alter_column("reference_file", "bytes", nullable=True)
     op.create_check_constraint(
@@ -31,6 +24,14 @@ def upgrade() -> None:
         sa.Column("sha256", sa.LargeBinary(), nullable=False),
         sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_blob_outbox"),
+    )
+    # Last: from here on, who reads references waits for the transaction's end.
+    op.add_column("reference_image", sa.Column("thumbnail_sha256", sa.LargeBinary(), nullable=True))
+    op.create_index(
+        "ix_reference_image_thumbnail_sha256",
+        "reference_image",
+        ["thumbnail_sha256"],
+        postgresql_where=sa.text("thumbnail_sha256 is not null"),
     )
 
 

@@ -4,7 +4,7 @@ import hashlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from indexer.ingest.thumbnails import missing_thumbnails
 from indexer.measure.check import compare_blobs
 from indexer.settings import Settings, SettingsError
 from indexer.store import Store
-from indexer.store.blobs import Blobs, BlobsAway
+from indexer.store.blobs import Blobs, BlobsAway, Kept
 from indexer.store.relabelling import Kind
 
 NUMBERED = [b"%d" % number for number in range(3)]
@@ -272,7 +272,7 @@ def test_what_is_missing_is_named(store: Store) -> None:
     assert "1 missing" in str(compare_blobs(store))
 
 
-def test_exports_and_imports_carry_objects(store: Store, tmp_path: Path) -> None:
+def test_exports_and_imports_carry_objects(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = [numbered.new(1, thumbnail=b"one", data=b"file"), numbered.new(2, thumbnail=None)]
     numbered.add_all(store, batch)
     archive = tmp_path / "set.lineup"
@@ -289,6 +289,17 @@ def test_exports_and_imports_carry_objects(store: Store, tmp_path: Path) -> None
     store.references.remove(source="tests")
     import_references(store, archive)
     assert numbers(store) == (2, 0, 0)
+    load_all = store.blobs.load_all
+
+    def remove_and_load(kept: Sequence[Kept]) -> list[bytes | None]:
+        store.references.remove(ids=[row.id for row in store.references.list() if row.pictured])
+        store.blobs.drain()
+        return load_all(kept)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.blobs, "load_all", remove_and_load)
+        assert export_references(store, tmp_path / "rest.lineup")["references"] == 1
+    import_references(store, archive)
     lose(store, b"one")
     with pytest.raises(BlobsAway, match="has lost an object"):
         export_references(store, archive)

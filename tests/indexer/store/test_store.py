@@ -200,6 +200,7 @@ def test_vectors_of_two_checkpoints_never_mix(store: Store) -> None:
     assert (second.added, second.known, second.embedded, second.revision) == (1, 0, 1, 1)
     assert store.changes.embedded_ids(CHECKPOINT).tolist() == first.ids
     assert store.changes.embedded_ids(other).tolist() == second.ids
+    assert store.changes.embedded(other) == len(second.ids)
     (page,) = store.changes.between(other, 0, 1)
     assert isinstance(page, Additions)
     assert page.vectors.shape == (2, 8)
