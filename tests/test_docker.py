@@ -130,6 +130,10 @@ def test_milvus_is_asked_where_it_runs(services: dict[str, Any]) -> None:
     assert (ServiceSettings(index=url).index, profile) == ("milvus+http://milvus:19530", "milvus")
     for name in ("api", "indexer"):
         assert services[name]["environment"]["LINEUP_INDEX"] == "${LINEUP_INDEX:-}"
+    reached = {name for name, service in services.items() if "milvus" in service.get("networks", ["default"])}
+    assert reached == {"milvus", "api", "indexer"}
+    assert services["milvus"]["networks"] == ["milvus"]
+    assert yaml.safe_load(COMPOSE)["networks"]["milvus"] == {"internal": True}
     for image in ("lean", "cpu", "cuda"):
         assert any(requirement.startswith("pymilvus") for requirement in requirements(image))
 
