@@ -1,6 +1,6 @@
 """How long writers and replicas of one store wait for each other: a discrete-event simulation.
 
-python -m benchmarks.scale --adders 1,2,4,8 --replicas 3
+python -m benchmarks.scale waits --adders 1,2,4,8 --replicas 3
 """
 
 import math
@@ -237,11 +237,11 @@ def verdict_row(references: int, rate: int) -> list[str]:
     local = in_memory(references)
     seconds = VERDICT_SECONDS + (extrapolated(SEARCH_SECONDS, references) if local else 0)
     cores = rate * seconds / BUSY
-    # A reload holds the copy before until the new one is complete.
+    # A reload holds the copy before until the new one is complete, and so does Milvus the collection before.
     memory = PROCESS_BYTES + (2 * references * COPY_BYTES if local else 0)
     replica = min(machine(cores / REPLICAS, memory), max(CORES, machine(1, memory)))
     replicas = max(REPLICAS, math.ceil(cores / replica))
-    engine = 0 if local else machine(DATABASE_CORES, references * ENGINE_BYTES)
+    engine = 0 if local else machine(DATABASE_CORES, 2 * references * ENGINE_BYTES)
     database = machine(DATABASE_CORES, references * SCATTERED_BYTES)
     disk = references * (ROW_BYTES + THUMBNAIL_BYTES) + rate * RECORD_DAYS * 86_400 * VERDICT_BYTES
     dollars = CORE_DOLLARS * (replicas * replica + engine + database) + DISK_DOLLARS * disk / 1e9
