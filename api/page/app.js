@@ -9,6 +9,7 @@ import * as references from "./references.js";
 import * as search from "./search.js";
 import * as status from "./status.js";
 import { forgetKey, keepToken, key } from "./client.js";
+import { h } from "./dom.js";
 import { stateWords } from "./words.js";
 
 const VIEWS = { detect, record, search, references, map, generators, candidates, status };
@@ -62,7 +63,11 @@ keepToken();
 for (const view of Object.values(VIEWS)) view.setUp();
 document.getElementById("forget-key").onclick = forgetKey;
 document.addEventListener("lineup-key", showKey);
-document.addEventListener("lineup-state", ({ detail }) => (notice.textContent = stateWords(detail)));
+document.addEventListener("lineup-state", ({ detail }) => {
+  notice.textContent = stateWords(detail);
+  const names = detail.generators.map(({ name }) => h("option", { value: name }));
+  document.getElementById("generator-names").replaceChildren(...names);
+});
 document.getElementById("skip").onclick = (event) => {
   event.preventDefault(); // the hash names the view
   document.getElementById("content").focus();

@@ -159,13 +159,16 @@ export async function showThumbnail(image, path) {
   }
 }
 
-async function fetchThumbnail(path, tries = 3) {
+const fetchThumbnail = (path) => patiently(async () => URL.createObjectURL(await (await call(path)).blob()));
+
+/** What some work gives. Where the service is too busy and says for how long, it is waited for, and asked again. */
+export async function patiently(work, tries = 3) {
   try {
-    return URL.createObjectURL(await (await call(path)).blob());
+    return await work();
   } catch (problem) {
     if (tries === 1 || !problem.retryAfter || problem.retryAfter > 30) throw problem;
     await new Promise((resolve) => setTimeout(resolve, 1000 * problem.retryAfter));
-    return fetchThumbnail(path, tries - 1);
+    return patiently(work, tries - 1);
   }
 }
 

@@ -1,6 +1,6 @@
 /** From a disputed verdict to a reference: the image becomes one, or the one that it is gets another kind. */
 
-import { ask } from "./client.js";
+import { ask, serviceState } from "./client.js";
 import { announce, h } from "./dom.js";
 import { effectBars, reportWords, undo } from "./enrolments.js";
 import { problemBox } from "./problems.js";
@@ -21,6 +21,7 @@ export function correction({ id, known }, label, file = null) {
     spellcheck: "false",
     value: known?.generator ?? "",
   });
+  if (label === "fake") serviceState().catch(() => {}); // whose names of generators are offered
   const action = known ? "Relabel the reference" : "Make it a reference";
   const button = h("button", { type: "submit" }, action);
   const form = h(

@@ -1,17 +1,19 @@
 /** Changing references: relabelling, with a way back, and removing, one after the other. */
 
-import { ask } from "./client.js";
+import { ask, patiently } from "./client.js";
 import { confirmed, h } from "./dom.js";
 import { problemBox } from "./problems.js";
 import { plural } from "./words.js";
+
+const TRIES = 10; // for each reference, while the service is too busy
 
 /**
  * `relabel`, `change` and `remove` for references, which are at least {id, label, generator}.
  *
  * `outcome` is where they say how far they are. `settled` is called at the end, before they say what was done there,
- * with a map of the ids that are gone: to what each reference is now, or to null.
+ * with a map of the ids that are gone: to what each reference is now, or to null. `controls` cannot be used meanwhile.
  */
-export function editing(outcome, settled) {
+export function editing(outcome, settled, controls) {
   async function relabel(references) {
     const kind = h(
       "select",
@@ -43,47 +45,57 @@ export function editing(outcome, settled) {
   /** Let each be of the kind that it names, then offer to take that back. */
   async function change(wanted) {
     const undo = [];
-    const gone = new Map();
-    const problem = await each(wanted, "Relabelled", async ({ id, label, generator }) => {
+    const button = h("button", { type: "button", hidden: true, onclick: () => change(undo) }, "Undo");
+    await each(wanted, "Relabelled", button, async ({ id, label, generator }) => {
       const now = await ask(`/v1/references/${id}`, { method: "PATCH", json: { label, generator } });
-      if (now.id === id) return; // it was that already
-      gone.set(id, now);
       const { former_label: formerLabel, former_generator: formerGenerator = null } = now.attributes;
-      if (formerLabel) undo.push({ id: now.id, label: formerLabel, generator: formerGenerator });
+      if (formerLabel && now.id !== id) {
+        undo.push({ id: now.id, label: formerLabel, generator: formerGenerator });
+        button.hidden = false;
+      }
+      return now;
     });
-    const button = h("button", { type: "button", onclick: () => change(undo) }, "Undo");
-    await settle(`${plural(gone.size, "reference")} relabelled.`, problem, gone, undo.length ? button : null);
   }
 
   async function remove(references) {
     const what = references.length === 1 ? `reference image ${references[0].id}` : plural(references.length, "reference image");
     const text = "What is removed votes no more, and its picture goes too. Past verdicts stay as they are.";
     if (!(await confirmed(`Remove ${what}?`, text, "Remove"))) return;
-    const gone = new Map();
-    const problem = await each(references, "Removed", async ({ id }) => {
+    await each(references, "Removed", null, async ({ id }) => {
       await ask(`/v1/references/${id}`, { method: "DELETE" });
-      gone.set(id, null);
+      return null;
     });
-    await settle(`${plural(gone.size, "reference")} removed.`, problem, gone);
   }
 
-  /** Do something with each reference, and say how far it is; answers with the problem that ended it, if one did. */
-  async function each(references, verb, work) {
+  /**
+   * Do something with each reference that gives what it is then, until there is a problem; say how far it is, then what
+   * was done, with a button. One that somebody else removed is passed over.
+   */
+  async function each(references, verb, button, work) {
+    const gone = new Map();
+    let [lost, problem] = [0, null];
+    for (const control of controls) control.inert = true;
     for (const [number, reference] of references.entries()) {
       outcome.replaceChildren(h("p", {}, `${verb} ${number} of ${references.length}…`));
       try {
-        await work(reference);
-      } catch (problem) {
-        return problem;
+        const now = await patiently(() => work(reference), TRIES);
+        if (now?.id !== reference.id) gone.set(reference.id, now); // otherwise it was that already
+      } catch (error) {
+        if (error.status !== 404) {
+          problem = error;
+          break;
+        }
+        gone.set(reference.id, null);
+        lost += 1;
       }
     }
-    return null;
-  }
-
-  async function settle(words, problem, gone, button = null) {
     await settled(gone);
-    const done = h("div", { class: "selection" }, h("p", { class: "done" }, words), button);
-    outcome.replaceChildren(...[problem && problemBox(problem), done].filter(Boolean));
+    for (const control of controls) control.inert = false;
+    const words = `${plural(gone.size - lost, "reference")} ${verb.toLowerCase()}.`;
+    const missing = lost ? ` ${plural(lost, "reference")} had been removed already.` : "";
+    const done = h("p", { class: "done", tabindex: "-1" }, words + missing);
+    outcome.replaceChildren(...[problem && problemBox(problem), h("div", { class: "selection" }, done, button)].filter(Boolean));
+    if (document.activeElement === document.body) done.focus({ preventScroll: true }); // the button that had it is gone
   }
 
   return { relabel, change, remove };

@@ -13,13 +13,12 @@ const MOST_BYTES = 64 * 2 ** 20;
 const OF_A_FILE = new Set([400, 413, 415]);
 
 /**
- * The form, `offer` for names that are known, and `clear` for its last report. `onchange` is called when references
+ * The form, and `clear` for its last report. `onchange` is called when references
  * came or went.
  */
 export function enrolment(view, onchange) {
   const radio = (value, text, checked) =>
     h("label", { class: "choice" }, h("input", { type: "radio", name: "kind", value, checked }), ` ${text}`);
-  const names = h("datalist", { id: "generator-names" });
   const name = h("input", {
     type: "text",
     name: "generator",
@@ -101,7 +100,6 @@ export function enrolment(view, onchange) {
         radio("real", "Real photos", false),
       ),
       nameField,
-      names,
       h("label", {}, "Source ", source, h("span", { class: "hint" }, " where they come from")),
     ),
     chosen,
@@ -197,7 +195,6 @@ export function enrolment(view, onchange) {
 
   return {
     form,
-    offer: (known) => names.replaceChildren(...known.map((one) => h("option", { value: one }))),
     clear: () => outcome.replaceChildren(),
   };
 }

@@ -43,7 +43,6 @@ async function load() {
       ask("/v1/enrolments", { query: { limit: 1000 } }),
       serviceState(),
     ]);
-    form.offer(generators.map(({ name }) => name));
     place.replaceChildren(...[known(generators, enrolments, status.references.real)].flat());
     history.replaceChildren(past(whole(enrolments, sentTogether)));
   } catch (problem) {

@@ -31,22 +31,24 @@ const base = document.createElement("canvas"); // all points, so that a lasso ov
 const told = h("p", { class: "hint" });
 const legend = h("ul", { class: "legend", "aria-label": "Kinds of references" });
 const button = (text, label, onclick) => h("button", { type: "button", "aria-label": label, onclick }, text);
+const adding = h("input", { type: "checkbox" }); // for who has no Shift key
 const zooms = h(
   "div",
   { class: "buttons", role: "group", "aria-label": "Size of the map" },
   button("+", "Larger", () => zoom(1.5)),
   button("−", "Smaller", () => zoom(1 / 1.5)),
   button("Whole", "Whole map", () => (Object.assign(place, { scale: 1, x: 0, y: 0 }), draw())),
+  h("label", {}, adding, " Add to the selection"),
 );
 const outcome = h("div", { "aria-live": "polite" });
 const chosenCount = h("span", { class: "counter" });
-const { relabel, remove } = editing(outcome, settled);
 const actions = [
   h("button", { type: "button", onclick: () => relabel(selected()) }, "Relabel…"),
   h("button", { type: "button", onclick: () => remove(selected()) }, "Remove…"),
   h("button", { type: "button", onclick: () => choose(new Set()) }, "Clear"),
 ];
 const selection = h("div", { class: "selection", role: "group", "aria-label": "Selection" }, chosenCount, actions);
+const { relabel, remove } = editing(outcome, settled, [selection]);
 const pictures = h("ul", { class: "chosen-points", "aria-label": "Selected references" });
 const board = h("div", { hidden: true }, told, legend, canvas, zooms, selection, outcome, pictures);
 const trouble = h("div");
@@ -77,7 +79,7 @@ export function setUp() {
     h(
       "p",
       { class: "hint", id: "map-keys" },
-      "A click selects one point, Shift adds to the selection. With two fingers, or the wheel and Ctrl, the map is moved " +
+      "A click selects one point; Shift, or the box above, adds to the selection. With two fingers, or the wheel and Ctrl, the map is moved " +
         "and resized. Keys: the arrows move a ring, Page Up and Page Down resize it, Space adds the points in it, plus and " +
         "minus resize the map, Escape clears the selection.",
     ),
@@ -259,12 +261,12 @@ function drag(event) {
 
 function release(event) {
   fingers.delete(event.pointerId);
-  const [path, adding] = [lasso, event.shiftKey];
+  const [path, more] = [lasso, event.shiftKey || adding.checked];
   lasso = null;
   if (!path || event.type === "pointercancel") return paint();
   const [[x, y]] = path;
   const far = path.some(([a, b]) => Math.hypot(a - x, b - y) > 4);
-  if (far) chooseWhere((a, b) => inside(a, b, path), adding);
+  if (far) chooseWhere((a, b) => inside(a, b, path), more);
   else {
     const pixel = pixels();
     let [nearest, least] = [[], NEAR];
@@ -273,7 +275,7 @@ function release(event) {
       const distance = Math.hypot(a - x, b - y);
       if (distance < least && visible(number)) [nearest, least] = [[number], distance];
     }
-    choose(new Set([...(adding ? chosen : []), ...nearest]));
+    choose(new Set([...(more ? chosen : []), ...nearest]));
   }
 }
 

@@ -30,7 +30,6 @@ const order = h(
   h("option", { value: "source" }, "by source"),
 );
 const orderLabel = h("span", {}, h("label", { for: "references-order" }, "Order "), order);
-const names = h("datalist", { id: "generator-names" });
 const filters = h(
   "form",
   { class: "filters", "aria-label": "Filters", onsubmit: (event) => event.preventDefault(), onchange: () => load([0]) },
@@ -38,7 +37,6 @@ const filters = h(
   h("label", {}, "Generator ", generator),
   h("label", {}, "Source ", source),
   orderLabel,
-  names,
 );
 
 const every = h("input", { type: "checkbox", onchange: () => select(every.checked) });
@@ -54,9 +52,9 @@ const selection = h(
   removeButton,
 );
 const outcome = h("div", { "aria-live": "polite" });
-const { relabel, change, remove } = editing(outcome, settled);
 const chosen = h("div");
 const gallery = h("div");
+const { relabel, change, remove } = editing(outcome, settled, [selection, chosen, gallery]);
 const previous = h("button", { type: "button", onclick: () => load(starts.slice(0, -1)) }, "← Back");
 const next = h("button", { type: "button", onclick: () => load([...starts, following]) }, "On →");
 const place = h("span", { class: "hint" });
@@ -101,7 +99,6 @@ async function offer() {
       filter.replaceChildren(any("all"), ...options(rows));
       filter.value = rows.some(({ name }) => name === value) ? value : "";
     }
-    names.replaceChildren(...state.generators.map(({ name }) => h("option", { value: name })));
   } catch {
     // the gallery itself will say what is wrong
   }

@@ -682,7 +682,67 @@ def test_references_are_filtered_relabelled_compared_and_removed(opens: Opens) -
         expect(page.get_by_role("button", name=f"Delete {name}")).to_have_count(0)
 
 
+def test_a_busy_service_is_waited_for_and_what_others_removed_is_passed_over(opens: Opens) -> None:
+    page = opens("references")
+    root, view, dialog = page.url.split("#")[0], page.locator("#view-references"), page.get_by_role("dialog")
+    fields: dict[str, Any] = {"label": "fake", "generator": "gen-u"}
+    for seed in (420, 421):
+        assert page.request.post(f"{root}v1/references", multipart=fields | {"images": picture(seed=seed)}).ok
+    first, _ = page.request.get(f"{root}v1/references?generator=gen-u").json()["references"]
+    page.reload()
+    names = page.locator("datalist#generator-names")
+    expect(names).to_have_count(1)
+    expect(names.locator("option[value=gen-u]")).to_have_count(1)
+    view.get_by_label("Generator").select_option("gen-u")
+    cards = view.get_by_role("list", name="Reference images").get_by_role("listitem")
+    expect(cards).to_have_count(2)
+    view.get_by_label("All on this page").check()
+    assert page.request.delete(f"{root}v1/references/{first['id']}").ok
+    held: list[Route] = []
+
+    def hold_first(route: Route) -> None:
+        if held:
+            route.continue_()
+        else:
+            held.append(route)
+
+    page.route("**/v1/references/*", hold_first)
+    view.get_by_role("button", name="Remove…", exact=True).click()
+    dialog.get_by_role("button", name="Remove", exact=True).click()
+    expect(view.locator(".selection[inert]")).to_have_count(1)
+    problem("too-many-requests", 429, "Too many requests", **{"retry-after": "0.05"})(held[0])
+    expect(view.locator(".done")).to_have_text("1 reference removed. 1 reference had been removed already.")
+    expect(view.locator(".done")).to_be_focused()
+    expect(view.locator("[inert]")).to_have_count(0)
+    page.request.delete(f"{root}v1/generators/gen-u")
+
+
 # Generators
+
+
+def test_without_a_shift_key_a_box_lets_the_lasso_add(opens: Opens) -> None:
+    page = opens("map")
+    view = page.locator("#view-map")
+    canvas, count = view.get_by_role("application", name="Map of the references"), view.locator(".counter")
+
+    def lasso(left: float, right: float) -> None:
+        """Around what lies between these shares of the width."""
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        assert box
+        corners = ((left, 0.01), (right, 0.01), (right, 0.99), (left, 0.99))
+        for number, (x, y) in enumerate(corners):
+            page.mouse.move(box["x"] + box["width"] * x, box["y"] + box["height"] * y)
+            if not number:
+                page.mouse.down()
+        page.mouse.up()
+
+    lasso(0.01, 0.51)
+    expect(count).not_to_have_text("0 selected")
+    view.get_by_label("Add to the selection").check()
+    lasso(0.49, 0.99)
+    shown = len(page.request.get(f"{page.url.split('#')[0]}v1/map").json()["id"])
+    expect(count).to_have_text(f"{shown} selected")
 
 
 def test_references_are_selected_on_the_map_relabelled_and_removed(opens: Opens) -> None:
