@@ -1,5 +1,7 @@
 """Calls of operators: the state of the service, its health, and its numbers."""
 
+import asyncio
+
 from fastapi import APIRouter, Response
 
 from api.http.dependencies import DOCUMENTED_BEARER, Loaded, Reading, Served
@@ -41,4 +43,5 @@ async def ready(service: Served) -> Health:
 @router.get("/metrics", response_class=Response)
 async def show_metrics(service: Served, caller: Reading) -> Response:
     """Numbers for Prometheus."""
-    return Response(service.metrics.page(), media_type=CONTENT_TYPE)
+    page = await asyncio.to_thread(service.metrics.page)  # it counts the index, whose lock an addition may hold
+    return Response(page, media_type=CONTENT_TYPE)
