@@ -180,7 +180,7 @@ class Client:
     ) -> list[Neighbour]:
         """The references nearest to one of them."""
         query = {"label": label, "generator": generator, "source": source, "limit": limit}
-        return self._call("GET", f"/references/{id}/neighbours", ReferenceNeighbours, params=query).neighbours
+        return self._call("GET", _path("references", id, "neighbours"), ReferenceNeighbours, params=query).neighbours
 
     def reference(self, id: int) -> ReferenceImage:
         """One reference."""

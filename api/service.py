@@ -213,12 +213,13 @@ class Service:
             start, pause = time.monotonic(), MAP_PAUSE
             if self._ready:
                 detector, drawn = self.detector, self.reference_map
-                checkpoint_id, store = detector.embedder.id, detector.store
+                checkpoint_id, revision = detector.embedder.id, detector.follower.revision
                 # A map is of the rows, and may be newer than an index that still follows them.
-                current = drawn is not None and drawn.checkpoint_id == checkpoint_id
-                if drawn is None or not current or drawn.revision < detector.follower.revision:
+                if drawn is None or drawn.checkpoint_id != checkpoint_id or drawn.revision < revision:
                     try:
-                        self.reference_map = await run_in(self._counters, draw_map, store, checkpoint_id, drawn)
+                        self.reference_map = await run_in(
+                            self._counters, draw_map, detector.store, checkpoint_id, drawn
+                        )
                     except Exception as error:
                         log.warning("no map was drawn", extra={"reason": " ".join(str(error).split())})
                         pause = MAP_RETRY

@@ -206,7 +206,7 @@ class Neighbourhood:
         """The references nearest to one of them, without itself; None where it has no embedding to compare.
 
         Raises:
-            ApiError: not-ready, where the search engine is away.
+            EngineAway: They are in a search engine that does not answer.
         """
         vector = self.store.references.vector(id, self.follower.checkpoint_id)
         if vector is None:

@@ -1,8 +1,8 @@
 /** From a disputed verdict to a reference: the image becomes one, or the one that it is gets another kind. */
 
 import { ask, serviceState } from "./client.js";
-import { announce, h } from "./dom.js";
-import { effectBars, reportWords, undo } from "./enrolments.js";
+import { announce, generatorInput, h } from "./dom.js";
+import { effectBars, undo } from "./enrolments.js";
 import { problemBox } from "./problems.js";
 
 /**
@@ -12,15 +12,7 @@ import { problemBox } from "./problems.js";
  */
 export function correction({ id, known }, label, file = null) {
   const outcome = h("div", { "aria-live": "polite" });
-  const name = h("input", {
-    type: "text",
-    list: "generator-names",
-    maxlength: 100,
-    required: true,
-    autocomplete: "off",
-    spellcheck: "false",
-    value: known?.generator ?? "",
-  });
+  const name = generatorInput({ value: known?.generator ?? "" });
   if (label === "fake") serviceState().catch(() => {}); // whose names of generators are offered
   const action = known ? "Relabel the reference" : "Make it a reference";
   const button = h("button", { type: "submit" }, action);
@@ -86,7 +78,6 @@ export function correction({ id, known }, label, file = null) {
     announce(words.map((part) => part.textContent ?? part).join(""));
     return [
       h("p", { class: "done" }, words),
-      report.conflicts.length > 0 && reportWords(report),
       !report.readable &&
         h(
           "p",

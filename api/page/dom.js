@@ -31,6 +31,19 @@ function fill(element, attributes, children) {
   return element;
 }
 
+/** A field for the name of a generator, which offers those that are known. */
+export function generatorInput(attributes = {}) {
+  return h("input", {
+    type: "text",
+    list: "generator-names",
+    maxlength: 100,
+    required: true,
+    autocomplete: "off",
+    spellcheck: "false",
+    ...attributes,
+  });
+}
+
 /** A symbol of index.html; words beside it say the same. */
 export function icon(name) {
   return s("svg", { class: "icon", "aria-hidden": "true", focusable: "false" }, s("use", { href: `#icon-${name}` }));

@@ -1,7 +1,7 @@
 /** Changing references: relabelling, with a way back, and removing, one after the other. */
 
 import { ask, patiently } from "./client.js";
-import { confirmed, h } from "./dom.js";
+import { confirmed, generatorInput, h } from "./dom.js";
 import { problemBox } from "./problems.js";
 import { plural } from "./words.js";
 
@@ -21,15 +21,7 @@ export function editing(outcome, settled, controls) {
       h("option", { value: "fake" }, "a generated image"),
       h("option", { value: "real" }, "a real photo"),
     );
-    const name = h("input", {
-      type: "text",
-      list: "generator-names",
-      maxlength: 100,
-      required: true,
-      autocomplete: "off",
-      spellcheck: "false",
-      value: references[0].generator ?? "",
-    });
+    const name = generatorInput({ value: references[0].generator ?? "" });
     const nameLabel = h("label", {}, "Generator ", name);
     kind.value = references[0].label;
     kind.onchange = () => {

@@ -1,7 +1,7 @@
 /** Enrolling: a folder of images becomes references, a batch at a time, with a report and a way back. */
 
 import { ask, Problem } from "./client.js";
-import { announce, h } from "./dom.js";
+import { announce, generatorInput, h } from "./dom.js";
 import { effectBars, ofOneFolder, reportWords, undo } from "./enrolments.js";
 import { intake, looksLikeImage } from "./intake.js";
 import { problemBox } from "./problems.js";
@@ -19,16 +19,10 @@ const OF_A_FILE = new Set([400, 413, 415]);
 export function enrolment(view, onchange) {
   const radio = (value, text, checked) =>
     h("label", { class: "choice" }, h("input", { type: "radio", name: "kind", value, checked }), ` ${text}`);
-  const name = h("input", {
-    type: "text",
+  const name = generatorInput({
     name: "generator",
-    required: true,
     pattern: ".*\\S.*",
     title: "What made the images, not only blanks",
-    maxlength: 100,
-    list: "generator-names",
-    autocomplete: "off",
-    spellcheck: "false",
     placeholder: "for example SD-XL",
   });
   const nameField = h("label", {}, "Generator ", name);

@@ -107,7 +107,7 @@ class ReferenceMap(Model):
 
     checkpoint: str
     revision: int
-    """Of the index that was drawn; a newer one follows within seconds."""
+    """Of the index that was drawn; a newer one follows after a rest of twenty times what drawing took."""
     references: int
     """How many there are in all; of more than 50,000 so many are drawn."""
     explained: Annotated[list[float], Field(min_length=2, max_length=2)]

@@ -11,6 +11,7 @@ from sqlalchemy import text
 from indexer.database.tables import FINGERPRINT_BANDS
 from indexer.index.engine import use_threads_for
 from indexer.store import Store
+from indexer.store.changes import unpacked
 from indexer.store.reference_facts import NEAR_BITS
 
 FINGERPRINTS_AT_ONCE = 100_000
@@ -99,7 +100,7 @@ def similar_fingerprints(store: Store, images: np.ndarray) -> tuple[np.ndarray, 
     values = {f"flips_{number}": _flips(band, radius) for number, (band, radius) in enumerate(bands)}
     with store.engine.connect() as connection:
         ids, fingerprints = connection.execute(CANDIDATES, values | {"images": images[images != 0].tolist()}).one()
-    return _integers(ids), _integers(fingerprints)
+    return unpacked(ids), unpacked(fingerprints)
 
 
 def all_fingerprints(store: Store) -> tuple[np.ndarray, np.ndarray]:
@@ -110,8 +111,8 @@ def all_fingerprints(store: Store) -> tuple[np.ndarray, np.ndarray]:
         while count == FINGERPRINTS_AT_ONCE:
             place = {"after": after, "page": FINGERPRINTS_AT_ONCE}
             page_ids, page, after, count = connection.execute(FINGERPRINTS, place).one()
-            ids.append(_integers(page_ids))
-            fingerprints.append(_integers(page))
+            ids.append(unpacked(page_ids))
+            fingerprints.append(unpacked(page))
     return np.concatenate(ids), np.concatenate(fingerprints)
 
 
@@ -144,11 +145,6 @@ def _flips(band: int, radius: int) -> list[int]:
     bits = [bit for bit in range(64) if band >> bit & 1] if radius else []
     masks: list[int] = np.array([0, *(1 << bit for bit in bits)], np.uint64).view(np.int64).tolist()
     return masks
-
-
-def _integers(packed: bytes | None) -> np.ndarray:
-    """What `int8send` packed, shape (n,), int64; none of None, which it gives of no rows."""
-    return np.frombuffer(packed or b"", ">i8").astype(np.int64)
 
 
 def _bytes(fingerprints: np.ndarray) -> np.ndarray:

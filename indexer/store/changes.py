@@ -104,24 +104,24 @@ class Changes(Rows):
         while count == page:
             count, revision, ids, revisions, vectors, labels, generators, sources = self._row(ADDITIONS, place)
             if count:
-                numbers = _integers(ids)
-                latest = _integers(revisions) == revision
+                numbers = unpacked(ids)
+                latest = unpacked(revisions) == revision
                 place |= {"revision": revision, "image": int(numbers[latest].max())}
                 yield Additions(
                     ids=numbers,
                     vectors=np.frombuffer(vectors, "<f4").reshape(count, -1),  # (n, d)
                     labels=np.frombuffer(labels, ">i2").astype(np.int8),
-                    generators=_integers(generators),
+                    generators=unpacked(generators),
                     sources=sources,
                 )
         (gone,) = self._row(REMOVALS, {"checkpoint": checkpoint_id, "seen": seen, "target": target})
         if gone:
-            yield Removals(_integers(gone))
+            yield Removals(unpacked(gone))
 
     def last_removed(self, checkpoint_id: str, count: int) -> np.ndarray:
         """Ids of the latest removals, at most so many, shape (n,), int64, in any order."""
         (ids,) = self._row(LAST_REMOVED, {"checkpoint": checkpoint_id, "count": count})
-        return _integers(ids or b"")
+        return unpacked(ids)
 
     def embedded(self, checkpoint_id: str) -> int:
         """How many references have an embedding now."""
@@ -130,7 +130,7 @@ class Changes(Rows):
     def embedded_ids(self, checkpoint_id: str) -> np.ndarray:
         """Ids that have an embedding now, shape (n,), int64, ascending."""
         (ids,) = self._row(EMBEDDED, {"checkpoint": checkpoint_id})
-        return _integers(ids or b"")
+        return unpacked(ids)
 
     def position(self, checkpoint_id: str, seen: Position) -> tuple[Position, bool]:
         """The latest committed position of a checkpoint's index, and whether its history went through `seen`.
@@ -152,5 +152,6 @@ class Changes(Rows):
             return driver.cursor(binary=True).execute(query, values).fetchone()
 
 
-def _integers(data: bytes) -> np.ndarray:
-    return np.frombuffer(data, ">i8").astype(np.int64)
+def unpacked(data: bytes | None) -> np.ndarray:
+    """What `string_agg` of `int8send` packed, shape (n,), int64; of no rows it is None, and nothing."""
+    return np.frombuffer(data or b"", ">i8").astype(np.int64)

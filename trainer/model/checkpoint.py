@@ -193,7 +193,7 @@ def network_stem(network: Any, dim: int, patch: int) -> nn.Sequential:
     Raises:
         CheckpointError: The patch is not of 32 pixels.
     """
-    import timm.layers as timm_layers
+    import timm
     from torch import nn
 
     if patch != NETWORK_PATCH:
@@ -206,7 +206,7 @@ def network_stem(network: Any, dim: int, patch: int) -> nn.Sequential:
     channels = network.blocks[-1][-1].conv_pwl.out_channels
     last = nn.Conv2d(channels, dim, 1)
     stem: Any = nn.Sequential(network.conv_stem, network.bn1, network.blocks, last)
-    layers: Any = timm_layers  # partly without types
+    layers: Any = timm.layers  # partly without types
     frozen: nn.Sequential = layers.freeze_batch_norm_2d(stem)
     return frozen
 
