@@ -17,7 +17,7 @@ from indexer.measure.enrolment_effect import consequences
 from indexer.store.detections import Detection
 from indexer.store.generators import check_generator_name
 from indexer.store.reference_facts import Reference
-from indexer.store.relabelling import Kind
+from indexer.store.relabelling import Kind, was
 from indexer.store.removing import Removed as RemovedRows
 from trainer.data.entry import Entry
 from trainer.process_pool import DeadlinePassed
@@ -184,10 +184,12 @@ def relabel(detector: Detector, id: int, change: ReferenceChange) -> Reference |
     """Let a reference be of another kind and bring this process's index up to date; None where there is none.
 
     Raises:
-        ApiError: bad-field, for a fake without a generator, or a real image with one.
+        ApiError: bad-field, for a real image with a generator, or a fake without one that was not such a fake before.
     """
-    check_kind(change.label, change.generator)
-    references = detector.store.references
-    relabelled = references.relabel(Kind(LABELS.index(change.label), change.generator), ids=[id])
+    references, kind = detector.store.references, Kind(LABELS.index(change.label), change.generator)
+    reference = references.get(id)
+    if reference is None or not was(reference.attributes, kind):
+        check_kind(change.label, change.generator)
+    relabelled = references.relabel(kind, ids=[id])
     detector.follower.catch_up()
     return references.get(relabelled.ids.get(id, id))

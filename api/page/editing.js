@@ -31,18 +31,20 @@ export function editing(outcome, settled, controls) {
     const title = references.length === 1 ? `What is reference ${references[0].id}?` : `What are these ${references.length}?`;
     if (!(await confirmed(title, h("div", {}, h("label", {}, "It is ", kind), " ", nameLabel), "Relabel"))) return;
     const made = kind.value === "real" ? null : name.value.trim();
-    await change(references.map(({ id }) => ({ id, label: kind.value, generator: made })));
+    await change(references, () => ({ label: kind.value, generator: made }));
   }
 
-  /** Let each be of the kind that it names, then offer to take that back. */
-  async function change(wanted) {
-    const undo = [];
-    const button = h("button", { type: "button", hidden: true, onclick: () => change(undo) }, "Undo");
-    await each(wanted, "Relabelled", button, async ({ id, label, generator }) => {
-      const now = await ask(`/v1/references/${id}`, { method: "PATCH", json: { label, generator } });
-      const { former_label: formerLabel, former_generator: formerGenerator = null } = now.attributes;
-      if (formerLabel && now.id !== id) {
-        undo.push({ id: now.id, label: formerLabel, generator: formerGenerator });
+  /** Let each be of the kind {label, generator} that `kindOf` gives for it, then offer to take that back. */
+  async function change(references, kindOf) {
+    const [changed, former] = [[], new Map()];
+    const takeBack = () => change(changed, ({ id }) => former.get(id));
+    const button = h("button", { type: "button", hidden: true, onclick: takeBack }, "Undo");
+    await each(references, "Relabelled", button, async (reference) => {
+      const { id, label, generator = null } = reference;
+      const now = await ask(`/v1/references/${id}`, { method: "PATCH", json: kindOf(reference) });
+      if (now.id !== id) {
+        changed.push(now);
+        former.set(now.id, { label, generator });
         button.hidden = false;
       }
       return now;

@@ -146,7 +146,7 @@ function details(one) {
   if (one.thumbnail) showThumbnail(picture, one.thumbnail);
   const { former_label: formerLabel, former_generator: formerGenerator = null } = one.attributes;
   const former = formerLabel && kindWords(formerLabel, formerGenerator);
-  const back = () => change([{ id: one.id, label: formerLabel, generator: formerGenerator }]);
+  const back = () => change([one], () => ({ label: formerLabel, generator: formerGenerator }));
   return h(
     "section",
     { "aria-labelledby": "title-reference" },

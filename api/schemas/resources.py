@@ -66,7 +66,7 @@ class ReferenceChange(Model):
 
     label: Label
     generator: GeneratorName | None = None
-    """What made it, for fakes only; created if new."""
+    """What made it, for fakes only; created if new. Null for a fake only where that was not known before either."""
 
 
 class Corrected(Added):

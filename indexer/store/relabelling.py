@@ -59,6 +59,11 @@ class Relabelled:
         return Relabelled(self.ids | later.ids, self.vectors + later.vectors, self.revisions | later.revisions)
 
 
+def was(attributes: Mapping[str, str], kind: Kind) -> bool:
+    """Tell whether a relabelled reference was of this kind before, by its attributes."""
+    return attributes.get(FORMER_LABEL) in LABEL_NAMES and _former(attributes) == kind
+
+
 def relabel_all(rows: Rows, criterion: ColumnElement[bool], kind: Kind | None) -> Relabelled:
     """Let the references that meet a criterion be of this kind (None: of that before), 1,000 per transaction."""
     if kind is not None and kind.generator is not None:
@@ -120,7 +125,7 @@ def _former(attributes: Mapping[str, str]) -> Kind:
 def _attributes(attributes: Mapping[str, str], before: Kind, after: Kind) -> dict[str, str]:
     """The attributes of a reference of kind `after`, which say what it was before, unless it is that again."""
     lasting = {name: value for name, value in attributes.items() if name not in (FORMER_LABEL, FORMER_GENERATOR)}
-    if attributes.get(FORMER_LABEL) in LABEL_NAMES and _former(attributes) == after:
+    if was(attributes, after):
         return lasting
     generator = {} if before.generator is None else {FORMER_GENERATOR: before.generator}
     return lasting | {FORMER_LABEL: LABEL_NAMES[before.label]} | generator

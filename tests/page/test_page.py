@@ -654,6 +654,9 @@ def test_references_are_filtered_relabelled_compared_and_removed(opens: Opens) -
     expect(title).to_have_text(re.compile(r"Reference \d+: gen-v"))
     view.get_by_role("button", name="Back to gen-w").click()
     expect(title).to_have_text(re.compile(r"Reference \d+: gen-w"))
+    for kind in ("gen-v", "gen-w"):  # that can be undone as well, and so can this
+        view.get_by_role("button", name="Undo").click()
+        expect(title).to_have_text(re.compile(rf"Reference \d+: {kind}"))
     view.get_by_role("button", name="Remove it…").click()
     dialog.get_by_role("button", name="Cancel").click()
     view.get_by_role("button", name="Remove it…").click()

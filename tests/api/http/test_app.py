@@ -287,6 +287,17 @@ def test_references_are_relabelled(own: TestClient) -> None:
     assert own.get("/v1/status").json()["references"] == {"real": 0, "fake": 2}
 
 
+def test_a_relabelled_fake_is_one_of_an_unknown_generator_again_if_it_was(own: TestClient) -> None:
+    own.post("/v1/references", data={"label": "fake", "generator": "New-1"}, files=files(png(1), field="images"))
+    with store_of(own).engine.begin() as connection:
+        connection.execute(text("update reference_image set generator_id = null"))
+    (unnamed,) = own.get("/v1/references").json()["references"]
+    named = own.patch(f"/v1/references/{unnamed['id']}", json={"label": "fake", "generator": "New-2"}).json()
+    assert (named["generator"], named["attributes"]) == ("New-2", {"former_label": "fake"})
+    undone = own.patch(f"/v1/references/{named['id']}", json={"label": "fake", "generator": None}).json()
+    assert (undone["label"], undone["generator"], undone["attributes"]) == ("fake", None, {})
+
+
 def test_neighbours_of_a_reference(own: TestClient) -> None:
     own.post("/v1/references", data={"label": "real"}, files=files(*map(png, range(1, 5)), field="images"))
     first, *_, last = own.get("/v1/references").json()["references"]
