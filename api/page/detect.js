@@ -13,7 +13,7 @@ import { figure, headline, oneIn, plural, rarity } from "./words.js";
 const OF_THE_FILE = new Set([400, 413, 415]);
 const view = document.getElementById("view-detect");
 
-/** Images judged in this tab, as {file, address of its blob}, by the id of their record: the service keeps none. */
+/** Files judged in this tab, as {file, address of its blob}, by the id of their record: the service keeps none. */
 export const recent = new Map();
 
 let rates = null;
@@ -56,13 +56,29 @@ const zone = intake({
   hint:
     "or paste one. JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC. Use the original file where you can: each copy " +
     "loses traces.",
-  onfiles: add,
+  onfiles: (files) => add(files.map((file) => ({ name: file.name, file, address: URL.createObjectURL(file) }))),
 });
+const link = h("input", { type: "url", required: true, placeholder: "https://…", pattern: "https://.*", maxlength: 2048 });
+const linkButton = h("button", { type: "submit" }, "Judge it");
+const linkForm = h(
+  "form",
+  {
+    class: "options",
+    onsubmit: (event) => {
+      event.preventDefault();
+      add([{ name: link.value.trim(), file: null, address: null }]);
+      link.value = "";
+    },
+  },
+  h("label", {}, "Or the address of an image: ", link),
+  linkButton,
+);
 
 /** Build the view. */
 export function setUp() {
   view.append(
     zone,
+    linkForm,
     h(
       "div",
       { class: "options" },
@@ -76,8 +92,15 @@ export function setUp() {
   );
 }
 
-/** Called each time the view is shown. Where the service cannot answer, verdicts say less about their cuts. */
-export async function show() {
+/**
+ * Called each time the view is shown, with the address of an image that is to be judged once its reader says so: any web
+ * page may open this one. Where the service cannot answer, verdicts say less about their cuts.
+ */
+export async function show(address) {
+  if (address !== null) {
+    link.value = address;
+    linkButton.focus();
+  }
   if (!welcome.hidden) serviceState().then(tellKnown, () => {});
   if (rates) return;
   try {
@@ -91,16 +114,16 @@ export async function show() {
   }
 }
 
-function add(files) {
+/** Judge images {name, file, address of its blob}, see `judging`. */
+function add(images) {
   welcome.hidden = true;
   zone.classList.add("compact");
-  const alone = files.length === 1;
-  const added = files.map((file) => ({
-    file,
+  const alone = images.length === 1;
+  const added = images.map((image) => ({
+    ...image,
     explain: closer.checked ? "regions,stability" : null,
     max_false_alarm: strictness.value,
     alone,
-    address: URL.createObjectURL(file),
     place: h("div", { class: "result" }),
     result: null,
     whole: false,
@@ -110,7 +133,7 @@ function add(files) {
   added.forEach(draw);
   results.prepend(...added.map((item) => item.place));
   tools.hidden = false;
-  announce(`${plural(files.length, "image")} to judge`);
+  announce(`${plural(added.length, "image")} to judge`);
   queue.add(added);
   update();
   if (tools.getBoundingClientRect().top > innerHeight / 2) tools.scrollIntoView();
@@ -118,7 +141,7 @@ function add(files) {
 
 function redraw(item) {
   if (!items.includes(item)) return; // cleared meanwhile
-  if (item.whole) recent.set(item.result.id, item);
+  if (item.whole && item.file) recent.set(item.result.id, item);
   draw(item);
   update();
   if (item.alone && item.result && !item.whole && !item.busy && !item.problem) announce(spoken(item.result));
@@ -146,7 +169,7 @@ function waiting(item) {
     "div",
     { class: "waiting" },
     h("span", { class: "spinner", "aria-hidden": "true" }),
-    fileName(item.file.name),
+    fileName(item.name),
     h("span", { class: "hint" }, item.busy ? "being judged" : "waiting"),
   );
 }
@@ -161,7 +184,7 @@ function failed(item) {
   return h(
     "div",
     { class: "failed" },
-    h("p", { class: "of" }, fileName(item.file.name), item.result ? ": regions and re-encoded copies are missing" : ""),
+    h("p", { class: "of" }, fileName(item.name), item.result ? ": regions and re-encoded copies are missing" : ""),
     problemBox(item.problem, OF_THE_FILE.has(item.problem.status) ? null : again),
   );
 }
@@ -256,7 +279,7 @@ function exportAll() {
     .map(
       (item) =>
         item.result ?? {
-          file: item.file.name,
+          file: item.name,
           error: { title: item.problem.title, status: item.problem.status, detail: item.problem.detail },
         },
     );

@@ -1,12 +1,14 @@
 /** Judging: two images at a time, each first for its verdict alone, then again with regions and re-encoded copies. */
 
-import { ask, problemFrom } from "./client.js";
+import { ask, call, problemFrom } from "./client.js";
 
 const AT_ONCE = 2;
+const POLL = 1000; // milliseconds between two looks at a job
 const STOPPED = { title: "Stopped", detail: "It was not judged to the end." };
 
 /**
- * A queue of items {file, explain, max_false_alarm}. What comes of one is written into it: `result`, `whole` (nothing
+ * A queue of items {name, file, explain, max_false_alarm}; without a file the name is the address of an image, which the
+ * service fetches. What comes of one is written into it: `result`, `whole` (nothing
  * of it is missing any more), `at`, or `problem`, which after a verdict is that of its second part.
  *
  * `onchange` gets an item when one of these changes, `onend` is called when nothing is left to do.
@@ -24,7 +26,7 @@ export function judging({ onchange, onend }) {
   }
 
   async function judge(item) {
-    const brief = item.explain && !item.result; // for a large image the rest takes many times as long
+    const brief = item.file && item.explain && !item.result; // for a large image the rest takes many times as long
     item.busy = true;
     item.problem = null;
     onchange(item);
@@ -33,12 +35,10 @@ export function judging({ onchange, onend }) {
       max_false_alarm: item.max_false_alarm,
       record: brief ? false : null, // one record for one image: the whole one
     };
-    const body = new FormData();
-    body.append("image", item.file, item.file.name || "pasted.png");
     try {
       const {
         results: [found],
-      } = await ask("/v1/detect", { method: "POST", query, body, signal: stopping.signal });
+      } = await (item.file ? judgeFile : judgeAddress)(item, query, stopping.signal);
       if (found.error) throw problemFrom(found.error);
       item.result = found;
       item.at = new Date().toISOString();
@@ -65,4 +65,27 @@ export function judging({ onchange, onend }) {
       stopping = new AbortController();
     },
   };
+}
+
+function judgeFile({ name, file }, query, signal) {
+  const body = new FormData();
+  body.append("image", file, name || "pasted.png");
+  return ask("/v1/detect", { method: "POST", query, body, signal });
+}
+
+/** What the service says of an image that it fetches itself, in a job of one. */
+async function judgeAddress({ name }, query, signal) {
+  const body = new FormData();
+  body.append("urls", new Blob([name]), "urls.txt");
+  const { id } = await ask("/v1/jobs", { method: "POST", query, body, signal });
+  try {
+    for (;;) {
+      const answer = await ask(`/v1/jobs/${id}/results`, { signal });
+      if (answer.results.length) return answer;
+      if (answer.next === null) throw STOPPED; // by someone who cancelled all jobs
+      await new Promise((resolve) => setTimeout(resolve, POLL));
+    }
+  } finally {
+    call(`/v1/jobs/${id}`, { method: "DELETE" }).catch(() => {}); // nobody else knows of it
+  }
 }

@@ -3,8 +3,10 @@
 import io
 import json
 import re
+import ssl
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,22 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, Route, ViewportSize, expect
 from sqlalchemy import text
 
+from api import job_worker
 from api import verdict_printer as terminal
 from api.access import hash_secret, new_secret
 from api.schemas.verdicts import EXAMPLE_VERDICT, Verdict
 from api.service_settings import ServiceSettings
 from indexer.database.connection import connect
+from indexer.ingest.public_files import public_client
 from indexer.store import Store
 from indexer.store.detections import Detection
 
 FILES = Path(__file__).parents[2] / "api" / "page"
+DEPLOYMENT = FILES.parents[1] / "docs" / "deploy.md"
 VIEWS = ("detect", "search", "references", "generators", "candidates", "status")
 HOSTILE = "<img src=x onerror=globalThis.broken=1><script>globalThis.broken=1</script>"
 Opens = Callable[..., Page]
+Public = tuple[str, dict[str, bytes | str], list[str]]
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +44,14 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def site(populated: ServiceSettings) -> Iterator[str]:
+def site(populated: ServiceSettings, certificate: Path) -> Iterator[str]:
     """60 real references and 30 of each of two generators; whoever adds some takes them away again."""
-    with served(populated) as url:
-        yield url
+    trusting = partial(public_client, ssl.create_default_context(cafile=str(certificate)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_worker, "public_client", trusting)
+        patch.setattr(job_worker, "POLL", 0.2)
+        with served(populated) as url:
+            yield url
 
 
 @pytest.fixture
@@ -224,6 +234,33 @@ def test_a_disputed_verdict_becomes_a_reference_which_is_relabelled_and_taken_ba
     [known] = page.request.get(f"{page.url.split('#')[0]}v1/references?newest=true&limit=1").json()["references"]
     page.request.delete(f"{page.url.split('#')[0]}v1/references/{known['id']}")
     page.request.delete(f"{page.url.split('#')[0]}v1/generators/gen-wrong")
+
+
+def test_a_bookmarklet_brings_an_image_of_another_site(
+    public_files: Public, trust: ssl.SSLContext, opens: Opens, site: str
+) -> None:
+    gallery, files, asked = public_files
+    files["/"] = (
+        b"<!doctype html><img src=a.png style='position: absolute'><div style='position: relative; height: 99px'>"
+    )
+    files["/a.png"] = picture(seed=77)["buffer"]
+    page = opens(url=f"{gallery}/", ignore_https_errors=True)
+    [bookmarklet] = re.findall(r"```js\n(.*?)\n```", DEPLOYMENT.read_text(), re.DOTALL)
+    assert bookmarklet.count("\n") < 10
+    page.evaluate("(code) => { location.href = code }", bookmarklet.replace("http://127.0.0.1:8000/", site))
+    with page.context.expect_page() as opened:
+        page.mouse.click(50, 50)
+    lineup = opened.value
+    expect(lineup.get_by_label("Or the address of an image")).to_have_value(f"{gallery}/a.png")
+    lineup.get_by_role("button", name="Judge it").press("Enter")
+    verdict = lineup.locator("#view-detect .verdict")
+    expect(verdict.locator(".of")).to_have_text(f"{gallery}/a.png")
+    expect(verdict.locator(".strip > li")).to_have_count(8)
+    assert asked.count("/a.png") == 2  # by the browser for the gallery, and by the service
+    lineup.get_by_label("Or the address of an image").fill(f"{gallery}/b.png")
+    lineup.get_by_label("Or the address of an image").press("Enter")
+    expect(lineup.get_by_role("alert")).to_contain_text("HTTP 404")
+    assert lineup.request.get(f"{site}v1/jobs").json()["jobs"] == []
 
 
 def test_the_verdict_comes_before_what_takes_longer(opens: Opens) -> None:
