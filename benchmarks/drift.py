@@ -58,7 +58,7 @@ def main(
         nearest_fake=asked.votes.nearest_fake,
         labels=images.labels,
         groups=images.groups,
-        sources=images.sources,
+        origins=images.origins,
     )
     answers = ask(references, names, judged.embeddings, heads, k)
     nearest = np.fmax(answers.votes.nearest_real, answers.votes.nearest_fake)

@@ -144,7 +144,10 @@ def calibrated(answers: Asked, images: CalibrationSet, sources: Sequence[str]) -
         nearest_fake=answers.votes.nearest_fake,
         labels=images.labels,
         groups=images.groups,
-        sources=sources,
+        origins=[
+            generator if label else source
+            for label, generator, source in zip(images.labels, images.generators, sources, strict=True)
+        ],
     )
 
 

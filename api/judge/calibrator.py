@@ -19,7 +19,7 @@ from trainer.heads.calibration_set import CalibrationSet
 from trainer.heads.heads import Heads
 
 log = logging.getLogger(__name__)
-UNCALIBRATED = Calibration({}, {}, {}, {}, {}, nearest=np.empty(0, np.float32), n_real=0, n_fake=0)
+UNCALIBRATED = Calibration({}, {}, {}, {}, {}, {}, nearest=np.empty(0, np.float32), n_real=0, n_fake=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,7 @@ def calibrate(follower: Follower, heads: Heads, images: CalibrationSet, k: int) 
         nearest_fake=votes.nearest_fake,
         labels=images.labels,
         groups=images.groups,
-        sources=images.sources,
+        origins=images.origins,
         enrolled=np.arange(len(images)) >= of_checkpoint,
     )
     params = calibration.to_json() | {"k": k, "method": METHOD, "new_sources": calibration.new_sources()}

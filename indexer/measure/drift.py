@@ -112,8 +112,7 @@ def calibrated_values(calibration: Calibration | None) -> dict[str, list[np.ndar
     """The same values of real and of fake calibration images, by name; those that it does not have are left out."""
     values = {}
     if calibration is not None and (name := calibration.largest()) is not None:
-        table = calibration.probabilities[name]
-        values["score"] = [table.real, table.fake]
+        values["score"] = [one.ascending for one in calibration.probabilities[name]]
         nearest, labels = calibration.nearest, calibration.nearest_labels
         if len(labels) == len(nearest):  # an earlier version did not keep them
             ranks = (1 + np.searchsorted(nearest, nearest, side="right")) / (len(nearest) + 1)  # (n,)

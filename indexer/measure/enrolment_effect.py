@@ -179,7 +179,7 @@ def _verdicts(
     cuts = {when: one.thresholds(*judges.rates) if one else (None, None) for when, one in calibrations.items()}
     scores = {when: one.combine_many(logits[when]) for when, one in calibrations.items() if one}
     real = {
-        when: one.probabilities[table].real if (table := one.largest()) else np.empty(0)
+        when: one.probabilities[table][0].ascending if (table := one.largest()) else np.empty(0)
         for when, one in calibrations.items()
         if one
     }

@@ -51,7 +51,7 @@ class Scorer:
             return cls(heads, None)
         missing = np.full(len(images), np.nan)
         logits = heads.logits(images.embeddings)
-        calibration = fit_calibration(logits, missing, missing, images.labels, images.groups, images.sources)
+        calibration = fit_calibration(logits, missing, missing, images.labels, images.groups, images.origins)
         return cls(heads, calibration if calibration.maps else None)
 
     def __call__(self, embeddings: np.ndarray) -> dict[str, np.ndarray]:

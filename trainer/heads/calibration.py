@@ -15,6 +15,9 @@ groups of images all alike hold no rate below 1 / (g + 1). And source by source 
 of ten new sources. That bound is lost as far as the embedding knows the calibration images' sources better than a new
 one, because it was trained on other images of them; what is left of it is measured in BENCHMARKS.md, new sources. The
 neighbours and the linear head know them no better: without the images' sources both say the same.
+
+Misses are bounded twice in the same way, image by image and generator by generator: of nine of ten new generators no
+more than the promised rate would be called real, were they no harder than those that the checkpoint was trained on.
 """
 
 import base64
@@ -32,16 +35,18 @@ HEADS = ("knn", "linear", "svm")
 """Whose raw scores are combined: the vote's logit, the linear logit, the one-class score."""
 CALIBRATION_FOLDS = 5
 """Thresholds come from scores of maps that have not seen the image's group."""
-METHOD = 4
+METHOD = 5
 """Changes whenever scores or their fit do, here or in the vote: what was fitted otherwise is not used again."""
 MINIMUM = 10
 """Fewer calibration images of either label than this calibrate nothing."""
 MINIMUM_NOVELTY = 50
 """Fewer calibration images than this give no p-value for novelty."""
 NEW_SOURCES = 0.9
-"""Share of new sources of real images of whose images no more than the promised rate are called fake."""
+"""Share of new sources of real images of whose images no more than the promised rate are called fake; of new generators
+likewise."""
 MINIMUM_SOURCES = 9
-"""Fewer sources of real calibration images, `NEW_SOURCES` / (1 - `NEW_SOURCES`), promise nothing of new ones."""
+"""Fewer sources of real calibration images, `NEW_SOURCES` / (1 - `NEW_SOURCES`), promise nothing of new ones; fewer
+generators likewise."""
 
 
 def subset(heads: Iterable[str]) -> str:
@@ -72,23 +77,51 @@ def decisions(scores: np.ndarray, t_fake: float | None, t_real: float | None) ->
 
 @dataclass(frozen=True, slots=True)
 class Probabilities:
-    """Calibration images' probabilities of fake, float64, as thresholds are read from them at any rate."""
+    """Probabilities of fake of a label's calibration images, float64, as thresholds are read from them at any rate."""
 
-    real: np.ndarray
-    """Of real images, ascending, shape (r,)."""
-    by_source: np.ndarray
-    """The same, source by source and ascending within each, shape (r,)."""
+    ascending: np.ndarray
+    """Shape (n,)."""
+    by_origin: np.ndarray
+    """The same, origin by origin (source or generator) and ascending within each, shape (n,)."""
     counts: np.ndarray
-    """How many images each source has, shape (k,)."""
-    fake: np.ndarray
-    """Of fake images, ascending, shape (f,)."""
+    """How many images each origin has, shape (k,)."""
 
     @classmethod
-    def of(cls, real: np.ndarray, sources: np.ndarray, fake: np.ndarray) -> Self:
-        """From calibrated logits, ascending, and the sources of the real images."""
-        probabilities = sigmoid(real)  # (r,)
-        by_source = probabilities[np.argsort(sources, kind="stable")]  # (r,)
-        return cls(probabilities, by_source, np.unique(sources, return_counts=True)[1], sigmoid(fake))
+    def of(cls, logits: np.ndarray, origins: np.ndarray) -> Self:
+        """From calibrated logits, ascending, and the numbers of their origins."""
+        probabilities = sigmoid(logits)  # (n,)
+        by_origin = probabilities[np.argsort(origins, kind="stable")]  # (n,)
+        return cls(probabilities, by_origin, np.unique(origins, return_counts=True)[1])
+
+    def highest(self, rate: float) -> float:
+        """The score above which a threshold keeps the rate in `NEW_SOURCES` of new origins; of too few, -inf.
+
+        Of each origin it is the highest score but for that share of its images; of k origins, the
+        ceil(`NEW_SOURCES` (k + 1))-th of these in ascending order.
+
+        Args:
+            rate: Share of an origin's images that may score higher, 0..1.
+        """
+        ends, allowed = np.cumsum(self.counts), self.allowed(rate)  # (k,)
+        scores = np.where(allowed < self.counts, self.by_origin[ends - 1 - allowed], -np.inf)  # (k,)
+        return float(np.sort(scores)[self.rank - 1]) if self.rank else -np.inf
+
+    def lowest(self, rate: float) -> float:
+        """The score up to which a threshold keeps the rate in `NEW_SOURCES` of new origins: `highest` upside down."""
+        starts, allowed = np.cumsum(self.counts) - self.counts, self.allowed(rate)  # (k,)
+        last = len(self.by_origin) - 1
+        scores = np.where(allowed < self.counts, self.by_origin[np.minimum(starts + allowed, last)], np.inf)  # (k,)
+        return float(np.sort(scores)[-self.rank]) if self.rank else np.inf
+
+    def allowed(self, rate: float) -> np.ndarray:
+        """How many images of each origin are at most that share of it, shape (k,)."""
+        return np.floor(rate * self.counts + 1e-9).astype(np.int64)
+
+    @property
+    def rank(self) -> int:
+        """Which origin decides, from 1 to k; 0 where they are fewer than `MINIMUM_SOURCES`."""
+        k = len(self.counts)
+        return int(np.ceil(NEW_SOURCES * (k + 1) - 1e-9)) if k >= MINIMUM_SOURCES else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +140,8 @@ class Calibration:
     """The same of the fake calibration images."""
     sources: dict[str, np.ndarray]
     """Number of the source of each entry of `real`, int32."""
+    generators: dict[str, np.ndarray]
+    """Number of the generator of each entry of `fake`, int32."""
     nearest_fake: dict[str, np.ndarray]
     """Similarity of each entry of `fake` to its nearest fake reference, float32, NaN where there is none."""
     nearest: np.ndarray
@@ -115,11 +150,17 @@ class Calibration:
     n_fake: int
     nearest_labels: np.ndarray = field(default_factory=lambda: np.empty(0, np.int8))
     """0 real, 1 fake, of each entry of `nearest`, int8; empty where an earlier version fitted it."""
-    probabilities: dict[str, Probabilities] = field(init=False, repr=False)
-    """Of `real` and `fake`: every verdict reads them, and they are computed once."""
+    probabilities: dict[str, tuple[Probabilities, Probabilities]] = field(init=False, repr=False)
+    """Of `real` and of `fake`: every verdict reads them, and they are computed once."""
 
     def __post_init__(self) -> None:
-        tables = {name: Probabilities.of(self.real[name], self.sources[name], self.fake[name]) for name in self.maps}
+        tables = {
+            name: (
+                Probabilities.of(self.real[name], self.sources[name]),
+                Probabilities.of(self.fake[name], self.generators[name]),
+            )
+            for name in self.maps
+        }
         object.__setattr__(self, "probabilities", tables)
 
     def largest(self, heads: Collection[str] | None = None) -> str | None:
@@ -171,21 +212,23 @@ class Calibration:
         t_fake is the smallest t with (1 + real calibration images scoring >= t) / (n_real + 1) <= max_false_alarm and,
         where there are `MINIMUM_SOURCES` of them, with (1 + sources more than that share of whose images score >= t) /
         (sources + 1) <= 1 - `NEW_SOURCES`. t_real is the largest t with (1 + fakes scoring < t) / (n_fake + 1) <=
-        max_miss. None where that few images cannot promise the rate (see `more_images`) or nothing is calibrated.
+        max_miss and, likewise, (1 + generators more than that share of whose images score < t) / (generators + 1) <=
+        1 - `NEW_SOURCES`. None where that few images cannot promise the rate (see `more_images`) or nothing is
+        calibrated.
         """
         name = self.largest(heads)
         if name is None:
             return None, None
-        table = self.probabilities[name]
-        real, fake = table.real, table.fake
+        reals, fakes = self.probabilities[name]
+        real, fake = reals.ascending, fakes.ascending
         above, below = _allowed(max_false_alarm, len(real)), _allowed(max_miss, len(fake))
         t_fake = t_real = None
         if above >= 0:  # just above the first real that must stay below
             highest = real[len(real) - above - 1] if above < len(real) else -np.inf
-            highest = max(highest, _highest_of_sources(table, max_false_alarm))
-            t_fake = max(0.0, float(np.nextafter(highest, 2.0)))
+            t_fake = max(0.0, float(np.nextafter(max(highest, reals.highest(max_false_alarm)), 2.0)))
         if below >= 0:
-            t_real = float(fake[below]) if below < len(fake) else 1.0
+            lowest = float(fake[below]) if below < len(fake) else 1.0
+            t_real = min(lowest, fakes.lowest(max_miss))
         return t_fake, t_real
 
     def more_images(
@@ -201,13 +244,13 @@ class Calibration:
         name = self.largest(heads)
         if name is None:
             return None
-        real = self.probabilities[name].real
+        real = self.probabilities[name][0].ascending
         return float(len(real) - np.searchsorted(real, score, side="left")) / len(real)
 
     def new_sources(self, heads: Collection[str] | None = None) -> int:
         """How many sources the promise to new ones rests on; 0 where there is none: they are too few, or one rate."""
         name = self.largest(heads)
-        count = 0 if name is None else len(self.probabilities[name].counts)
+        count = 0 if name is None else len(self.probabilities[name][0].counts)
         return count if count >= MINIMUM_SOURCES else 0
 
     def novelty(self, similarity: float) -> float | None:
@@ -233,7 +276,7 @@ class Calibration:
         name = self.largest(heads)
         if name is None or np.isnan(similarity):
             return None
-        first = int(np.searchsorted(self.probabilities[name].fake, t_fake, side="left"))
+        first = int(np.searchsorted(self.probabilities[name][1].ascending, t_fake, side="left"))
         nearest = self.nearest_fake[name][first:]
         nearest = nearest[~np.isnan(nearest)]
         return _p_value(nearest, similarity) if len(nearest) else None
@@ -245,6 +288,7 @@ class Calibration:
             "real": {name: _pack(scores) for name, scores in self.real.items()},
             "fake": {name: _pack(scores) for name, scores in self.fake.items()},
             "sources": {name: numbers.tolist() for name, numbers in self.sources.items()},
+            "generators": {name: numbers.tolist() for name, numbers in self.generators.items()},
             "nearest_fake": {name: _pack(similarities) for name, similarities in self.nearest_fake.items()},
             "nearest": _pack(self.nearest),
             "nearest_labels": self.nearest_labels.tolist(),
@@ -260,6 +304,7 @@ class Calibration:
             real={name: _unpack(text) for name, text in values["real"].items()},
             fake={name: _unpack(text) for name, text in values["fake"].items()},
             sources={name: np.array(numbers, np.int32) for name, numbers in values["sources"].items()},
+            generators={name: np.array(numbers, np.int32) for name, numbers in values["generators"].items()},
             nearest_fake={name: _unpack(text) for name, text in values["nearest_fake"].items()},
             nearest=_unpack(values["nearest"]),
             n_real=int(values["n_real"]),
@@ -274,7 +319,7 @@ def fit_calibration(
     nearest_fake: np.ndarray,
     labels: np.ndarray,
     groups: Sequence[str],
-    sources: Sequence[str],
+    origins: Sequence[str],
     enrolled: np.ndarray | None = None,
 ) -> Calibration:
     """Fit maps, thresholds' tables and novelty tables from n calibration images: the one place where that is done.
@@ -285,7 +330,7 @@ def fit_calibration(
         nearest_fake: Similarity to the nearest fake reference, shape (n,); only those of fakes are used.
         labels: 0 real, 1 fake, shape (n,).
         groups: The images' groups, n of them; references of the same group must not have been asked.
-        sources: Where the images come from, n names; those of fakes are not used.
+        origins: The source of each real image and the generator of each fake, n names.
         enrolled: Whether an image is a reference of a generator that the checkpoint does not know, shape (n,), bool;
             such count for what depends on the index, not for maps of the checkpoint's own heads. None: no image is.
     """
@@ -293,9 +338,9 @@ def fit_calibration(
     of_checkpoint = np.ones(len(labels), bool) if enrolled is None else ~enrolled
     columns = {head: np.asarray(logits[head], np.float64) for head in HEADS if head in logits}
     nearest_fake = np.asarray(nearest_fake, np.float32)
-    numbers = np.unique(np.asarray(sources, str), return_inverse=True)[1].astype(np.int32)  # (n,)
+    numbers = np.unique(np.asarray(origins, str), return_inverse=True)[1].astype(np.int32)  # (n,)
     folds = group_folds(groups, labels)
-    maps, real, fake, source, similarity = {}, {}, {}, {}, {}
+    maps, real, fake, source, generator, similarity = {}, {}, {}, {}, {}, {}
     for size in range(1, len(columns) + 1):
         for heads in combinations(columns, size):
             table = np.column_stack([columns[head] for head in heads])  # (n, h)
@@ -308,13 +353,15 @@ def fit_calibration(
             ascending = np.argsort(scores, kind="stable")
             reals, fakes = (ascending[labels[rows][ascending] == label] for label in (0, 1))
             real[name], source[name] = scores[reals], numbers[rows][reals]
-            fake[name], similarity[name] = scores[fakes], nearest_fake[rows][fakes]
+            fake[name], generator[name] = scores[fakes], numbers[rows][fakes]
+            similarity[name] = nearest_fake[rows][fakes]
     near = np.argsort(nearest, kind="stable")[: len(nearest) - np.isnan(nearest).sum()]  # NaN is last
     return Calibration(
         maps=maps,
         real=real,
         fake=fake,
         sources=source,
+        generators=generator,
         nearest_fake=similarity,
         nearest=nearest[near].astype(np.float32),
         nearest_labels=labels[near].astype(np.int8),
@@ -347,24 +394,6 @@ def group_folds(groups: Sequence[str], labels: np.ndarray) -> np.ndarray:
 def _allowed(rate: float, n: int) -> int:
     """The most calibration images that may lie on the wrong side, so that (1 + they) / (n + 1) <= rate; -1 for none."""
     return int(np.floor(rate * (n + 1) + 1e-9)) - 1
-
-
-def _highest_of_sources(table: Probabilities, rate: float) -> float:
-    """The score above which a threshold keeps the rate in `NEW_SOURCES` of new sources, -inf where they are too few.
-
-    Of each source it is the highest score below which all but that share of its images lie; of k sources, the
-    ceil(`NEW_SOURCES` (k + 1))-th of these in ascending order.
-
-    Args:
-        table: Of the heads that answered.
-        rate: Share of a source's images, 0..1.
-    """
-    counts = table.counts  # (k,)
-    if len(counts) < MINIMUM_SOURCES:
-        return -np.inf
-    above = np.floor(rate * counts + 1e-9).astype(np.int64)  # (k,)
-    highest = np.where(above < counts, table.by_source[np.cumsum(counts) - 1 - above], -np.inf)  # (k,)
-    return float(np.sort(highest)[int(np.ceil(NEW_SOURCES * (len(counts) + 1) - 1e-9)) - 1])
 
 
 def _missing(rate: float, n: int) -> int:

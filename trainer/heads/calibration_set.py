@@ -44,6 +44,12 @@ class CalibrationSet:
         return len(self.labels)
 
     @property
+    def origins(self) -> list[str]:
+        """The source of each real image and the generator of each fake."""
+        columns = zip(self.labels, self.generators, self.sources, strict=True)
+        return [generator if label else source for label, generator, source in columns]
+
+    @property
     def digest(self) -> str:
         """Hash of embeddings, labels, hashes and groups, 32 hex characters."""
         digest = blake2b(json.dumps([self.sha256, self.groups]).encode(), digest_size=16)

@@ -146,7 +146,7 @@ def test_relatives_are_left_out(store: Store, settings: Settings, monkeypatch: p
 
     def fit(logits: dict[str, np.ndarray], nearest: np.ndarray, **kept: Any) -> Calibration:
         seen.update(logits=logits, nearest=nearest, **kept)
-        return Calibration({}, {}, {}, {}, {}, np.empty(0), 0, 0)
+        return Calibration({}, {}, {}, {}, {}, {}, np.empty(0), 0, 0)
 
     monkeypatch.setattr(module, "fit_calibration", fit)
     calibrate(follower, heads(), held, K)
@@ -169,7 +169,7 @@ def test_relatives_are_left_out(store: Store, settings: Settings, monkeypatch: p
     np.testing.assert_allclose(seen["nearest"], np.fmax(real[:, 0], fake[:, 0]), atol=1e-5)
     np.testing.assert_allclose(seen["nearest_fake"], fake[:, 0], atol=1e-5)
     assert seen["nearest"].max() < 0.999
-    assert (seen["groups"], seen["sources"]) == (held.groups, held.sources)
+    assert (seen["groups"], seen["origins"]) == (held.groups, held.origins)
 
 
 def test_a_new_generator_teaches_the_combination_to_trust_its_neighbours(store: Store, settings: Settings) -> None:

@@ -31,7 +31,7 @@ from trainer.heads.calibration import Calibration
 
 CHECKPOINT = "d" * 32
 REAL, OLD, NEW, OTHER = np.eye(8, dtype=np.float32)[:4]
-NO_MAPS: dict[str, Any] = {"maps": {}, "real": {}, "fake": {}, "sources": {}, "nearest_fake": {}}
+NO_MAPS: dict[str, Any] = {"maps": {}, "real": {}, "fake": {}, "sources": {}, "generators": {}, "nearest_fake": {}}
 
 
 def near(direction: np.ndarray, number: int) -> np.ndarray:

@@ -103,7 +103,7 @@ def calibration() -> Calibration:
         nearest_fake=rng.uniform(0.5, 1, 200),
         labels=labels,
         groups=[str(number) for number in range(200)],
-        sources=["tests"] * 200,
+        origins=["tests"] * 200,
     )
 
 
@@ -111,14 +111,14 @@ def test_a_day_is_compared_with_the_days_before_and_with_the_calibration(store: 
     rng, fitted = np.random.default_rng(2), calibration()
     kept = Calibration.from_json(json.loads(json.dumps(fitted.to_json())))
     np.testing.assert_array_equal(kept.nearest_labels, fitted.nearest_labels)
-    table = fitted.probabilities["linear"]
+    reals, fakes = (one.ascending for one in fitted.probabilities["linear"])
     real = {name: fitted.nearest_labels == label for label, name in enumerate(("real", "fake"))}
 
     def like_calibration(count: int) -> tuple[np.ndarray, np.ndarray]:
         """Nine real images and a fake, again and again."""
-        fakes = np.arange(count) % 10 == 0
-        scores = np.where(fakes, rng.choice(table.fake, count), rng.choice(table.real, count))
-        nearest = np.where(fakes, *(rng.choice(fitted.nearest[real[name]], count) for name in ("fake", "real")))
+        is_fake = np.arange(count) % 10 == 0
+        scores = np.where(is_fake, rng.choice(fakes, count), rng.choice(reals, count))
+        nearest = np.where(is_fake, *(rng.choice(fitted.nearest[real[name]], count) for name in ("fake", "real")))
         scores += rng.normal(0, 1e-6, count)
         return scores, np.array([fitted.novelty(float(similarity)) for similarity in nearest])
 

@@ -137,7 +137,7 @@ def judges(before: float, after: float, real: float = -3.0) -> Judges:
             nearest_fake=np.zeros(80),
             labels=labels,
             groups=groups,
-            sources=["tests"] * 80,
+            origins=["tests"] * 80,
             enrolled=np.zeros(80, bool),
         )
         for fakes in (before, after)

@@ -49,6 +49,7 @@ def table(real: list[float], fake: list[float]) -> Calibration:
         real={"linear": np.sort(np.array(real, np.float32))},
         fake={"linear": np.sort(np.array(fake, np.float32))},
         sources={"linear": np.zeros(len(real), np.int32)},
+        generators={"linear": np.zeros(len(fake), np.int32)},
         nearest_fake={"linear": np.full(len(fake), np.nan, np.float32)},
         nearest=np.array([], np.float32),
         n_real=len(real),
@@ -339,15 +340,15 @@ def test_similarities_and_sources_stay_with_their_scores() -> None:
     """Each table is sorted by score, and what belongs to an image goes along."""
     labels, rng = np.arange(60) % 2, np.random.default_rng(4)
     raw, names = labels + rng.normal(size=60), [str(i) for i in range(60)]
-    sources = [f"source {i % 7}" for i in range(60)]
+    origins = [f"origin {i % 7}" for i in range(60)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainer.heads.calibration.fit_logistic", lambda *_: LogisticMap(("linear",), (1.0,), 0.0))
-        fitted = fit_calibration({"linear": raw}, raw, np.where(raw > 2, np.nan, raw), labels, names, sources)
+        fitted = fit_calibration({"linear": raw}, raw, np.where(raw > 2, np.nan, raw), labels, names, origins)
     fakes = np.where(fitted.fake["linear"] > 2, np.nan, fitted.fake["linear"])
     np.testing.assert_array_equal(fitted.nearest_fake["linear"], fakes)
-    reals = np.flatnonzero(labels == 0)
-    expected = [i % 7 for i in reals[np.argsort(raw[reals])]]
-    np.testing.assert_array_equal(fitted.sources["linear"], expected)
+    for label, numbers in enumerate((fitted.sources["linear"], fitted.generators["linear"])):
+        rows = np.flatnonzero(labels == label)
+        np.testing.assert_array_equal(numbers, [i % 7 for i in rows[np.argsort(raw[rows])]])
 
 
 def test_what_verdicts_read_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,6 +378,8 @@ def test_nine_of_ten_new_sources_hold_the_rate(seed: int, count: int, rate: floa
     fitted = replace(table(scores.tolist(), [0.0]), sources={"linear": sources.astype(np.int32)})
     t_fake, _ = fitted.thresholds(rate, 0.5)
     reals, numbers = sigmoid(scores), np.unique(sources)
+    mirrored = replace(table([0.0], (-scores).tolist()), generators={"linear": sources[::-1].astype(np.int32)})
+    _, t_real = mirrored.thresholds(0.5, rate)
 
     def promised(t: float) -> bool:
         alarms = reals >= t
@@ -386,6 +389,8 @@ def test_nine_of_ten_new_sources_hold_the_rate(seed: int, count: int, rate: floa
 
     candidates = [0.0, *np.nextafter(np.unique(reals), 2.0)]
     assert t_fake == next(t for t in candidates if promised(t))
+    # Upside down a new generator is a new source, but for the side on which a tie lies.
+    assert t_real == (1.0 if t_fake == 0 else sigmoid(-scores)[reals < t_fake][-1])
     assert fitted.new_sources() == (len(numbers) if len(numbers) >= 9 else 0)
 
 
@@ -411,6 +416,7 @@ def test_json_round_trip() -> None:
         np.testing.assert_array_equal(again.real[name], fitted.real[name])
         np.testing.assert_array_equal(again.fake[name], fitted.fake[name])
         np.testing.assert_array_equal(again.sources[name], fitted.sources[name])
+        np.testing.assert_array_equal(again.generators[name], fitted.generators[name])
         np.testing.assert_array_equal(again.nearest_fake[name], fitted.nearest_fake[name])
     np.testing.assert_array_equal(again.nearest, fitted.nearest)
     assert (again.n_real, again.n_fake) == (100, 120)
