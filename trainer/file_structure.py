@@ -123,6 +123,16 @@ def check_exif(data: bytes) -> None:
     _first_directory(data.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0"), "EXIF")
 
 
+def with_height(data: bytes, rows: int) -> bytes:
+    """A JPEG that `check_structure` has passed, as if it ended after so many rows."""
+    at = 2
+    while marker := _MARKER.search(data, at):
+        if marker[0][1] in _COMMON_FRAMES:
+            return data[: marker.end() + 3] + rows.to_bytes(2, "big") + data[marker.end() + 5 :]
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return data
+
+
 def _at_most(count: int, most: int, parts: str) -> None:
     if count > most:
         raise CostlyFile(f"more than {most:,} {parts}, which no ordinary image has")

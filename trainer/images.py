@@ -26,12 +26,12 @@ from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ExifTags import Base
 from PIL.GifImagePlugin import GifImageFile
-from PIL.JpegImagePlugin import jpeg_factory
+from PIL.JpegImagePlugin import JpegImageFile, jpeg_factory
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from trainer.file_structure import CostlyFile, check_exif, check_structure, check_work
+from trainer.file_structure import CostlyFile, check_exif, check_structure, check_work, with_height
 
 
 class UnreadableImage(ValueError):
@@ -85,6 +85,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+JPEG_END = b"\xff\xd9"
+"""The marker that a JPEG ends with, if nothing has been appended or cut off."""
 MOST_SIDE = 65_535
 """Pixels of the longer side, as many as a JPEG can have: resizing a line of millions would take gigabytes."""
 
@@ -155,7 +157,12 @@ def open_image(data: bytes, *, max_pixels: int = 50_000_000) -> tuple[ImageFile.
 
 
 def decode_image(
-    data: bytes, *, max_pixels: int = 50_000_000, sha256: str | None = None, upright: bool = True
+    data: bytes,
+    *,
+    max_pixels: int = 50_000_000,
+    sha256: str | None = None,
+    upright: bool = True,
+    windows_of: "Preprocess | None" = None,
 ) -> tuple[Image.Image, FileFacts]:
     """Decode to an upright RGB image, checking the size in the header before any pixel is decompressed.
 
@@ -167,6 +174,7 @@ def decode_image(
         max_pixels: Width times height may be so many.
         sha256: The hash of `data` in hexadecimal, where the caller knows it.
         upright: Turn the image as its metadata ask; otherwise it and the facts are as the pixels are stored.
+        windows_of: Whose windows alone are wanted: other pixels may stay black, which saves the time of decoding them.
 
     Raises:
         UnsupportedFormat: Not an image, or of a format outside `FORMATS`.
@@ -174,11 +182,17 @@ def decode_image(
         UnreadableImage: Empty, truncated, broken, or made of more parts than are read.
     """
     image, name = open_image(data, max_pixels=max_pixels)
-    return decode_opened(image, name, data, sha256=sha256, upright=upright)
+    return decode_opened(image, name, data, sha256=sha256, upright=upright, windows_of=windows_of)
 
 
 def decode_opened(
-    image: ImageFile.ImageFile, name: str, data: bytes, *, sha256: str | None = None, upright: bool = True
+    image: ImageFile.ImageFile,
+    name: str,
+    data: bytes,
+    *,
+    sha256: str | None = None,
+    upright: bool = True,
+    windows_of: "Preprocess | None" = None,
 ) -> tuple[Image.Image, FileFacts]:
     """What `decode_image` gives, of an image and its format as `open_image` gives them, for who reads more of it.
 
@@ -188,6 +202,8 @@ def decode_opened(
     if name == "TIFF":
         _silence_libtiff()
     try:
+        if windows_of and isinstance(image, JpegImageFile):
+            _leave_rows(image, data, windows_of, upright)
         image.load()
         rgb = _rgb(_upright(image) if upright else image)
     except Exception as error:
@@ -269,12 +285,36 @@ def read_exif(image: Image.Image) -> Image.Exif:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """What EXIF tag 274 says of an opened image, 1 where it says nothing."""
     try:
         orientation = read_exif(image).get(Base.Orientation)
     except Exception:  # metadata that no reader understands do not make the pixels unreadable
-        return image
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _leave_rows(image: JpegImageFile, data: bytes, preprocess: "Preprocess", upright: bool) -> None:
+    """Let an opened JPEG decode no more rows than those from its first one to the end of the windows.
+
+    The decoder is told that the image ends three rows of blocks below them: it interpolates colours from the first and,
+    where a progressive file lacks scans, smooths blocks by two more.
+    """
+    # A resize reads some way beyond its box, and a file that is cut off is to be refused.
+    if preprocess.mode != "center_crop" or not data.endswith(JPEG_END):
+        return
+    sideways = upright and 5 <= _orientation(image) <= 8
+    x, y, width, height = preprocess.box(*(image.size[::-1] if sideways else image.size))
+    first, length = (x, width) if sideways else (y, height)
+    block = 8 * max(vertical for _, _, vertical, _ in image.layer)
+    rows = block * (-(-max(first + length, image.height - first) // block) + 3)  # a turn may put the last row first
+    if rows < image.height:
+        image.fp = io.BytesIO(with_height(data, rows))
+        image.tile = [image.tile[0]._replace(extents=(0, 0, image.width, rows))]
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -81,15 +81,22 @@ def file_name(name: str | None) -> str:
     return "".join(c if c.isprintable() else "?" for c in (name or "")[:255]) or "unnamed"
 
 
-def decode(upload: Upload, max_pixels: int) -> tuple[Image.Image, FileFacts, Provenance]:
+def decode(
+    upload: Upload, max_pixels: int, windows_of: Preprocess | None = None
+) -> tuple[Image.Image, FileFacts, Provenance]:
     """The upright RGB image of an upload, and what its file says, which is opened and decoded once for both.
+
+    Args:
+        upload: The file.
+        max_pixels: As `decode_image` has it.
+        windows_of: As `decode_image` has it.
 
     Raises:
         ApiError: too-large, not-an-image or unreadable.
     """
     try:
         opened, format = open_image(upload.data, max_pixels=max_pixels)
-        image, facts = decode_opened(opened, format, upload.data)
+        image, facts = decode_opened(opened, format, upload.data, windows_of=windows_of)
     except UnreadableImage as error:
         kinds: dict[type[UnreadableImage], Kind] = {ImageTooLarge: "too-large", UnsupportedFormat: "not-an-image"}
         raise ApiError(kinds.get(type(error), "unreadable"), f"{upload.file}: {error}") from error
@@ -137,7 +144,9 @@ def prepare_here(
         ApiError: too-large, not-an-image or unreadable.
     """
     start = time.perf_counter()
-    image, facts, provenance = decode(upload, max_pixels)
+    keep_thumbnail &= question.record
+    in_whole = keep_thumbnail or bool(question.explain)
+    image, facts, provenance = decode(upload, max_pixels, None if in_whole else preprocess)
     windows, shortage = windows_and_shortfall(image, preprocess)
     boxes = judged_boxes(image, preprocess) if "regions" in question.explain else []
     variants = variant_windows(image, preprocess) if "stability" in question.explain and not shortage else None
@@ -160,6 +169,6 @@ def prepare_here(
         boxes=boxes,
         variants=None if variants is None else tuple(variants),
         provenance=provenance,
-        thumbnail=thumbnail(image) if keep_thumbnail and question.record else None,
+        thumbnail=thumbnail(image) if keep_thumbnail else None,
         decode_ms=1000 * (time.perf_counter() - start),
     )

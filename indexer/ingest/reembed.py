@@ -122,7 +122,7 @@ def _decoded(
 
 def _windows(data: bytes, max_pixels: int, preprocess: Preprocess) -> np.ndarray:
     """The windows of an image, shape (w, 3, s, s), float32."""
-    return preprocess([decode_image(data, max_pixels=max_pixels)[0]])
+    return preprocess([decode_image(data, max_pixels=max_pixels, windows_of=preprocess)[0]])
 
 
 def _read(store: Store, row: RowMapping, private_addresses: bool) -> bytes:

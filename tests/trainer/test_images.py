@@ -4,12 +4,14 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 import struct
 import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given
@@ -318,6 +320,56 @@ def test_center_crop_keeps_pixels_and_pads_with_black() -> None:
     small = np.asarray(preprocess.crop(Image.new("RGB", (11, 40), "white")))
     assert preprocess.box(11, 40) == (0, 4, 11, 32)
     assert (small.max((0, 2)) == 255).nonzero()[0].tolist() == list(range(10, 21))
+
+
+SAMPLINGS = {name: getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{name}") for name in (411, 420, 422, 440, 444)}
+
+
+@pytest.mark.parametrize("progressive", [0, 1])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_windows_alone_have_the_pixels_of_the_whole_image(sampling: int, progressive: int) -> None:
+    """Congruence with decoding everything, at every turn, of one window and of one more, which lies in a corner."""
+    options = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, SAMPLINGS[sampling], cv2.IMWRITE_JPEG_PROGRESSIVE, progressive]
+    for size, orientation in [((24, 287), turn) for turn in range(1, 9)] + [((255, 45), 1)]:
+        data = cv2.imencode(".jpg", np.asarray(noise(*size)), options)[1].tobytes()
+        exif = Image.Exif()
+        exif[274] = orientation
+        segment = b"Exif\0\0" + exif.tobytes()
+        data = data[:2] + struct.pack(">HH", 0xFFE1, 2 + len(segment)) + segment + data[2:]
+        whole, facts = decode_image(data)
+        for windows in (1, 2):
+            preprocess = Preprocess(mode="center_crop", image_size=32, windows=windows)
+            part, same_facts = decode_image(data, windows_of=preprocess)
+            assert same_facts == facts
+            for ours, theirs in zip(preprocess.crops(part), preprocess.crops(whole), strict=True):
+                assert ours.tobytes() == theirs.tobytes()
+            # Of 287 rows 160 hold the window, and three rows of blocks come behind them.
+            assert (part.tobytes() != whole.tobytes()) == (size == (24, 287) and windows == 1)
+
+
+def test_windows_of_unusual_jpegs_have_the_pixels_of_the_whole_image() -> None:
+    """Those that the decoder smooths, as they lack scans, or that have restarts, one colour, four, a picture more."""
+    preprocess = Preprocess(mode="center_crop", image_size=32)
+    progressive = encode(noise(61, 255), "JPEG", progressive=True)
+    scans = [match.start() for match in re.finditer(b"\xff\xda", progressive)]
+    with_picture = b"Exif\0\0" + encode(ramp(), "JPEG")
+    for data in (
+        *(progressive[:end] + b"\xff\xd9" for end in scans[1:]),
+        encode(noise(61, 255), "JPEG", restart_marker_blocks=3),
+        encode(noise(61, 255).convert("L"), "JPEG"),
+        encode(noise(61, 255).convert("CMYK"), "JPEG"),
+        encode(noise(61, 255), "JPEG", exif=with_picture),
+        encode(noise(61, 255), "MPO", save_all=True, append_images=[ramp()]),
+    ):
+        part, whole = (decode_image(data, windows_of=one)[0] for one in (preprocess, None))
+        assert part.tobytes() != whole.tobytes()
+        assert preprocess.crop(part).tobytes() == preprocess.crop(whole).tobytes()
+
+
+def test_a_jpeg_cut_off_below_its_windows_is_unreadable_all_the_same() -> None:
+    data = encode(noise(61, 255), "JPEG")
+    with pytest.raises(UnreadableImage, match="truncated"):
+        decode_image(data[: len(data) * 9 // 10], windows_of=Preprocess(mode="center_crop", image_size=32))
 
 
 @given(

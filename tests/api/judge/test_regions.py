@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from api.judge.regions import FAKE, REAL, STRONGEST, VARIANTS, grid, overlay, region_pixels, variant_windows
-from api.judge.uploads import Question, Upload, prepare
+from api.judge.uploads import Question, Upload, prepare, prepare_here
 from api.schemas.verdicts import Region
 from api.service_settings import ServiceSettings
 from trainer.heads.heads import fit_heads
-from trainer.images import Preprocess
+from trainer.images import Preprocess, decode_image, thumbnail
 from trainer.model.embedder import Embedder
 
 SIDES = st.integers(1, 5000)
@@ -79,6 +79,24 @@ def test_an_upload_is_embedded_as_everywhere(windowed: Embedder) -> None:
     [embeddings] = windowed.embed_stacks([prepared.views])
     variants = [change(image) for change in VARIANTS.values()]
     np.testing.assert_allclose(embeddings, windowed.embed([image, *regions, *variants]), atol=1e-5)
+
+
+def test_an_upload_is_decoded_in_whole_where_more_than_its_windows_is_shown() -> None:
+    """Congruence with the whole of a JPEG, of which the windows alone need fewer rows."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 40, 3), dtype=np.uint8)).save(file, "JPEG")
+    image, _ = decode_image(file.getvalue())
+    upload, preprocess = Upload("a.jpg", file.getvalue()), Preprocess("center_crop", 32)
+    plain = prepare_here(upload, Question(), preprocess, image.width * image.height)
+    pictured = prepare_here(upload, Question(), preprocess, image.width * image.height, keep_thumbnail=True)
+    explained = prepare_here(upload, Question(explain=frozenset({"regions"})), preprocess, image.width * image.height)
+    for prepared in (plain, pictured, explained):
+        np.testing.assert_array_equal(prepared.views[0], preprocess([image]))
+    assert pictured.thumbnail == thumbnail(image)
+    assert len(explained.boxes) == 20
+    np.testing.assert_array_equal(
+        np.concatenate(explained.views[1:]), region_pixels(image, explained.boxes, preprocess)
+    )
 
 
 def test_heads_of_images_of_several_windows_know_regions_and_variants(windowed: Embedder) -> None:
