@@ -11,7 +11,7 @@ from typer import Option
 
 from trainer.data.entry import FIT_FORBIDDEN_SPLITS
 from trainer.images import Preprocess
-from trainer.model.checkpoint import is_network
+from trainer.model.checkpoint import NETWORK_STAGES, is_network
 
 REFERENCE_BATCH = 1024
 """Records per step for which the learning rate is stated."""
@@ -54,6 +54,8 @@ class FitSettings:
     pretrained_file: Annotated[
         Path | None, Option(help="Safetensors file of those weights, where they cannot be fetched.")
     ] = None
+    frozen_stages: Annotated[int, Option(help="First stages of such a stem that do not learn, 0 to 7.")] = 2
+    """All seven: what it knows of photographs is kept whole, and more is told of generators that are new."""
     preprocess: Annotated[
         Literal["center_crop", "resize_crop"], Option(help="resize_crop, or center_crop at native resolution.")
     ] = "resize_crop"
@@ -173,6 +175,8 @@ class FitSettings:
         stem = self.timm_args.get("stem")
         if is_network(stem) and not self.pretrained:
             raise FitError(f"the stem {stem} keeps what it begins with in its first stages: add --pretrained")
+        if not 0 <= self.frozen_stages <= NETWORK_STAGES:
+            raise FitError(f"--frozen-stages is {self.frozen_stages}: set it to 0 to {NETWORK_STAGES}")
         if self.pretrained and stem and not is_network(stem):
             raise FitError(
                 "--pretrained: timm has no weights of a convolutional stem; drop it from --architecture-args"

@@ -341,7 +341,8 @@ def make_objective(settings: FitSettings, device: str, generators: int = 1) -> t
         )
         if network:
             embedding: Any = objective.backbone.patch_embed
-            embedding.proj = network_stem(rescaled(official, config.preprocess), config.dim, settings.patch)
+            official = rescaled(official, config.preprocess)
+            embedding.proj = network_stem(official, config.dim, settings.patch, settings.frozen_stages)
         else:
             objective.backbone.load_state_dict(official.state_dict())
     if settings.teacher:

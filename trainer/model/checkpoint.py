@@ -36,6 +36,8 @@ NETWORK_STEM = re.compile(r"tf_efficientnet_lite[0-4]")
 """Networks of timm that may be stems: no attention, no swish, which serves well on a CPU."""
 NETWORK_PATCH = 32
 """Pixels that such a network joins to a token."""
+NETWORK_STAGES = 7
+"""Of such a network, after its first convolution."""
 RESIDUAL_CHANNELS = 6
 """The pixels, and what each has over its surroundings."""
 RESIDUAL_GAIN = 4.0
@@ -179,16 +181,17 @@ def is_network(stem: object) -> bool:
     return isinstance(stem, str) and NETWORK_STEM.fullmatch(stem) is not None
 
 
-def network_stem(network: Any, dim: int, patch: int) -> nn.Sequential:
+def network_stem(network: Any, dim: int, patch: int, frozen: int = 2) -> nn.Sequential:
     """A convolutional network of timm as a stem: from pixels (n, 3, s, s) to patch tokens (n, dim, s / 32, s / 32).
 
     What it learnt of a million photographs is what a few thousand images cannot teach. Its batch norms are fixed, so
-    that no view tells of another, and so are its first two stages, which cost most and see edges and colours.
+    that no view tells of another, and so are its first stages: two of them cost most and see edges and colours.
 
     Args:
         network: timm's, of a name that `is_network`; its layers become part of the stem.
         dim: Of the tokens, d.
         patch: Side of what a token sees first, pixels.
+        frozen: Stages that do not learn, the first, of `NETWORK_STAGES`; the convolution before them does not either.
 
     Raises:
         CheckpointError: The patch is not of 32 pixels.
@@ -201,14 +204,14 @@ def network_stem(network: Any, dim: int, patch: int) -> nn.Sequential:
             f"patch_size is {patch}, and a network as stem makes patches of {NETWORK_PATCH} pixels: set "
             f'"patch_size": {NETWORK_PATCH} in --architecture-args'
         )
-    for part in (network.conv_stem, network.blocks[0], network.blocks[1]):
+    for part in (network.conv_stem, *network.blocks[:frozen]):
         part.requires_grad_(False)
     channels = network.blocks[-1][-1].conv_pwl.out_channels
     last = nn.Conv2d(channels, dim, 1)
     stem: Any = nn.Sequential(network.conv_stem, network.bn1, network.blocks, last)
     layers: Any = timm.layers  # partly without types
-    frozen: nn.Sequential = layers.freeze_batch_norm_2d(stem)
-    return frozen
+    fixed: nn.Sequential = layers.freeze_batch_norm_2d(stem)
+    return fixed
 
 
 def stem_channels(dim: int, patch: int) -> list[int]:

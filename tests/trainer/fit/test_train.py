@@ -817,6 +817,14 @@ def test_a_network_of_timm_is_a_stem_that_reads_the_same_pixels(tiny: FitSetting
     assert torch.equal(stem[2][6][0].conv_pwl.weight, network.blocks[6][0].conv_pwl.weight)
     assert not any(weight.requires_grad for weight in (*stem[0].parameters(), *stem[2][:2].parameters()))
     assert all(weight.requires_grad for weight in stem[2][2:].parameters())
+    whole, _ = make_objective(replace(settings, frozen_stages=7), "cpu")
+    learning = {name for name, weight in whole.backbone.named_parameters() if weight.requires_grad}
+    assert {name for name in learning if "proj." in name and "patch" in name} == {
+        "patch_embed.proj.3.weight",
+        "patch_embed.proj.3.bias",
+    }
+    with pytest.raises(FitError, match=r"--frozen-stages is 8: set it to 0 to 7"):
+        replace(settings, frozen_stages=8)
     assert settings.record()["pretrained_file"].startswith("network.safetensors, sha256 ")
     with pytest.raises(FitError, match=r"the stem tf_efficientnet_lite0 keeps what .*: add --pretrained"):
         replace(settings, pretrained=False, pretrained_file=None)
