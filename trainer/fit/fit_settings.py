@@ -56,6 +56,8 @@ class FitSettings:
     ] = None
     frozen_stages: Annotated[int, Option(help="First stages of such a stem that do not learn, 0 to 7.")] = 2
     """All seven: what it knows of photographs is kept whole, and more is told of generators that are new."""
+    stem_rate: Annotated[float, Option(help="Learning rate of such a stem, as a share of the rest's.")] = 1.0
+    """What it knows already is soon lost at a rate that teaches the rest. Below 1 its weights do not decay either."""
     preprocess: Annotated[
         Literal["center_crop", "resize_crop"], Option(help="resize_crop, or center_crop at native resolution.")
     ] = "resize_crop"
@@ -177,6 +179,8 @@ class FitSettings:
             raise FitError(f"the stem {stem} keeps what it begins with in its first stages: add --pretrained")
         if not 0 <= self.frozen_stages <= NETWORK_STAGES:
             raise FitError(f"--frozen-stages is {self.frozen_stages}: set it to 0 to {NETWORK_STAGES}")
+        if not 0 < self.stem_rate <= 1:
+            raise FitError(f"--stem-rate is {self.stem_rate}: set it above 0 and to 1 at most")
         if self.pretrained and stem and not is_network(stem):
             raise FitError(
                 "--pretrained: timm has no weights of a convolutional stem; drop it from --architecture-args"

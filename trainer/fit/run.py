@@ -22,6 +22,7 @@ from trainer.fit.loss import derangement
 from trainer.fit.muon import Muon
 from trainer.fit.objective import Objective, Slices
 from trainer.fit.state import RunState
+from trainer.model.checkpoint import is_network
 from trainer.model.seen_images import SeenImages
 from trainer.views.augmentations import Pixels
 
@@ -148,8 +149,11 @@ class Run:
             self.model = nn.parallel.DistributedDataParallel(self.objective, find_unused_parameters=unused)
         threads = max(1, usable_cores() // self.processes.local) if self.device == "cpu" else 1
         matrices = block_matrices(self.objective) if settings.optimiser == "muon" else []
-        groups = parameter_groups(self.objective, settings.weight_decay, without=matrices)
+        stem = stem_weights(self.objective) if settings.stem_rate < 1 else []
+        groups = parameter_groups(self.objective, settings.weight_decay, without=[*matrices, *stem])
         self.optimisers = {"optimiser": torch.optim.AdamW(groups, lr=1e-6, fused=True)}
+        if stem:
+            self.optimisers["stem"] = torch.optim.AdamW(stem, lr=1e-6, weight_decay=0.0, fused=True)
         if matrices:
             self.optimisers["muon"] = Muon(matrices, lr=1e-6, weight_decay=settings.weight_decay, threads=threads)
         if settings.cached_batch or (self.device == "cpu" and world == 1):
@@ -182,8 +186,9 @@ class Run:
         """
         whole, local, unreadable, origins = batch
         self.unreadable.update({uri: reason for uri, _, reason in (line.partition("\t") for line in unreadable)})
-        for group in [group for optimiser in self.optimisers.values() for group in optimiser.param_groups]:
-            group["lr"] = rate
+        for name, optimiser in self.optimisers.items():
+            for group in optimiser.param_groups:
+                group["lr"] = rate * (self.settings.stem_rate if name == "stem" else 1)
         whole, local = (views.to(self.device, non_blocking=True) for views in (whole, local))
         other = derangement(len(whole), order).to(self.device)
         generators = self.places(origins[1::2]) if self.settings.knows_generators else torch.zeros(len(whole)).long()
@@ -307,6 +312,15 @@ def block_matrices(objective: Objective) -> list[nn.Parameter]:
     """The matrices of the backbone's blocks, which are what Muon is for; embeddings and last layers are not."""
     blocks: Any = getattr(objective.backbone, "blocks")  # noqa: B009 - of vision transformers, which all are
     return [parameter for parameter in blocks.parameters() if parameter.ndim == 2]
+
+
+def stem_weights(objective: Objective) -> list[nn.Parameter]:
+    """What learns of a network of timm that is the stem; nothing where none is."""
+    if not is_network(objective.settings.timm_args.get("stem")):
+        return []
+    network: Any = objective.backbone.get_submodule("patch_embed.proj")
+    layers = network[:-1]  # the last makes tokens, and is new
+    return [weight for weight in layers.parameters() if weight.requires_grad]
 
 
 def parameter_groups(

@@ -99,6 +99,8 @@ class CheckpointConfig:
 def build_backbone(config: CheckpointConfig) -> nn.Module:
     """A vision transformer from scratch: float input (n, 3, s, s) -> CLS token (n, dim), no classifier.
 
+    With the arguments `"global_pool": "avg", "class_token": false` it gives the mean of the patch tokens.
+
     Raises:
         CheckpointError: timm has no such architecture, or it does not give `config.dim` values.
     """
@@ -114,7 +116,11 @@ def build_backbone(config: CheckpointConfig) -> nn.Module:
         )
     try:
         backbone: nn.Module = timm.create_model(
-            config.architecture, pretrained=False, num_classes=0, global_pool="token", dynamic_img_size=True, **args
+            config.architecture,
+            pretrained=False,
+            num_classes=0,
+            dynamic_img_size=True,
+            **{"global_pool": "token"} | args,
         )
     except Exception as error:  # timm does not check its arguments: whatever they break first is raised
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]

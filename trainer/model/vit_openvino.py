@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 VIT_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """Dimension, depth and attention heads by timm's name."""
+MEAN = {"global_pool": "avg", "class_token": False}
+"""Arguments by which the embedding is the mean of the patch tokens."""
 VIT_ARGUMENTS = ("embed_dim", "depth", "num_heads", "patch_size", "img_size", "norm_eps", "qkv_bias")
 """Arguments of timm's model that the graph follows."""
 NETWORK_STRIDES, NETWORK_EPSILON = (1, 2, 2, 2, 1, 2, 1), 1e-3
@@ -33,7 +35,7 @@ class NotPlain(ValueError):
 
 
 def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> openvino.Model:
-    """The function of `build_backbone`: pixels (n, 3, s, s) float32 -> CLS token (n, d) float32.
+    """The function of `build_backbone`: pixels (n, 3, s, s) float32 -> embedding (n, d) float32.
 
     The graph is for images of s = `config.preprocess.image_size` pixels; the weights have timm's names.
 
@@ -47,12 +49,15 @@ def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> 
     if not match:
         raise NotPlain(f"the architecture is {config.architecture!r}")
     usual = (*VIT_SIZES[match[1]], int(match[2]), int(match[3]), 1e-6, True)
-    stem = config.architecture_args.get("stem")
-    if others := config.architecture_args.keys() - {*VIT_ARGUMENTS, "stem"}:
+    given = dict(config.architecture_args)
+    stem, mean = given.pop("stem", None), given.items() >= MEAN.items()
+    if mean:
+        given = {key: value for key, value in given.items() if key not in MEAN}
+    if others := given.keys() - set(VIT_ARGUMENTS):
         raise NotPlain(f"the architecture has the arguments {sorted(others)}")
-    args = dict(zip(VIT_ARGUMENTS, usual, strict=True)) | config.architecture_args
-    args.pop("stem", None)
-    if not all(isinstance(value, int | float) and (value > 0 or value is False) for value in args.values()):
+    args = dict(zip(VIT_ARGUMENTS, usual, strict=True)) | given
+    numbers = {key: value for key, value in args.items() if key != "depth" or not mean or value != 0}
+    if not all(isinstance(value, int | float) and (value > 0 or value is False) for value in numbers.values()):
         raise NotPlain(f"an argument of the architecture is no number above 0: {args}")
     dim, depth, heads, patch, usual_size, eps, bias = (args[name] for name in VIT_ARGUMENTS)
     size, grid = config.preprocess.image_size, usual_size // patch
@@ -146,18 +151,20 @@ def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> 
         x = convolution(x, embedding, 3, dim, patch, patch)
     x = op.reshape(x, op.constant(np.array([0, dim, -1])), True)  # (n, d, t)
     x = op.transpose(x, op.constant(np.array([0, 2, 1])))  # (n, t, d)
-    positions = resized(take("pos_embed", 1, 1 + grid * grid, dim), size // patch)
-    x = op.add(x, op.constant(positions[:, 1:]))
-    cls = op.constant(take("cls_token", 1, 1, dim) + positions[:, :1])
-    batch = op.slice(op.shape_of(x), op.constant([0]), op.constant([1]), op.constant([1]))
-    cls = op.broadcast(cls, op.concat([batch, op.constant(np.array([1, dim]))], 0))
-    x = op.concat([cls, x], 1)  # (n, 1 + t, d)
+    prefix = 0 if mean else 1
+    positions = resized(take("pos_embed", 1, prefix + grid * grid, dim), size // patch, prefix)
+    x = op.add(x, op.constant(positions[:, prefix:]))
+    if not mean:
+        cls = op.constant(take("cls_token", 1, 1, dim) + positions[:, :1])
+        batch = op.slice(op.shape_of(x), op.constant([0]), op.constant([1]), op.constant([1]))
+        cls = op.broadcast(cls, op.concat([batch, op.constant(np.array([1, dim]))], 0))
+        x = op.concat([cls, x], 1)  # (n, 1 + t, d)
 
     for number in range(depth):
         block = f"blocks.{number}"
         inside = norm(x, f"{block}.norm1")
         query = inside
-        if number == depth - 1:  # nothing after reads more than the CLS token
+        if number == depth - 1 and not mean:  # nothing after reads more than the CLS token
             query, x = first(inside), first(x)
         q, k, v = (
             split(linear(y, f"{block}.attn.qkv", dim, 3 * dim, slice(i * dim, (i + 1) * dim), bias))
@@ -169,26 +176,29 @@ def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> 
         x = op.add(x, linear(attended, f"{block}.attn.proj", dim, dim))
         y = op.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1", dim, 4 * dim), "erf")
         x = op.add(x, linear(y, f"{block}.mlp.fc2", 4 * dim, dim))
-    x = op.squeeze(norm(x, "norm"), op.constant([1]))
+    if mean:
+        x = norm(op.reduce_mean(x, op.constant(np.array([1])), False), "fc_norm")  # (n, d)
+    else:
+        x = op.squeeze(norm(x, "norm"), op.constant([1]))  # (n, d)
     if unused:
         raise NotPlain(f"weights of no plain ViT: {sorted(unused)[:3]}")
     x.output(0).get_tensor().set_names({OUTPUT})
     return openvino.Model([x], [pixels], "vit")
 
 
-def resized(positions: np.ndarray, side: int) -> np.ndarray:
-    """Position embeddings for a grid of side x side patches, shape (1, 1 + side * side, d), as timm makes them.
+def resized(positions: np.ndarray, side: int, prefix: int = 1) -> np.ndarray:
+    """Position embeddings for a grid of side x side patches, shape (1, prefix + side * side, d), as timm makes them.
 
     timm asks torch for antialiased bicubic interpolation, which is Pillow's. The positions given have the shape
-    (1, 1 + g * g, d), the CLS token's first.
+    (1, prefix + g * g, d), that of the CLS token first where there is one.
     """
-    grid = round((positions.shape[1] - 1) ** 0.5)
+    grid = round((positions.shape[1] - prefix) ** 0.5)
     if grid == side:
         return positions
-    planes = positions[0, 1:].reshape(grid, grid, -1).transpose(2, 0, 1)  # (d, g, g)
+    planes = positions[0, prefix:].reshape(grid, grid, -1).transpose(2, 0, 1)  # (d, g, g)
     smaller = [Image.fromarray(plane).resize((side, side), Image.Resampling.BICUBIC) for plane in planes]
     patches = np.stack([np.asarray(plane) for plane in smaller], -1).reshape(1, side * side, -1)  # (1, t, d)
-    return np.concatenate([positions[:, :1], patches], 1)
+    return np.concatenate([positions[:, :prefix], patches], 1)
 
 
 @cache

@@ -832,6 +832,14 @@ def test_a_network_of_timm_is_a_stem_that_reads_the_same_pixels(tiny: FitSetting
         replace(settings, pretrained_file=tmp_path / "gone")
     with pytest.raises(CheckpointError, match=r"patch_size is 8, and a network as stem makes patches of 32 pixels"):
         make_objective(replace(settings, architecture_args=args.replace("32}", "8}")), "cpu")
+    run, before = one_update(replace(settings, stem_rate=0.1))
+    moved = {name: (run.objective.state_dict()[name] - value).abs().max().item() for name, value in before.items()}
+    proj = "backbone.patch_embed.proj"  # AdamW's first update moves what has a gradient by the learning rate
+    assert moved[f"{proj}.3.bias"] == pytest.approx(1e-3, rel=0.01)
+    assert moved[f"{proj}.2.6.0.conv_pwl.weight"] == pytest.approx(1e-4, rel=0.01)
+    assert moved[f"{proj}.0.weight"] == 0
+    with pytest.raises(FitError, match=r"--stem-rate is 0: set it above 0 and to 1 at most"):
+        replace(settings, stem_rate=0)
     fit(settings)
     metrics = fit(settings)
     assert "timm's weights of tf_efficientnet_lite0, its stem," in (settings.output / "README.md").read_text()

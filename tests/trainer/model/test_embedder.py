@@ -26,7 +26,7 @@ from trainer.model.checkpoint import (
     save_checkpoint,
 )
 from trainer.model.embedder import Embedder, pick_device
-from trainer.model.vit_openvino import NotPlain, build_graph, resized
+from trainer.model.vit_openvino import MEAN, NotPlain, build_graph, resized
 
 
 @pytest.fixture(scope="session")
@@ -139,8 +139,13 @@ def saved(folder: Path, **changes: Any) -> Path:
         {"architecture_args": {"depth": 1, "stem": "conv"}},
         {"architecture_args": {"depth": 1, "stem": "residual"}},
         {"architecture_args": {"depth": 1, "stem": "tf_efficientnet_lite0", "patch_size": 32}},
+        {"architecture_args": {"depth": 2, "stem": "conv"} | MEAN},
+        {"architecture_args": {"depth": 0, "stem": "tf_efficientnet_lite0", "patch_size": 32} | MEAN},
     ],
-    ids=["smaller", "native", "larger", "small", "arguments", "tiny", "stem", "residual", "network"],
+    ids=[
+        *("smaller", "native", "larger", "small", "arguments", "tiny", "stem", "residual", "network"),
+        *("mean", "mean of a network"),
+    ],
 )
 def test_engines_agree(changes: dict[str, Any], tmp_path: Path) -> None:
     folder = saved(tmp_path, **changes)
