@@ -387,7 +387,8 @@ def thumbnail(image: Image.Image, size: int = 256) -> bytes:
     """A JPEG whose longest side is at most `size` pixels; smaller images keep their size."""
     scale = min(1.0, size / max(image.size))
     side = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    small = image if side == image.size else image.resize(side, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    # A gap of 2 is 46 dB from the exact resize, where the encoder itself leaves 33 dB at most; 3 takes twice as long.
+    small = image if side == image.size else image.resize(side, Image.Resampling.BICUBIC, reducing_gap=2.0)
     out = io.BytesIO()
     small.save(out, "JPEG", quality=75)  # WebP saves a sixth of the bytes and takes twelve times as long
     return out.getvalue()
