@@ -203,7 +203,7 @@ def decode_opened(
         _silence_libtiff()
     try:
         if windows_of and isinstance(image, JpegImageFile):
-            _leave_rows(image, data, windows_of, upright)
+            _leave_rows(image, data, windows_of)
         image.load()
         rgb = _rgb(_upright(image) if upright else image)
     except Exception as error:
@@ -285,20 +285,15 @@ def read_exif(image: Image.Image) -> Image.Exif:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    turn = _TURNS.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
-
-
-def _orientation(image: Image.Image) -> int:
-    """What EXIF tag 274 says of an opened image, 1 where it says nothing."""
     try:
         orientation = read_exif(image).get(Base.Orientation)
     except Exception:  # metadata that no reader understands do not make the pixels unreadable
-        return 1
-    return orientation if isinstance(orientation, int) else 1
+        return image
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
-def _leave_rows(image: JpegImageFile, data: bytes, preprocess: "Preprocess", upright: bool) -> None:
+def _leave_rows(image: JpegImageFile, data: bytes, preprocess: "Preprocess") -> None:
     """Let an opened JPEG decode no more rows than those from its first one to the end of the windows.
 
     The decoder is told that the image ends three rows of blocks below them: it interpolates colours from the first and,
@@ -307,11 +302,10 @@ def _leave_rows(image: JpegImageFile, data: bytes, preprocess: "Preprocess", upr
     # A resize reads some way beyond its box, and a file that is cut off is to be refused.
     if preprocess.mode != "center_crop" or not data.endswith(JPEG_END):
         return
-    sideways = upright and 5 <= _orientation(image) <= 8
-    x, y, width, height = preprocess.box(*(image.size[::-1] if sideways else image.size))
-    first, length = (x, width) if sideways else (y, height)
+    _, top, _, height = preprocess.box(*image.size)  # turned on its side too: windows take both sides alike
+    last = max(top + height, image.height - top)  # also where a turn puts the last row first
     block = 8 * max(vertical for _, _, vertical, _ in image.layer)
-    rows = block * (-(-max(first + length, image.height - first) // block) + 3)  # a turn may put the last row first
+    rows = block * (-(-last // block) + 3)
     if rows < image.height:
         image.fp = io.BytesIO(with_height(data, rows))
         image.tile = [image.tile[0]._replace(extents=(0, 0, image.width, rows))]
