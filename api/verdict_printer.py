@@ -80,7 +80,7 @@ class Tally:
     def lines(self) -> list[str]:
         """The summary."""
         if self.before == self.images:
-            return [f"{self.images:,} images, all judged before"]
+            return [f"{self.images:,} images, all judged before; another --output judges them by the references of now"]
         counts = [f"{self.verdicts[name]:,} {words}" for name, words in WORDS.items()]
         others = {"rejected": self.rejected, "judged before": self.before}
         counts += [f"{count:,} {name}" for name, count in others.items() if count]

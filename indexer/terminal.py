@@ -30,6 +30,8 @@ console = Console(stderr=True, highlight=False)
 
 SKIPPED_LINES = 10
 """Skipped images that are told one by one; the report has all of them."""
+NAMED_IMAGES = 5
+"""Of a candidate, for who looks at them before enrolling it."""
 WHEN = ("before", "after", "held_back")
 EVALUATED_HEADS = ("knn", "nn1", "linear", "svm", "combined")
 TRANSFORMS = {"none": "plain", "transformed": "transformed", "equalised": "both labels recompressed alike"}
@@ -260,7 +262,7 @@ def tell_relabelled(report: Mapping[str, Any]) -> None:
 
 
 def tell_discovery(report: Mapping[str, Any]) -> None:
-    """The result of `discover`: a row for each candidate."""
+    """The result of `discover`: a row for each candidate, and some of its images."""
     stdout = results()
     candidates = report["candidates"]
     if candidates:
@@ -273,6 +275,10 @@ def tell_discovery(report: Mapping[str, Any]) -> None:
             seen = (f"{one[when]:%Y-%m-%d %H:%M}" for when in ("first", "last"))
             table.add_row(one["name"], f"{one['images']:,}", *seen, ", ".join(verdicts), ", ".join(nearest), novelty)
         stdout.print(table)
+    for one in candidates:
+        files = [example["file"] for example in one["examples"][:NAMED_IMAGES]]
+        more = f" and {one['images'] - len(files):,} more" if one["images"] > len(files) else ""
+        print(f"{one['name']}: {', '.join(files)}{more}")
     left_out = f"; {report['left_out']:,} older ones were not looked at" if report["left_out"] else ""
     groups = "1 candidate" if len(candidates) == 1 else f"{len(candidates)} candidates"
     found = f"{groups} among {report['images']:,} images that no reference explains"

@@ -18,6 +18,7 @@ from typer.main import get_command
 from api.__main__ import app as api_app
 from api.http.app import create_app
 from api.service_settings import ServiceSettings
+from api.verdict_file import COLUMNS
 from indexer.__main__ import app as indexer_app
 from trainer.__main__ import app as trainer_app
 
@@ -61,6 +62,11 @@ def test_every_call_is_in_the_readme(settings: ServiceSettings) -> None:
     missing = {path for path in paths if path.startswith("/v1") and "/".join(path.split("/")[:3]) not in README}
     assert paths
     assert not missing
+
+
+def test_every_column_of_a_table_is_explained() -> None:
+    guide = (ROOT / "docs" / "index.md").read_text()
+    assert [column for column in COLUMNS if f"`{column}`" not in guide] == []
 
 
 def anchors(page: Path) -> set[str]:

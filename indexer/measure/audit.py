@@ -44,6 +44,12 @@ left join generator g on g.id = r.generator_id
 order by r.sha256
 """)
 
+ENROLLED = text("""
+select distinct coalesce(g.name, '') as name
+from reference_image r left join generator g on g.id = r.generator_id
+where r.enrolment_id = :enrolment and r.label = 1
+""")
+
 
 def audit(store: Store) -> dict[str, Any]:
     """What `lineup index audit --json` prints.
@@ -95,10 +101,21 @@ def fact_aurocs(facts: Sequence[FileFacts], labels: np.ndarray) -> dict[str, flo
     return {name: round(max(area, 1 - area), 4) for name, area in areas.items()}
 
 
-def fact_warnings(store: Store) -> list[str]:
-    """Warnings about single facts, for the end of `lineup index add`; numpy only, and of a small sample."""
+def fact_warnings(store: Store, enrolment: int | None = None) -> list[str]:
+    """Warnings about single facts, for the end of `lineup index add`; numpy only, and of a small sample.
+
+    Args:
+        store: The references.
+        enrolment: Of the generators, only those whose images this added; None for all.
+    """
     facts, labels, generators, _ = _sample(store, WARNING_SAMPLE_REAL, WARNING_SAMPLE_FAKE)
-    return _warnings(_generator_rows(facts, labels, generators)) if len(np.unique(labels)) == 2 else []
+    if len(np.unique(labels)) < 2:
+        return []
+    rows = _generator_rows(facts, labels, generators)
+    if enrolment is not None:
+        enrolled = {None} | {row["name"] for row in store.read(ENROLLED, {"enrolment": enrolment})}
+        rows = [row for row in rows if row["name"] in enrolled]
+    return _warnings(rows)
 
 
 def near_duplicates_across(store: Store) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def consequences(settings: Settings, follower: Follower, enrolment: int) -> dict
         with suppress(EngineAway):
             change = effect(follower, enrolment, calibration, settings.k, judges)
             warnings = blindness(change)
-    return {"effect": change, "warnings": warnings + fact_warnings(follower.store)}
+    return {"effect": change, "warnings": warnings + fact_warnings(follower.store, enrolment)}
 
 
 def blindness(change: Mapping[str, Any] | None) -> list[str]:

@@ -72,7 +72,7 @@ def test_a_folder_becomes_lines_and_a_table_and_a_second_run_changes_nothing(cal
     again = call("detect", folder, "--output", table)
     assert "0 cannot tell, 1 rejected, 5 judged before; " in again.stderr
     (folder / "broken.png").unlink()
-    assert "5 images, all judged before" in call("detect", folder, "--output", table).stderr
+    assert "5 images, all judged before; another --output" in call("detect", folder, "--output", table).stderr
     assert {path.name: path.read_bytes() for path in folder.parent.glob("verdicts.*")} == before
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numbered import add_all, new, opened
+from numbered import CHECKPOINT, add_all, new, opened
 
 from indexer.measure import NothingToMeasure
 from indexer.measure import audit as module
@@ -61,6 +61,10 @@ def test_a_generator_of_one_format_rings(store: Store) -> None:
     add_all(store, [reference(number, "fair", **mixed(number)) for number in range(200, 360)])
     add_all(store, [reference(number, "png", format="PNG", jpeg_quality=None) for number in range(400, 440)])
     assert fact_warnings(store) == ["jpeg quality alone tells png from the real images (AUROC 0.88)"]
+    for number, generator, rung in ((500, "fair", []), (501, "png", [True])):
+        enrolment = store.enrolments.open(generator, "tests")
+        store.references.add([reference(number, generator, **mixed(number))], CHECKPOINT, enrolment)
+        assert [" png " in warning for warning in fact_warnings(store, enrolment)] == rung
 
 
 def test_facts_that_tell_only_together_ring(store: Store) -> None:

@@ -195,6 +195,7 @@ def test_the_command_finds_enrols_and_says_how_to_undo_it(follower: Follower, mo
     assert "2 candidates among 14 images that no reference explains, 0 of them in none" in told.stdout
     assert f"--enrol {sha256(100)[:12]} --generator NAME" in told.stdout
     assert "old 8" in told.stdout
+    assert f"{sha256(200)[:12]}: 200.png, 201.png, 202.png, 203.png, 204.png and 1 more" in told.stdout
     enrolled = command(follower, monkeypatch, "--enrol", sha256(100)[:12], "--generator", "Newcomer")
     assert enrolled.exit_code == 0, enrolled.stderr
     assert "added 8 of 8 images (8 Newcomer)" in enrolled.stdout

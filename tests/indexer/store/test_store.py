@@ -860,7 +860,7 @@ def test_hot_queries_can_use_their_indexes(store: Store) -> None:
     store.calibrations.load(CHECKPOINT, "h", 1)
     related_references(store, [new(1).sha256], ["group 1"])
     similar_fingerprints(store, np.array([-1]))
-    fact_warnings(store)
+    fact_warnings(store, enrolment)
     for chosen in ({"ids": [1]}, {"generator": "sd-xl"}, {"source": "none"}, {"enrolment": enrolment}):
         store.references.relabel(Kind(1, "Flux"), **chosen)
         store.references.remove(**chosen)
