@@ -96,7 +96,7 @@ class Inverted:
 
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         use_threads_for(len(queries))
-        most = len(self) if allowed is None else int(allowed.sum())
+        most = len(self) if allowed is None else int(np.count_nonzero(allowed))  # a sum takes ten times as long
         # As many allowed vectors as an open search would see; all lists where that is not enough for k.
         nprobe = min(len(self.centroids), -(-self.nprobe * len(self) // max(1, most)))
         similarities, rows = self._search(queries, k, allowed, nprobe)
@@ -141,6 +141,12 @@ class Inverted:
             if length:
                 codes = faiss.rev_swig_ptr(self._faiss.invlists.get_codes(number), length * self._faiss.code_size)
                 yield self._ids(number).copy(), codes.view(np.float16).reshape(length, -1)  # (m,), (m, d)
+
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of the rows where this is True, shape (m,), and their vectors, (m, d), float16; list by list."""
+        parts = [(ids[rows[ids]], vectors[rows[ids]]) for ids, vectors in self.blocks(0)]
+        numbers, vectors = map(np.concatenate, zip(*parts, strict=True))
+        return numbers, vectors
 
     def state(self) -> tuple[dict[str, Any], list[np.ndarray]]:
         """What `restored` needs beside the vectors in the order of `blocks`: plain values and arrays."""

@@ -13,6 +13,11 @@ from indexer.index.snapshot import BadSnapshot
 
 FETCH = 1_000
 """A query that excludes more references of its own than this is searched alone; fewer are fetched and dropped."""
+RARE = 16
+"""A filter that lets at most one of so many rows pass has their vectors copied out of inverted lists, where they lie
+far apart: up to here comparing all of them takes less time than looking through lists for them."""
+COPIES = 4
+"""At most one of so many rows has such a copy, counted for each filter."""
 
 
 class LabelIndex:
@@ -39,6 +44,7 @@ class LabelIndex:
         self.removals = 0
         self.stayed_flat = 0
         self._order: np.ndarray | None = None  # rows by ascending id; None while the ids themselves ascend
+        self._rare: dict[tuple[int | None, int | None], tuple[np.ndarray, Flat]] = {}  # rows, vectors of filters
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -72,11 +78,18 @@ class LabelIndex:
 
     def search(self, queries: np.ndarray, k: int, generator: int | None, source: int | None) -> Neighbours:
         """The k nearest of unit vectors (q, d) among those that the filters let pass; None lets all pass."""
-        allowed: np.ndarray | None = None
-        for column, value in ((self.generators, generator), (self.sources, source)):
-            if value is not None:
-                allowed = column == value if allowed is None else allowed & (column == value)
-        return self._neighbours(*self._search(queries, k, allowed))
+        rare = self._rare.get((generator, source))
+        if rare is None:
+            allowed: np.ndarray | None = None
+            for column, value in ((self.generators, generator), (self.sources, source)):
+                if value is not None:
+                    allowed = column == value if allowed is None else allowed & (column == value)
+            rare = None if allowed is None else self._copy_rare((generator, source), allowed)
+        if rare is None:
+            return self._neighbours(*self._search(queries, k, allowed))
+        rows, vectors = rare
+        similarities, nearest = vectors.search(queries, k, None)
+        return self._neighbours(similarities, np.where(nearest < 0, -1, rows[nearest]))
 
     def search_without(
         self, queries: np.ndarray, k: int, exclude_ids: np.ndarray | None, exclude_each: Sequence[np.ndarray] | None
@@ -126,6 +139,19 @@ class LabelIndex:
             while len(self.engine) < values["count"]:
                 self.engine.add(next(arrays))
 
+    def _copy_rare(self, filters: tuple[int | None, int | None], allowed: np.ndarray) -> tuple[np.ndarray, Flat] | None:
+        """The rows that filters let pass, with their vectors, until the next change; None where lists do as well."""
+        if not isinstance(self.engine, Inverted):
+            return None
+        n, copied = np.count_nonzero(allowed), sum(len(rows) for rows, _ in list(self._rare.values()))
+        if not 0 < n <= len(self) // RARE or n + copied > len(self) // COPIES:
+            return None
+        rows, vectors = self.engine.take(allowed)
+        flat = Flat(vectors.shape[1])
+        flat.add(vectors)
+        self._rare[filters] = rows, flat
+        return rows, flat
+
     def _without(self, rows: np.ndarray, allowed: np.ndarray | None = None) -> np.ndarray:
         """Which rows are left of those that are allowed (all by default) without these, shape (n,), bool."""
         others = np.ones(len(self), bool) if allowed is None else allowed.copy()
@@ -146,7 +172,7 @@ class LabelIndex:
 
     def _search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Similarities and rows, both (q, k), row -1 where there is none."""
-        if not len(self):
+        if not len(self) or (allowed is not None and not allowed.any()):
             return np.empty((len(queries), k), np.float32), np.full((len(queries), k), -1)
         return self.engine.search(queries, k, allowed)
 
@@ -164,4 +190,5 @@ class LabelIndex:
 
     def _set(self, ids: np.ndarray, generators: np.ndarray, sources: np.ndarray) -> None:
         self.ids, self.generators, self.sources = ids, generators, sources
+        self._rare = {}
         self._order = None if (ids[1:] > ids[:-1]).all() else np.argsort(ids, kind="stable")

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from indexer.index import flat, growing, inverted, vector_index
+from indexer.index import flat, growing, inverted, label_index, vector_index
 from indexer.index.index import Neighbours
 from indexer.index.inverted import Inverted
 from indexer.index.snapshot import BadSnapshot, write_snapshot
@@ -352,6 +352,38 @@ def test_lists_filter_exactly(large: VectorIndex) -> None:
         _, others = large.search_both(query[None], (1, 3_000), exclude_ids=rare)
         assert not set(others.ids[0].tolist()) & set(rare.tolist())
         assert (large.search(query[None], 3_900, label=1).ids >= 0).all()
+
+
+def test_a_rare_filter_over_lists_is_exact_through_changes(large: VectorIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Congruence with brute force among its rows, which are compared without looking through lists."""
+    vectors = np.concatenate([clustered(), clustered(200, seed=1)])
+    rare, queries = list(range(1, 400, 80)), clustered(8, seed=6)
+    large.search(queries, 3, source=1)
+    large.add(np.arange(4_000, 4_100), vectors[4_000:4_100], np.ones(100, int), np.full(100, 8), np.ones(100, int))
+    rare += range(4_000, 4_100)
+    large.search(queries, 3, source=1)
+    assert large.remove(np.arange(0, 200)) == 200
+    rare = [number for number in rare if number >= 200]
+    found = large.search(queries, 20, source=1)
+    monkeypatch.setattr(Inverted, "search", None)  # nobody calls it from here on
+    again, of_both = large.search(queries, 20, source=1), large.search(queries, 20, generator=8, source=1)
+    expected = np.array(rare)[exact(vectors[rare], queries, 20)]
+    for ids in (found.ids, again.ids):
+        assert [set(row) for row in ids.tolist()] == [set(row) for row in expected.tolist()]
+    np.testing.assert_array_equal(found.similarities, again.similarities)
+    assert (of_both.ids[:, :20] >= 4_000).all()
+    assert (large.search(queries, 20, generator=99).ids == -1).all()
+
+
+def test_copies_of_rare_filters_stay_few(large: VectorIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_index, "RARE", 2)
+    label = large._labels[1]
+    query, n = clustered(1, seed=6), len(label)
+    label.sources = np.arange(n, dtype=np.int32) % 10
+    for source in range(10):
+        assert (large.search(query, 5, source=source).sources == source).all()
+    assert [source for _, source in label._rare] == [0, 1]
+    assert 0.2 * n - 2 <= sum(len(vectors) for _, vectors in label._rare.values()) <= n / label_index.COPIES
 
 
 def test_lists_grow_shrink_and_come_back(large: VectorIndex, tmp_path: Path) -> None:
