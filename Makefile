@@ -46,7 +46,7 @@ help:
 	@echo "make docs         the pages of docs/ as a site, in build/site, with what is drawn from the code anew"
 	@echo "make audit        known vulnerabilities of what the lock names;  make sbom: what each image holds, in build/sbom"
 	@echo "make manifests    what Kubernetes's schemas say of docker/kubernetes.yml"
-	@echo "make bench        speed of search, training and serving;  make soak: the campaign   (PART=fuzz|kills|faults|load|engine)"
+	@echo "make bench        speed beside its targets;  make soak: the campaign   (PART=fuzz|kills|faults|load|engine)"
 
 # The lock holds hashes of CUDA 13 packages whose version pins only a current pip can read.
 $(VENV)/.locked: requirements.lock
@@ -110,7 +110,7 @@ soak: $(LINEUP)
 	$(RUN) pytest -q -m soak tests$(if $(PART),/journey/test_$(PART).py)
 
 bench: $(LINEUP)
-	for name in search training serving; do $(RUN) benchmarks.$$name || exit 1; done
+	$(RUN) benchmarks.targets
 
 # Of no use to the project itself, so they are neither in its lock nor in its environment.
 $(TOOLS)/.locked: tools.lock

@@ -33,6 +33,7 @@ from api.judge.detector import Detector
 from api.judge.loader import load_detector
 from api.judge.uploads import Upload
 from api.service_settings import ServiceSettings
+from benchmarks.targets import Target
 from indexer.database.embedded import EmbeddedServer
 from indexer.store.reference_facts import NewReference
 from trainer.heads.calibration_set import CalibrationSet
@@ -263,14 +264,25 @@ def resident(pid: int) -> int:
     return int(psutil.Process(pid).memory_info().rss / 2**20)
 
 
+def quantile(times: list[float], q: float) -> float:
+    """Of ascending times."""
+    return times[min(len(times) - 1, int(len(times) * q))]
+
+
 def row(name: str, rate: float, times: list[float], pid: int) -> str:
     """A line of the table of loads."""
-    p50, p95, p99 = (1000 * times[min(len(times) - 1, int(len(times) * q))] for q in (0.5, 0.95, 0.99))
+    p50, p95, p99 = (1000 * quantile(times, q) for q in (0.5, 0.95, 0.99))
     return f"| {name} | {rate:.1f} | {p50:.0f} | {p95:.0f} | {p99:.0f} | {resident(pid)} |"
 
 
-def one_image(settings: ServiceSettings, images: list[bytes], references: int, rounds: int, seconds: float) -> None:
-    """Print the table of one image at a time, and the rates that nothing around the engine can exceed."""
+def one_image(
+    settings: ServiceSettings, images: list[bytes], references: int, rounds: int, seconds: float
+) -> tuple[float, float]:
+    """Print the table of one image at a time, and the rates that nothing around the engine can exceed.
+
+    Returns:
+        How many times faster than the reference path it is, and the engine's images per second with decoding beside it.
+    """
     train, labels = embeddings(10_000, 2)
     judge = reference_path(train, labels, references)
     detector = load_detector(settings)
@@ -292,10 +304,11 @@ def one_image(settings: ServiceSettings, images: list[bytes], references: int, r
     base = statistics.median(taken["reference"][3:])
     for name, values in taken.items():
         median = statistics.median(values[3:])
-        print(f"| {name} | {1000 * median:.1f} | {base / median:.2f} |")
+        print(f"| {name} | {1000 * median:.1f} | {base / median:.2f} |")  # the last is ours
     alone, both = rates(detector, images, seconds / 4)
     print(f"\nThe engine embeds {alone:.1f} images/s in batches of 32, and {both:.1f} with decoding beside it")
     detector.close()
+    return base / median, both
 
 
 def main(
@@ -304,8 +317,8 @@ def main(
     seconds: Annotated[float, typer.Option(help="Of each load.")] = 20.0,
     clients: Annotated[list[int] | None, typer.Option(help="1, 8 and 64 when not given.")] = None,
     home: Annotated[Path | None, typer.Option(help="Keep checkpoint and references here, for another run.")] = None,
-) -> None:
-    """Print two Markdown tables."""
+) -> list[Target]:
+    """Print two Markdown tables; what is wanted of them."""
     folder = home or Path(tempfile.mkdtemp(prefix="lineup-"))
     settings = ServiceSettings(home=folder, checkpoint=folder / "checkpoint", device="cpu")
     images = [photograph(seed) for seed in range(16)]
@@ -314,19 +327,27 @@ def main(
         if not (folder / "checkpoint").exists():
             checkpoint(folder / "checkpoint")
             fill(settings, references)
-        one_image(settings, images, references, rounds, seconds)
+        faster, decode_and_embed = one_image(settings, images, references, rounds, seconds)
         with served(settings) as (port, pid, start_up):
             print(f"\nStart-up {start_up:.1f} s, {resident(pid)} MiB at rest\n")
             print("| clients | images/s | p50 ms | p95 ms | p99 ms | resident MiB |\n|---|---:|---:|---:|---:|---:|")
             saturate(port, 2, seconds / 10, forms)  # to warm up
             highest = 0.0
+            medians: list[float] = []
             for number in clients or [1, 8, 64]:
                 rate, times = saturate(port, number, seconds, forms)
                 highest = max(highest, rate)
+                medians.append(quantile(times, 0.5))
                 print(row(str(number), rate, times, pid), flush=True)
-            print(row("half load", *arrive(port, highest / 2, seconds, forms), pid))
+            rate, times = arrive(port, highest / 2, seconds, forms)
+            print(row("half load", rate, times, pid))
             number = int(highest * seconds)
             print(f"\nA job of {number} images, nobody else calling: {job(port, images, number):.1f} images/s")
+        return [
+            Target("one verdict, times faster than the reference path", faster, 4),
+            Target("most images/s under load, of decoding and embedding alone", highest / decode_and_embed, 0.9),
+            Target("p99 at half load, times one image of one client", quantile(times, 0.99) / medians[0], 3, True),
+        ]
     finally:
         EmbeddedServer(folder).stop()
         if home is None:

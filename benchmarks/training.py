@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.pillow_views import PillowViews
+from benchmarks.targets import Target
 from trainer.fit.fit_settings import FitSettings
 from trainer.fit.loss import code_loss, derangement
 from trainer.fit.objective import Objective, make_objective
@@ -143,7 +145,8 @@ def reference_model(
     return objective.backbone, optimiser, torch.amp.GradScaler(device, enabled=device == "cuda")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] = ()) -> list[Target]:
+    """Print a table; what is wanted of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--local-size", type=int, default=None)
@@ -153,7 +156,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="time torch.compile too; on a CPU it needs a compiler")
     parser.add_argument("--json", action="store_true")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     cv2.setNumThreads(1)
     settings = FitSettings(
         data=Path("none"),
@@ -173,15 +176,18 @@ def main() -> None:
             side: 1 / (8 / value / cores + 1 / steps["reference" if side == "reference" else "lineup"])
             for side, value in views.items()
         }
+    times = steps["lineup"] / steps["reference"]
+    targets = [Target("training step, times as many records as the reference", times, 1.5)]
     if asked.json:
         print(json.dumps(tables))
-        return
+        return targets
     print(f"{asked.image_size} px, local {settings.local} px, {asked.records} records per step, {asked.device}\n")
     print("| measure | side | value | times the reference |\n| --- | --- | --- | --- |")
     for measure, values in tables.items():
         for side, value in values.items():
             print(f"| {measure} | {side} | {value:.1f} | {value / values['reference']:.2f} |")
+    return targets
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
