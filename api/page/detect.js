@@ -58,7 +58,14 @@ const zone = intake({
     "loses traces.",
   onfiles: (files) => add(files.map((file) => ({ name: file.name, file, address: URL.createObjectURL(file) }))),
 });
-const link = h("input", { type: "url", required: true, placeholder: "https://…", pattern: "https://.*", maxlength: 2048 });
+const link = h("input", {
+  type: "url",
+  required: true,
+  placeholder: "https://…",
+  pattern: "https://.*",
+  title: "It begins with https://",
+  maxlength: 2048,
+});
 const linkButton = h("button", { type: "submit" }, "Judge it");
 const linkForm = h(
   "form",
