@@ -153,8 +153,7 @@ def write_heads(
     """
     trained = sorted({*training.generators, *generators} - {""})
     calibration_set = replace(calibration.calibration_set(), trained=trained)
-    origins = training.calibration_set().origins
-    heads = fit_heads(training.embeddings, training.labels, origins=origins, seed=seed, calibration=calibration_set)
+    heads = fit_heads(training.embeddings, training.labels, seed=seed, calibration=calibration_set)
     if classifier is not None:
         heads = replace(heads, linear=classifier)
     # First of the three: a kill in between leaves too much on record rather than too little.

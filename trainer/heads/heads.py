@@ -4,7 +4,7 @@ scikit-learn fits them; they are stored as arrays and scored by numpy, so that s
 a pickle. Labels are 0 real and 1 fake, and every score rises with "fake".
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -19,11 +19,9 @@ from trainer.model.checkpoint import CONFIG_FILE, CheckpointError, check_file, r
 
 HEADS_FILE = "heads.safetensors"
 C = 0.316
-"""Inverse regularisation of the logistic regression (the paper's), where too few sources and generators choose it."""
+"""Inverse regularisation of the logistic regression (the paper's), where too few calibration images choose it."""
 WEAKER = (C, 0.0316, 0.00316, 0.000316, 0.0000316)
-"""Those among which sources and generators that are left out choose."""
-FOLDS = 3
-"""Parts in which sources and generators are left out, and the fewest of either that choose."""
+"""Those among which calibration images choose."""
 NU = 0.1
 """Share of real training images that the one-class SVM may leave outside (the paper's)."""
 DEGREE = 3
@@ -215,7 +213,6 @@ def fit_heads(
     embeddings: np.ndarray,
     labels: np.ndarray,
     *,
-    origins: Sequence[str] = (),
     seed: int = 42,
     calibration: CalibrationSet | None = None,
 ) -> Heads:
@@ -224,15 +221,12 @@ def fit_heads(
     Args:
         embeddings: Raw embeddings of augmented images, shape (n, d).
         labels: 0 real, 1 fake, shape (n,).
-        origins: The source of each real image and the generator of each fake, n names; none: the paper's
-            regularisation, as for fewer than `FOLDS` of a label.
         seed: Recorded; the solvers themselves are deterministic.
         calibration: Images of the role "calibration".
 
     Raises:
         HeadsError: Fewer than two images of a label, or embeddings that are not finite.
     """
-    from sklearn.linear_model import LogisticRegression
     from sklearn.svm import OneClassSVM
 
     embeddings, labels = np.asarray(embeddings, np.float32), np.asarray(labels, np.uint8)
@@ -241,13 +235,11 @@ def fit_heads(
         raise HeadsError(f"heads need at least 2 images of each label, got {counts}: add images or change --split")
     if not np.isfinite(embeddings).all():
         raise HeadsError("embeddings hold values that are not finite: the checkpoint diverged, train it again")
-    c = chosen_c(embeddings, labels, origins) if origins else C
-    logistic = LogisticRegression(C=c, class_weight="balanced", solver="newton-cholesky", tol=1e-10, max_iter=1000)
-    logistic.fit(embeddings.astype(np.float64), labels)
+    linear, c = fit_linear(embeddings, labels, calibration)
     svm = OneClassSVM(kernel="poly", degree=DEGREE, gamma="auto", nu=NU)
     svm.fit(embeddings[labels == 0].astype(np.float64))
     heads = Heads(
-        linear=LinearHead(logistic.coef_[0].astype(np.float64), float(logistic.intercept_[0])),
+        linear=linear,
         svm=OneClassHead(
             support=svm.support_vectors_.astype(np.float32),
             dual=svm.dual_coef_[0].astype(np.float64),
@@ -263,29 +255,35 @@ def fit_heads(
     return heads if calibration is None else calibrated(heads, calibration)
 
 
-def chosen_c(embeddings: np.ndarray, labels: np.ndarray, origins: Sequence[str]) -> float:
-    """The inverse regularisation by which a logistic regression best tells sources and generators that it has not seen.
+def fit_linear(
+    embeddings: np.ndarray, labels: np.ndarray, calibration: CalibrationSet | None
+) -> tuple[LinearHead, float]:
+    """A balanced logistic regression, as regular as calibration images want it, and its inverse regularisation.
 
-    It is the one of `WEAKER` with the largest AUROC on origins left out, mean over the folds; of two alike, the larger.
-    An embedding that knows all of its training images by heart says nothing of others, and gets `C` or close to it; one
-    of a few thousand images gets a thousandth of it (BENCHMARKS.md, The pretrained checkpoint).
+    Of `WEAKER` it is the one with the largest AUROC on them, of two alike the larger; `C` where there are too few of
+    them. Training images cannot choose: the embedding was trained on them, and parts them by whatever it likes
+    (BENCHMARKS.md, The pretrained checkpoint). Thresholds are set on the same images, which one choice of five by all
+    of them hardly moves.
 
     Args:
         embeddings: Raw, shape (n, d).
         labels: 0 real, 1 fake, shape (n,).
-        origins: The source of each real image and the generator of each fake, n names.
+        calibration: Images of the role "calibration".
     """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
+    from sklearn.metrics import roc_auc_score
 
-    names = np.asarray(origins, str)
-    if min(len(np.unique(names[labels == label])) for label in (0, 1)) < FOLDS:
-        return C
-    logistic = LogisticRegression(class_weight="balanced", solver="newton-cholesky")
-    folds = StratifiedGroupKFold(FOLDS)
-    search = GridSearchCV(logistic, {"C": WEAKER}, scoring="roc_auc", cv=folds, refit=False, error_score="raise")
-    search.fit(embeddings.astype(np.float64), labels, groups=names)
-    return float(search.best_params_["C"])
+    judged = calibration.labels if calibration else np.empty(0)
+    enough = MINIMUM <= judged.sum() <= len(judged) - MINIMUM
+    fits = []
+    for c in WEAKER if enough else (C,):
+        logistic = LogisticRegression(C=c, class_weight="balanced", solver="newton-cholesky", tol=1e-10, max_iter=1000)
+        logistic.fit(embeddings.astype(np.float64), labels)
+        linear = LinearHead(logistic.coef_[0].astype(np.float64), float(logistic.intercept_[0]))
+        auroc = roc_auc_score(judged, linear.logit(calibration.embeddings)) if calibration and enough else 0.0
+        fits.append((auroc, c, linear))
+    _, c, linear = max(fits, key=lambda fit: fit[:2])
+    return linear, c
 
 
 def calibrated(heads: Heads, calibration: CalibrationSet) -> Heads:
