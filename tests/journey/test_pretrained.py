@@ -62,7 +62,7 @@ def test_the_demo_judges_what_comes_with_it(database_url: str, tmp_path: Path) -
         assert verdict["calibration"]["real"] >= 100
         assert verdict["neighbours"]
         assert all(neighbour["thumbnail"] is None for neighbour in verdict["neighbours"])
-        assert len(verdict["image"]["windows"]) == 5
+        assert len(verdict["image"]["windows"]) == 3
 
 
 @pytest.mark.parametrize("images", ["", "folder/a.jpg"])

@@ -132,9 +132,10 @@ def model_card(config: CheckpointConfig, metrics: Mapping[str, Any]) -> str:
 
 
 def _origin(config: CheckpointConfig) -> str:
+    token = "mean token" if config.architecture_args.get("global_pool") == "avg" else "CLS token"
     backbone = (
-        f"A CoDE embedding (Contrastive Deepfake Embeddings, ECCV 2024, arXiv 2407.20337): {config.architecture}, CLS "
-        f"token, {config.dim} dimensions"
+        f"A CoDE embedding (Contrastive Deepfake Embeddings, ECCV 2024, arXiv 2407.20337): {config.architecture}, "
+        f"{token}, {config.dim} dimensions"
     )
     if config.training:
         stem = config.architecture_args.get("stem")
