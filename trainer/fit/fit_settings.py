@@ -11,7 +11,7 @@ from typer import Option
 
 from trainer.data.entry import FIT_FORBIDDEN_SPLITS
 from trainer.images import Preprocess
-from trainer.model.checkpoint import NETWORK_STAGES, is_network
+from trainer.model.checkpoint import FROZEN_STAGES, NETWORK_STAGES, is_network
 
 REFERENCE_BATCH = 1024
 """Records per step for which the learning rate is stated."""
@@ -54,7 +54,7 @@ class FitSettings:
     pretrained_file: Annotated[
         Path | None, Option(help="Safetensors file of those weights, where they cannot be fetched.")
     ] = None
-    frozen_stages: Annotated[int, Option(help="First stages of such a stem that do not learn, 0 to 7.")] = 2
+    frozen_stages: Annotated[int, Option(help="First stages of such a stem that do not learn, 0 to 7.")] = FROZEN_STAGES
     """All seven: what it knows of photographs is kept whole, and more is told of generators that are new."""
     stem_rate: Annotated[float, Option(help="Learning rate of such a stem, as a share of the rest's.")] = 1.0
     """What it knows already is soon lost at a rate that teaches the rest. Below 1 its weights do not decay either."""
@@ -181,6 +181,11 @@ class FitSettings:
             raise FitError(f"--frozen-stages is {self.frozen_stages}: set it to 0 to {NETWORK_STAGES}")
         if not 0 < self.stem_rate <= 1:
             raise FitError(f"--stem-rate is {self.stem_rate}: set it above 0 and to 1 at most")
+        if (self.stem_rate, self.frozen_stages) != (1, FROZEN_STAGES) and not is_network(stem):
+            raise FitError(
+                f"--stem-rate {self.stem_rate} and --frozen-stages {self.frozen_stages} are for a stem that is a "
+                "network of timm: leave them out, or name one in --architecture-args"
+            )
         if self.pretrained and stem and not is_network(stem):
             raise FitError(
                 "--pretrained: timm has no weights of a convolutional stem; drop it from --architecture-args"

@@ -38,6 +38,8 @@ NETWORK_PATCH = 32
 """Pixels that such a network joins to a token."""
 NETWORK_STAGES = 7
 """Of such a network, after its first convolution."""
+FROZEN_STAGES = 2
+"""The first of them, which do not learn unless told to: they cost most, and see edges and colours."""
 RESIDUAL_CHANNELS = 6
 """The pixels, and what each has over its surroundings."""
 RESIDUAL_GAIN = 4.0
@@ -187,11 +189,11 @@ def is_network(stem: object) -> bool:
     return isinstance(stem, str) and NETWORK_STEM.fullmatch(stem) is not None
 
 
-def network_stem(network: Any, dim: int, patch: int, frozen: int = 2) -> nn.Sequential:
+def network_stem(network: Any, dim: int, patch: int, frozen: int = FROZEN_STAGES) -> nn.Sequential:
     """A convolutional network of timm as a stem: from pixels (n, 3, s, s) to patch tokens (n, dim, s / 32, s / 32).
 
     What it learnt of a million photographs is what a few thousand images cannot teach. Its batch norms are fixed, so
-    that no view tells of another, and so are its first stages: two of them cost most and see edges and colours.
+    that no view tells of another, and so are its first stages.
 
     Args:
         network: timm's, of a name that `is_network`; its layers become part of the stem.

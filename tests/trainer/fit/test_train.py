@@ -840,6 +840,10 @@ def test_a_network_of_timm_is_a_stem_that_reads_the_same_pixels(tiny: FitSetting
     assert moved[f"{proj}.0.weight"] == 0
     with pytest.raises(FitError, match=r"--stem-rate is 0: set it above 0 and to 1 at most"):
         replace(settings, stem_rate=0)
+    with pytest.raises(
+        FitError, match=r"--stem-rate 0.1 and --frozen-stages 2 are for a stem that is a network of timm"
+    ):
+        replace(tiny, stem_rate=0.1)
     fit(settings)
     metrics = fit(settings)
     assert "timm's weights of tf_efficientnet_lite0, its stem," in (settings.output / "README.md").read_text()
