@@ -33,11 +33,11 @@ def main(
     for c in WEAKER:
         for transform, title in TITLES.items():
             images = judged[transform]
+            x = images.embeddings.astype(np.float64)
             logistic = LogisticRegression(C=c, class_weight="balanced", solver="newton-cholesky")
             cells = []
             for names in (images.groups, images.calibration_set().origins):
                 draws = [StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed) for seed in range(DRAWS)]
-                x = images.embeddings.astype(np.float64)
                 options = {"groups": np.array(names), "scoring": "roc_auc"}
                 scores = [cross_val_score(logistic, x, images.labels, cv=draw, **options) for draw in draws]
                 cells.append(f"{100 * np.mean(scores):.1f}")

@@ -10,7 +10,7 @@ it; a generator is seen where `train` has images of it for training. Four ways t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -144,10 +144,7 @@ def calibrated(answers: Asked, images: CalibrationSet, sources: Sequence[str]) -
         nearest_fake=answers.votes.nearest_fake,
         labels=images.labels,
         groups=images.groups,
-        origins=[
-            generator if label else source
-            for label, generator, source in zip(images.labels, images.generators, sources, strict=True)
-        ],
+        origins=replace(images, sources=list(sources)).origins,
     )
 
 

@@ -275,10 +275,10 @@ def fit_linear(
 
     judged = calibration.labels if calibration else np.empty(0)
     enough = MINIMUM <= judged.sum() <= len(judged) - MINIMUM
-    fits = []
+    fits, x = [], embeddings.astype(np.float64)
     for c in WEAKER if enough else (C,):
         logistic = LogisticRegression(C=c, class_weight="balanced", solver="newton-cholesky", tol=1e-10, max_iter=1000)
-        logistic.fit(embeddings.astype(np.float64), labels)
+        logistic.fit(x, labels)
         linear = LinearHead(logistic.coef_[0].astype(np.float64), float(logistic.intercept_[0]))
         auroc = roc_auc_score(judged, linear.logit(calibration.embeddings)) if calibration and enough else 0.0
         fits.append((auroc, c, linear))
