@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, LiteralString
 from uuid import UUID
@@ -169,6 +170,7 @@ class Shipper:
             target, _ = self.store.changes.position(self.checkpoint_id, shipment.position)
             shipment = self._extended(connection, shipment, target, on_rows, empty=not shipment.timestamp)
         self.engine.settle(shipment.collection)
+        shipment = replace(shipment, recall=self._recall(shipment))
         with connection.transaction():
             hold(connection, self.checkpoint_id)
             target, _ = self.store.changes.position(self.checkpoint_id, shipment.position)
@@ -218,10 +220,17 @@ class Shipper:
         self.engine.delete(name, removed)
         timestamp = self._mark(name, target)
         counts = (self.engine.counts(name, 0), self.engine.counts(name, 1))
-        recall = shipment.recall
-        if sum(counts).bit_length() != len(shipment).bit_length():  # now and then: it costs whole searches
-            recall = min(self.engine.recall(name, label, count) for label, count in enumerate(counts))
-        return Shipment(name, target, timestamp, *counts, recall)
+        extended = Shipment(name, target, timestamp, *counts, shipment.recall)
+        if not empty and len(extended).bit_length() != len(shipment).bit_length():  # now and then: whole searches
+            extended = replace(extended, recall=self._recall(extended))
+        return extended
+
+    def _recall(self, shipment: Shipment) -> float:
+        """Share of the nearest that a search finds, of the label of which it finds fewer."""
+        return min(
+            self.engine.recall(shipment.collection, label, count)
+            for label, count in enumerate((shipment.real, shipment.fake))
+        )
 
     def _upsert(self, collection: str, added: Additions, *, new: bool) -> None:
         sources = np.array(added.sources, object)

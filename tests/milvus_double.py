@@ -26,6 +26,8 @@ class Engine:
         down: Whether it answers nothing.
         writes_left: Writes until it goes down; None for never.
         guarantees: The times that searches named.
+        pending: Rows without lists, as the next looks at an index tell them; none after these.
+        settled: Whether the last look saw none.
         log: Writes in their order: the call, the collection and ids.
     """
 
@@ -38,6 +40,8 @@ class Engine:
         self.down = False
         self.writes_left: int | None = None
         self.guarantees: list[int] = []
+        self.pending: list[int] = []
+        self.settled = False
         self.log: list[tuple[str, str, list[int]]] = []
 
     @property
@@ -115,6 +119,11 @@ class DoubleClient:
     def load_collection(self, name: str, *, timeout: float) -> None: ...
 
     def flush(self, name: str, *, timeout: float) -> None: ...
+
+    def describe_index(self, name: str, index: str, *, timeout: float) -> dict[str, int]:
+        pending = self.engine.pending.pop(0) if self.engine.pending else 0
+        self.engine.settled = not pending
+        return {"pending_index_rows": pending}
 
     def describe_collection(self, name: str, *, timeout: float) -> dict[str, Any]:
         return {"fields": [{"name": "vector", "params": {"dim": self.engine.dims[name]}}]}

@@ -9,6 +9,7 @@ not wait for what is being written (`Strong` consistency costs about 200 ms).
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,6 +40,8 @@ DEEPEST = 16_384
 """Results that the engine gives to one query."""
 SEARCH_SECONDS, CALL_SECONDS, LOAD_SECONDS = 5.0, 30.0, 600.0
 """Longest wait for a search of one query, for another call, and for a collection to be made, stored or loaded."""
+SETTLE_SECONDS = 0.5
+"""Between two looks at how many rows have no lists yet."""
 SECONDS_PER_QUERY = 0.05
 """Added to it for each query: of a batch, such as a calibration's."""
 SAMPLE, NEAREST = 32, 20
@@ -161,7 +164,9 @@ class Milvus:
         schema.add_field("generator", types.INT64)
         schema.add_field("source", types.VARCHAR, max_length=65_535)
         index = self._library.MilvusClient.prepare_index_params()
-        index.add_index("vector", index_type=self.url.index, metric_type="IP", params={"nlist": LISTS})
+        index.add_index(
+            "vector", index_name="vector", index_type=self.url.index, metric_type="IP", params={"nlist": LISTS}
+        )
         self._call("create_collection", name, schema=schema, index_params=index, seconds=LOAD_SECONDS)
         for partition in PARTITIONS:
             self._call("create_partition", name, partition)
@@ -274,8 +279,16 @@ class Milvus:
         return Contents(ids[order], np.concatenate(vectors)[order], labels[order], generators[order], sources[order])
 
     def settle(self, collection: str) -> None:
-        """Have what was loaded stored and given its lists, so that searches are quick."""
+        """Have what was loaded stored and given its lists, without which a search reads every row."""
         self._call("flush", collection, seconds=LOAD_SECONDS)
+        pending, deadline = None, 0.0
+        while rows := self._call("describe_index", collection, "vector")["pending_index_rows"]:
+            if rows != pending:
+                pending, deadline = rows, time.monotonic() + LOAD_SECONDS
+            elif time.monotonic() > deadline:
+                log.warning("%d rows of %s still have no lists: its searches are slow until they do", rows, collection)
+                return
+            time.sleep(SETTLE_SECONDS)
 
     def drop(self, collection: str) -> None:
         """Remove a collection."""

@@ -16,6 +16,7 @@ from sqlalchemy import text
 
 from indexer import milvus_copy, shipper
 from indexer.follower import Follower
+from indexer.index import milvus
 from indexer.index.milvus import EngineAway, Milvus
 from indexer.measure.check import compare
 from indexer.milvus_copy import MilvusCopy
@@ -305,6 +306,17 @@ def test_a_rebuild_switches_under_a_writer(
     leader.ship()
     assert_equal(engine, store)
     assert store.shipments.latest(CHECKPOINT) != shipment
+
+
+def test_recall_is_of_the_lists(
+    store: Store, engine: Engine, start: Callable[[], Shipper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(milvus, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr(Milvus, "recall", lambda *arguments: 0.9 if engine.settled else 1.0)
+    engine.pending = [3, 3, 1]
+    add(store, 1, 2, 3)
+    assert start().rebuild().recall == 0.9
+    assert not engine.pending
 
 
 def test_a_load_ends_between_two_pages(

@@ -191,6 +191,16 @@ def test_rounded_vectors_are_scored_again(engine: Engine, monkeypatch: pytest.Mo
     np.testing.assert_allclose(nearest.similarities, np.cos([[0.0, 0.05]]), atol=1e-6)
 
 
+def test_rows_that_get_no_lists_are_not_waited_for(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr(module, "LOAD_SECONDS", 0)
+    engine.pending = [7] * 3
+    connected(DOUBLE, engine, monkeypatch).settle("lineup_test")
+    assert caplog.messages == ["7 rows of lineup_test still have no lists: its searches are slow until they do"]
+
+
 def test_a_search_names_the_time_of_the_mark(pair: tuple[MilvusIndex, VectorIndex], engine: Engine) -> None:
     index, _ = pair
     if not engine.clock:
