@@ -1,7 +1,8 @@
 """Detection end to end: one image against the reference path, then a server under 1, 8 and 64 clients and with a job.
 
-Weights and references are random: nothing here depends on what they say. The reference path is the one of the paper's
-code: PIL, the transformers model in eager float32, and scikit-learn's 1-NN, logistic regression and one-class SVM.
+References are random, as are the weights without `--checkpoint`: nothing here depends on what they say. The reference
+path is the one of the paper's code: PIL, the transformers model in eager float32, and scikit-learn's 1-NN, logistic
+regression and one-class SVM.
 """
 
 import io
@@ -316,6 +317,9 @@ def main(
     rounds: Annotated[int, typer.Option(help="Images judged one at a time by each path.")] = 30,
     seconds: Annotated[float, typer.Option(help="Of each load.")] = 20.0,
     clients: Annotated[list[int] | None, typer.Option(help="1, 8 and 64 when not given.")] = None,
+    judging: Annotated[
+        Path | None, typer.Option("--checkpoint", help="One of 192 dimensions, in place of random weights.")
+    ] = None,
     home: Annotated[Path | None, typer.Option(help="Keep checkpoint and references here, for another run.")] = None,
 ) -> list[Target]:
     """Print two Markdown tables; what is wanted of them."""
@@ -325,7 +329,10 @@ def main(
     forms = [form(image) for image in images]
     try:
         if not (folder / "checkpoint").exists():
-            checkpoint(folder / "checkpoint")
+            if judging is None:
+                checkpoint(folder / "checkpoint")
+            else:
+                shutil.copytree(judging, folder / "checkpoint")
             fill(settings, references)
         faster, decode_and_embed = one_image(settings, images, references, rounds, seconds)
         with served(settings) as (port, pid, start_up):
