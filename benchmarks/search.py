@@ -13,7 +13,7 @@ import ctypes
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import faiss
@@ -52,7 +52,7 @@ def blocks(n: int, seed: int) -> Iterator[tuple[int, np.ndarray]]:
         yield first, x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def turns(searches: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
+def turns(searches: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
     """Seconds of each search in each round, after one round that does not count.
 
     The order changes, and a turn is the best of three calls, after a pause: the one before leaves its caches, and
@@ -77,14 +77,14 @@ def recall(found: np.ndarray, exact: np.ndarray) -> float:
     return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found.tolist(), exact.tolist(), strict=True)]))
 
 
-def built(n: int, real: float = 0.5) -> tuple[VectorIndex, float]:
+def built(n: int, real: float = 0.5, device: str = "cpu") -> tuple[VectorIndex, float]:
     """The index as a follower fills it, part by part, and the bytes of resident memory for each reference."""
     rng = np.random.default_rng(1)
     labels = np.where(rng.random(n) < real, 0, 1)
     generators = np.where(labels == 1, rng.choice([1, 2, 3, 4], n, p=[0.9, 0.079, 0.001, 0.02]), -1)
     sources = rng.integers(0, 2, n)
     before = resident()
-    index = VectorIndex(DIM, "cpu")
+    index = VectorIndex(DIM, device)
     for first, vectors in blocks(n, 1):
         part = slice(first, first + len(vectors))
         index.add(first + np.arange(len(vectors)), vectors, labels[part], generators[part], sources[part])

@@ -1,6 +1,7 @@
 """What the benchmarks are held to: runs those of `make bench`, each in a process of its own, and ends with one table.
 
-A figure is the one that the benchmark has just printed, and the ratio is that of the figure to its target.
+That of a GPU is run where there is one. A figure is the one that the benchmark has just printed, and the ratio is that
+of the figure to its target.
 """
 
 import importlib
@@ -8,6 +9,8 @@ import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+
+from trainer.model.embedder import has_cuda
 
 BENCHMARKS = ("search", "training", "decoding", "serving")
 
@@ -46,7 +49,7 @@ def table(targets: Sequence[Target]) -> str:
 
 def main() -> None:
     targets: list[Target] = []
-    for benchmark in BENCHMARKS:
+    for benchmark in (*BENCHMARKS, "gpu") if has_cuda() else BENCHMARKS:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             targets += pool.submit(measured, benchmark).result()
     print(f"\n# Targets\n\n{table(targets)}")

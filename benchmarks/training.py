@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def source_images(count: int) -> list[Pixels]:
     return images
 
 
-def best_of(rounds: int, sides: dict[str, Callable[[], None]], clock: Callable[[], float]) -> dict[str, float]:
+def best_of(rounds: int, sides: Mapping[str, Callable[[], object]], clock: Callable[[], float]) -> dict[str, float]:
     """Least seconds of each side over some rounds in which the sides take turns."""
     for side in sides.values():
         side()
@@ -90,9 +90,15 @@ def time_views(settings: FitSettings, images: list[Pixels], rounds: int) -> dict
 
 
 def time_steps(settings: FitSettings, device: str, rounds: int, compiled: bool) -> dict[str, float]:
-    """Records per second of a training step: forward, loss, backward, update; views are at hand.
+    """Records per second of a training step."""
+    seconds = best_of(rounds, training_steps(settings, device, compiled), time.perf_counter)
+    return {name: settings.batch_size / value for name, value in seconds.items()}
 
-    `compiled` times ours once more with the backbone through torch.compile.
+
+def training_steps(settings: FitSettings, device: str, compiled: bool = False) -> dict[str, Callable[[], None]]:
+    """A training step of each side: forward, loss, backward, update; views are at hand.
+
+    `compiled` gives ours once more with the backbone through torch.compile.
     """
     records = settings.batch_size
     generator = torch.Generator().manual_seed(0)
@@ -128,9 +134,7 @@ def time_steps(settings: FitSettings, device: str, rounds: int, compiled: bool) 
         scaler.update()
         loss.item()
 
-    sides = {"lineup": ours(False)} | ({"lineup, compiled": ours(True)} if compiled else {}) | {"reference": slow}
-    seconds = best_of(rounds, sides, time.perf_counter)
-    return {name: records / value for name, value in seconds.items()}
+    return {"lineup": ours(False)} | ({"lineup, compiled": ours(True)} if compiled else {}) | {"reference": slow}
 
 
 def reference_model(
