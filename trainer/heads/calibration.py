@@ -49,6 +49,11 @@ MINIMUM_SOURCES = 9
 generators likewise."""
 
 
+def enough(labels: np.ndarray) -> bool:
+    """Whether calibration images of these labels, 0 real and 1 fake, are `MINIMUM` of either."""
+    return bool(MINIMUM <= labels.sum() <= len(labels) - MINIMUM)
+
+
 def subset(heads: Iterable[str]) -> str:
     """The name of a set of heads, such as "knn+linear", whatever the order given."""
     return "+".join(sorted(set(heads), key=HEADS.index))
@@ -345,7 +350,7 @@ def fit_calibration(
         for heads in combinations(columns, size):
             table = np.column_stack([columns[head] for head in heads])  # (n, h)
             rows = np.isfinite(table).all(1) & (of_checkpoint | ("knn" in heads))
-            if not MINIMUM <= labels[rows].sum() <= rows.sum() - MINIMUM:
+            if not enough(labels[rows]):
                 continue
             name = subset(heads)
             maps[name] = fit_logistic(heads, table[rows], labels[rows])

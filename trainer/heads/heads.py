@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from trainer.heads.calibration import MINIMUM
+from trainer.heads.calibration import enough
 from trainer.heads.calibration_set import CalibrationSet, refit_command
 from trainer.heads.logistic import LogisticMap, fit_logistic
 from trainer.model.checkpoint import CONFIG_FILE, CheckpointError, check_file, read_sections, write_file
@@ -274,13 +274,12 @@ def fit_linear(
     from sklearn.metrics import roc_auc_score
 
     judged = calibration.labels if calibration else np.empty(0)
-    enough = MINIMUM <= judged.sum() <= len(judged) - MINIMUM
     fits, x = [], embeddings.astype(np.float64)
-    for c in WEAKER if enough else (C,):
+    for c in WEAKER if enough(judged) else (C,):
         logistic = LogisticRegression(C=c, class_weight="balanced", solver="newton-cholesky", tol=1e-10, max_iter=1000)
         logistic.fit(x, labels)
         linear = LinearHead(logistic.coef_[0].astype(np.float64), float(logistic.intercept_[0]))
-        auroc = roc_auc_score(judged, linear.logit(calibration.embeddings)) if calibration and enough else 0.0
+        auroc = roc_auc_score(judged, linear.logit(calibration.embeddings)) if calibration and enough(judged) else 0.0
         fits.append((auroc, c, linear))
     _, c, linear = max(fits, key=lambda fit: fit[:2])
     return linear, c
@@ -290,7 +289,7 @@ def calibrated(heads: Heads, calibration: CalibrationSet) -> Heads:
     """The heads with their maps refitted on a calibration set; without maps where it holds fewer than 10 of a label."""
     labels = np.asarray(calibration.labels)
     maps = {}
-    if MINIMUM <= labels.sum() <= len(labels) - MINIMUM:
+    if enough(labels):
         for head, scores in heads.logits(calibration.embeddings).items():
             maps[head] = fit_logistic((head,), scores[:, None], labels)
     return replace(heads, maps=maps, calibration_digest=calibration.digest)
