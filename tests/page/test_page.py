@@ -786,6 +786,25 @@ def test_without_a_shift_key_a_box_lets_the_lasso_add(opens: Opens) -> None:
     expect(count).to_have_text(f"{shown} selected")
 
 
+def drawn(canvas: Locator, element: Locator, style: str) -> int:
+    """Pixels of a canvas in a colour that an element has."""
+    colour = element.evaluate(f"element => getComputedStyle(element).{style}.match(/\\d+/g).map(Number)")
+    return int(
+        canvas.evaluate(
+            """(canvas, colour) => {
+                const { width, height } = canvas;
+                const pen = new OffscreenCanvas(width, height).getContext("2d");
+                pen.drawImage(canvas, 0, 0);
+                const { data } = pen.getImageData(0, 0, width, height);
+                let pixels = 0;
+                for (let at = 0; at < data.length; at += 4) pixels += colour.every((part, n) => data[at + n] === part);
+                return pixels;
+            }""",
+            colour,
+        )
+    )
+
+
 def test_references_are_selected_on_the_map_relabelled_and_removed(opens: Opens) -> None:
     page = opens("status", axe=True)
     root, view, dialog = page.url.split("#")[0], page.locator("#view-map"), page.get_by_role("dialog")
@@ -821,8 +840,11 @@ def test_references_are_selected_on_the_map_relabelled_and_removed(opens: Opens)
             page.mouse.move(box["x"] + 2 + x * (box["width"] - 4), box["y"] + 2 + y * (box["height"] - 4))
         page.mouse.up()
 
+    shade, ink = legend.filter(has_text="gen-m").locator(".swatch"), page.locator("body")
+    assert [drawn(canvas, shade, "backgroundColor"), drawn(canvas, ink, "color")] == [2 * 6**2, 0]
     lasso()
     expect(count).to_have_text("2 selected")
+    assert [drawn(canvas, shade, "backgroundColor"), drawn(canvas, ink, "color")] == [2 * 6**2, 2 * (8**2 - 6**2)]
     alike(view.locator(".chosen-points img"))
     assert violations(page) == []
     view.get_by_role("button", name="Relabel…").click()
