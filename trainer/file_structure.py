@@ -7,6 +7,7 @@ it has: a few megabytes of them would take minutes. The bounds are far above wha
 import re
 from collections import Counter, deque
 from collections.abc import Callable
+from io import BytesIO
 from struct import Struct, unpack_from
 from typing import Literal
 
@@ -123,14 +124,17 @@ def check_exif(data: bytes) -> None:
     _first_directory(data.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0"), "EXIF")
 
 
-def with_height(data: bytes, rows: int) -> bytes:
-    """A JPEG that `check_structure` has passed, as if it ended after so many rows."""
-    at = 2
+def with_height(data: bytes, rows: int) -> BytesIO:
+    """A JPEG that `check_structure` has passed, as if it ended after so many rows, to be read from its start."""
+    file, at = BytesIO(data), 2
     while marker := _MARKER.search(data, at):
         if marker[0][1] in _COMMON_FRAMES:
-            return data[: marker.end() + 3] + rows.to_bytes(2, "big") + data[marker.end() + 5 :]
+            file.seek(marker.end() + 3)
+            file.write(rows.to_bytes(2, "big"))
+            file.seek(0)
+            break
         at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
-    return data
+    return file
 
 
 def _at_most(count: int, most: int, parts: str) -> None:

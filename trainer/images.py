@@ -307,7 +307,7 @@ def _leave_rows(image: JpegImageFile, data: bytes, preprocess: "Preprocess") -> 
     block = 8 * max(vertical for _, _, vertical, _ in image.layer)
     rows = block * (-(-last // block) + 3)
     if rows < image.height:
-        image.fp = io.BytesIO(with_height(data, rows))
+        image.fp = with_height(data, rows)
         image.tile = [image.tile[0]._replace(extents=(0, 0, image.width, rows))]
 
 

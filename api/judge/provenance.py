@@ -16,6 +16,7 @@ import c2pa
 import defusedxml.ElementTree
 from defusedxml.common import DefusedXmlException
 from PIL import ExifTags, Image, ImageFile, IptcImagePlugin
+from PIL.JpegImagePlugin import JpegImageFile
 
 from api.schemas.verdicts import ContentCredentials, Provenance
 from trainer.images import read_exif
@@ -52,7 +53,7 @@ def read_provenance(image: Image.Image, format: str, data: bytes) -> Provenance:
         data: The file, whose metadata may be broken on purpose.
     """
     metadata = read_metadata(image)
-    credentials = read_credentials(data, format)
+    credentials = read_credentials(image, format, data)
     if credentials is None and not metadata:
         return Provenance()
     generated = says_generated(metadata) or (credentials is not None and credentials.says_generated)
@@ -76,9 +77,18 @@ def _offline() -> c2pa.Context:
     return c2pa.Context(c2pa.Settings.from_dict({"verify": {"remote_manifest_fetch": False, "ocsp_fetch": False}}))
 
 
-def read_credentials(data: bytes, format: str) -> ContentCredentials | None:
-    """The active C2PA manifest of a file, with what its validation found; None where there is none."""
-    if format == "BMP" or not any(mark in data for mark in C2PA_MARKS):
+def read_credentials(image: Image.Image, format: str, data: bytes) -> ContentCredentials | None:
+    """The active C2PA manifest of a file, with what its validation found; None where there is none.
+
+    That of a JPEG stands in segments before its pixels, which opening it has read already.
+
+    Args:
+        image: As `open_image` gives it.
+        format: Its format, likewise.
+        data: The file.
+    """
+    parts = [segment for _, segment in image.applist] if isinstance(image, JpegImageFile) else [data]
+    if format == "BMP" or not any(mark in part for part in parts for mark in C2PA_MARKS):
         return None
     try:
         reader = c2pa.Reader.try_create(f"image/{format.lower()}", io.BytesIO(data), context=_offline())

@@ -142,6 +142,18 @@ def test_a_changed_pixel_breaks_the_signature(signer: c2pa.Signer) -> None:
     assert "assertion.dataHash.mismatch" in manifest.issues
 
 
+def test_a_manifest_behind_the_pixels_of_a_jpeg_is_none(signer: c2pa.Signer, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = signed(signer, CAMERA)
+    start = data.index(b"\xff\xeb")
+    end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    behind = data[:start] + data[end:-2] + data[start:end] + data[-2:]
+    assert c2pa.Reader.try_create("image/jpeg", io.BytesIO(behind)) is None, "the library reads none there"
+    ask = Mock()
+    monkeypatch.setattr(c2pa.Reader, "try_create", ask)
+    assert provenance_of(behind).c2pa is None
+    assert not ask.called, "scans are not looked through"
+
+
 @pytest.mark.parametrize(
     ("at", "state", "issue"),
     [(30, "unreadable", "unexpected end of file"), (400, "invalid", "assertion.hashedURI.mismatch")],
