@@ -1,7 +1,7 @@
 /** Groups of judged images that no reference explains: each may be a generator that nobody has enrolled. */
 
 import { ask, showThumbnail } from "./client.js";
-import { announce, badge, facts, fileName, h } from "./dom.js";
+import { announce, badge, facts, fileName, generatorInput, h } from "./dom.js";
 import { effectBars, reportWords, undo } from "./enrolments.js";
 import { suspect } from "./lineup.js";
 import { problemBox } from "./problems.js";
@@ -49,7 +49,7 @@ export async function show() {
 /** One group, with a form that enrols it. */
 function account(candidate) {
   const outcome = h("div");
-  const generator = h("input", { name: "generator", required: true, maxlength: 100, autocomplete: "off" });
+  const generator = generatorInput({ name: "generator" });
   const enrol = async (event) => {
     event.preventDefault();
     button.disabled = true;

@@ -1,6 +1,6 @@
 /** The view that draws the references on a plane: a point each, coloured by generator, to be selected with a lasso. */
 
-import { ask, showThumbnail } from "./client.js";
+import { ask, patiently, showThumbnail } from "./client.js";
 import { announce, h } from "./dom.js";
 import { editing } from "./editing.js";
 import { problemBox } from "./problems.js";
@@ -10,6 +10,7 @@ const GRID = 9_999; // places are 0..9,999
 const MOST = 50_000; // points that the service draws; fewer than references only because it is drawing them anew
 const FEW = 1_000; // points, fewer of which are drawn large
 const SHOWN = 24; // pictures of what is selected
+const TRIES = 10; // while the service draws its map for the first time
 const STEP = 24; // pixels that an arrow key moves the ring
 const NEAR = 12; // pixels within which a click means a point
 const READ = { willReadFrequently: true }; // pixels in memory, not on a graphics card
@@ -94,8 +95,9 @@ export function setUp() {
 
 /** Called each time the view is shown. */
 export async function show() {
+  if (board.hidden) trouble.replaceChildren(h("p", { class: "hint" }, "Drawing the map…"));
   try {
-    const map = await ask("/v1/map");
+    const map = await patiently(() => ask("/v1/map"), TRIES);
     kinds = map.kinds;
     points = map.id.map((id, n) => ({ id, kind: map.kind[n], x: map.x[n], y: map.y[n] }));
     points.sort((one, other) => one.kind - other.kind);
@@ -117,10 +119,10 @@ export async function show() {
 
 const nameOf = ({ label, generator }) => (label === "real" ? "real photos" : (generator ?? "generator not named"));
 
-/** Real photos have their own colour; hues of generators lie a golden angle apart. */
+/** Real photos have their own colour; generators are a golden section apart among the hues that are not near it. */
 function colour(kind) {
   if (kinds[kind].label === "real") return getComputedStyle(canvas).getPropertyValue("--real");
-  return `hsl(${(192.5 + 137.5 * kind) % 360} 70% ${dark.matches ? 68 : 42}%)`;
+  return `hsl(${220 + 300 * ((0.618 * kind) % 1)} 70% ${dark.matches ? 68 : 42}%)`;
 }
 
 /** The colours of the kinds and that of the frames, as an image in memory holds them. */
@@ -177,7 +179,7 @@ function draw() {
   const border = Math.ceil(ratio);
   const margin = size + 2 * border; // around the image, for what lies on its edge
   const [columns, rows] = [width + 2 * margin, height + 2 * margin];
-  // Writing pixels takes a sixth of the time of as many rectangles, without a graphics card.
+  // Writing pixels takes a third of the time of as many rectangles, without a graphics card.
   const image = pen.createImageData(columns, rows);
   const colours = new Uint32Array(image.data.buffer);
   const [x, y] = pixels();
@@ -230,8 +232,11 @@ const selected = (most = Infinity) =>
 
 function picture({ id, ...kind }) {
   const image = h("img", { alt: `Reference image ${id}, ${nameOf(kind)}`, width: 96, height: 96 });
-  showThumbnail(image, `/v1/references/${id}/thumbnail`);
-  return h("li", {}, h("a", { href: `#/references/${id}` }, image));
+  const link = h("a", { href: `#/references/${id}` }, image);
+  showThumbnail(image, `/v1/references/${id}/thumbnail`).then(() => {
+    if (!image.src) link.replaceChildren(`${id}, ${nameOf(kind)}`); // its picture is not here
+  });
+  return h("li", {}, link);
 }
 
 /** Let changed references be what they are now, without waiting until the service has drawn its map anew. */

@@ -760,8 +760,11 @@ def test_a_busy_service_is_waited_for_and_what_others_removed_is_passed_over(ope
 # Generators
 
 
-def test_without_a_shift_key_a_box_lets_the_lasso_add(opens: Opens) -> None:
-    page = opens("map")
+def test_the_map_is_waited_for_and_without_a_shift_key_a_box_lets_the_lasso_add(opens: Opens) -> None:
+    page = opens("references")
+    page.route("**/v1/map", problem("not-ready", 503, "Not ready", **{"retry-after": "0.05"}), times=1)
+    page.route("**/thumbnail", problem("not-found", 404, "Not found"))
+    page.get_by_role("link", name="See them as a map").click()
     view = page.locator("#view-map")
     canvas, count = view.get_by_role("application", name="Map of the references"), view.locator(".counter")
 
@@ -779,6 +782,8 @@ def test_without_a_shift_key_a_box_lets_the_lasso_add(opens: Opens) -> None:
 
     lasso(0.01, 0.51)
     expect(count).not_to_have_text("0 selected")
+    pictured = view.get_by_role("list", name="Selected references").get_by_role("link")
+    expect(pictured.first).to_have_text(re.compile(r"\d+, (real photos|gen-[ab])"))
     view.get_by_label("Add to the selection").check()
     lasso(0.49, 0.99)
     told = view.get_by_text(re.compile(r"^\d+ references\. The axes")).inner_text()
