@@ -10,11 +10,11 @@ SERVE ?= 1
 IMAGES ?= pretrained/samples/*.jpg $$($(BIN)/python -c "from sklearn.datasets import load_sample_images as s; print(*s().filenames)")
 # What `make demo-train` learns: a real image set instead of the simulated one, `make demo-train DATA=/path/to/images`.
 DATA ?=
-RECORDS ?= 600
+RECORDS ?= 1000
 # Few updates teach little with the defaults, which are the paper's: residuals and generators show sooner what to see.
 RECIPE ?= --image-size 64 --scale native --preprocess center_crop --windows 5 --augmentations 0 --positives generator \
   --proxies 5 --architecture-args '{"stem": "residual", "depth": 4}' --batch-size 8 --learning-rate 0.012 \
-  --weight-decay 0.05 --epoch-steps 100 --warmup-epochs 0.5 --epochs 10
+  --weight-decay 0.05 --epoch-steps 100 --warmup-epochs 0.5 --epochs 15
 # Of the campaign `make soak`: all of it, or one of fuzz, kills, faults and load.
 PART ?=
 

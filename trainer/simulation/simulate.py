@@ -35,7 +35,7 @@ UNSEEN_GENERATORS = ("sim-spectral",)
 MANIFEST_COLUMNS = ("path", "label", "generator", "split", "source", "group")
 
 # Other pictures under the same settings need another number.
-_VERSION = 2
+_VERSION = 3
 _README = """\
 THESE IMAGES ARE SIMULATED. No photograph and no output of a real generator is among them.
 

@@ -355,7 +355,7 @@ def test_bilinear_upsampling_and_sharpening_move_power_down(
 
 
 def test_latent_patches_repeat_every_eight_pixels(scenes: list[np.ndarray], traceless: list[np.ndarray]) -> None:
-    """What the decoder makes up is least certain halfway between two patches."""
+    """What the decoder makes up is least certain halfway between two patches, and its patches fade unevenly."""
 
     def contrast(pictures: list[np.ndarray]) -> float:
         details = [np.abs(grey - cv2.GaussianBlur(grey, (0, 0), 1.5)).mean(0) for grey in pictures]
@@ -363,6 +363,8 @@ def test_latent_patches_repeat_every_eight_pixels(scenes: list[np.ndarray], trac
         return float(np.abs(np.fft.fft(by_place)[1]) / by_place.sum())
 
     assert contrast(drawn_by("sim-latent", scenes)) > 2 * contrast(traceless)
+    assert peak("sim-latent", 8) > 100
+    assert peak("sim-bilinear", 8) < 10
 
 
 def test_spectral_truncation_lacks_high_frequencies(scenes: list[np.ndarray], traceless: list[np.ndarray]) -> None:
