@@ -5,7 +5,7 @@ import { announce, badge, facts, fileName, generatorInput, h } from "./dom.js";
 import { effectBars, reportWords, undo } from "./enrolments.js";
 import { suspect } from "./lineup.js";
 import { problemBox } from "./problems.js";
-import { count, decimal, labelWord, percent, plural, when } from "./words.js";
+import { count, decimal, labelWord, pValue, percent, plural, when } from "./words.js";
 
 const view = document.getElementById("view-candidates");
 const place = h("div", { class: "candidates", "aria-live": "polite" });
@@ -85,7 +85,7 @@ function account(candidate) {
         "Far from all that is known",
         candidate.novelty === null
           ? null
-          : `p = ${decimal(candidate.novelty)}: ${percent(candidate.novelty)} of calibration images lie as far off`,
+          : `${pValue(candidate.novelty)}: ${percent(candidate.novelty)} of calibration images lie as far off`,
       ],
     ]),
     h("h3", {}, candidate.examples.length < candidate.images ? "Some of its images" : "Its images"),
@@ -100,7 +100,7 @@ function account(candidate) {
 function judged({ detection, file, verdict, thumbnail }) {
   const picture = thumbnail && h("img", { alt: "", width: 96, height: 96 });
   if (picture) showThumbnail(picture, thumbnail);
-  return h("li", {}, picture, h("a", { href: `#/record/${detection}` }, fileName(file)), " ", badge(verdict));
+  return h("li", {}, picture, h("a", { href: `#/record/${detection}` }, fileName(file)), badge(verdict));
 }
 
 function lineUp({ examples }) {

@@ -1,10 +1,11 @@
 /** The view that judges images: several at a time, each with its whole account. */
 
 import { ask, serviceState } from "./client.js";
-import { announce, badge, download, fileName, h } from "./dom.js";
+import { announce, badge, download, fileName, h, save } from "./dom.js";
 import { intake } from "./intake.js";
 import { judging } from "./judging.js";
 import { problemBox } from "./problems.js";
+import { csv } from "./table.js";
 import { account } from "./verdict.js";
 import { tellKnown, welcome } from "./welcome.js";
 import { figure, headline, oneIn, plural, rarity } from "./words.js";
@@ -44,7 +45,8 @@ const tools = h(
   h(
     "div",
     { class: "buttons" },
-    h("button", { type: "button", onclick: exportAll }, "Export all as JSON"),
+    h("button", { type: "button", onclick: () => save(csv(written()), "lineup-verdicts.csv") }, "Export all as CSV"),
+    h("button", { type: "button", onclick: () => download({ results: written() }, "lineup-verdicts.json") }, "as JSON"),
     h("button", { type: "button", onclick: clear }, "Clear"),
   ),
 );
@@ -280,8 +282,9 @@ function spoken(verdict) {
   return `${headline(verdict)}.${score} ${rarity(verdict) ?? ""}`.trim();
 }
 
-function exportAll() {
-  const written = items
+/** What became of each image, as the service says it of many. */
+function written() {
+  return items
     .filter((item) => item.result || item.problem)
     .map(
       (item) =>
@@ -290,7 +293,6 @@ function exportAll() {
           error: { title: item.problem.title, status: item.problem.status, detail: item.problem.detail },
         },
     );
-  download({ results: written }, "lineup-verdicts.json");
 }
 
 function clear() {

@@ -165,7 +165,12 @@ export function confirmed(title, body, action) {
 
 /** Hand a value to the reader as a JSON file. */
 export function download(value, name) {
-  const url = URL.createObjectURL(new Blob([JSON.stringify(value, null, 2)], { type: "application/json" }));
+  save(new Blob([JSON.stringify(value, null, 2)], { type: "application/json" }), name);
+}
+
+/** Hand a file to the reader. */
+export function save(file, name) {
+  const url = URL.createObjectURL(file);
   h("a", { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }

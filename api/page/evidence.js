@@ -9,6 +9,7 @@ import {
   decimal,
   figure,
   labelWord,
+  pValue,
   percent,
   precision,
   sentence,
@@ -195,7 +196,7 @@ function version(verdict, at) {
       "Novelty",
       verdict.novelty === null
         ? null
-        : `p = ${decimal(verdict.novelty)}: ${percent(verdict.novelty)} of calibration images lie as far off`,
+        : `${pValue(verdict.novelty)}: ${percent(verdict.novelty)} of calibration images lie as far off`,
     ],
     ["Image", `${count(image.width)} × ${count(image.height)} ${image.format}`],
     ["SHA-256", h("code", {}, image.sha256)],

@@ -19,6 +19,12 @@ export function decimal(value, digits = 2) {
   return value.toFixed(digits).replace("-", "−");
 }
 
+/** A p-value, such as "p = 0.04" and "p < 0.01". */
+export function pValue(value) {
+  const figure = decimal(value);
+  return figure.startsWith("<") ? `p ${figure}` : `p = ${figure}`;
+}
+
 /** How many digits, up to 6, tell these scores from other figures that they do not equal. Null ones are no figures. */
 export function precision(scores, others, least = 2) {
   const known = (values) => values.filter((value) => value !== null && value !== undefined);

@@ -1,5 +1,6 @@
 """The page in a real browser: every journey, an error of each kind, hostile input, and accessibility."""
 
+import csv
 import io
 import json
 import re
@@ -23,6 +24,7 @@ from api import verdict_printer as terminal
 from api.access import hash_secret, new_secret
 from api.schemas.verdicts import EXAMPLE_VERDICT, Verdict
 from api.service_settings import ServiceSettings
+from api.verdict_file import row, write_csv
 from indexer.database.connection import connect
 from indexer.ingest.public_files import public_client
 from indexer.store import Store
@@ -319,7 +321,8 @@ def test_simulated_references_are_called_simulated(opens: Opens) -> None:
 
 def test_several_images_are_judged_counted_and_exported(opens: Opens) -> None:
     page = opens()
-    pictures = [picture(f"{number}.png", number, fake=number % 2 == 0) for number in range(5)]
+    names = ["=1,2.png", *(f"{number}.png" for number in range(1, 5))]
+    pictures = [picture(name, number, fake=number % 2 == 0) for number, name in enumerate(names)]
     choose(page, *pictures, other_file("notes.txt", b"not an image"))
     rows = page.locator("#view-detect details.one")
     expect(rows).to_have_count(5)
@@ -328,15 +331,33 @@ def test_several_images_are_judged_counted_and_exported(opens: Opens) -> None:
     expect(page.get_by_role("alert")).to_contain_text("Not an image of an accepted format")
     expect(page.locator("#announcer")).to_contain_text("Done: ")
     with page.expect_download() as download:
-        page.get_by_role("button", name="Export all as JSON").click()
+        page.get_by_role("button", name="as JSON").click()
     exported = json.loads(Path(download.value.path()).read_text())["results"]
-    assert [item["file"] for item in exported] == [*(f"{number}.png" for number in range(5)), "notes.txt"]
+    assert [item["file"] for item in exported] == [*names, "notes.txt"]
     assert all("neighbours" in item for item in exported[:5])
     assert exported[5]["error"]["status"] == 415
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export all as CSV").click()
+    table = io.BytesIO()
+    write_csv(map(row, exported), table)
+    assert read_table(Path(download.value.path()).read_bytes()) == read_table(table.getvalue())
     rows.first.locator("summary").first.press("Enter")
     expect(rows.first.locator(".line-up")).to_be_visible()
     page.get_by_role("button", name="Clear").click()
     expect(rows).to_have_count(0)
+
+
+def read_table(content: bytes) -> list[dict[str, str | float]]:
+    """The rows of a CSV file; numbers as such, however they are written."""
+
+    def value(cell: str) -> str | float:
+        try:
+            return float(cell)
+        except ValueError:
+            return cell
+
+    table = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+    return [{name: value(cell) for name, cell in one.items()} for one in table]
 
 
 def test_images_are_dropped_and_pasted(opens: Opens) -> None:
