@@ -166,10 +166,17 @@ class Shipper:
                 self.engine.drop(name)
         log.info("loading a new collection of checkpoint %s", self.checkpoint_id)
         shipment = Shipment(self.engine.create(prefix, self.dim))
-        for _ in range(2):  # the second time is quick, and the switch waits for what is left then
-            target, _ = self.store.changes.position(self.checkpoint_id, shipment.position)
-            shipment = self._extended(connection, shipment, target, on_rows, empty=not shipment.timestamp)
-        self.engine.settle(shipment.collection)
+        target, _ = self.store.changes.position(self.checkpoint_id, shipment.position)
+        shipment = self._extended(connection, shipment, target, on_rows, empty=True)
+
+        def pause(seconds: float) -> None:
+            if self.end.wait(seconds):
+                raise Ended("shipping ended before the search engine had made its lists")
+            connection.execute("select 1")  # whether the lock is still ours; and nobody cuts an idle connection
+
+        self.engine.settle(shipment.collection, pause)
+        target, _ = self.store.changes.position(self.checkpoint_id, shipment.position)
+        shipment = self._extended(connection, shipment, target, on_rows)  # so that the switch waits for little
         shipment = replace(shipment, recall=self._recall(shipment))
         with connection.transaction():
             hold(connection, self.checkpoint_id)
@@ -204,7 +211,8 @@ class Shipper:
             target: Up to where.
             on_rows: Called with how many rows have come in since the last time.
             removed: Ids that are deleted once more, shape (m,).
-            empty: Nothing was ever written to it, so that nothing need be removed.
+            empty: Nothing was ever written to it, so that nothing need be removed; and its recall is not measured,
+                for it has no lists yet.
         """
         name, seen = shipment.collection, shipment.position.revision
         self._mark(name, target)

@@ -21,6 +21,7 @@ class Engine:
         version: As `get_server_version` answers.
         collections: Partitions by collection; each holds its rows by id.
         dims: Length of the vectors by collection.
+        indexes: Name of the index by collection.
         aliases: Collections by alias.
         clock: The time of the last write.
         down: Whether it answers nothing.
@@ -35,6 +36,7 @@ class Engine:
         self.version = "v2.3.5"
         self.collections: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
         self.dims: dict[str, int] = {}
+        self.indexes: dict[str, str] = {}
         self.aliases: dict[str, str] = {}
         self.clock = 0
         self.down = False
@@ -89,7 +91,8 @@ class DoubleClient:
 
     @staticmethod
     def prepare_index_params() -> Any:
-        return SimpleNamespace(add_index=lambda *args, **options: None)
+        names: list[str] = []
+        return SimpleNamespace(names=names, add_index=lambda *args, index_name, **options: names.append(index_name))
 
     def __getattribute__(self, name: str) -> Any:
         found = object.__getattribute__(self, name)
@@ -112,6 +115,7 @@ class DoubleClient:
     def create_collection(self, name: str, *, schema: Any, index_params: Any, timeout: float) -> None:
         self.engine.collections[name] = {"_default": {}}
         self.engine.dims[name] = schema.fields["vector"]["dim"]
+        [self.engine.indexes[name]] = index_params.names
 
     def create_partition(self, name: str, partition: str, *, timeout: float) -> None:
         self.engine.collections[name][partition] = {}
@@ -121,6 +125,7 @@ class DoubleClient:
     def flush(self, name: str, *, timeout: float) -> None: ...
 
     def describe_index(self, name: str, index: str, *, timeout: float) -> dict[str, int]:
+        assert index == self.engine.indexes[name]
         pending = self.engine.pending.pop(0) if self.engine.pending else 0
         self.engine.settled = not pending
         return {"pending_index_rows": pending}

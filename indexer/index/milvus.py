@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 PARTITIONS = ("real", "fake")
 MARK = -1
 """Id of the row that says how far a collection is filled."""
+LISTED = "vector"
+"""Name of the index over the vectors, which is their field's."""
 OLDEST = (2, 3)
 LISTS, PROBED, OVERSAMPLED = 1024, 64, 4
 """Lists of each of the engine's segments, those that a query looks into, and how many times k are scored again."""
@@ -165,7 +167,7 @@ class Milvus:
         schema.add_field("source", types.VARCHAR, max_length=65_535)
         index = self._library.MilvusClient.prepare_index_params()
         index.add_index(
-            "vector", index_name="vector", index_type=self.url.index, metric_type="IP", params={"nlist": LISTS}
+            "vector", index_name=LISTED, index_type=self.url.index, metric_type="IP", params={"nlist": LISTS}
         )
         self._call("create_collection", name, schema=schema, index_params=index, seconds=LOAD_SECONDS)
         for partition in PARTITIONS:
@@ -278,17 +280,22 @@ class Milvus:
         sources = np.array([row["source"] for row in rows], object)
         return Contents(ids[order], np.concatenate(vectors)[order], labels[order], generators[order], sources[order])
 
-    def settle(self, collection: str) -> None:
-        """Have what was loaded stored and given its lists, without which a search reads every row."""
+    def settle(self, collection: str, pause: Callable[[float], object] = time.sleep) -> None:
+        """Have what was loaded stored and its lists made, without which a search reads every row.
+
+        Args:
+            collection: Where it was loaded.
+            pause: Called with seconds between two looks; what it raises ends the wait.
+        """
         self._call("flush", collection, seconds=LOAD_SECONDS)
-        pending, deadline = None, 0.0
-        while rows := self._call("describe_index", collection, "vector")["pending_index_rows"]:
-            if rows != pending:
-                pending, deadline = rows, time.monotonic() + LOAD_SECONDS
+        fewest, deadline = None, 0.0
+        while rows := self._call("describe_index", collection, LISTED)["pending_index_rows"]:
+            if fewest is None or rows < fewest:
+                fewest, deadline = rows, time.monotonic() + LOAD_SECONDS
             elif time.monotonic() > deadline:
                 log.warning("%d rows of %s still have no lists: its searches are slow until they do", rows, collection)
                 return
-            time.sleep(SETTLE_SECONDS)
+            pause(SETTLE_SECONDS)
 
     def drop(self, collection: str) -> None:
         """Remove a collection."""

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -345,6 +346,17 @@ def test_a_load_ends_between_two_pages(
     monkeypatch.setattr(store.changes, "between", between)
     followed(store, settings)
     assert_equal(engine, store)
+
+
+def test_a_load_ends_while_lists_are_made(
+    store: Store, engine: Engine, start: Callable[[], Shipper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(store, 1)
+    one, engine.pending = start(), [1]
+    monkeypatch.setattr(one, "end", SimpleNamespace(is_set=lambda: False, wait=lambda seconds: True))
+    with pytest.raises(Ended, match="made its lists"):
+        one.rebuild()
+    assert store.shipments.latest(CHECKPOINT) is None
 
 
 def test_two_rebuilds_do_not_meet(store: Store, engine: Engine, start: Callable[[], Shipper]) -> None:

@@ -89,6 +89,7 @@ def pair(
         of = labels == label
         names = [SOURCES[number] for number in sources[of]]
         milvus.upsert(collection, label, ids[of], vectors[of], generators[of], names)
+    milvus.settle(collection)
     timestamp = milvus.mark(collection, "1 None", DIM)
     index = MilvusIndex(milvus, DIM)
     index.stamp = Stamp(collection, timestamp, milvus.counts(collection, 0), milvus.counts(collection, 1), 1.0)
@@ -196,9 +197,11 @@ def test_rows_that_get_no_lists_are_not_waited_for(
 ) -> None:
     monkeypatch.setattr(module, "SETTLE_SECONDS", 0)
     monkeypatch.setattr(module, "LOAD_SECONDS", 0)
-    engine.pending = [7] * 3
-    connected(DOUBLE, engine, monkeypatch).settle("lineup_test")
-    assert caplog.messages == ["7 rows of lineup_test still have no lists: its searches are slow until they do"]
+    engine.pending = [7, 9, 7]
+    milvus = connected(DOUBLE, engine, monkeypatch)
+    collection = milvus.create("lineup_test", DIM)
+    milvus.settle(collection)
+    assert caplog.messages == [f"9 rows of {collection} still have no lists: its searches are slow until they do"]
 
 
 def test_a_search_names_the_time_of_the_mark(pair: tuple[MilvusIndex, VectorIndex], engine: Engine) -> None:
