@@ -17,7 +17,7 @@ from httpx2 import Client
 from playwright.sync_api import sync_playwright
 
 from api.service_settings import ServiceSettings
-from benchmarks.serving import checkpoint, fill, resident, served
+from benchmarks.serving import fill, random_checkpoint, resident, served
 from indexer.database.connection import connect
 from indexer.database.embedded import EmbeddedServer
 from indexer.measure.reference_map import draw_map
@@ -65,7 +65,7 @@ def main(
     settings = ServiceSettings(home=folder, checkpoint=folder / "checkpoint", device="cpu")
     try:
         if not (folder / "checkpoint").exists():
-            checkpoint(folder / "checkpoint")
+            random_checkpoint(folder / "checkpoint")
             fill(settings, references)
         print("| | seconds | processor seconds | MiB more |\n|---|---:|---:|---:|")
         store = Store(connect(settings))

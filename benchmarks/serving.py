@@ -68,7 +68,7 @@ def embeddings(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return (centres[cluster] + rng.normal(size=(n, DIM))).astype(np.float32), (cluster % 2).astype(np.uint8)
 
 
-def checkpoint(folder: Path) -> None:
+def random_checkpoint(folder: Path) -> None:
     """A random ViT-Tiny with heads and calibration images."""
     save_checkpoint(folder, build_backbone(CheckpointConfig()), CheckpointConfig(name="random"))
     x, y = embeddings(2000, 1)
@@ -317,9 +317,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Images judged one at a time by each path.")] = 30,
     seconds: Annotated[float, typer.Option(help="Of each load.")] = 20.0,
     clients: Annotated[list[int] | None, typer.Option(help="1, 8 and 64 when not given.")] = None,
-    judging: Annotated[
-        Path | None, typer.Option("--checkpoint", help="One of 192 dimensions, in place of random weights.")
-    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="One of 192 dimensions, in place of random weights.")] = None,
     home: Annotated[Path | None, typer.Option(help="Keep checkpoint and references here, for another run.")] = None,
 ) -> list[Target]:
     """Print two Markdown tables; what is wanted of them."""
@@ -329,11 +327,15 @@ def main(
     forms = [form(image) for image in images]
     try:
         if not (folder / "checkpoint").exists():
-            if judging is None:
-                checkpoint(folder / "checkpoint")
+            if checkpoint is None:
+                random_checkpoint(folder / "checkpoint")
             else:
-                shutil.copytree(judging, folder / "checkpoint")
+                shutil.copytree(checkpoint, folder / "checkpoint")
             fill(settings, references)
+        elif checkpoint is not None:
+            raise typer.BadParameter(
+                f"{folder} has a checkpoint already: leave out --checkpoint, or name another --home"
+            )
         faster, decode_and_embed = one_image(settings, images, references, rounds, seconds)
         with served(settings) as (port, pid, start_up):
             print(f"\nStart-up {start_up:.1f} s, {resident(pid)} MiB at rest\n")

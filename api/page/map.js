@@ -53,7 +53,7 @@ const selection = h("div", { class: "selection", role: "group", "aria-label": "S
 const { relabel, remove } = editing(outcome, settled, [selection]);
 const pictures = h("ul", { class: "chosen-points", "aria-label": "Selected references" });
 const board = h("div", { hidden: true }, told, legend, canvas, zooms, selection, outcome, pictures);
-const trouble = h("div");
+const trouble = h("div", { "aria-live": "polite" });
 
 /** {id, kind, x, y} of each point, and {label, generator} of each kind. */
 let points = [];
@@ -67,6 +67,7 @@ const ring = { x: 0, y: 0, radius: 40, shown: false };
 const fingers = new Map();
 let lasso = null;
 let frame = 0;
+let latest = 0;
 
 /** Build the view. */
 export function setUp() {
@@ -93,11 +94,13 @@ export function setUp() {
   new ResizeObserver(draw).observe(canvas);
 }
 
-/** Called each time the view is shown. */
+/** Called each time the view is shown; the answer to an earlier call is dropped. */
 export async function show() {
+  const call = (latest += 1);
   if (board.hidden) trouble.replaceChildren(h("p", { class: "hint" }, "Drawing the map…"));
   try {
     const map = await patiently(() => ask("/v1/map"), TRIES);
+    if (call !== latest) return;
     kinds = map.kinds;
     points = map.id.map((id, n) => ({ id, kind: map.kind[n], x: map.x[n], y: map.y[n] }));
     points.sort((one, other) => one.kind - other.kind);
@@ -112,6 +115,7 @@ export async function show() {
     tellKinds();
     choose(new Set());
   } catch (problem) {
+    if (call !== latest) return;
     board.hidden = true;
     trouble.replaceChildren(problemBox(problem, show));
   }
@@ -179,7 +183,7 @@ function draw() {
   const border = Math.ceil(ratio);
   const margin = size + 2 * border; // around the image, for what lies on its edge
   const [columns, rows] = [width + 2 * margin, height + 2 * margin];
-  // Writing pixels takes a third of the time of as many rectangles, without a graphics card.
+  // Writing pixels takes less time than as many rectangles, without a graphics card.
   const image = pen.createImageData(columns, rows);
   const colours = new Uint32Array(image.data.buffer);
   const [x, y] = pixels();
