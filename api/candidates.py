@@ -34,8 +34,9 @@ def candidates(detector: Detector, caller: Caller) -> Candidates:
     for image in images:
         pictured, near = image.pop("pictured"), image["nearest"]
         image["thumbnail"] = f"/v1/detections/{image['detection']}/thumbnail" if pictured else None
-        if near and (reference := references.get(near["id"])) and reference.pictured:
-            near["thumbnail"] = f"/v1/references/{near['id']}/thumbnail"
+        if near and (reference := references.get(near["id"])):
+            near["uri"] = caller.visible(reference.uri or None)
+            near["thumbnail"] = f"/v1/references/{near['id']}/thumbnail" if reference.pictured else None
     return Candidates.model_validate(report)
 
 

@@ -144,7 +144,7 @@ class JobWorker:
                 async with asyncio.timeout(FETCH_SECONDS):
                     data = await download(client, image.file, most)
             except (Refused, TimeoutError) as error:
-                return ApiError("unreadable", f"{image.file}: {error or 'too slow'}")
+                return ApiError("not-fetched", f"{image.file}: {error or 'too slow'}")
         question = Question(**image.question | {"explain": frozenset(image.question["explain"])})
         upload, caller = Upload(image.file, data, image.file_bytes), Caller(image.api_key_id, "job")
         return await self._service.detect_between(upload, question, caller)

@@ -90,7 +90,7 @@ function account(candidate) {
     ]),
     h("h3", {}, candidate.examples.length < candidate.images ? "Some of its images" : "Its images"),
     h("ul", { class: "judged" }, candidate.examples.map(judged)),
-    h("details", {}, h("summary", {}, "The reference nearest to each"), lineUp(candidate)),
+    h("details", {}, h("summary", {}, "The references nearest to them"), lineUp(candidate)),
     form,
     outcome,
   );

@@ -15,6 +15,7 @@ export class Problem extends Error {
 /** What a reader can do about each kind of problem. */
 const ADVICE = {
   unreadable: "The file is damaged or cut off. Try to get another copy of it.",
+  "not-fetched": "Check the address; only public servers are asked. Or save the image, and drop it here.",
   "not-an-image": "If it is an image of another kind, save it as PNG, which loses nothing.",
   "too-large": "Whoever runs the service sets this limit. A smaller copy is another file, and may be judged otherwise.",
   unauthorized: "Reload the page, or try again, to enter a key.",

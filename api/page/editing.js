@@ -35,11 +35,11 @@ export function editing(outcome, settled, controls) {
   }
 
   /** Let each be of the kind {label, generator} that `kindOf` gives for it, then offer to take that back. */
-  async function change(references, kindOf) {
+  async function change(references, kindOf, verb = "Relabelled") {
     const [changed, former] = [[], new Map()];
-    const takeBack = () => change(changed, ({ id }) => former.get(id));
+    const takeBack = () => change(changed, ({ id }) => former.get(id), "Taken back");
     const button = h("button", { type: "button", hidden: true, onclick: takeBack }, "Undo");
-    await each(references, "Relabelled", button, async (reference) => {
+    await each(references, verb, button, async (reference) => {
       const { id, label, generator = null } = reference;
       const now = await ask(`/v1/references/${id}`, { method: "PATCH", json: kindOf(reference) });
       if (now.id !== id) {

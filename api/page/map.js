@@ -6,7 +6,6 @@ import { editing } from "./editing.js";
 import { problemBox } from "./problems.js";
 import { count, percent, plural } from "./words.js";
 
-const GRID = 9_999; // places are 0..9,999
 const MOST = 50_000; // points that the service draws; fewer than references only because it is drawing them anew
 const FEW = 1_000; // points, fewer of which are drawn large
 const SHOWN = 24; // pictures of what is selected
@@ -58,6 +57,8 @@ const trouble = h("div", { "aria-live": "polite" });
 /** {id, kind, x, y} of each point, and {label, generator} of each kind. */
 let points = [];
 let kinds = [];
+/** The largest places along both axes; the smallest are 0. */
+const extent = { x: 1, y: 1 };
 let palette = new Uint32Array(1);
 let chosen = new Set();
 const hidden = new Set();
@@ -104,6 +105,7 @@ export async function show() {
     kinds = map.kinds;
     points = map.id.map((id, n) => ({ id, kind: map.kind[n], x: map.x[n], y: map.y[n] }));
     points.sort((one, other) => one.kind - other.kind);
+    for (const axis of ["x", "y"]) extent[axis] = map[axis].reduce((most, value) => Math.max(most, value), 1);
     const most = points.length >= MOST && map.references > points.length ? ` of ${count(map.references)}, drawn by lot` : "";
     const [across, down] = map.explained;
     told.textContent =
@@ -167,9 +169,9 @@ const visible = (number) => !hidden.size || !hidden.has(nameOf(kinds[points[numb
 /** What tells how far to the right and how far down a point lies, in pixels of the canvas as laid out now. */
 function pixels() {
   const { clientWidth: width, clientHeight: height } = canvas;
-  const unit = (place.scale * (Math.min(width, height) - 24)) / GRID;
+  const unit = place.scale * Math.min((width - 24) / extent.x, (height - 24) / extent.y);
   const [x, y] = [width / 2 + place.x, height / 2 + place.y];
-  return [(point) => x + (point.x - GRID / 2) * unit, (point) => y - (point.y - GRID / 2) * unit];
+  return [(point) => x + (point.x - extent.x / 2) * unit, (point) => y - (point.y - extent.y / 2) * unit];
 }
 
 /** All points, on the canvas beneath; those that are selected on top of the others, framed. */

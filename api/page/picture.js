@@ -27,7 +27,7 @@ export function picture(verdict, address) {
           "g",
           { class: "regions" },
           s("g", { class: "boxes" }, regions.map(regionBox)),
-          regions.length <= LABELLED ? s("g", { class: "numbers" }, regions.map(regionNumber)) : null,
+          regions.length <= LABELLED ? s("g", { class: "numbers" }, regions.map(regionNumber(regions))) : null,
         )
       : null,
     windowFrames(image),
@@ -102,8 +102,14 @@ function told(score) {
   return decimal(score, precision([score], [0.5]));
 }
 
-function regionNumber({ box: [x, y, width, height], score }) {
-  return s("text", { x: x + width / 2, y: y + height / 2, "font-size": Math.min(width, height) / 7 }, told(score));
+/** What writes the score of a region into its middle, so small that those of overlapping ones stay apart. */
+function regionNumber(regions) {
+  const middles = regions.map(({ box: [x, y, width, height] }) => [x + width / 2, y + height / 2]);
+  const apart = middles.flatMap(([x, y], n) => middles.slice(n + 1).map(([a, b]) => Math.max(Math.abs(x - a), Math.abs(y - b))));
+  return ({ box: [, , width, height], score }, n) => {
+    const [x, y] = middles[n];
+    return s("text", { x, y, "font-size": Math.min(width / 7, height / 7, ...apart.map((distance) => 0.28 * distance)) }, told(score));
+  };
 }
 
 function regionInWords(region) {

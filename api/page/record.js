@@ -85,7 +85,7 @@ async function replay(id, place) {
   try {
     const { before, after, changed } = await ask(`/v1/detections/${encodeURIComponent(id)}/replay`, { method: "POST" });
     const shown = (value, other) =>
-      typeof value === "number" && !(Number.isInteger(value) && Number.isInteger(other))
+      typeof value === "number" && !(Number.isInteger(value) && (other === null || Number.isInteger(other)))
         ? decimal(value, precision([value], [other], 3))
         : value === null
           ? "–"

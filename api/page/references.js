@@ -62,6 +62,8 @@ const pager = h("nav", { class: "pager", "aria-label": "Pages of the references"
 
 /** The reference that the others are compared with, null where all are shown. */
 let compared = null;
+/** What the filters of the gallery were before one was compared. */
+let narrowed = ["", "", ""];
 /** Where the pages begin, up to the one that is shown. */
 let starts = [0];
 let following = null;
@@ -84,19 +86,27 @@ export function setUp() {
 
 /** Called each time the view is shown; with the number of a reference it shows the ones most like that. */
 export async function show(argument) {
-  compared = argument;
+  if (argument !== compared) compare(argument);
   outcome.replaceChildren();
   await Promise.all([offer(), load([0])]);
+}
+
+/** Turn to another reference, or to all; what those were narrowed to says nothing of what is similar to one of them. */
+function compare(id) {
+  if (compared === null) narrowed = [label, generator, source].map(({ value }) => value);
+  for (const [n, filter] of [label, generator, source].entries()) filter.value = id === null ? narrowed[n] : "";
+  compared = id;
 }
 
 /** Let the filters offer what there is now. */
 async function offer() {
   try {
     const state = await serviceState();
-    const options = (rows) => rows.map((row) => h("option", { value: row.name }, `${row.name} (${row.references})`));
+    const option = (row) => h("option", { value: row.name }, `${row.name} (${row.references})`);
     for (const [filter, rows] of [[generator, state.generators], [source, state.sources ?? []]]) {
       const { value } = filter;
-      filter.replaceChildren(any("all"), ...options(rows));
+      const there = rows.filter(({ name, references }) => references || name === value);
+      filter.replaceChildren(any("all"), ...there.map(option));
       filter.value = rows.some(({ name }) => name === value) ? value : "";
     }
   } catch {
@@ -227,7 +237,8 @@ function count() {
 async function settled(gone) {
   const now = gone.get(Number(compared));
   if (compared !== null && now !== undefined) {
-    compared = now?.id ?? null;
+    if (now) compared = now.id;
+    else compare(null);
     history.replaceState(null, "", now ? `#/references/${now.id}` : "#/references");
   }
   await Promise.all([offer(), load(starts)]);

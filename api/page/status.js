@@ -81,7 +81,7 @@ function cards(status) {
           "p",
           {},
           `${count(references.real)} real photos and ${count(references.fake)} generated images by ` +
-            `${count(status.generators.length)} generators`,
+            `${count(status.generators.filter((one) => one.references).length)} generators`,
         ),
       ),
       h(

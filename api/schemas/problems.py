@@ -22,6 +22,7 @@ Kind = Literal[
     "too-many-requests",
     "not-ready",
     "not-installed",
+    "not-fetched",
     "internal",
 ]
 
@@ -39,6 +40,7 @@ PROBLEMS: dict[Kind, tuple[int, str]] = {
     "too-many-requests": (429, "Too many requests"),
     "not-ready": (503, "Not ready"),
     "not-installed": (501, "A library is not installed"),
+    "not-fetched": (502, "The image could not be fetched"),
     "internal": (500, "The server failed"),
 }
 """Status and title of each kind."""

@@ -697,6 +697,7 @@ def test_references_are_filtered_relabelled_compared_and_removed(opens: Opens) -
     expect(view.locator(".done")).to_have_text("2 references relabelled.")
     expect(view.locator(".none")).to_have_text("No reference image fits these filters.")
     view.get_by_role("button", name="Undo").click()
+    expect(view.locator(".done")).to_have_text("2 references taken back.")
     expect(cards).to_have_count(2)
 
     cards.first.locator(".portrait").click()
@@ -705,7 +706,8 @@ def test_references_are_filtered_relabelled_compared_and_removed(opens: Opens) -
     expect(title).to_have_text(re.compile(r"Reference \d+: gen-w"))
     expect(dialog).to_have_count(0)
     expect(view.get_by_label("Order")).to_be_hidden()
-    expect(cards).to_have_count(1)  # the filter stays
+    expect(view.get_by_label("Generator")).to_have_value("")  # what is similar may be of any kind
+    expect(cards.nth(1)).to_be_visible()
     view.get_by_role("button", name="Relabel it…").click()
     dialog.get_by_label("Generator").fill("gen-v")
     dialog.get_by_label("Generator").press("Enter")
@@ -720,7 +722,7 @@ def test_references_are_filtered_relabelled_compared_and_removed(opens: Opens) -
     view.get_by_role("button", name="Remove it…").click()
     dialog.get_by_role("button", name="Remove", exact=True).click()
     expect(view.locator(".done")).to_have_text("1 reference removed.")
-    expect(cards).to_have_count(1)
+    expect(cards).to_have_count(1)  # of the filter that the gallery had before
     cards.first.get_by_role("link", name="Similar").press("Enter")
     expect(title).to_be_visible()
     view.get_by_role("link", name="All reference images").click()
@@ -1126,7 +1128,7 @@ def test_a_group_of_unexplained_images_is_enrolled_and_undone(opens: Opens, unex
     expect(group.locator(".judged li")).to_have_count(8)
     alike(group.locator(".judged img"))
     expect(group.locator(".judged img")).to_have_count(1)
-    group.get_by_text("The reference nearest to each").click()
+    group.get_by_text("The references nearest to them").click()
     expect(group.locator(".suspect").first).to_contain_text("alike")
     assert violations(page) == []
     field = group.get_by_label("Made by the generator")

@@ -83,6 +83,8 @@ def test_candidates_are_listed_enrolled_and_undone(client: TestClient, detector:
     assert client.get(example["thumbnail"], headers=headers["mine"]).status_code == 403
     assert client.get(example["nearest"]["thumbnail"], headers=headers["theirs"]).status_code == 200
     assert mine["candidates"][0]["examples"][0]["thumbnail"] is None
+    assert example["nearest"]["uri"] is None  # a path of this machine, which is the administrators' to know
+    assert all(one["examples"][0]["nearest"]["uri"] for one in everything["candidates"])
 
     url, wanted = f"/v1/candidates/{candidate['name']}/enrol", {"generator": "Newcomer"}
     assert client.post(url, json=wanted, headers=headers["mine"]).status_code == 404  # not theirs to see

@@ -188,6 +188,9 @@ def test_addresses_are_fetched_within_limits(client: TestClient, public_files: P
     assert reasons[:3] == ["more than 5 redirects", "not a public server", "more than 100,000 bytes"]
     assert reasons[4:7] == ["HTTP 404", "not a public server", "not https"]
     assert reasons[9] == "not a public server"
+    kinds = {one["file"]: one["error"]["type"] for one in every[1:]}
+    assert kinds.pop(f"{base}/notes").endswith(":not-an-image")
+    assert set(kinds.values()) == {"urn:lineup:not-fetched"}
     assert asked.count("/loop") == 6
 
 
