@@ -10,7 +10,7 @@ from playwright.sync_api import Page, ViewportSize, sync_playwright
 
 FOLDER = Path(__file__).parent
 DETECT: ViewportSize = {"width": 1200, "height": 1580}
-GENERATORS: ViewportSize = {"width": 1200, "height": 1190}
+MAP: ViewportSize = {"width": 1200, "height": 1220}
 
 
 def save(page: Page, name: str) -> None:
@@ -20,7 +20,7 @@ def save(page: Page, name: str) -> None:
 
 
 def main(link: str, image: str) -> None:
-    """A verdict by day, the generators by night."""
+    """A verdict by day, the map by night."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport=DETECT, color_scheme="light")
@@ -29,11 +29,11 @@ def main(link: str, image: str) -> None:
         page.locator(".stability").wait_for()  # comes after the verdict
         page.wait_for_load_state("networkidle")
         save(page, "verdict.png")
-        page = browser.new_page(viewport=GENERATORS, color_scheme="dark")
-        page.goto(f"{link}#/generators")
-        page.locator("#view-generators table").first.wait_for()
+        page = browser.new_page(viewport=MAP, color_scheme="dark")
+        page.goto(f"{link}#/map")
+        page.get_by_role("list", name="Kinds of references").get_by_role("listitem").first.wait_for()
         page.wait_for_load_state("networkidle")
-        save(page, "generators.png")
+        save(page, "map.png")
         browser.close()
 
 
