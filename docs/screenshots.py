@@ -10,7 +10,7 @@ from playwright.sync_api import Page, ViewportSize, sync_playwright
 
 FOLDER = Path(__file__).parent
 DETECT: ViewportSize = {"width": 1200, "height": 1580}
-MAP: ViewportSize = {"width": 1200, "height": 1220}
+MAP: ViewportSize = {"width": 1200, "height": 1150}
 
 
 def save(page: Page, name: str) -> None:
