@@ -87,8 +87,9 @@ endif
 
 # Threads that spin while they wait make every other process on a small machine slower.
 test: export OMP_WAIT_POLICY ?= PASSIVE
-# Each process has a Postgres of its own; a file stays whole, for its fixtures.
-test: JOBS ?= 2
+# Each process has a Postgres of its own; a file stays whole, for its fixtures. Three keep two cores busy, for a third of
+# the time they wait for browsers and databases.
+test: JOBS ?= 3
 test: $(LINEUP)
 	$(RUN) pytest -q -m "not soak" --numprocesses $(JOBS) --dist loadfile
 
