@@ -106,9 +106,10 @@ function told(score) {
 function regionNumber(regions) {
   const middles = regions.map(({ box: [x, y, width, height] }) => [x + width / 2, y + height / 2]);
   const apart = middles.flatMap(([x, y], n) => middles.slice(n + 1).map(([a, b]) => Math.max(Math.abs(x - a), Math.abs(y - b))));
+  const most = 0.28 * Math.min(...apart);
   return ({ box: [, , width, height], score }, n) => {
     const [x, y] = middles[n];
-    return s("text", { x, y, "font-size": Math.min(width / 7, height / 7, ...apart.map((distance) => 0.28 * distance)) }, told(score));
+    return s("text", { x, y, "font-size": Math.min(width / 7, height / 7, most) }, told(score));
   };
 }
 
