@@ -273,16 +273,19 @@ def fit_linear(
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
 
-    judged = calibration.labels if calibration else np.empty(0)
-    fits, x = [], embeddings.astype(np.float64)
-    for c in WEAKER if enough(judged) else (C,):
+    x = embeddings.astype(np.float64)
+
+    def fitted(c: float) -> LinearHead:
         logistic = LogisticRegression(C=c, class_weight="balanced", solver="newton-cholesky", tol=1e-10, max_iter=1000)
         logistic.fit(x, labels)
-        linear = LinearHead(logistic.coef_[0].astype(np.float64), float(logistic.intercept_[0]))
-        auroc = roc_auc_score(judged, linear.logit(calibration.embeddings)) if calibration and enough(judged) else 0.0
-        fits.append((auroc, c, linear))
-    _, c, linear = max(fits, key=lambda fit: fit[:2])
-    return linear, c
+        return LinearHead(logistic.coef_[0].astype(np.float64), float(logistic.intercept_[0]))
+
+    if calibration is None or not enough(calibration.labels):
+        return fitted(C), C
+    linear = {c: fitted(c) for c in WEAKER}
+    auroc = {c: roc_auc_score(calibration.labels, head.logit(calibration.embeddings)) for c, head in linear.items()}
+    chosen = max(WEAKER, key=lambda c: (auroc[c], c))
+    return linear[chosen], chosen
 
 
 def calibrated(heads: Heads, calibration: CalibrationSet) -> Heads:
