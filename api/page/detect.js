@@ -2,13 +2,13 @@
 
 import { ask, serviceState } from "./client.js";
 import { announce, badge, download, fileName, h, save } from "./dom.js";
-import { intake } from "./intake.js";
+import { intake, looksLikeImage } from "./intake.js";
 import { judging } from "./judging.js";
 import { problemBox } from "./problems.js";
 import { csv } from "./table.js";
 import { account } from "./verdict.js";
 import { tellKnown, welcome } from "./welcome.js";
-import { figure, headline, oneIn, plural, rarity } from "./words.js";
+import { count, figure, headline, oneIn, plural, rarity } from "./words.js";
 
 /** Problems of the file itself: it would fail again. */
 const OF_THE_FILE = new Set([400, 413, 415]);
@@ -28,13 +28,12 @@ const strictness = h(
   h("option", { value: "" }, "as the service is set"),
   [0.1, 0.05, 0.02, 0.01, 0.001].map((share) => h("option", { value: share }, oneIn(share))),
 );
-const bar = h("progress", { max: 1, value: 0, "aria-label": "Images judged" });
-const counter = h("span", { class: "counter" });
+const judgedBar = progressBar("Images judged");
+const closerBar = progressBar("Regions and re-encoded copies");
 const progress = h(
   "div",
   { class: "progress", hidden: true },
-  bar,
-  counter,
+  h("div", { class: "passes" }, judgedBar.row, closerBar.row),
   h("button", { type: "button", onclick: () => queue.stop() }, "Stop"),
 );
 const tally = h("p", { class: "tally" });
@@ -52,13 +51,21 @@ const tools = h(
 );
 const results = h("div", { class: "results" });
 
+const leftOut = h("p", { class: "hint", role: "status" });
 const zone = intake({
   view,
   title: "Drop images here",
   hint:
     "or paste one. JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC. Use the original file where you can: each copy " +
     "loses traces.",
-  onfiles: (files) => add(files.map((file) => ({ name: file.name, file, address: URL.createObjectURL(file) }))),
+  folder: true,
+  onfiles: (files) => {
+    const images = files.filter((file) => !file.webkitRelativePath || looksLikeImage(file)); // a folder holds others too
+    const rest = files.length - images.length;
+    leftOut.textContent = rest ? `${plural(rest, "other file")} of the folder left out.` : "";
+    const nameOf = (file) => file.webkitRelativePath || file.name;
+    if (images.length) add(images.map((file) => ({ name: nameOf(file), file, address: URL.createObjectURL(file) })));
+  },
 });
 const link = h("input", {
   type: "url",
@@ -83,10 +90,25 @@ const linkForm = h(
   linkButton,
 );
 
+/** A line that says how far a pass over the images is. */
+function progressBar(title) {
+  const bar = h("progress", { max: 1, value: 0, "aria-label": title });
+  const counter = h("span", { class: "counter" });
+  const row = h("div", {}, h("span", {}, title), bar, counter);
+  const show = (done, all) => {
+    row.hidden = !all;
+    bar.max = all || 1;
+    bar.value = done;
+    counter.textContent = `${count(done)} of ${count(all)}`;
+  };
+  return { row, show };
+}
+
 /** Build the view. */
 export function setUp() {
   view.append(
     zone,
+    leftOut,
     linkForm,
     h(
       "div",
@@ -242,20 +264,17 @@ function judged(item) {
 }
 
 function update() {
-  const judgedOnes = items.filter((item) => item.result || item.problem).length;
-  const done = items.filter((item) => item.whole || item.problem).length;
-  progress.hidden = done === items.length;
-  bar.max = 2 * items.length || 1;
-  bar.value = judgedOnes + done;
-  counter.textContent =
-    judgedOnes < items.length
-      ? `${judgedOnes} of ${items.length} judged`
-      : `all judged; regions and re-encoded copies: ${done} of ${items.length}`;
+  const ended = (item) => item.whole || item.problem;
+  const explained = items.filter((item) => item.explain);
+  progress.hidden = items.every(ended);
+  judgedBar.show(number((item) => item.result || item.problem), items.length);
+  closerBar.show(explained.filter(ended).length, explained.length);
   tally.textContent = counts();
 }
 
+const number = (test) => items.filter(test).length;
+
 function counts() {
-  const number = (test) => items.filter(test).length;
   const parts = [
     ["generated", number((item) => item.result?.verdict === "fake")],
     ["real", number((item) => item.result?.verdict === "real")],
@@ -303,6 +322,7 @@ function clear() {
   tools.hidden = true;
   welcome.hidden = false;
   zone.classList.remove("compact");
+  leftOut.textContent = "";
   update();
   announce("Cleared");
 }

@@ -272,7 +272,7 @@ def test_the_verdict_comes_before_what_takes_longer(opens: Opens) -> None:
     verdict = judge(page, picture("slow.png", seed=12), whole=False)
     expect(verdict.locator(".coming")).to_contain_text("still being scored")
     expect(verdict.locator(".line-up .suspect")).to_have_count(10)
-    expect(page.locator("#view-detect .counter")).to_contain_text("all judged")
+    expect(page.locator("#view-detect .counter")).to_have_text(["1 of 1", "0 of 1"])
     expect(verdict.get_by_role("link", name="Record")).to_have_count(0)
     assert violations(page) == []
     neighbour = verdict.locator(".portrait").nth(3)
@@ -328,6 +328,7 @@ def test_several_images_are_judged_counted_and_exported(opens: Opens) -> None:
     expect(rows).to_have_count(5)
     expect(page.locator(".tally")).to_contain_text("1 failed")
     expect(page.locator("#view-detect .progress")).to_be_hidden()
+    expect(page.locator("#view-detect .counter")).to_have_text(["6 of 6", "6 of 6"])
     expect(page.get_by_role("alert")).to_contain_text("Not an image of an accepted format")
     expect(page.locator("#announcer")).to_contain_text("Done: ")
     with page.expect_download() as download:
@@ -379,6 +380,22 @@ def test_images_are_dropped_and_pasted(opens: Opens) -> None:
         transfer,
     )
     expect(page.locator(".verdict")).to_have_count(2)
+
+
+def test_a_folder_is_judged_and_what_is_no_image_is_left_out(opens: Opens, tmp_path: Path) -> None:
+    folder = tmp_path / "holiday"
+    for number, name in enumerate(("beach/1.png", "town/1.png")):
+        path = folder / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(picture(seed=80 + number)["buffer"])
+    (folder / "notes.txt").write_text("no image")
+    page = opens()
+    view = page.locator("#view-detect")
+    page.get_by_label("Also score regions").uncheck()
+    view.locator("input[webkitdirectory]").set_input_files(folder)
+    expect(view.locator("details.one .file")).to_have_text(["holiday/beach/1.png", "holiday/town/1.png"])
+    expect(view).to_contain_text("1 other file of the folder left out.")
+    expect(view.get_by_role("alert")).to_have_count(0)
 
 
 def test_a_known_image_says_so(opens: Opens, image_folder: Path) -> None:
@@ -1376,14 +1393,17 @@ def test_the_keyboard_is_enough(opens: Opens) -> None:
     page.keyboard.press("Enter")
     expect(page.locator("main")).to_be_focused()
     page.keyboard.press("Tab")
-    chooser = page.locator("#view-detect input[type=file]")
+    chooser = page.locator("#view-detect input[type=file]").first
     expect(chooser).to_be_focused()
     assert page.evaluate("getComputedStyle(document.activeElement.parentElement).outlineStyle") == "solid"
     for _ in range(3):
         page.keyboard.press("Shift+Tab")
     expect(page.get_by_role("link", name="Generators", exact=True)).to_be_focused()
+    navigation = page.get_by_role("navigation", name="Main").get_by_role("link")
+    places = [link.bounding_box() for link in navigation.all()]
     page.keyboard.press("Enter")
     expect(page.locator("#title-generators")).to_be_focused()
+    assert [link.bounding_box() for link in navigation.all()] == places
     expect(page.get_by_role("link", name="Generators", exact=True)).to_have_attribute("aria-current", "page")
     expect(page).to_have_title("Generators · Lineup")
     for view in VIEWS:
