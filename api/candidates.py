@@ -9,6 +9,7 @@ from api.access import Caller
 from api.enrolment import measured
 from api.inflight import deadline_in_use
 from api.judge.detector import Detector
+from api.judge.evidence import thumbnail_path
 from api.schemas.problems import ApiError
 from api.schemas.resources import Added, CandidateEnrolment, Candidates
 from indexer.measure.discovery import Discovery, cluster, discover, enrol_candidate
@@ -36,7 +37,7 @@ def candidates(detector: Detector, caller: Caller) -> Candidates:
         image["thumbnail"] = f"/v1/detections/{image['detection']}/thumbnail" if pictured else None
         if near and (reference := references.get(near["id"])):
             near["uri"] = caller.visible(reference.uri or None)
-            near["thumbnail"] = f"/v1/references/{near['id']}/thumbnail" if reference.pictured else None
+            near["thumbnail"] = thumbnail_path(reference, detector.settings.thumbnail_places)
     return Candidates.model_validate(report)
 
 

@@ -15,8 +15,9 @@ from prometheus_client import Gauge
 from api.access import Caller, Keys, hide_paths
 from api.admission import Admission
 from api.breaker import DATABASE_AWAY, public_detail
+from api.inflight import deadline_in_use
 from api.judge.detector import Detector
-from api.judge.evidence import SearchQuery
+from api.judge.evidence import SearchQuery, thumbnail_path
 from api.judge.loader import load_detector, load_successor
 from api.judge.uploads import Question, Upload
 from api.monitoring import Metrics
@@ -27,11 +28,15 @@ from api.served_checkpoint import Serving, run_admitted, run_in
 from api.service_settings import ServiceSettings
 from api.service_status import status
 from indexer.database.connection import DatabaseBehind
+from indexer.ingest.public_files import Refused
+from indexer.ingest.thumbnails import make_thumbnail
 from indexer.measure.drift import drift
 from indexer.measure.reference_map import ReferenceMap, draw_map
 from indexer.store.blobs import BlobsAway
 from indexer.store.checkpoints import CheckpointSwitched
+from indexer.store.reference_facts import Reference
 from trainer.cores import usable_cores
+from trainer.process_pool import DeadlinePassed, LimitExceeded
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -42,6 +47,8 @@ ENROLLING_THREADS = 4
 """Enrolments that are worked on at once, in threads of their own: they take seconds, other calls do not."""
 MOST_ENROLLING, ENROL_SECONDS = 16, 0.05
 """Enrolments that may be in work or wait, and what each of their images takes, to begin with."""
+THUMBNAILS_AT_ONCE, MOST_THUMBNAILS, THUMBNAIL_SECONDS = 2, 64, 0.2
+"""Thumbnails that are made at a time, that may be in work or wait, and what one takes, to begin with."""
 MOST_DECODING = 512
 """Images that may be in work or wait to be read."""
 STALE_SECONDS = 120.0
@@ -84,6 +91,8 @@ class Service:
         self._askers = ThreadPoolExecutor(2 * usable_cores(), "ask")
         self._workers = ThreadPoolExecutor(DATABASE_THREADS, "work")
         self._enrollers = ThreadPoolExecutor(ENROLLING_THREADS, "enrol")
+        self._thumbnailers = ThreadPoolExecutor(THUMBNAILS_AT_ONCE, "thumbnail")
+        self._thumbnails = Admission(THUMBNAILS_AT_ONCE, MOST_THUMBNAILS, "thumbnails")
         self._decoding = Admission(usable_cores(), MOST_DECODING, "images")
         self._enrolling = Admission(ENROLLING_THREADS, MOST_ENROLLING, "enrolments")
         self._requested = 0  # images of requests that are in work
@@ -261,6 +270,7 @@ class Service:
         self._decoders.shutdown(cancel_futures=True)
         self._workers.shutdown()
         self._enrollers.shutdown()
+        self._thumbnailers.shutdown()
         if was_ready:
             self._serving.stop()
         if self._retired is not None:
@@ -352,6 +362,42 @@ class Service:
 
         with serving.used(), self._request(len(uploads)):
             return await _each(uploads, one)
+
+    async def thumbnail(self, id: int) -> bytes | None:
+        """The thumbnail of a reference; one that is not kept is made, where its file was kept or may be read.
+
+        Raises:
+            ApiError: not-ready, where too many are being made.
+            BlobsAway: Object storage cannot be used.
+        """
+        references, places = self.detector.store.references, self.settings.thumbnail_places
+        kept = await self.run(references.thumbnail, id)
+        if kept is not None:
+            return kept
+        reference = await self.run(references.get, id)
+        if reference is None or thumbnail_path(reference, places) is None:
+            return None
+        return await run_admitted(
+            self._thumbnails, THUMBNAIL_SECONDS, self._thumbnailers, self._make_thumbnail, reference
+        )
+
+    def _make_thumbnail(self, reference: Reference) -> bytes | None:
+        settings = self.settings
+        try:
+            return make_thumbnail(
+                self.detector.store,
+                reference,
+                settings.thumbnail_places,
+                private_addresses=settings.private_addresses,
+                max_pixels=settings.max_pixels,
+                seconds=settings.image_seconds,
+                deadline=deadline_in_use(),
+            )
+        except DeadlinePassed as error:
+            raise ApiError("not-ready", f"a thumbnail: {error}; try again", retry_after=THUMBNAIL_SECONDS) from error
+        except (Refused, LimitExceeded) as error:
+            log.info("no thumbnail was made", extra={"reference": reference.id, "reason": str(error)})
+            return None
 
     async def status(self) -> Status:
         """What is loaded, followed and calibrated. In threads of its own: who asks for it may wait, nobody else."""

@@ -23,6 +23,7 @@ ELSEWHERE = (
 CLOSE = 0.8
 """Likeness, 0..1, from which on a name is a misspelt setting; those of a Service called lineup are below."""
 ADDRESS = re.compile(r"[a-z]+://")
+PLACE = re.compile(r"(file://|(s3|gs|az|hf|https)://[^/?#@]+)/([^?#]*/)?")
 
 
 class ServiceSettings(Settings):
@@ -51,6 +52,9 @@ class ServiceSettings(Settings):
     keep_thumbnails: bool = False
     """Keep with each verdict a thumbnail of the image, of at most 256 pixels; enrolled from it, a reference has that
     picture. true or false."""
+    thumbnails_from: str = ""
+    """Places whose files a service may read for pictures of references that have none, each ending with a slash,
+    `file:///data/images/,s3://bucket/set/,https://host/` (or gs, az, `hf://datasets/owner/`); empty: none."""
     keep_uploads: bool = True
     """Keep the bytes of references added over HTTP, so that a new checkpoint can embed them again. true or false."""
     flip_uncertain: bool = False
@@ -95,6 +99,14 @@ class ServiceSettings(Settings):
             raise ValueError(f"less than one request may have, LINEUP_MAX_REQUEST_BYTES ({largest})")
         return most
 
+    @field_validator("thumbnails_from")
+    @classmethod
+    def _are_places(cls, places: str) -> str:
+        for place in filter(None, map(str.strip, places.split(","))):
+            if not PLACE.fullmatch(place):
+                raise ValueError(f"{place!r} is no place like file:///images/ or s3://bucket/, which end with a slash")
+        return places
+
     @field_validator("cors_origins")
     @classmethod
     def _are_origins(cls, origins: str) -> str:
@@ -102,6 +114,11 @@ class ServiceSettings(Settings):
             if not re.fullmatch(r"https?://[^\s/?#@*]+", origin):
                 raise ValueError(f"{origin!r} is no origin like https://a.example, without a path")
         return origins
+
+    @property
+    def thumbnail_places(self) -> tuple[str, ...]:
+        """Those of `thumbnails_from`."""
+        return tuple(filter(None, map(str.strip, self.thumbnails_from.split(","))))
 
     @classmethod
     def read(cls, **overrides: Any) -> Self:

@@ -50,8 +50,8 @@ class Settings(BaseSettings):
     image_seconds: float = Field(default=20.0, gt=0)
     """Time that decoding an image and reading what it says of itself may take, seconds; then its process is ended."""
     private_addresses: bool = False
-    """Let jobs, and `rebuild --checkpoint`, fetch over https from servers that are not public, and jobs tell such of
-    their end. true or false."""
+    """Let jobs, `rebuild --checkpoint` and `LINEUP_THUMBNAILS_FROM` fetch over https from servers that are not public,
+    and jobs tell such of their end. true or false."""
 
     @field_validator("database_url")
     @classmethod

@@ -12,7 +12,7 @@ from api.access import Caller, hide_paths
 from api.enrolment import Batch, correct, enrol, relabel, remove
 from api.http.dependencies import Enrolling, Id, Jpeg, Limit, Loaded, Reading, Served, existing, read_uploads, v1_router
 from api.judge.detector import Detector
-from api.judge.evidence import SearchQuery
+from api.judge.evidence import SearchQuery, thumbnail_path
 from api.schemas import LABELS, GeneratorName, Label, Text
 from api.schemas.problems import ApiError, documented
 from api.schemas.resources import (
@@ -25,6 +25,7 @@ from api.schemas.resources import (
     ReferencePage,
     Removed,
 )
+from api.service_settings import ServiceSettings
 from indexer.measure.discovery import SOURCE
 from indexer.store.reference_facts import Reference
 from indexer.store.references import SortKey
@@ -32,12 +33,12 @@ from indexer.store.references import SortKey
 router = v1_router("references")
 
 
-def reference_image(row: Reference, caller: Caller) -> ReferenceImage:
+def reference_image(row: Reference, caller: Caller, settings: ServiceSettings) -> ReferenceImage:
     """One reference image, as this caller may see it."""
     fields = asdict(row) | {
         "label": LABELS[row.label],
         "uri": caller.visible(row.uri or None),
-        "thumbnail": f"/v1/references/{row.id}/thumbnail" if row.pictured else None,
+        "thumbnail": thumbnail_path(row, settings.thumbnail_places),
         "enrolment": row.enrolment_id,
     }
     return ReferenceImage.model_validate(fields, extra="ignore")
@@ -82,7 +83,7 @@ async def enrol_detection(
         added, reference, former = correct(detector, verdict, batch, upload)
         return Corrected(
             **added.model_dump(),
-            reference=reference_image(reference, caller),
+            reference=reference_image(reference, caller, service.settings),
             relabelled=former is not None,
             former=None if former is None else ReferenceChange(label=LABELS[former.label], generator=former.generator),
             readable=detector.store.references.readable(reference.id),
@@ -115,7 +116,7 @@ async def list_references(
         if after:
             last = existing(await service.run(references.get, after), f"reference {after} to go on after")
         read = partial(references.sorted, sort, after=last, **narrowed)
-    page = [reference_image(row, caller) for row in await service.run(read)]
+    page = [reference_image(row, caller, service.settings) for row in await service.run(read)]
     return ReferencePage(references=page, next=page[-1].id if len(page) == limit else None)
 
 
@@ -142,13 +143,14 @@ async def get_map(service: Served, detector: Loaded, caller: Reading) -> Referen
 @router.get("/references/{id}", responses=documented("not-found"))
 async def get_reference(service: Served, detector: Loaded, caller: Reading, id: Id) -> ReferenceImage:
     """One reference image."""
-    return reference_image(existing(await service.run(detector.store.references.get, id), f"reference {id}"), caller)
+    row = existing(await service.run(detector.store.references.get, id), f"reference {id}")
+    return reference_image(row, caller, service.settings)
 
 
 @router.get("/references/{id}/thumbnail", responses=documented("not-found"), response_class=Jpeg)
 async def get_thumbnail(service: Served, detector: Loaded, caller: Reading, id: Id) -> Response:
     """A reference image, its longest side at most 256 pixels."""
-    data = await service.run(detector.store.references.thumbnail, id)
+    data = await service.thumbnail(id)
     if data is None:
         existing(await service.run(detector.store.references.get, id), f"reference {id}")
         raise ApiError(
@@ -186,7 +188,8 @@ async def relabel_reference(
 
     Its attributes tell `former_label` and `former_generator`; to relabel it to these undoes it.
     """
-    return reference_image(existing(await service.run(relabel, detector, id, change), f"reference {id}"), caller)
+    row = existing(await service.run(relabel, detector, id, change), f"reference {id}")
+    return reference_image(row, caller, service.settings)
 
 
 @router.delete("/references/{id}", responses=documented("not-found"))

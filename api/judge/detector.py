@@ -87,7 +87,7 @@ class Detector:
     @property
     def neighbourhood(self) -> Neighbourhood:
         """The references as they are shown."""
-        return Neighbourhood(self.store, self.follower, self.breaker)
+        return Neighbourhood(self.store, self.follower, self.breaker, self.settings.thumbnail_places)
 
     @property
     def active(self) -> Checkpoint:

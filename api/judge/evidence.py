@@ -16,7 +16,7 @@ from indexer.follower import Neighbour as IndexNeighbour
 from indexer.index.index import Neighbours
 from indexer.index.milvus import EngineAway
 from indexer.store import Store
-from indexer.store.reference_facts import Reference
+from indexer.store.reference_facts import Reference, in_places
 from trainer.heads.calibration import Calibration
 from trainer.heads.heads import Heads
 from trainer.heads.vote import Votes, vote
@@ -140,6 +140,8 @@ class Neighbourhood:
     store: Store
     follower: Follower
     breaker: Breaker
+    thumbnail_places: Sequence[str]
+    """Where the files of references may be read for thumbnails that are not kept."""
 
     def references(
         self, evidence: Sequence[Evidence], hashes: Sequence[str] = ()
@@ -177,7 +179,7 @@ class Neighbourhood:
             neighbours = self.follower.neighbours(nearest.first(evidence.k))[0]
             # Padding has weights, but is not shown. Rounding may leave 0..1 by a hair.
             pairs = zip(neighbours, weights[0].clip(0, 1).tolist(), strict=False)
-            voters += [_described(near, references, weight) for near, weight in pairs]
+            voters += [self._described(near, references, weight) for near, weight in pairs]
         return sorted(voters, key=lambda voter: -voter.similarity)
 
     def search(
@@ -200,7 +202,7 @@ class Neighbourhood:
         )
         page = nearest[query.offset : end]
         references = self._look_up({near.id for near in page}) or {}
-        return [_described(near, references) for near in page], end if len(nearest) > end else None
+        return [self._described(near, references) for near in page], end if len(nearest) > end else None
 
     def around(self, id: int, query: SearchQuery) -> list[Neighbour] | None:
         """The references nearest to one of them, without itself; None where it has no embedding to compare.
@@ -214,6 +216,23 @@ class Neighbourhood:
         nearest, _ = self.search(vector, replace(query, limit=query.limit + 1))
         return [near for near in nearest if near.id != id][: query.limit]
 
+    def _described(
+        self, near: IndexNeighbour, references: Mapping[int, Reference], weight: float | None = None
+    ) -> Neighbour:
+        """What memory holds of a neighbour, with thumbnail, address and attributes from Postgres."""
+        reference = references.get(near.id)
+        return Neighbour(
+            id=near.id,
+            label=LABELS[near.label],
+            generator=near.generator,
+            source=near.source,
+            similarity=near.similarity,
+            weight=weight,
+            thumbnail=thumbnail_path(reference, self.thumbnail_places) if reference else None,
+            uri=(reference.uri or None) if reference else None,
+            attributes=dict(reference.attributes) if reference else {},
+        )
+
     def _look_up(self, ids: Collection[int], hashes: Sequence[str] = ()) -> dict[int, Reference] | None:
         if self.follower.degraded:
             return None
@@ -223,6 +242,12 @@ class Neighbourhood:
             return self.breaker.ask(self.store.references.get_many, ids, hashes)
         except DATABASE_AWAY:
             return None
+
+
+def thumbnail_path(reference: Reference, places: Sequence[str]) -> str | None:
+    """Where the service shows a reference, if its thumbnail is kept or may be made of a file in one of the places."""
+    shown = reference.pictured or in_places(reference.uri, places)
+    return f"/v1/references/{reference.id}/thumbnail" if shown else None
 
 
 def _pages(lengths: Sequence[int]) -> list[list[int]]:
@@ -235,19 +260,3 @@ def _pages(lengths: Sequence[int]) -> list[list[int]]:
         pages[-1].append(number)
         room -= lengths[number]
     return pages
-
-
-def _described(near: IndexNeighbour, references: Mapping[int, Reference], weight: float | None = None) -> Neighbour:
-    """What memory holds of a neighbour, with thumbnail, address and attributes from Postgres."""
-    reference = references.get(near.id)
-    return Neighbour(
-        id=near.id,
-        label=LABELS[near.label],
-        generator=near.generator,
-        source=near.source,
-        similarity=near.similarity,
-        weight=weight,
-        thumbnail=f"/v1/references/{near.id}/thumbnail" if reference and reference.pictured else None,
-        uri=(reference.uri or None) if reference else None,
-        attributes=dict(reference.attributes) if reference else {},
-    )

@@ -1,27 +1,35 @@
-"""Thumbnails of references that came without: fetched from their public addresses, and checked to be the ones meant."""
+"""Thumbnails of references that came without, read again from where they lie and checked to be the ones meant.
+
+A command fetches all from their public addresses; a service makes single ones, from places that its operator names.
+"""
 
 import asyncio
 import hashlib
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache, partial
 from ssl import SSLContext
 from typing import Any
+from urllib.parse import urlsplit
 
-from httpx2 import AsyncClient
+from httpx2 import AsyncClient, InvalidURL, Request
 from PIL import Image
 from sqlalchemy import RowMapping, text
 
 from indexer.ingest.ingest import fingerprint, hamming_distance
-from indexer.ingest.public_files import MAX_BYTES, Refused, download, public_client
+from indexer.ingest.public_files import MAX_BYTES, Refused, download, public_client, refuse_private
 from indexer.store import Store
-from indexer.store.reference_facts import NEAR_BITS
+from indexer.store.reference_facts import NEAR_BITS, Reference, in_places
 from trainer.data.datasets import read_uri
 from trainer.images import UnreadableImage, decode_image, decoding_memory, thumbnail
-from trainer.process_pool import LimitExceeded, decoding_pool
+from trainer.process_pool import LimitExceeded, ProcessPool, decoding_pool
 
 CONNECTIONS = 8
 """Files that are fetched at a time."""
+READERS = 2
+"""Processes that read files for single thumbnails; those that decode uploads are not to wait for somebody's disk."""
 PAGE_REFERENCES = 64
 MISSING = text("""select id, encode(sha256, 'hex') as sha256, uri, width, height, fingerprint, attributes
 from reference_image where num_nulls(thumbnail, thumbnail_sha256) = 2 and id > :after order by id limit :page""")
@@ -96,6 +104,77 @@ def fetch_thumbnails(
     asyncio.run(fetch_all())
     reasons = dict(Counter(one["reason"] for one in failed).most_common())
     return {"missing": fetched + len(failed), "fetched": fetched, "failed": failed, "reasons": reasons}
+
+
+def make_thumbnail(
+    store: Store,
+    reference: Reference,
+    places: Sequence[str],
+    *,
+    private_addresses: bool = False,
+    max_pixels: int = 50_000_000,
+    seconds: float = 20.0,
+    deadline: float = math.inf,
+) -> bytes:
+    """Make and keep the thumbnail of a reference, of its kept upload or of what its uri names.
+
+    Args:
+        store: The references.
+        reference: One whose thumbnail is not there.
+        places: Where a uri may be read, see `in_places`.
+        private_addresses: Also read https:// from servers that are not public.
+        max_pixels: Larger images are refused.
+        seconds: Reading and decoding may take so long; then the process that does it is ended.
+        deadline: When nobody waits any more, by `time.monotonic`.
+
+    Raises:
+        Refused: It may not be read, cannot be, or is not the picture meant.
+        LimitExceeded: It takes too much time or memory.
+        DeadlinePassed: Nobody waits any more.
+        BlobsAway: Object storage cannot be used.
+    """
+    file = store.references.file(reference.id)
+    if file is None and not in_places(reference.uri, places):
+        raise Refused("its file is in no place of LINEUP_THUMBNAILS_FROM")
+    data = _reading_pool().call(
+        _thumbnail_of_file,
+        *(asdict(reference), file, private_addresses, max_pixels),
+        seconds=seconds,
+        memory=decoding_memory(max_pixels),
+        deadline=deadline,
+    )
+    store.references.add_thumbnail(reference.id, data)
+    return data
+
+
+@cache
+def _reading_pool() -> ProcessPool:
+    return ProcessPool(READERS)
+
+
+def _thumbnail_of_file(row: Mapping[str, Any], file: bytes | None, private_addresses: bool, max_pixels: int) -> bytes:
+    try:
+        data = _read(row["uri"], private_addresses) if file is None else file
+    except (OSError, ImportError, ValueError, InvalidURL) as error:
+        raise Refused(str(error)) from error
+    if len(data) > MAX_BYTES:
+        raise Refused(f"more than {MAX_BYTES:,} bytes")
+    return _checked_thumbnail(row, data, max_pixels)
+
+
+def _read(uri: str, private_addresses: bool) -> bytes:
+    """The bytes that a uri names."""
+    parts = urlsplit(uri)
+    if parts.scheme == "https" and not parts.fragment:
+        return asyncio.run(_download(uri, private_addresses))
+    if parts.scheme == "https" and not private_addresses:
+        refuse_private(Request("GET", f"https://{parts.netloc}"))
+    return read_uri(uri)
+
+
+async def _download(uri: str, private_addresses: bool) -> bytes:
+    async with public_client(private=private_addresses) as client:
+        return await download(client, uri)
 
 
 def _from_hub(uri: str, max_bytes: int) -> bytes:

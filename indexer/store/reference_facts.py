@@ -4,8 +4,10 @@ A column of `reference_image` is declared three times: in a migration, in `index
 `ImageFacts`. What copies, reads and exports references follows from these; `indexer.ingest.ingest` gives the value.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
@@ -19,6 +21,17 @@ NEAR_BITS = 4
 def kind(label: int, generator: str | None) -> str:
     """A label in words, with the generator where there is one."""
     return LABEL_NAMES[label] if generator is None else f"{LABEL_NAMES[label]} ({generator})"
+
+
+def in_places(uri: str | None, places: Sequence[str]) -> bool:
+    """Whether a uri lies in one of these places, each the beginning of a uri that ends with a slash."""
+    try:
+        parts = urlsplit(uri or "")
+    except ValueError:
+        return False
+    path = unquote(parts.path, errors="surrogateescape")  # as `read_uri` has it
+    address = f"{parts.scheme}://{parts.netloc}{path}"
+    return ".." not in path.split("/") and address.startswith(tuple(map(unquote, places)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,6 +59,8 @@ def test_environment_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
         ("TOKEN", "secret", "is wrong"),
         ("CORS_ORIGINS", "foo", "https://a.example"),
         ("CORS_ORIGINS", "https://a.example, https://b.example/", "'https://b.example/' is no origin"),
+        ("THUMBNAILS_FROM", "file:///a/,s3://bucket", "'s3://bucket' is no place"),
+        ("THUMBNAILS_FROM", "https://", "'https://' is no place"),
     ],
 )
 def test_bad_values_are_one_line_with_the_variable(

@@ -6,6 +6,7 @@ import io
 import math
 import shutil
 import socket
+import tarfile
 import tempfile
 import threading
 import time
@@ -14,9 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 from uuid import uuid4
 
 import numpy as np
@@ -56,8 +59,10 @@ from indexer.memory_copy import MemoryCopy
 from indexer.store import Store
 from indexer.store.checkpoints import Calibrations
 from indexer.store.keys import ApiKey
+from trainer.images import decode_image, thumbnail
 from trainer.model.checkpoint import read_id
 from trainer.model.embedder import Embedder
+from trainer.process_pool import DeadlinePassed
 
 BASE = "http://127.0.0.1:8000"
 Files = list[tuple[str, tuple[str, bytes, str]]]
@@ -329,6 +334,45 @@ def test_a_reference_without_a_picture_is_shown_by_its_address(own: TestClient, 
     assert [(one["thumbnail"], one["uri"]) for one in (listed, near)] == [(None, uri)] * 2
     answer = problem(own.get(f"/v1/references/{listed['id']}/thumbnail"), 404, "not-found")
     assert "lineup index thumbnails" in answer["detail"]
+
+
+def test_a_picture_that_is_not_kept_is_made_of_a_file_that_may_be_read(
+    settings: ServiceSettings, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file, a member of an archive and a file that has changed; those that follow lie where nothing is read."""
+    names = ("open/a.png", "open/b.tar#b.png", "open/changed.png", "closed/d.png", "open/../closed/e.png")
+    pictures = [png(number) for number in range(len(names))]
+    for folder in ("open", "closed"):
+        (tmp_path / folder).mkdir()
+    for name, picture in zip(names, pictures, strict=True):
+        (tmp_path / name.replace("tar#", "")).write_bytes(png(99) if "changed" in name else picture)
+    with tarfile.open(tmp_path / "open/b.tar", "w") as archive:
+        archive.add(tmp_path / "open/b.b.png", "b.png")
+    uris = [f"{tmp_path.as_uri()}/{name}" for name in names]
+    changes = {"checkpoint": tiny_checkpoint, "device": "cpu", "keep_uploads": False}
+    with connected(settings, **changes, thumbnails_from=f"s3://bucket/, {tmp_path.as_uri()}/open/") as client:
+        client.post("/v1/references", data={"label": "real"}, files=files(*pictures, field="images"))
+        with store_of(client).engine.begin() as connection:
+            query = text("update reference_image set thumbnail = null, uri = :uri where sha256 = :sha256")
+            rows = zip(uris, pictures, strict=True)
+            connection.execute(query, [{"uri": uri, "sha256": sha256(picture).digest()} for uri, picture in rows])
+        listed = client.get("/v1/references").json()["references"]
+        near = client.post("/v1/search", files=files(png(98))).json()["results"][0]["neighbours"]
+        for shown in (listed, near):
+            assert {one["uri"] for one in shown if one["thumbnail"]} == set(uris[:3])
+        ids = {one["uri"]: one["id"] for one in listed}
+
+        def statuses() -> list[int]:
+            return [client.get(f"/v1/references/{ids[uri]}/thumbnail").status_code for uri in uris]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(service, "make_thumbnail", Mock(side_effect=DeadlinePassed("late")))
+            assert statuses() == [503, 503, 503, 404, 404]
+        assert statuses() == [200, 200, 404, 404, 404]
+        shutil.rmtree(tmp_path / "open")
+        assert statuses() == [200, 200, 404, 404, 404]  # what was made is kept
+        made = client.get(f"/v1/references/{ids[uris[1]]}/thumbnail").content
+        assert made == thumbnail(decode_image(pictures[1])[0])
 
 
 def test_conflicts_are_409_only_when_they_are_all_there_was(own: TestClient) -> None:

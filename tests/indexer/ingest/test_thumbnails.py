@@ -22,6 +22,7 @@ from indexer.ingest.public_files import Refused, download, refuse_private
 from indexer.ingest.thumbnails import fetch_thumbnails
 from indexer.settings import Settings
 from indexer.store import Store
+from indexer.store.reference_facts import in_places
 from trainer.images import UnreadableImage
 
 PUBLIC = "140.82.112.3"
@@ -175,6 +176,39 @@ def test_only_public_servers_are_asked_and_only_over_https(url: str, reason: str
 def test_a_public_server_may_be_asked(host: str) -> None:
     refuse_private(Request("GET", f"https://{host}/a.png"))
     assert ip_address(PUBLIC).is_global
+
+
+@pytest.mark.parametrize(
+    ("uri", "readable"),
+    [
+        ("file:///data/images/a.png", True),
+        ("file:///data/images/b.tar#%2e%2e/b.png", True),
+        ("s3://bucket/set%201/b.tar#b.png;offset=512;size=9", True),
+        ("https://host/a.png", True),
+        ("HTTPS://host/a.png", True),
+        ("file:///data/images.old/a.png", False),
+        ("file:///data/images/../secret.png", False),
+        ("file:///data/images/%2e%2e%2fsecret.png", False),
+        ("file:///data/images/.\t./secret.png", False),
+        ("file://host/data/images/a.png", False),
+        ("s3://bucket/a.png", False),
+        ("s3://buckets/set 1/a.png", False),
+        ("https://host@elsewhere/a.png", False),
+        ("https://host.elsewhere/a.png", False),
+        ("https://[/a.png", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_a_place_holds_what_lies_below_it_and_nothing_else(uri: str | None, readable: bool) -> None:
+    assert in_places(uri, ("file:///data/images/", "s3://bucket/set 1/", "https://host/")) is readable
+    assert not in_places(uri, ())
+
+
+@pytest.mark.parametrize("uri", ["https://127.0.0.1/a.png", "https://127.0.0.1/a.tar#a.png;offset=0;size=9"])
+def test_a_place_does_not_let_a_server_be_asked_that_is_not_public(uri: str) -> None:
+    with pytest.raises(Refused, match="not a public server"):
+        thumbnails._thumbnail_of_file({"uri": uri}, None, False, 10_000)
 
 
 @pytest.mark.parametrize("window", ["1,2,3", "1,2,3,x", "", 7, [1, 2, 3, 4]])

@@ -1,6 +1,7 @@
 """Object storage: rows name nothing that is not there, whatever fails or is done at the same time."""
 
 import hashlib
+import io
 import socket
 import threading
 import time
@@ -11,16 +12,18 @@ from pathlib import Path
 import numbered
 import pytest
 from object_servers import WEED, serve_seaweed
+from PIL import Image
 from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import OperationalError
 
 from indexer.ingest.exchange import export_references, import_references
-from indexer.ingest.thumbnails import missing_thumbnails
+from indexer.ingest.thumbnails import make_thumbnail, missing_thumbnails
 from indexer.measure.check import compare_blobs
 from indexer.settings import Settings, SettingsError
 from indexer.store import Store
 from indexer.store.blobs import Blobs, BlobsAway, Kept
 from indexer.store.relabelling import Kind
+from trainer.images import thumbnail
 
 NUMBERED = [b"%d" % number for number in range(3)]
 END_DELETION = """
@@ -270,6 +273,20 @@ def test_what_is_missing_is_named(store: Store) -> None:
     assert compare_blobs(store).missing == [name]
     assert store.references.thumbnail(first) is None
     assert "1 missing" in str(compare_blobs(store))
+
+
+def test_a_lost_thumbnail_is_made_again_of_the_kept_upload(store: Store) -> None:
+    upload = io.BytesIO()
+    image = Image.new("RGB", (300, 200), "red")
+    image.save(upload, "PNG")
+    digest = hashlib.sha256(upload.getvalue()).hexdigest()
+    picture = thumbnail(image)
+    [first] = numbered.add_all(store, [numbered.new(1, sha256=digest, thumbnail=picture, data=upload.getvalue())])
+    lose(store, picture)
+    reference = store.references.get(first)
+    assert reference is not None
+    assert store.references.thumbnail(first) is None
+    assert make_thumbnail(store, reference, ()) == store.references.thumbnail(first) == picture
 
 
 def test_exports_and_imports_carry_objects(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
