@@ -115,15 +115,12 @@ def rarity(verdict: Verdict) -> str | None:
     share, images = verdict.false_alarm, verdict.calibration and verdict.calibration.real
     if verdict.score is None or share is None:
         return None
-    if share == 0:
-        basis = f"None of the {images:,} real photos" if images else "No real photo"
-        return f"{basis} that Lineup was calibrated with scores this high."
-    if share >= 0.995:
-        return "Practically every real photo scores this high or higher."
-    basis = f": {math.floor(share * images + 0.5):,} of the {images:,} it was calibrated with" if images else ""
-    if share > 0.4:
-        return f"{percent(share)} of real photos score this high or higher{basis}."
-    return f"About {one_in(share)} real photos scores this high{basis}."
+    if not images:
+        return f"{percent(share)} of real photos score this high or higher."
+    alike = math.floor(share * images + 0.5)
+    number = f"{alike:,} ({percent(share)})" if alike else "none"
+    score = "score" if alike > 1 else "scores"
+    return f"Of the {images:,} real photos that Lineup was calibrated with, {number} {score} this high or higher."
 
 
 def meaning(verdict: Verdict) -> str:
@@ -291,13 +288,6 @@ def percent(share: float) -> str:
     if 0 < share < 0.005:
         return f"<{SPACE}1{SPACE}%"
     return f">{SPACE}99{SPACE}%" if 0.995 < share < 1 else f"{math.floor(100 * share + 0.5)}{SPACE}%"
-
-
-def one_in(share: float) -> str:
-    """A share as "1 in 20", to two significant digits."""
-    times = 1 / share
-    unit = 1 if times < 10 else 10 ** (math.floor(math.log10(times)) - 1)
-    return f"1 in {max(1, math.floor(times / unit + 0.5) * unit):,}"
 
 
 def sentence(text: str) -> str:

@@ -1,6 +1,7 @@
 /** Groups of judged images that no reference explains: each may be a generator that nobody has enrolled. */
 
 import { ask, showThumbnail } from "./client.js";
+import { recent } from "./detect.js";
 import { announce, badge, facts, fileName, generatorInput, h } from "./dom.js";
 import { effectBars, reportWords, undo } from "./enrolments.js";
 import { suspect } from "./lineup.js";
@@ -96,10 +97,11 @@ function account(candidate) {
   );
 }
 
-/** An image that was judged, as a link to the record. */
+/** An image that was judged, as a link to the record, with its picture where the service or this tab has it. */
 function judged({ detection, file, verdict, thumbnail }) {
-  const picture = thumbnail && h("img", { alt: "", width: 96, height: 96 });
-  if (picture) showThumbnail(picture, thumbnail);
+  const { address } = recent.get(detection) ?? {};
+  const picture = (thumbnail || address) && h("img", { alt: "", src: address, width: 96, height: 96 });
+  if (picture && !address) showThumbnail(picture, thumbnail);
   return h("li", {}, picture, h("a", { href: `#/record/${detection}` }, fileName(file)), badge(verdict));
 }
 

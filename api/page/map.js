@@ -32,6 +32,12 @@ const base = document.createElement("canvas"); // all points, so that a lasso ov
 const told = h("p", { class: "hint" });
 const legend = h("ul", { class: "legend", "aria-label": "Kinds of references" });
 const button = (text, label, onclick) => h("button", { type: "button", "aria-label": label, onclick }, text);
+const shown = h(
+  "div",
+  { class: "buttons", role: "group", "aria-label": "Kinds that are shown" },
+  button("Show all", "Show all kinds", () => showKinds([])),
+  button("Show none", "Show none of the kinds", () => showKinds(kinds.map(nameOf))),
+);
 const adding = h("input", { type: "checkbox" }); // for who has no Shift key
 const zooms = h(
   "div",
@@ -51,7 +57,7 @@ const actions = [
 const selection = h("div", { class: "selection", role: "group", "aria-label": "Selection" }, chosenCount, actions);
 const { relabel, remove } = editing(outcome, settled, [selection]);
 const pictures = h("ul", { class: "chosen-points", "aria-label": "Selected references" });
-const board = h("div", { hidden: true }, told, legend, canvas, zooms, selection, outcome, pictures);
+const board = h("div", { hidden: true }, told, shown, legend, canvas, zooms, selection, outcome, pictures);
 const trouble = h("div", { "aria-live": "polite" });
 
 /** {id, kind, x, y} of each point, and {label, generator} of each kind. */
@@ -162,6 +168,14 @@ function tellKinds() {
       return h("li", {}, h("label", {}, box, swatch, ` ${nameOf(kinds[kind])} `, h("span", { class: "hint" }, count(sizes[kind]))));
     }),
   );
+}
+
+/** Show all kinds but those of these names. */
+function showKinds(others) {
+  hidden.clear();
+  for (const name of others) hidden.add(name);
+  tellKinds();
+  choose(new Set([...chosen].filter(visible)));
 }
 
 const visible = (number) => !hidden.size || !hidden.has(nameOf(kinds[points[number].kind]));

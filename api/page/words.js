@@ -103,15 +103,11 @@ export function rarity(verdict) {
   const share = verdict.false_alarm;
   const images = verdict.calibration?.real;
   if (verdict.score === null || share === null || share === undefined) return null;
-  if (share === 0) {
-    return images
-      ? `None of the ${count(images)} real photos that Lineup was calibrated with scores this high.`
-      : "No real photo that Lineup was calibrated with scores this high.";
-  }
-  if (share >= 0.995) return "Practically every real photo scores this high or higher.";
-  const basis = images ? `: ${count(Math.round(share * images))} of the ${count(images)} it was calibrated with` : "";
-  if (share > 0.4) return `${percent(share)} of real photos score this high or higher${basis}.`;
-  return `About ${oneIn(share)} real photos scores this high${basis}.`;
+  if (!images) return `${percent(share)} of real photos score this high or higher.`;
+  const alike = Math.round(share * images);
+  const number = alike ? `${count(alike)} (${percent(share)})` : "none";
+  const score = alike > 1 ? "score" : "scores";
+  return `Of the ${count(images)} real photos that Lineup was calibrated with, ${number} ${score} this high or higher.`;
 }
 
 /** What decided, in a sentence or two after the numbers: the cuts, the known file, or why there is no answer. */

@@ -525,6 +525,7 @@ RULED = [
     ruled("uncertain", 0.8478, reason=BETWEEN),
     ruled("uncertain", 0.1402, 0.6, reason=BETWEEN),
     ruled("real", 0.1398, 1.0),
+    ruled("fake", 0.85, 0.001),
     ruled("real", 0.0001, 0.997),
     ruled("fake", 0.8479, 0.0),
     ruled("fake", 0.99999, 0.0, calibration=None),
@@ -872,8 +873,12 @@ def test_references_are_selected_on_the_map_relabelled_and_removed(opens: Opens)
     expect(count).to_have_text("0 selected")
     expect(view.get_by_role("button", name="Remove…")).to_be_disabled()
 
-    for kind in ("real photos", "gen-a", "gen-b"):
-        view.get_by_label(kind).uncheck()
+    boxes = legend.get_by_role("checkbox")
+    for name, state in (("Show none", False), ("Show all", True), ("Show none", False)):
+        view.get_by_role("button", name=name).click()
+        for box in boxes.all():
+            expect(box).to_be_checked(checked=state)
+    view.get_by_label("gen-m").check()
 
     def lasso() -> None:
         """Around everything that is shown."""
@@ -1170,6 +1175,22 @@ def test_a_group_of_unexplained_images_is_enrolled_and_undone(opens: Opens, unex
     page.get_by_role("link", name="Discover").click()
     expect(page.locator("#view-candidates").get_by_role("alert")).to_contain_text("A library is not installed")
     page.request.delete(f"{page.url.split('#')[0]}v1/generators/gen-found")
+
+
+def test_images_without_a_thumbnail_are_shown_where_this_tab_has_them(opens: Opens) -> None:
+    page = opens()
+    page.get_by_label("Also score regions").uncheck()
+    record = judge(page, picture("mine.png", seed=71)).get_by_role("link", name="Record").get_attribute("href") or ""
+    image = {"file": "mine.png", "verdict": "uncertain", "thumbnail": None, "nearest": None}
+    group = {"name": "a1", "images": 2, "first": "2026-01-01T00:00:00Z", "last": "2026-01-01T00:00:00Z"}
+    group |= {"novelty": None, "similarity": None, "verdicts": {"uncertain": 2}, "nearest": []}
+    group["examples"] = [image | {"detection": record.rpartition("/")[2]}, image | {"detection": "other"}]
+    body = {"candidates": [group], "images": 2, "ungrouped": 0, "left_out": 0}
+    page.route("**/v1/candidates", fulfilled(json.dumps(body)))
+    page.get_by_role("link", name="Discover").click()
+    images = page.locator(".judged img")
+    expect(images).to_have_count(1)
+    alike(images)
 
 
 # Access

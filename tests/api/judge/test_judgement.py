@@ -67,11 +67,11 @@ def test_changes_name_what_differs_and_forgive_rounding() -> None:
 
 def test_words_for_people() -> None:
     assert in_words(example()) == (
-        "Probably generated. Score 0.97 of 1. About 1 in 250 real photos scores this high: 4 of the 1,000 it was "
-        "calibrated with. Lineup says “generated” from 0.71 on."
+        "Probably generated. Score 0.97 of 1. Of the 1,000 real photos that Lineup was calibrated with, "
+        "4 (<\N{NO-BREAK SPACE}1\N{NO-BREAK SPACE}%) score this high or higher. Lineup says “generated” from 0.71 on."
     )
-    unmatched = "None of the 1,000 real photos that Lineup was calibrated with scores this high."
-    assert unmatched in in_words(example(false_alarm=0.0))
+    for share, number in ((0.0, "none"), (0.001, "1 (<\N{NO-BREAK SPACE}1\N{NO-BREAK SPACE}%)")):
+        assert f"with, {number} scores this high or higher." in in_words(example(false_alarm=share))
     unsure = example(verdict="uncertain", score=None, false_alarm=None, reason="nothing is calibrated")
     assert in_words(unsure) == "Cannot tell. No score: nothing is calibrated."
     known = example(verdict="real", basis="known", known={"id": 7, "label": "real", "generator": None})
