@@ -1,6 +1,6 @@
 """References for tests of the index: numbers as images, with a direction of its own for each.
 
-Run as a program with a database, a place of object storage and a seed, it adds and removes some until it is killed.
+Run as a program with a database, a place of object storage and a seed, it enrols and removes some until it is killed.
 """
 
 import hashlib
@@ -91,13 +91,17 @@ def pictures(number: int) -> dict[str, Any]:
 
 
 def churn(url: str, place: str, seed: str) -> None:
-    """Add, remove and drain, over and over."""
+    """Enrol, remove what anybody added, undo and drain, over and over."""
     store, choice = Store(connect(Settings(database_url=url)), place), random.Random(seed)
     print("ready", flush=True)
     while True:
-        add_all(store, [new(number, **pictures(number)) for number in choice.sample(CHURNED, 6)])
+        enrolment = store.enrolments.open(None, "tests")
+        batch = [new(number, **pictures(number)) for number in choice.sample(CHURNED, 6)]
+        store.references.add(batch, CHECKPOINT, enrolment)
         hashes = [sha256(number) for number in choice.sample(CHURNED, 6)]
         store.references.remove(ids=store.references.get_many((), hashes))
+        if choice.random() < 0.5:
+            store.references.remove(enrolment=enrolment)
         store.blobs.drain()
 
 
