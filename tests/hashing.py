@@ -47,7 +47,7 @@ class HashingEmbedder(Embedder):
             folder=Path(name),
             forward=self.embed_pixels,
         )
-        self.calls = 0
+        self.calls, self._counting = 0, threading.Lock()
 
     __setattr__ = object.__setattr__  # the count changes
 
@@ -60,7 +60,8 @@ class HashingEmbedder(Embedder):
 
     def embed_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray:
         assert len(pixels) <= batch_size
-        self.calls += len(pixels)
+        with self._counting:
+            self.calls += len(pixels)
         time.sleep(float(os.environ.get("HASHING_SECONDS", "0")))
         vectors = []
         for image in pixels:

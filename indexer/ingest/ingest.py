@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from indexer.database.transactions import TRANSACTION_IMAGES
-from indexer.ingest.prefetch import prefetch
+from indexer.ingest.prefetch import map_batches, prefetch
 from indexer.store import Store
 from indexer.store.reference_facts import LABEL_NAMES, NewReference, kind
 from indexer.store.references import Known
@@ -307,13 +307,14 @@ class _Ingestion:
     def embed(
         self, prepared: Generator[Prepared, None, None], batch_size: int
     ) -> Generator[list[Embedded], None, None]:
-        with closing(prepared):
-            while batch := list(islice(prepared, batch_size)):
-                vectors = self.embedder.embed_windows([item.windows for item in batch], batch_size)  # (n, d)
-                yield [
-                    (item.entry, replace(item.reference, vector=vector))
-                    for item, vector in zip(batch, vectors, strict=True)
-                ]
+        def embed(batch: Sequence[Prepared]) -> list[Embedded]:
+            vectors = self.embedder.embed_windows([item.windows for item in batch], batch_size)  # (n, d)
+            return [
+                (item.entry, replace(item.reference, vector=vector))
+                for item, vector in zip(batch, vectors, strict=True)
+            ]
+
+        return map_batches(embed, prepared, batch_size)
 
     def write(self, embedded: Iterable[list[Embedded]]) -> None:
         """Write some hundred images or some seconds at a time; the first of them open an enrolment."""

@@ -1,10 +1,9 @@
 """Embedding what is stored with another checkpoint, beside the one that serves, until nothing is missing."""
 
 import hashlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,7 +12,7 @@ from httpx2 import InvalidURL, Request
 from sqlalchemy import RowMapping, text
 
 from indexer.ingest.ingest import register
-from indexer.ingest.prefetch import prefetch
+from indexer.ingest.prefetch import map_batches, prefetch
 from indexer.ingest.public_files import Refused, refuse_private
 from indexer.store import Store
 from trainer.cores import usable_cores
@@ -57,26 +56,24 @@ def reembed(
     Returns:
         {"checkpoint", "embedded", "unreadable": [{"id", "uri", "reason"}], "active"}.
     """
+
+    def embed(batch: Sequence[tuple[int, np.ndarray]]) -> tuple[list[int], np.ndarray]:
+        vectors = embedder.embed_windows([windows for _, windows in batch], batch_size)  # (n, d)
+        return [image_id for image_id, _ in batch], vectors
+
     register(embedder, store)
     unreadable: dict[int, dict[str, Any]] = {}
     embedded = 0
     complete = False
     # Each turn leaves nothing but what others add meanwhile.
     while not complete and (partial or not unreadable):
-        with (
-            ThreadPoolExecutor(min(32, usable_cores()), thread_name_prefix="decode") as pool,
-            closing(
-                prefetch(
-                    _decoded(store, embedder, pool, max_pixels, image_seconds, private_addresses, unreadable),
-                    2 * batch_size,
-                )
-            ) as decoded,
-        ):
-            while batch := list(islice(decoded, batch_size)):
-                vectors = embedder.embed_windows([windows for _, windows in batch], batch_size)  # (n, d)
-                embedded += store.references.embed([image_id for image_id, _ in batch], vectors, embedder.id)
-                for _ in batch:
-                    on_image()
+        with ThreadPoolExecutor(min(32, usable_cores()), thread_name_prefix="decode") as pool:
+            decoded = _decoded(store, embedder, pool, max_pixels, image_seconds, private_addresses, unreadable)
+            with closing(map_batches(embed, prefetch(decoded, 2 * batch_size), batch_size)) as batches:
+                for ids, vectors in batches:
+                    embedded += store.references.embed(ids, vectors, embedder.id)
+                    for _ in ids:
+                        on_image()
         if partial or not unreadable:
             complete = store.checkpoints.activate(embedder.id, list(unreadable), embedder.folder)
     active = store.checkpoints.active()

@@ -5,7 +5,7 @@ import io
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from indexer.database.connection import connect
 from indexer.ingest import ingest as module
 from indexer.ingest import reembed as reembed_module
 from indexer.ingest.ingest import fingerprint, hamming_distance, ingest
-from indexer.ingest.prefetch import prefetch
+from indexer.ingest.prefetch import map_batches, prefetch
 from indexer.ingest.reembed import reembed
 from indexer.settings import Settings
 from indexer.store import Store
@@ -371,6 +371,29 @@ def test_closing_a_prefetch_ends_its_thread() -> None:
     stream.close()
     assert threading.active_count() == before
     assert closed.wait(10)
+
+
+def test_batches_are_worked_on_two_at_a_time_and_come_in_order() -> None:
+    produced: list[int] = []
+    both = threading.Barrier(2)
+
+    def numbers() -> Iterator[int]:
+        for number in range(24):
+            produced.append(number)
+            yield number
+
+    def double(batch: Sequence[int]) -> list[int]:
+        both.wait(10)  # breaks where one is alone
+        if batch[0] == 16:
+            raise ValueError("the fifth")
+        return [2 * number for number in batch]
+
+    stream = map_batches(double, (n for n in numbers()), 4)
+    for first in range(0, 16, 4):
+        assert next(stream) == [2 * number for number in range(first, first + 4)]
+        assert len(produced) <= first + 8
+    with pytest.raises(ValueError, match="the fifth"):
+        next(stream)
 
 
 def test_nothing_is_written_for_somebody_who_no_longer_waits(store: Store, folder: Path) -> None:
