@@ -24,7 +24,8 @@ import typer
 
 from indexer.database.connection import connect
 from indexer.database.embedded import EmbeddedServer
-from indexer.ingest.ingest import fingerprint, ingest
+from indexer.ingest.decoded import fingerprint
+from indexer.ingest.ingest import ingest
 from indexer.ingest.prefetch import prefetch
 from indexer.settings import Settings
 from indexer.store import Store

@@ -12,16 +12,16 @@ from operator import itemgetter
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from indexer.database.transactions import TRANSACTION_IMAGES
+from indexer.ingest.decoded import decode, decode_thumbnail
 from indexer.ingest.prefetch import map_batches, prefetch
 from indexer.store import Store
 from indexer.store.reference_facts import LABEL_NAMES, NewReference, kind
 from indexer.store.references import Known
 from trainer.cores import usable_cores
 from trainer.data.entry import Entry
-from trainer.images import FileFacts, Preprocess, UnreadableImage, decode_image, decoding_memory, thumbnail
+from trainer.images import UnreadableImage, decoding_memory
 from trainer.model.embedder import Embedder
 from trainer.process_pool import DeadlinePassed, LimitExceeded, decoding_pool
 
@@ -256,7 +256,7 @@ class _Ingestion:
         """Let a row have the thumbnail and the file that it lacks."""
         if not known.pictured:
             with suppress(UnreadableImage, LimitExceeded):
-                self.store.references.add_thumbnail(known.id, self._in_process(_thumbnail, data, self.max_pixels))
+                self.store.references.add_thumbnail(known.id, self._in_process(decode_thumbnail, data, self.max_pixels))
         if self.keep_bytes:
             self.store.references.add_file(known.id, data)
 
@@ -271,7 +271,7 @@ class _Ingestion:
     def _decode(self, file: File) -> Prepared | None:
         entry, data, sha256 = file
         try:
-            decoded = self._in_process(_decoded, data, sha256, self.max_pixels, self.embedder.preprocess)
+            decoded = self._in_process(decode, data, sha256, self.max_pixels, self.embedder.preprocess)
             facts = decoded.facts
             reference = NewReference(
                 sha256=facts.sha256,
@@ -385,38 +385,3 @@ def register(embedder: Embedder, store: Store) -> None:
         ValueError: It is known with another dimension.
     """
     store.checkpoints.register(embedder.id, embedder.name, embedder.dim, embedder.config.to_json(), embedder.folder)
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """What a row needs of an image's pixels, its windows of shape (w, 3, s, s), float32."""
-
-    facts: FileFacts
-    windows: np.ndarray
-    fingerprint: int
-    thumbnail: bytes
-
-
-def _decoded(data: bytes, sha256: str, max_pixels: int, preprocess: Preprocess) -> Decoded:
-    image, facts = decode_image(data, max_pixels=max_pixels, sha256=sha256)
-    return Decoded(facts, preprocess([image]), fingerprint(image), thumbnail(image))
-
-
-def _thumbnail(data: bytes, max_pixels: int) -> bytes:
-    return thumbnail(decode_image(data, max_pixels=max_pixels)[0])
-
-
-def fingerprint(image: Image.Image) -> int:
-    """64-bit difference hash of an RGB image, as a signed integer: near duplicates differ in few bits.
-
-    Each bit says whether a cell of a grid of 9 x 8 grey means is darker than its right neighbour.
-    """
-    small = image.resize((9, 8), Image.Resampling.BOX, reducing_gap=2.0).convert("L")
-    grey = np.asarray(small, np.int16)  # (8, 9)
-    bits = np.packbits(grey[:, :-1] < grey[:, 1:])  # (8,)
-    return int(bits.view(">i8")[0])
-
-
-def hamming_distance(one: int, other: int) -> int:
-    """How many bits of two fingerprints differ, 0..64."""
-    return ((one ^ other) & 0xFFFF_FFFF_FFFF_FFFF).bit_count()  # a negative integer would count its absolute value's

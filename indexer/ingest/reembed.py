@@ -11,13 +11,14 @@ import numpy as np
 from httpx2 import InvalidURL, Request
 from sqlalchemy import RowMapping, text
 
+from indexer.ingest.decoded import decode_windows
 from indexer.ingest.ingest import register
 from indexer.ingest.prefetch import map_batches, prefetch
 from indexer.ingest.public_files import Refused, refuse_private
 from indexer.store import Store
 from trainer.cores import usable_cores
 from trainer.data.datasets import read_uri
-from trainer.images import Preprocess, UnreadableImage, decode_image, decoding_memory
+from trainer.images import UnreadableImage, decoding_memory
 from trainer.model.embedder import Embedder
 from trainer.process_pool import LimitExceeded, decoding_pool
 
@@ -99,7 +100,7 @@ def _decoded(
     def decode(row: RowMapping) -> np.ndarray | None:
         try:
             return decoding_pool().call(
-                _windows,
+                decode_windows,
                 *(_read(store, row, private_addresses), max_pixels, embedder.preprocess),
                 seconds=image_seconds,
                 memory=decoding_memory(max_pixels),
@@ -115,11 +116,6 @@ def _decoded(
         for row, windows in zip(rows, pool.map(decode, rows), strict=True):
             if windows is not None:
                 yield row["id"], windows
-
-
-def _windows(data: bytes, max_pixels: int, preprocess: Preprocess) -> np.ndarray:
-    """The windows of an image, shape (w, 3, s, s), float32."""
-    return preprocess([decode_image(data, max_pixels=max_pixels, windows_of=preprocess)[0]])
 
 
 def _read(store: Store, row: RowMapping, private_addresses: bool) -> bytes:

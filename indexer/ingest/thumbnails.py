@@ -18,7 +18,7 @@ from httpx2 import AsyncClient, InvalidURL, Request
 from PIL import Image
 from sqlalchemy import RowMapping, text
 
-from indexer.ingest.ingest import fingerprint, hamming_distance
+from indexer.ingest.decoded import fingerprint, hamming_distance
 from indexer.ingest.public_files import MAX_BYTES, Refused, download, public_client, refuse_private
 from indexer.store import Store
 from indexer.store.reference_facts import NEAR_BITS, Reference, in_places

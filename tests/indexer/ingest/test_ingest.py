@@ -20,7 +20,8 @@ from sqlalchemy import text
 from indexer.database.connection import connect
 from indexer.ingest import ingest as module
 from indexer.ingest import reembed as reembed_module
-from indexer.ingest.ingest import fingerprint, hamming_distance, ingest
+from indexer.ingest.decoded import fingerprint, hamming_distance
+from indexer.ingest.ingest import ingest
 from indexer.ingest.prefetch import map_batches, prefetch
 from indexer.ingest.reembed import reembed
 from indexer.settings import Settings

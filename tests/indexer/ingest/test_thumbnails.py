@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from indexer.__main__ import app
 from indexer.ingest import thumbnails
-from indexer.ingest.ingest import fingerprint
+from indexer.ingest.decoded import fingerprint
 from indexer.ingest.public_files import Refused, download, refuse_private
 from indexer.ingest.thumbnails import fetch_thumbnails
 from indexer.settings import Settings
