@@ -6,33 +6,34 @@ import { count, day, ended, percent, plural } from "./words.js";
 
 /**
  * Recall and false alarms of the neighbours' vote: {recall, alarms}, each [before, after] or null, and {held}, the
- * recall of a fifth that was masked for the measure; {called, calledHeld}, the same of verdicts. Of several generators
- * it is the mean.
+ * recall of a fifth that was masked for the measure; {called, calledHeld}, the same of verdicts. Each is a share of so
+ * many {share, images}, or null; of several generators that of all their images.
  */
 function effect(report, name = null) {
   const rows = (report?.effect?.recall ?? []).filter(
     (row) => row.generator !== "real" && (name === null || row.generator === name),
   );
-  const mean = (when) => {
-    const known = rows.filter((row) => typeof row.knn?.[when] === "number");
-    const images = known.reduce((sum, row) => sum + row.images, 0);
-    return images ? known.reduce((sum, row) => sum + row.images * row.knn[when], 0) / images : null;
-  };
-  const alarms = report?.effect?.false_alarms?.knn ?? null;
   const judged = (report?.effect?.verdicts ?? []).filter((row) => rows.some((one) => one.generator === row.generator));
-  const called = (when) => {
-    const known = judged.filter((row) => row[when]);
-    const images = known.reduce((sum, row) => sum + row[when].images, 0);
-    return images ? known.reduce((sum, row) => sum + row[when].images * row[when].fake, 0) / images : null;
-  };
-  const pair = (before, after) => (after === null || after === undefined ? null : [before ?? null, after]);
+  const alarms = report?.effect?.false_alarms;
+  const recall = (when, images) => ofAll(rows.map((row) => ({ share: row.knn?.[when], images: row[images] })));
+  const called = (when) => ofAll(judged.map((row) => ({ share: row[when]?.fake, images: row[when]?.images })));
+  const alarm = (when) => ofAll([{ share: alarms?.knn?.[when], images: alarms?.images }]);
+  const pair = (before, after) => after && [before, after];
   return {
-    recall: pair(mean("before"), mean("after")),
-    held: mean("held_back"),
-    alarms: pair(alarms?.before, alarms?.after),
+    recall: pair(recall("before", "images"), recall("after", "images")),
+    held: recall("held_back", "images_held_back"),
+    alarms: pair(alarm("before"), alarm("after")),
     called: pair(called("before"), called("after")),
     calledHeld: called("held_back"),
   };
+}
+
+/** The share of all images of these kinds {share, images}; null where no share of any was measured. */
+function ofAll(kinds) {
+  const known = kinds.filter(({ share, images }) => typeof share === "number" && images);
+  const sum = (value) => known.reduce((total, kind) => total + value(kind), 0);
+  const images = sum((kind) => kind.images);
+  return images ? { share: sum((kind) => kind.images * kind.share) / images, images } : null;
 }
 
 /** The same of an enrolment in parts, in order of time: before the first, after the last. */
@@ -105,17 +106,21 @@ function listed(names) {
   return names.length > 3 ? `${names.slice(0, 3).join(", ")} and ${names.length - 3} more` : names.join(", ") || "–";
 }
 
-/** "41 % → 96 %", "96 % after" where only that was measured, or that neither was. */
+/** "3 of 6 (50 %)": few images make any share. */
+const inFull = ({ share, images }) => `${count(Math.round(share * images))} of ${count(images)} (${percent(share)})`;
+
+/** "0 of 6 (0 %) → 3 of 6 (50 %)", "3 of 6 (50 %) after" where only that was measured, or that neither was. */
 export function arrow(pair) {
   if (!pair) return h("span", { class: "none" }, "not measured");
-  if (pair[0] === null) return `${percent(pair[1])} after`;
+  const [before, after] = pair;
+  if (!before) return `${inFull(after)} after`;
   return h(
     "span",
-    { class: "arrow" },
-    percent(pair[0]),
-    h("span", { "aria-hidden": "true" }, " → "),
-    h("span", { class: "unseen" }, " then "),
-    percent(pair[1]),
+    {},
+    h("span", { class: "arrow" }, inFull(before), h("span", { "aria-hidden": "true" }, " →")),
+    h("span", { class: "unseen" }, " then"),
+    " ",
+    h("span", { class: "arrow" }, inFull(after)),
   );
 }
 
@@ -128,14 +133,14 @@ export function effectBars(reports, name) {
       { class: "effect" },
       h("h4", {}, title),
       rows
-        .filter(([, value]) => value !== null && value !== undefined)
-        .map(([name, value]) =>
+        .filter(([, part]) => part)
+        .map(([name, part]) =>
           h(
             "p",
             {},
             h("span", { class: "name" }, name),
-            bar(value, kind),
-            h("span", { class: "number" }, percent(value)),
+            bar(part.share, kind),
+            h("span", { class: "number" }, inFull(part)),
           ),
         ),
       h("p", { class: "hint" }, says),
@@ -145,7 +150,7 @@ export function effectBars(reports, name) {
       lines(
         "Found by the vote",
         "fake",
-        "Share of these images that the vote of the neighbours calls generated, each judged without itself. " +
+        "How many of these images the vote of the neighbours calls generated, each judged without itself. " +
           "“Held back”: of a fifth of them, judged without the whole fifth.",
         [
           ["before", recall[0]],
@@ -157,8 +162,8 @@ export function effectBars(reports, name) {
       lines(
         "Called generated",
         "fake",
-        "Share of these images whose verdict is “generated”; most others are undecided. It takes more than the vote: " +
-          "where it stays low, training with such images helps, and more of them here do not.",
+        "How many of these images have the verdict “generated”; most others are undecided. It takes more than the vote: " +
+          "where few have it, training with such images helps, and more of them here do not.",
         [
           ["before", called[0]],
           ["after", called[1]],
@@ -169,7 +174,7 @@ export function effectBars(reports, name) {
       lines(
         "False alarms of the vote",
         "real",
-        "Share of real calibration photos that the vote of the neighbours calls generated.",
+        "How many real calibration photos the vote of the neighbours calls generated.",
         [
           ["before", alarms[0]],
           ["after", alarms[1]],
@@ -182,6 +187,9 @@ export function effectBars(reports, name) {
     parts.length
       ? h("div", { class: "effects" }, parts)
       : h("p", { class: "hint" }, "How recall and false alarms changed was not measured for this enrolment."),
+    parts.length > 0 &&
+      reports.length > 1 &&
+      h("p", { class: "hint" }, `Sent in ${reports.length} parts: “before” is of the first, the others are of the last.`),
     warnings.map((warning) => h("p", { class: "note" }, icon("problem"), h("span", {}, ended(warning)))),
   ];
 }

@@ -108,8 +108,9 @@ function known(generators, enrolments, real) {
     h(
       "p",
       { class: "hint" },
-      "The vote is one of four ways to judge. Found: share of a generator’s images that it calls generated, before " +
-        "→ after they were enrolled, where both were measured; false alarms: share of real photos that it calls generated. Where both are " +
+      "The vote is one of four ways to judge. Found: how many of a generator’s images it calls generated, before " +
+        "→ after they were enrolled (of images sent in parts, before the first and after the last part), where both were " +
+        "measured; false alarms: how many real photos it calls generated. Where both are " +
         "high, the vote alone cannot tell them apart. A verdict rests on all ways together, and its cut keeps its own " +
         "false alarms below the rate that Status shows.",
     ),

@@ -94,7 +94,7 @@ def effect(
         judges: What makes verdicts; None leaves them out.
 
     Returns:
-        {"recall": [{"generator", "images", "knn": {"before", "after", "held_back"}, "nn1": {...}}],
+        {"recall": [{"generator", "images", "images_held_back", "knn": {"before", "after", "held_back"}, "nn1": {...}}],
         "false_alarms": {"images", "knn": {"before", "after"}, "nn1": {...}} or null,
         "verdicts": [{"generator", "before", "after", "held_back", "auroc"}]}; shares 0..1, null where nothing can be
         said. A verdict's entry is that of `shares`, the last row that of the real calibration images, whose scores are
@@ -120,10 +120,15 @@ def effect(
     recall = []
     for name in sorted(set(names.tolist())):
         of_kind = names == name
-        row: dict[str, Any] = {"generator": name, "images": int(of_kind.sum())}
+        kind_held_back = of_kind & in_held_back
+        row: dict[str, Any] = {
+            "generator": name,
+            "images": int(of_kind.sum()),
+            "images_held_back": int(kind_held_back.sum()),
+        }
         for head in NEIGHBOUR_HEADS:
             row[head] = {
-                when: _share(fakes[head], labels, of_kind & in_held_back if when == "held_back" else of_kind)
+                when: _share(fakes[head], labels, kind_held_back if when == "held_back" else of_kind)
                 for when, fakes in called_fake.items()
             }
         recall.append(row)

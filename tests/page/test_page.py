@@ -937,7 +937,9 @@ def test_a_folder_is_enrolled_reported_and_undone(opens: Opens, tmp_path: Path) 
     expect(report).to_contain_text("Enrolled: gen-c")
     expect(report).to_contain_text("34 images added")
     expect(report).to_contain_text("1 file could not be used")
-    expect(report.locator(".effect").first).to_contain_text(re.compile(r"Found by the vote.*before.*%.*after.*%", re.S))
+    effect = r"Found by the vote.*before\d+ of 31 \(\d+\s%\).*after\d of 3 \(\d+\s%\)"
+    expect(report.locator(".effect").first).to_contain_text(re.compile(effect, re.S))
+    expect(report).to_contain_text("Sent in 2 parts")
     expect(report.locator(".effect").last).to_contain_text(
         re.compile(r"False alarms of the vote.*before.*%.*after.*%", re.S)
     )
@@ -1033,7 +1035,7 @@ def test_a_generator_is_edited_and_deleted_and_a_reference_removed(opens: Opens)
 
 def test_enrolments_by_command_and_values_measured_once(opens: Opens) -> None:
     page = opens()
-    recall = [{"generator": "gen-a", "images": 3, "knn": {"before": None, "after": 0.26}}]
+    recall = [{"generator": "gen-a", "images": 3, "knn": {"before": None, "after": 0.3333}}]
     report = {
         "added": 3,
         "generators": {"gen-a": 3},
@@ -1052,8 +1054,8 @@ def test_enrolments_by_command_and_values_measured_once(opens: Opens) -> None:
     page.get_by_role("link", name="Generators", exact=True).click()
     enrolment = page.get_by_role("row").filter(has_text="Undo").filter(has_text="gen-a")
     expect(enrolment).to_contain_text("folder, other")
-    expect(enrolment).to_contain_text("26 % after")
-    assert "26\N{NO-BREAK SPACE}%" in enrolment.inner_text()
+    expect(enrolment).to_contain_text("1 of 3 (33 %) after")
+    assert "33\N{NO-BREAK SPACE}%" in enrolment.inner_text()
     headings = page.locator("#view-generators thead").all_inner_texts()
     assert headings
     assert not any("before" in heading for heading in headings)

@@ -78,7 +78,7 @@ def test_a_new_generator_is_recognised_after_its_enrolment(follower: Follower) -
     measured = effect(follower, enrolment, calibration_reals(REAL), k=5)
     assert measured is not None
     sure = {"before": 0.0, "after": 1.0, "held_back": 1.0}
-    assert measured["recall"] == [{"generator": "new", "images": 40, "knn": sure, "nn1": sure}]
+    assert measured["recall"] == [{"generator": "new", "images": 40, "images_held_back": 11, "knn": sure, "nn1": sure}]
     none = {"before": 0.0, "after": 0.0}
     assert measured["false_alarms"] == {"images": 20, "knn": none, "nn1": none}
 
@@ -121,7 +121,8 @@ def test_nothing_is_said_where_nothing_can_be(settings: Settings) -> None:
     measured = effect(follower, enrol(follower, [reference(1, REAL, None)]), None, k=5)
     assert measured is not None
     nothing = {"before": None, "after": None, "held_back": None}
-    assert measured["recall"] == [{"generator": "real", "images": 1, "knn": nothing, "nn1": nothing}]
+    [row] = measured["recall"]
+    assert row == {"generator": "real", "images": 1, "images_held_back": 0, "knn": nothing, "nn1": nothing}
     engine.dispose()
 
 
