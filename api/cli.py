@@ -2,7 +2,7 @@
 
 import sys
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -32,8 +32,21 @@ class Programs(TyperGroup):
 app = typer.Typer(cls=Programs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
+def print_version(wanted: bool) -> None:
+    """Print the version and end, where it was asked for."""
+    if wanted:
+        from api.service_status import package_version
+
+        print(f"lineup {package_version()}")
+        raise typer.Exit
+
+
 @app.callback()
-def lineup() -> None:
+def lineup(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version and end.")
+    ] = False,
+) -> None:
     """Tell whether images were generated, by the known ones closest to them."""
     from api.service_settings import check_names
     from indexer.settings import SettingsError

@@ -108,6 +108,8 @@ with TestClient(create_app(settings), base_url="http://127.0.0.1:8000", client=(
         score = answer.json()["results"][0]["score"] if answer.status_code == 200 else None
         assert monotonic() < deadline, answer.text
         sleep(0.05)
+assert sys.modules["openvino_telemetry"] is None  # it would tell of each import
+assert list(Path.home().iterdir()) == []
 print("served")
 """
 
@@ -117,7 +119,9 @@ def test_adding_detecting_and_serving_need_no_training_library(
 ) -> None:
     """And a command that does ends in one line which names the extra."""
     export_hub(tiny_checkpoint, tmp_path / "hub")
+    (tmp_path / "user").mkdir()
     environment = {
+        "HOME": str(tmp_path / "user"),
         "PYTHONPATH": str(ROOT),
         "PATH": "/usr/bin:/bin",
         "LINEUP_HOME": str(settings.home),

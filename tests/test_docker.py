@@ -148,7 +148,7 @@ def test_services_wait_for_each_other(services: dict[str, Any]) -> None:
         "api": {"key": {"condition": "service_completed_successfully"}},
         "milvus": {},  # replicas go on without it
         "proxy": {"api": {"condition": "service_healthy"}},
-        "backup": {"db": {"condition": "service_healthy"}},
+        "backup": {"migrate": {"condition": "service_completed_successfully"}},
     }
     assert services["api"]["init"] is True
 

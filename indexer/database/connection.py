@@ -30,6 +30,7 @@ POOL_SECONDS = 10
 """Longest wait for one of the pool's connections."""
 CONNECTION = {
     "application_name": "lineup",
+    "client_encoding": "utf8",
     "connect_timeout": "10",
     "keepalives_idle": "15",
     "keepalives_interval": "5",
@@ -184,9 +185,15 @@ def _limit_waiting(statement_seconds: int, connection: AnsweringConnection, _: o
 def _make_ready(engine: Engine, embedded: bool, check: bool) -> None:
     with engine.connect() as connection:
         version = int(connection.scalar(text("show server_version_num")) or 0) // 10_000
+        encoding = connection.scalar(text("show server_encoding"))
         current = schema_revision(connection)
     if version < OLDEST_SERVER:
         raise DatabaseUnreachable(f"LINEUP_DATABASE_URL is PostgreSQL {version}; {OLDEST_SERVER} or newer is needed")
+    if encoding != "UTF8":
+        raise DatabaseUnreachable(
+            f"the database of LINEUP_DATABASE_URL has the encoding {encoding}, where names need UTF8: "
+            "make one by createdb --encoding=UTF8 --template=template0 NAME"
+        )
     head = ScriptDirectory.from_config(alembic_config()).get_current_head()
     if current == head:
         return

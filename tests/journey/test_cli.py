@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from api.cli import PROGRAMS, app
+from api.service_status import package_version
 from indexer.database.embedded import EmbeddedServer
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,11 @@ def test_every_program_is_there(arguments: list[str], shown: list[str]) -> None:
     done = CliRunner().invoke(app, [*arguments, "--help"], prog_name="lineup", env={"COLUMNS": "150"})
     assert done.exit_code == 0, done.output
     assert [text for text in shown if text not in done.stdout] == []
+
+
+def test_the_version_is_told() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.stdout) == (0, f"lineup {package_version()}\n")
 
 
 def test_a_command_that_is_not_there_is_wrong_usage() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trainer.fit.fit_settings import TIMM_TEACHER, FitError, teacher_sha256
 from trainer.images import Preprocess
-from trainer.model.vit_openvino import CompiledGraph, openvino_core
+from trainer.model.vit_openvino import CompiledGraph, openvino_core, refuse_telemetry
 
 if TYPE_CHECKING:
     from openvino import Model, Output
@@ -70,6 +70,7 @@ class GraphTeacher:
         Raises:
             FitError: OpenVINO does not read it, or it is no convolutional network of one image.
         """
+        refuse_telemetry()
         import openvino
 
         try:

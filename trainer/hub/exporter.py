@@ -10,7 +10,7 @@ from typing import Any
 from trainer.files import write_atomically
 from trainer.hub.vit_names import HubError, to_transformers
 from trainer.model.checkpoint import load_backbone, read_config, read_weights, write_config
-from trainer.model.vit_openvino import INPUT, OUTPUT, NotPlain, build_graph
+from trainer.model.vit_openvino import INPUT, OUTPUT, NotPlain, build_graph, refuse_telemetry
 
 
 def export_onnx(checkpoint: Path, output: Path) -> None:
@@ -51,6 +51,7 @@ def export_openvino(checkpoint: Path, output: Path) -> None:
     Raises:
         HubError: The backbone is no plain ViT.
     """
+    refuse_telemetry()
     import openvino
 
     config = read_config(checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections.abc import Mapping
 from functools import cache
@@ -42,6 +43,7 @@ def build_graph(config: CheckpointConfig, weights: Mapping[str, np.ndarray]) -> 
     Raises:
         NotPlain: The architecture, an argument of it, or the weights are not those of a plain ViT.
     """
+    refuse_telemetry()
     import openvino
     from openvino import opset13 as op
 
@@ -201,6 +203,14 @@ def resized(positions: np.ndarray, side: int, prefix: int = 1) -> np.ndarray:
     return np.concatenate([positions[:, :prefix], patches], 1)
 
 
+def refuse_telemetry() -> None:
+    """Keep OpenVINO from telling Google Analytics of each import, as it would of every user who has not refused.
+
+    It does without this package of its own where that is not installed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # which makes an import of it fail
+
+
 @cache
 def openvino_core() -> openvino.Core:
     """One for the process, kept to its end.
@@ -208,6 +218,7 @@ def openvino_core() -> openvino.Core:
     A core gives the thread that makes it a signal stack, and takes the memory back when it goes, perhaps in another
     thread: the next signal would then end the process.
     """
+    refuse_telemetry()
     import openvino
 
     return openvino.Core()

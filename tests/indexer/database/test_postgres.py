@@ -475,6 +475,18 @@ def test_another_schema_is_refused_with_the_command(settings: Settings) -> None:
     engine.dispose()
 
 
+def test_a_database_of_another_encoding_is_refused(settings: Settings) -> None:
+    engine = connect(settings).execution_options(isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text("create database ascii encoding 'SQL_ASCII' locale 'C' template template0"))
+    url = make_url(str(settings.database_url)).set(database="ascii").render_as_string(hide_password=False)
+    with pytest.raises(DatabaseUnreachable, match=r"encoding SQL_ASCII.*--encoding=UTF8"):
+        connect(settings.model_copy(update={"database_url": url}), check=False)
+    with engine.connect() as connection:
+        connection.execute(text("drop database ascii"))
+    engine.dispose()
+
+
 def test_leaving_a_deleted_home_does_not_bring_it_back(tmp_path: Path) -> None:
     EmbeddedServer(tmp_path / "gone").leave()
     assert not EmbeddedServer(tmp_path / "gone").stop()
