@@ -370,7 +370,9 @@ def rebuild(
         for one in store.checkpoints.list():
             with image_progress(total=store.changes.embedded(one.id), what="index") as advance:
                 follower = renew_snapshot(settings, store, one.id, anew=True, on_rows=advance)
-            report["indexes"].append({"checkpoint": one.id, "size": len(follower.index)})
+            report["indexes"].append(
+                {"checkpoint": one.id, "size": len(follower.index), "snapshot": follower.saved_revision}
+            )
     answer(as_json, report, lambda: tell_rebuilt(report))
     named = Settings.read().checkpoint
     if checkpoint is not None and named is not None and named.resolve() != checkpoint.resolve():

@@ -245,8 +245,7 @@ def tell_removed(report: Mapping[str, Any]) -> None:
     blocked = ", which may not come back" if report["forgotten"] else ""
     print(f"removed {report['removed']:,} references with their thumbnails{blocked}")
     for index in report["indexes"]:
-        left = f"{index['removed']:,} vectors removed, {index['size']:,} left"
-        print(f"index of {index['checkpoint']}: {left}, snapshot of revision {index['snapshot']} written")
+        _tell_index(index, f"{index['removed']:,} vectors removed, {index['size']:,} left")
 
 
 def tell_relabelled(report: Mapping[str, Any]) -> None:
@@ -257,8 +256,7 @@ def tell_relabelled(report: Mapping[str, Any]) -> None:
     if (more := report["relabelled"] - SKIPPED_LINES) > 0:
         print(f"  ... and {more:,} more, see --json")
     for index in report["indexes"]:
-        changed = f"{index['relabelled']:,} vectors relabelled among {index['size']:,}"
-        print(f"index of {index['checkpoint']}: {changed}, snapshot of revision {index['snapshot']} written")
+        _tell_index(index, f"{index['relabelled']:,} vectors relabelled among {index['size']:,}")
 
 
 def tell_discovery(report: Mapping[str, Any]) -> None:
@@ -310,7 +308,13 @@ def tell_rebuilt(report: Mapping[str, Any]) -> None:
         if unreadable and not report["active"]:
             print(f"{len(unreadable)} cannot be read; --partial switches without them")
     for index in report["indexes"]:
-        print(f"index of {index['checkpoint']}: {index['size']:,} vectors, snapshot written")
+        _tell_index(index, f"{index['size']:,} vectors")
+
+
+def _tell_index(index: Mapping[str, Any], vectors: str) -> None:
+    """What an index has now; a search engine keeps no snapshot here."""
+    written = "" if index["snapshot"] is None else f", snapshot of revision {index['snapshot']} written"
+    print(f"index of {index['checkpoint']}: {vectors}{written}")
 
 
 def tell_imported(report: Mapping[str, Any]) -> None:

@@ -42,7 +42,7 @@ class Agreement:
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        snapshot = "no good snapshot" if self.snapshot is None else f"snapshot of revision {self.snapshot}"
+        snapshot = "no snapshot" if self.snapshot is None else f"snapshot of revision {self.snapshot}"
         counts = f"revision {self.revision}, {self.rows:,} rows, {self.index:,} in the index, {snapshot}"
         return f"{self.name} {self.checkpoint}: {counts}: {'; '.join(self.problems) or 'they agree'}"
 

@@ -22,6 +22,7 @@ from indexer.ingest.ingest import ingest
 from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.checkpoints import Checkpoints
+from indexer.terminal import tell_removed
 from trainer import progress
 from trainer.data.datasets import read_dataset
 from trainer.heads.calibration_set import CALIBRATION_FILE
@@ -182,7 +183,14 @@ def test_people_get_lines(run: Run, images: Path) -> None:
         "removed 1 references with their thumbnails, which may not come back",
         f"index of {HashingEmbedder().id}: 1 vectors removed, 15 left, snapshot of revision 2 written",
     ]
-    assert "index of" in run("rebuild").stdout
+    rebuilt = f"index of {HashingEmbedder().id}: 15 vectors, snapshot of revision 2 written"
+    assert rebuilt in run("rebuild").stdout.splitlines()
+
+
+def test_a_search_engine_keeps_no_snapshot(capsys: pytest.CaptureFixture[str]) -> None:
+    index = {"checkpoint": "one", "removed": 2, "size": 7, "snapshot": None}
+    tell_removed({"removed": 2, "forgotten": False, "indexes": [index]})
+    assert capsys.readouterr().out.splitlines()[1:] == ["index of one: 2 vectors removed, 7 left"]
 
 
 def test_references_are_relabelled_and_back(run: Run, images: Path, store: Store) -> None:
