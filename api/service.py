@@ -34,6 +34,7 @@ from indexer.measure.drift import drift
 from indexer.measure.reference_map import ReferenceMap, draw_map
 from indexer.store.blobs import BlobsAway
 from indexer.store.checkpoints import CheckpointSwitched
+from indexer.store.detections import MOVED
 from indexer.store.reference_facts import Reference
 from trainer.cores import usable_cores
 from trainer.process_pool import DeadlinePassed, LimitExceeded
@@ -210,6 +211,7 @@ class Service:
                 store = self.detector.store
                 await self._delete_old("records", store.detections.delete, self.settings.record_days)
                 await self._delete_old("jobs", store.jobs.delete_ended, self.settings.job_days)
+                await self._move_thumbnails()
                 await self._drain_blobs()
             await asyncio.sleep(HOUSEKEEPING if self._ready else 1)
 
@@ -242,6 +244,14 @@ class Service:
                 log.info(f"{things} deleted", extra={things: deleted, "days": days})
             except DATABASE_AWAY:
                 log.warning(f"{things} could not be deleted; trying again")
+
+    async def _move_thumbnails(self) -> None:
+        """Move the thumbnails of verdicts to object storage, where it is used, some in each call of a thread."""
+        try:
+            while await self.run(self.detector.store.detections.move_thumbnails) == MOVED:
+                pass
+        except (*DATABASE_AWAY, BlobsAway) as error:
+            log.warning("thumbnails could not be moved; trying again", extra={"reason": public_detail(error)})
 
     async def _drain_blobs(self) -> None:
         """Delete objects of references that were removed, some in each call of a thread, so that closing ends it."""

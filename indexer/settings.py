@@ -37,7 +37,7 @@ class Settings(BaseSettings):
     """Where neighbours are searched: `milvus+http://user:password@host:19530` for a Milvus of one's own (`https` too;
     `?index=IVF_SQ8` at the end takes a quarter of its memory); unset: in the memory of each process."""
     blobs: str | None = None
-    """Object storage for thumbnails and kept uploads of references, `s3://bucket/prefix` (or gs, az, file:///folder);
+    """Object storage for thumbnails, and kept uploads of references, `s3://bucket/prefix` (or gs, az, file:///folder);
     credentials come from the usual environment (AWS_..., GOOGLE_..., AZURE_...). Unset: in PostgreSQL."""
     k: int = Field(default=10, ge=1, le=1000)
     """Neighbours that vote, a count."""

@@ -1,13 +1,16 @@
 """References for tests of the index: numbers as images, with a direction of its own for each.
 
-Run as a program with a database, a place of object storage and a seed, it enrols and removes some until it is killed.
+Run as a program with a database, a place of object storage and a seed, it enrols, removes and judges some until it is
+killed.
 """
 
 import hashlib
 import random
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -16,6 +19,7 @@ from indexer.follower import Follower
 from indexer.memory_copy import MemoryCopy
 from indexer.settings import Settings
 from indexer.store import Store
+from indexer.store.detections import Detection
 from indexer.store.reference_facts import NewReference
 
 DIM = 6
@@ -52,6 +56,11 @@ def new(number: int, generator: str | None = None, source: str = "tests", **othe
         "vector": vector(number),
     }
     return NewReference(**(values | others))
+
+
+def verdict(number: int, thumbnail: bytes | None) -> Detection:
+    """A verdict on image `number`."""
+    return Detection(uuid4(), sha256(number), 100, 64, 48, vector(number), {}, CHECKPOINT, None, 0, thumbnail=thumbnail)
 
 
 def add(store: Store, *numbers: int, generator: str | None = None, source: str = "tests") -> list[int]:
@@ -91,7 +100,7 @@ def pictures(number: int) -> dict[str, Any]:
 
 
 def churn(url: str, place: str, seed: str) -> None:
-    """Enrol, remove what anybody added, undo and drain, over and over."""
+    """Enrol, remove what anybody added, undo, judge, forget and drain, over and over."""
     store, choice = Store(connect(Settings(database_url=url)), place), random.Random(seed)
     print("ready", flush=True)
     while True:
@@ -102,6 +111,11 @@ def churn(url: str, place: str, seed: str) -> None:
         store.references.remove(ids=store.references.get_many((), hashes))
         if choice.random() < 0.5:
             store.references.remove(enrolment=enrolment)
+        judged = [verdict(number, pictures(number)["thumbnail"]) for number in choice.sample(CHURNED, 3)]
+        store.detections.add(judged)
+        store.detections.move_thumbnails()
+        if choice.random() < 0.5:
+            store.detections.delete(datetime.now(UTC))
         store.blobs.drain()
 
 

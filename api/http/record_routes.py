@@ -45,8 +45,9 @@ async def get_overlay(service: Served, detector: Loaded, caller: Detecting, id: 
 @router.get("/detections/{id}/thumbnail", responses=documented("not-found"), response_class=Jpeg)
 async def get_judged_thumbnail(service: Served, detector: Loaded, caller: Detecting, id: UUID) -> Response:
     """The image that was judged, its longest side at most 256 pixels, where LINEUP_KEEP_THUMBNAILS let it be kept."""
-    row = await service.run(verdict_log.find, detector, caller, id)
-    return Jpeg(existing(row.thumbnail, f"thumbnail of detection {id}"))
+    await service.run(verdict_log.find, detector, caller, id)
+    thumbnails = await service.run(detector.store.detections.thumbnails, [id])
+    return Jpeg(existing(thumbnails.get(id), f"thumbnail of detection {id}"))
 
 
 @router.post("/detections/{id}/replay", responses=documented("not-found", "conflict"))

@@ -281,7 +281,13 @@ class DetectionRow(Base):
     """A verdict as it was given. It outlives the references and checkpoint it names, hence no foreign keys to them."""
 
     __tablename__ = "detection"
-    __table_args__ = (sa.Index(None, "at", "id"), sa.Index(None, "api_key_id", "at", "id"), sa.Index(None, "sha256"))
+    __table_args__ = (
+        sa.Index(None, "at", "id"),
+        sa.Index(None, "api_key_id", "at", "id"),
+        sa.Index(None, "sha256"),
+        sa.Index(None, "thumbnail_sha256", postgresql_where=sa.text("thumbnail_sha256 is not null")),
+        sa.Index("ix_detection_with_thumbnail", "id", postgresql_where=sa.text("thumbnail is not null")),
+    )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     at: Mapped[datetime] = mapped_column(server_default=sa.func.now())
@@ -297,6 +303,7 @@ class DetectionRow(Base):
     api_key_id: Mapped[int | None] = mapped_column(sa.ForeignKey("api_key.id", ondelete="SET NULL"))
     feedback: Mapped[dict[str, Any] | None]
     thumbnail: Mapped[bytes | None]
+    thumbnail_sha256: Mapped[bytes | None]
 
 
 class JobRow(Base):

@@ -36,7 +36,7 @@ class Store(Rows):
         self.references = References(engine, self.checkpoints, self.generators, self.blobs)
         self.changes = Changes(engine)
         self.shipments = Shipments(engine)
-        self.detections = Detections(engine)
+        self.detections = Detections(engine, self.blobs)
         self.keys = ApiKeys(engine)
         self.jobs = Jobs(engine)
 

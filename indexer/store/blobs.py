@@ -44,6 +44,7 @@ KEY = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 NAMES = """
 select thumbnail_sha256 as sha256 from reference_image where thumbnail_sha256 {condition}
 union select sha256 from reference_file where sha256 {condition}
+union select thumbnail_sha256 from detection where thumbnail_sha256 {condition}
 """
 NAMED = NAMES.format(condition="= any(:hashes)")
 NAMED_BETWEEN = NAMES.format(condition="between :lowest and :highest")

@@ -7,11 +7,12 @@ from typing import Any
 from uuid import UUID
 
 import numpy as np
-from sqlalchemy import delete, func, select, text, tuple_, update
+from sqlalchemy import Connection, Engine, func, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 
 from indexer.database.tables import DetectionRow
 from indexer.database.transactions import Rows
+from indexer.store.blobs import Blobs, Kept
 
 LISTED = (
     DetectionRow.id,
@@ -36,7 +37,7 @@ with latest as (
 )
 select d.id, encode(d.sha256, 'hex') as sha256, i.first_at, i.last_at, d.vector, d.file_bytes, d.width, d.height,
        coalesce(r.file, '') as file, r.verdict, coalesce(r.image->>'format', 'unknown') as format,
-       d.thumbnail is not null as pictured, count(*) over () as total
+       num_nulls(d.thumbnail, d.thumbnail_sha256) < 2 as pictured, count(*) over () as total
 from images i join detection d on d.id = i.id
 cross join lateral jsonb_to_record(d.result)
     as r (file text, verdict text, unknown_generator boolean, novelty double precision, image jsonb)
@@ -45,6 +46,20 @@ where i.said is distinct from 'real' and r.image->>'shortfall' is null
   and not exists (select from reference_image k where k.sha256 = d.sha256)
   and not exists (select from blocked_hash b where b.sha256 = d.sha256)
 order by i.last_at desc, d.id limit :images
+"""
+MOVED = 256
+"""Thumbnails that are moved to object storage in one transaction."""
+IN_ROWS = "select id, thumbnail from detection where thumbnail is not null order by id limit :most"
+MOVE = """
+update detection set thumbnail = null, thumbnail_sha256 = moved.sha256
+from unnest(cast(:ids as uuid[]), cast(:hashes as bytea[])) as moved (id, sha256)
+where detection.id = moved.id and thumbnail is not null
+"""
+# In one statement: a thumbnail may be moved meanwhile.
+DELETE = """
+with deleted as (delete from detection where at < :before returning thumbnail_sha256), noted as (
+    insert into blob_outbox (sha256) select distinct thumbnail_sha256 from deleted where thumbnail_sha256 is not null)
+select count(*) from deleted
 """
 
 
@@ -73,7 +88,8 @@ class JudgedImage:
 class Detection:
     """A verdict as it was given. `vector` is the raw embedding, shape (d,), float32; `sha256` is hexadecimal.
 
-    `thumbnail` is a JPEG of the image, None unless a setting let it be kept.
+    `thumbnail` is a JPEG of the image, None unless a setting let it be kept, and once it was moved to the object that
+    `thumbnail_sha256` names.
     """
 
     id: UUID
@@ -90,6 +106,7 @@ class Detection:
     feedback: dict[str, Any] | None = None
     at: datetime | None = None
     thumbnail: bytes | None = None
+    thumbnail_sha256: bytes | None = None
 
     def image(self) -> JudgedImage:
         """The image, by this verdict alone."""
@@ -106,7 +123,7 @@ class Detection:
             file=self.result.get("file", ""),
             verdict=self.result.get("verdict", "uncertain"),
             format=self.result.get("image", {}).get("format", "unknown"),
-            pictured=self.thumbnail is not None,
+            pictured=bool(self.thumbnail or self.thumbnail_sha256),
         )
 
 
@@ -126,6 +143,10 @@ class ListedDetection:
 
 class Detections(Rows):
     """The log of verdicts."""
+
+    def __init__(self, engine: Engine, blobs: Blobs) -> None:
+        super().__init__(engine)
+        self._blobs = blobs
 
     def add(self, detections: Sequence[Detection]) -> None:
         """Keep verdicts, all or none; the database sets `at`, each a little later than the one before."""
@@ -149,14 +170,39 @@ class Detections(Rows):
         return Detection(**{**row, "sha256": row["sha256"].hex(), "vector": np.frombuffer(row["vector"], "<f4")})
 
     def thumbnails(self, ids: Sequence[UUID]) -> dict[UUID, bytes]:
-        """The thumbnails that were kept with these verdicts."""
-        query = select(DetectionRow.id, DetectionRow.thumbnail).where(DetectionRow.id.in_(ids))
-        return {row["id"]: row["thumbnail"] for row in self.read(query) if row["thumbnail"] is not None}
+        """The thumbnails that were kept with these verdicts.
+
+        Raises:
+            BlobsAway: Some lie in object storage, which cannot be used.
+        """
+        query = select(DetectionRow.id, DetectionRow.thumbnail, DetectionRow.thumbnail_sha256)
+        rows = self.read(query.where(DetectionRow.id.in_(ids)))
+        thumbnails = self._blobs.load_all([Kept(row["thumbnail"], row["thumbnail_sha256"]) for row in rows])
+        return {row["id"]: data for row, data in zip(rows, thumbnails, strict=True) if data is not None}
+
+    def move_thumbnails(self) -> int:
+        """Move some thumbnails to object storage, where that is used: nobody who is judged for waits for it.
+
+        Returns:
+            How many they were; fewer than `MOVED` where there are no more.
+
+        Raises:
+            BlobsAway: Object storage cannot be used.
+        """
+
+        def work(connection: Connection) -> int:
+            rows = connection.execute(text(IN_ROWS), {"most": MOVED}).all()
+            kept = self._blobs.keep(connection, [row.thumbnail for row in rows])
+            names = {"ids": [row.id for row in rows], "hashes": [one.sha256 for one in kept]}
+            connection.execute(text(MOVE), names)
+            self._blobs.note_spare(connection, kept)  # of verdicts that were deleted meanwhile
+            return len(rows)
+
+        return 0 if self._blobs.place is None else self.transaction(work)
 
     def delete(self, before: datetime) -> int:
         """Forget verdicts given before this time; returns how many there were."""
-        query = delete(DetectionRow).where(DetectionRow.at < before)
-        return self.transaction(lambda connection: connection.execute(query).rowcount)
+        return self.transaction(lambda connection: connection.scalar(text(DELETE), {"before": before}) or 0)
 
     def set_feedback(self, detection_id: UUID, feedback: Mapping[str, Any]) -> bool:
         """Attach what a person said of the verdict; False where it is not known."""

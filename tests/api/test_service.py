@@ -3,11 +3,24 @@
 import asyncio
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 from api.monitoring import Metrics
 from api.service import Service
 from api.service_settings import ServiceSettings
-from indexer.store.blobs import DRAINED, Drained
+from indexer.store.blobs import DRAINED, BlobsAway, Drained
+from indexer.store.detections import MOVED
+
+
+def test_thumbnails_are_moved_until_few_are_left_or_object_storage_is_away() -> None:
+    service: Any = Service(ServiceSettings(), Metrics())
+    move_thumbnails = Mock(side_effect=[MOVED, MOVED, 3, BlobsAway("refused")])
+    detector = SimpleNamespace(store=SimpleNamespace(detections=SimpleNamespace(move_thumbnails=move_thumbnails)))
+    service._serving, service._ready = SimpleNamespace(detector=detector, stop=lambda: None), True
+    for calls in (3, 4):
+        asyncio.run(service._move_thumbnails())
+        assert move_thumbnails.call_count == calls
+    service.close()
 
 
 def test_closing_ends_the_deletion_of_objects_between_two_parts() -> None:

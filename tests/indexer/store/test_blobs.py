@@ -6,14 +6,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numbered
 import pytest
 from object_servers import WEED, serve_seaweed
 from PIL import Image
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.exc import OperationalError
 
 from indexer.ingest.exchange import export_references, import_references
@@ -287,6 +287,44 @@ def test_a_lost_thumbnail_is_made_again_of_the_kept_upload(store: Store) -> None
     assert reference is not None
     assert store.references.thumbnail(first) is None
     assert make_thumbnail(store, reference, ()) == store.references.thumbnail(first) == picture
+
+
+def test_thumbnails_of_verdicts_are_moved_and_go_with_the_last_one(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("indexer.store.detections.MOVED", 2)
+    verdicts = [numbered.verdict(number, data) for number, data in enumerate((b"same", b"same", b"other", None))]
+    detections, ids = store.detections, [verdict.id for verdict in verdicts]
+    expected = {verdict.id: verdict.thumbnail for verdict in verdicts if verdict.thumbnail}
+    detections.add(verdicts)
+    assert Store(store.engine).detections.move_thumbnails() == 0
+    assert (detections.thumbnails(ids), numbers(store)) == (expected, (0, 0, 0))
+    assert [detections.move_thumbnails() for _ in range(3)] == [2, 1, 0]
+    assert (detections.thumbnails(ids), numbers(store)) == (expected, (2, 0, 0))
+    in_rows = "select count(thumbnail), count(thumbnail_sha256) as moved from detection"
+    assert [dict(row) for row in store.read(text(in_rows))] == [{"count": 0, "moved": 3}]
+    rows = [detections.get(id) for id in ids]
+    assert [row and row.image().pictured for row in rows] == [True, True, True, False]
+    [first] = numbered.add_all(store, [numbered.new(1, thumbnail=b"same")])
+    assert detections.delete(datetime.now(UTC)) == 4
+    assert (store.blobs.waiting(), store.blobs.drain()) == (2, 1)  # one is a reference's
+    assert (store.references.thumbnail(first), numbers(store)) == (b"same", (1, 0, 0))
+
+
+def test_a_thumbnail_whose_verdict_is_deleted_while_it_is_moved_goes_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.detections.add([numbered.verdict(1, b"one")])
+    keep = store.blobs.keep
+
+    def delete_and_keep(connection: Connection, contents: Sequence[bytes | None]) -> list[Kept]:
+        store.detections.delete(datetime.now(UTC))
+        return keep(connection, contents)
+
+    monkeypatch.setattr(store.blobs, "keep", delete_and_keep)
+    store.detections.move_thumbnails()
+    assert numbers(store) == (1, 0, 1)
+    assert store.blobs.drain() == 1
 
 
 def test_exports_and_imports_carry_objects(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
