@@ -32,6 +32,8 @@ MOST_PIXELS = 1 << 20
 """Of a larger image none is made: the first layer keeps 64 numbers per pixel."""
 MOST_EXIF_BYTES = 65_533
 """What a segment of a JPEG holds."""
+COARSEST = 255
+"""Of a JPEG's quantisation, in a baseline file: libjpeg writes a coarser one too, but prints that it does."""
 DESCRIPTION = "reconstructions.json"
 
 
@@ -133,8 +135,11 @@ def read_form(content: bytes, facts: FileFacts) -> Form | None:
     with Image.open(io.BytesIO(content)) as file:
         options = {"format": facts.format, "exif": file.info.get("exif", b"")}
         if facts.format == "JPEG":
-            options |= {"qtables": getattr(file, "quantization"), "subsampling": get_sampling(file)}  # noqa: B009
-        known = facts.format == "PNG" or (facts.format == "JPEG" and (options["subsampling"] >= 0 or file.mode == "L"))
+            tables, sampling = getattr(file, "quantization"), get_sampling(file)  # noqa: B009
+            options |= {"qtables": tables, "subsampling": sampling}
+            known = (sampling >= 0 or file.mode == "L") and max(map(max, tables.values())) <= COARSEST
+        else:
+            known = facts.format == "PNG"
         repeatable = known and file.mode in ("L", "RGB") and len(options["exif"]) <= MOST_EXIF_BYTES
         return Form(file.mode, options) if repeatable else None
 

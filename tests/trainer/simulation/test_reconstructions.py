@@ -89,31 +89,34 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "palette.png": ("P", {}),
     "lossy.webp": ("RGB", {"quality": 50}),
     "cmyk.jpg": ("CMYK", {}),
+    "coarse.jpg": ("RGB", {"qtables": [[256] * 64] * 2}),
 }
 
 
 def test_a_reconstruction_is_written_as_its_image_or_not_at_all(
-    tmp_path: Path, halves: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, halves: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The palette, the lossy WebP, CMYK and the image of too many pixels are skipped, and counted."""
+    """The palette, the lossy WebP, CMYK, coarse tables and too many pixels are skipped, and counted without a word."""
     monkeypatch.setattr("trainer.simulation.reconstructions.read_autoencoder", lambda *_: nn.Identity())
     monkeypatch.setattr("trainer.simulation.reconstructions.MOST_PIXELS", 40 * 56)
     groups = (f"group {number}" for number in count() if role(f"group {number}") == "training")
     data, address = tmp_path / "data", "https://example.org/image"
     data.mkdir()
     lines = ["path,label,generator,split,group,uri,window,licence"]
-    noise = np.random.default_rng(0).integers(0, 256, (9, 5, 7, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (10, 5, 7, 3), dtype=np.uint8)
     for pixels, name, group in zip(noise, [*FORMS, "large.png"], groups, strict=False):
         mode, options = FORMS.get(name, ("RGB", {}))
         size = (56, 41) if name == "large.png" else (53, 37)
         Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).convert(mode).save(data / name, **options)
         lines.append(f'{name},real,,train,{group},{address},"0,0,53,37",CC0')
     (data / "manifest.csv").write_text("\n".join(lines))
+    capfd.readouterr()  # libjpeg, of the coarse tables as they were made
     counts = align(data, tmp_path / "aligned", *halves, split="train,validation")
-    assert counts == {"real": 9, "fake": 0, "reconstructed": 5, "skipped": 4, "unreadable": 0}
+    assert counts == {"real": 10, "fake": 0, "reconstructed": 5, "skipped": 5, "unreadable": 0}
+    assert capfd.readouterr() == ("", "")
     entries = list(read_dataset(tmp_path / "aligned"))
     originals = {entry.group: entry for entry in entries if not entry.label}
-    assert len(originals) == 9
+    assert len(originals) == 10
     assert {entry.split for entry in entries} == {"train"}
     for original in originals.values():
         assert original.public_uri == address
