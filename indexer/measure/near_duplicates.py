@@ -28,13 +28,13 @@ where "group" in (select unnest(cast(:groups as text[])))
 BAND_RADII = (1, 1, 0)
 """Bits in which bands of near duplicates differ: of `NEAR_BITS` = 4, two in the first and two in the second band leave
 none for the third."""
-# Keys are made there and rows come packed: sending and reading them took longer than finding them.
+# Keys are made there, and rows come packed, some of them twice: sending, sorting and reading them would take longer.
 KEYS = """select (image & cast({band} as bigint)) # flip
     from (select unnest(cast(:images as bigint[])) as image) images
     cross join (select unnest(cast(:flips_{number} as bigint[])) as flip) flips"""
 CANDIDATES = text(
     "select string_agg(int8send(id), ''), string_agg(int8send(fingerprint), '') from ("
-    + " union ".join(
+    + " union all ".join(
         f"select id, fingerprint from reference_image where nullif(fingerprint, 0) & cast({band} as bigint)"
         f" = any(array({KEYS.format(band=band, number=number)}))"
         for number, band in enumerate(FINGERPRINT_BANDS)
@@ -94,7 +94,7 @@ def similar_fingerprints(store: Store, images: np.ndarray) -> tuple[np.ndarray, 
         images: Fingerprints, shape (m,), int64; those that are 0, of flat pictures, find nothing.
 
     Returns:
-        Both shape (n,), int64.
+        Both shape (n,), int64; a reference comes up to three times.
     """
     bands = zip(FINGERPRINT_BANDS, BAND_RADII, strict=True)
     values = {f"flips_{number}": _flips(band, radius) for number, (band, radius) in enumerate(bands)}

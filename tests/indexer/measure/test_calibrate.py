@@ -311,7 +311,7 @@ def test_similar_fingerprints_lack_no_near_duplicate(store: Store) -> None:
     similar = similar_fingerprints(store, np.append(images, 0))
     assert pairs(*similar) == pairs(*all_fingerprints(store))
     assert len(pairs(*similar)) == 3 * 35  # ways to put at most four bits into three bands
-    assert len(similar[0]) <= 3 * 56
+    assert len(set(similar[0].tolist())) <= 3 * 56
     assert [len(part) for part in similar_fingerprints(store, np.zeros(1, np.int64))] == [0, 0]
 
 
