@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from PIL import Image, PngImagePlugin
+from PIL.JpegImagePlugin import JpegImageFile
 
 from api.judge.provenance import LONGEST
 from api.judge.uploads import Upload, decode
@@ -94,7 +95,15 @@ def signer() -> Iterator[c2pa.Signer]:
         yield signer
 
 
-def signed(signer: c2pa.Signer, source_type: str, format: str = "JPEG", remote: str | None = None) -> bytes:
+def signed(
+    signer: c2pa.Signer,
+    source_type: str,
+    format: str = "JPEG",
+    remote: str | None = None,
+    content: bytes | None = None,
+    note: str = "",
+) -> bytes:
+    """An image, or `content`, with a manifest that has a `note` beside what was done."""
     manifest = {
         "claim_generator_info": [{"name": "test camera"}],
         "title": "a test",
@@ -102,7 +111,8 @@ def signed(signer: c2pa.Signer, source_type: str, format: str = "JPEG", remote: 
             {
                 "label": "c2pa.actions.v2",
                 "data": {"actions": [{"action": "c2pa.created", "digitalSourceType": source_type}]},
-            }
+            },
+            {"label": "org.tests.note", "data": {"note": note}},
         ],
     }
     out = io.BytesIO()
@@ -110,7 +120,7 @@ def signed(signer: c2pa.Signer, source_type: str, format: str = "JPEG", remote: 
         if remote:
             builder.set_no_embed()
             builder.set_remote_url(remote)
-        builder.sign(signer, f"image/{format.lower()}", io.BytesIO(encoded(format)), out)
+        builder.sign(signer, f"image/{format.lower()}", io.BytesIO(content or encoded(format)), out)
     return out.getvalue()
 
 
@@ -131,6 +141,26 @@ def test_a_signed_file_is_intact_its_signer_unknown(
     assert provenance.c2pa.source_types == [source_type.rsplit("/", 1)[-1]]
     assert provenance.c2pa.says_generated is generated
     assert provenance.says_generated is generated
+
+
+def test_the_manifest_of_a_jpeg_that_holds_two_pictures_is_read(signer: c2pa.Signer) -> None:
+    pair = encoded("MPO", save_all=True, append_images=[Image.new("RGB", (64, 48), "teal")])
+    data = signed(signer, AI, content=pair)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "MPO"
+    manifest = provenance_of(data).c2pa
+    assert manifest is not None
+    assert (manifest.state, manifest.says_generated) == ("intact", True)
+
+
+def test_a_manifest_that_fills_several_segments_is_read_whole(signer: c2pa.Signer) -> None:
+    data = signed(signer, AI, note="a" * 150_000)  # a segment holds 64 KiB
+    with Image.open(io.BytesIO(data)) as image:
+        assert isinstance(image, JpegImageFile)
+        assert [name for name, _ in image.applist].count("APP11") == 3
+    manifest = provenance_of(data).c2pa
+    assert manifest is not None
+    assert (manifest.state, manifest.says_generated) == ("intact", True)
 
 
 def test_a_changed_pixel_breaks_the_signature(signer: c2pa.Signer) -> None:
