@@ -30,8 +30,9 @@ def shortfall(size: tuple[int, int], windows: Sequence[Image.Image], preprocess:
     least = math.ceil(LEAST_SIDE * preprocess.image_size)
     if min(size) < least:
         return f"too small to judge: {size[0]}x{size[1]} pixels, where {least} a side are needed"
-    reasons = [_flatness(luminance(size, window, preprocess)) for window in windows]
-    return None if None in reasons else reasons[0]
+    reasons = (_flatness(luminance(size, window, preprocess)) for window in windows)
+    first = next(reasons)
+    return None if first is None or None in reasons else first  # the others are looked at where the first is too little
 
 
 def _flatness(grey: np.ndarray) -> str | None:

@@ -232,7 +232,7 @@ class CompiledGraph:
     """
 
     def __init__(self, graph: openvino.Model, precision: str | None = None) -> None:
-        """Compile it twice: for one image by all cores, and for batches, a part of which each core takes.
+        """Compile it twice: for one image by all cores, and for many, of which each core takes one after the other.
 
         Without a precision products are bf16 where the processor has it.
         """
@@ -241,11 +241,12 @@ class CompiledGraph:
         if precision is not None:
             settings["INFERENCE_PRECISION_HINT"] = precision
         one = graph.clone()
-        one.reshape([1, *list(graph.inputs[0].partial_shape)[1:]])  # a fixed shape is a third faster
+        # A fixed shape is a third faster, and what the layers of one image pass on stays in a core's cache.
+        one.reshape([1, *list(graph.inputs[0].partial_shape)[1:]])
         core = openvino_core()
         self._one = core.compile_model(one, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"})
-        self._many = core.compile_model(graph, "CPU", settings | {"PERFORMANCE_HINT": "THROUGHPUT"})
-        self._parts = int(self._many.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+        self._many = core.compile_model(one, "CPU", settings | {"PERFORMANCE_HINT": "THROUGHPUT"})
+        self._parallel = int(self._many.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         number_type = self._many.get_property("INFERENCE_PRECISION_HINT").to_string()
         self.precision: str = {"bfloat16": "bf16", "float32": "f32"}.get(number_type, number_type)
         self._requests = threading.local()
@@ -256,13 +257,16 @@ class CompiledGraph:
         Compiled models themselves must not be called (`self._one(pixels)`): that writes later inputs into this array.
         """
         if not hasattr(self._requests, "one"):
-            self._requests.one = self._one.create_infer_request()
-            self._requests.many = [self._many.create_infer_request() for _ in range(self._parts)]
-        parts = np.array_split(pixels, min(len(pixels), self._parts))
-        requests = self._requests.many if len(pixels) > 1 else [self._requests.one]
-        requests = requests[: len(parts)]
-        for request, part in zip(requests, parts, strict=True):
-            request.start_async({0: np.ascontiguousarray(part)})
-        for request in requests:
-            request.wait()
-        return np.concatenate([request.get_output_tensor(0).data for request in requests])  # (n, d)
+            self._requests.one = [self._one.create_infer_request()]
+            # Two for each core: while the embedding of one is fetched, the other is at work.
+            self._requests.many = [self._many.create_infer_request() for _ in range(2 * self._parallel)]
+        requests = self._requests.many if len(pixels) > 1 else self._requests.one
+        pixels, embeddings = np.ascontiguousarray(pixels), []
+        for row in range(len(pixels) + len(requests)):
+            request = requests[row % len(requests)]
+            if row >= len(requests):
+                request.wait()
+                embeddings.append(request.get_output_tensor(0).data.copy())  # (1, d)
+            if row < len(pixels):
+                request.start_async({0: pixels[row : row + 1]})
+        return np.concatenate(embeddings)  # (n, d)

@@ -1,6 +1,7 @@
 """What holds too little to be judged: small, flat and smooth images, as the backbone sees them."""
 
 import io
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -91,6 +92,12 @@ def test_the_black_around_a_small_image_is_no_detail() -> None:
     assert lacking(Image.new("RGB", (40, 40), "white"), NATIVE) == (
         "too flat to judge: brightness varies by 0.0 of 255, where 3 are needed"
     )
+
+
+def test_windows_after_one_that_holds_enough_are_not_looked_at() -> None:
+    other = Mock(spec=Image.Image)
+    assert shortfall((3 * SIDE, SIDE), [grey(128 + 60 * NOISE), other], NATIVE) is None
+    assert not other.mock_calls
 
 
 def test_what_surrounds_the_crop_does_not_count() -> None:
