@@ -14,7 +14,7 @@ from ssl import SSLContext
 from typing import Any
 from urllib.parse import urlsplit
 
-from httpx2 import AsyncClient, InvalidURL, Request
+from httpx2 import AsyncClient, Request
 from PIL import Image
 from sqlalchemy import RowMapping, text
 
@@ -30,6 +30,8 @@ CONNECTIONS = 8
 """Files that are fetched at a time."""
 READERS = 2
 """Processes that read files for single thumbnails; those that decode uploads are not to wait for somebody's disk."""
+PARQUET_MEMORY = 2**31
+"""Bytes that reading a cell may take beside decoding it: pyarrow reserves some, and reads a row group."""
 PAGE_REFERENCES = 64
 MISSING = text("""select id, encode(sha256, 'hex') as sha256, uri, width, height, fingerprint, attributes
 from reference_image where num_nulls(thumbnail, thumbnail_sha256) = 2 and id > :after order by id limit :page""")
@@ -140,7 +142,7 @@ def make_thumbnail(
         _thumbnail_of_file,
         *(asdict(reference), file, private_addresses, max_pixels),
         seconds=seconds,
-        memory=decoding_memory(max_pixels),
+        memory=decoding_memory(max_pixels) + PARQUET_MEMORY,
         deadline=deadline,
     )
     store.references.add_thumbnail(reference.id, data)
@@ -155,8 +157,8 @@ def _reading_pool() -> ProcessPool:
 def _thumbnail_of_file(row: Mapping[str, Any], file: bytes | None, private_addresses: bool, max_pixels: int) -> bytes:
     try:
         data = _read(row["uri"], private_addresses) if file is None else file
-    except (OSError, ImportError, ValueError, InvalidURL) as error:
-        raise Refused(str(error)) from error
+    except Exception as error:  # of one of many libraries
+        raise Refused(str(error) or type(error).__name__) from error
     if len(data) > MAX_BYTES:
         raise Refused(f"more than {MAX_BYTES:,} bytes")
     return _checked_thumbnail(row, data, max_pixels)

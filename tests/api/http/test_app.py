@@ -23,12 +23,14 @@ from unittest.mock import Mock
 from uuid import uuid4
 
 import numpy as np
+import pyarrow
 import pytest
 from conftest import fill_disk, small_image
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from httpx2 import Response
 from PIL import Image
+from pyarrow import parquet
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 from starlette.formparsers import MultiPartParser
@@ -339,15 +341,20 @@ def test_a_reference_without_a_picture_is_shown_by_its_address(own: TestClient, 
 def test_a_picture_that_is_not_kept_is_made_of_a_file_that_may_be_read(
     settings: ServiceSettings, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a file, a member of an archive and a file that has changed; those that follow lie where nothing is read."""
-    names = ("open/a.png", "open/b.tar#b.png", "open/changed.png", "closed/d.png", "open/../closed/e.png")
+    """Of a file, a member of an archive, a cell and a file that has changed; then those where nothing is read."""
+    names = ["open/a.png", "open/b.tar#b.png", "open/c.parquet#image/0", "open/changed.png"]
+    names += ["closed/d.png", "open/../closed/e.png"]
     pictures = [png(number) for number in range(len(names))]
     for folder in ("open", "closed"):
         (tmp_path / folder).mkdir()
     for name, picture in zip(names, pictures, strict=True):
-        (tmp_path / name.replace("tar#", "")).write_bytes(png(99) if "changed" in name else picture)
+        if "#" not in name:
+            (tmp_path / name).write_bytes(png(99) if "changed" in name else picture)
     with tarfile.open(tmp_path / "open/b.tar", "w") as archive:
-        archive.add(tmp_path / "open/b.b.png", "b.png")
+        member = tarfile.TarInfo("b.png")
+        member.size = len(pictures[1])
+        archive.addfile(member, io.BytesIO(pictures[1]))
+    parquet.write_table(pyarrow.table({"image": [pictures[2]]}), tmp_path / "open/c.parquet")
     uris = [f"{tmp_path.as_uri()}/{name}" for name in names]
     changes = {"checkpoint": tiny_checkpoint, "device": "cpu", "keep_uploads": False}
     with connected(settings, **changes, thumbnails_from=f"s3://bucket/, {tmp_path.as_uri()}/open/") as client:
@@ -359,7 +366,7 @@ def test_a_picture_that_is_not_kept_is_made_of_a_file_that_may_be_read(
         listed = client.get("/v1/references").json()["references"]
         near = client.post("/v1/search", files=files(png(98))).json()["results"][0]["neighbours"]
         for shown in (listed, near):
-            assert {one["uri"] for one in shown if one["thumbnail"]} == set(uris[:3])
+            assert {one["uri"] for one in shown if one["thumbnail"]} == set(uris[:4])
         ids = {one["uri"]: one["id"] for one in listed}
 
         def statuses() -> list[int]:
@@ -367,10 +374,10 @@ def test_a_picture_that_is_not_kept_is_made_of_a_file_that_may_be_read(
 
         with monkeypatch.context() as patch:
             patch.setattr(service, "make_thumbnail", Mock(side_effect=DeadlinePassed("late")))
-            assert statuses() == [503, 503, 503, 404, 404]
-        assert statuses() == [200, 200, 404, 404, 404]
+            assert statuses() == [503, 503, 503, 503, 404, 404]
+        assert statuses() == [200, 200, 200, 404, 404, 404]
         shutil.rmtree(tmp_path / "open")
-        assert statuses() == [200, 200, 404, 404, 404]  # what was made is kept
+        assert statuses() == [200, 200, 200, 404, 404, 404]  # what was made is kept
         made = client.get(f"/v1/references/{ids[uris[1]]}/thumbnail").content
         assert made == thumbnail(decode_image(pictures[1])[0])
 
