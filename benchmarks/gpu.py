@@ -10,14 +10,12 @@ ways of a table take turns.
 """
 
 import json
-import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from statistics import mean
@@ -27,23 +25,17 @@ import numpy as np
 import torch
 import typer
 
-from api.judge.uploads import Question, Upload, prepare
-from api.service_settings import ServiceSettings
-from benchmarks.adding import CORES
+from benchmarks.adding import CORES, embedding_ways, make_shards, measure, show
 from benchmarks.search import K, built, embeddings, recall, turns
-from benchmarks.serving import photograph
 from benchmarks.targets import Target
 from benchmarks.training import best_of, training_steps
 from indexer.index.vector_index import VectorIndex, has_gpu
-from indexer.ingest.prefetch import prefetch
 from trainer.data.datasets import read_dataset
 from trainer.data.entry import Entry
 from trainer.fit.fit_settings import FitSettings
 from trainer.model.checkpoint import CheckpointConfig, build_backbone, save_checkpoint
 from trainer.model.embedder import Embedder, pick_device
 
-PICTURES = 16
-"""Different ones in the shards that are made."""
 SAMPLES, IDLE_SAMPLES, SAMPLE_SECONDS = 20, 2, 0.5
 """Of the GPU's use; the driver means up to a second, so the first ones are of the time before."""
 
@@ -83,24 +75,11 @@ def main(
     name = "the CPU, in a small form" if device == "cpu" else torch.cuda.get_device_name(device)
     print(f"{name}; {CORES} cores\n")
     with tempfile.TemporaryDirectory(prefix="lineup-") as folder:
-        shards = data or make_shards(Path(folder, "shards"), sizes)
+        shards = data or make_shards(Path(folder, "shards"), sizes.images, (sizes.sides, sizes.sides))
         weights = checkpoint or make_checkpoint(Path(folder, "checkpoint"), sizes)
         entries = list(islice(read_dataset(shards), sizes.images))
         targets = embed(entries, Embedder.load(weights, device=device), sizes)
     return targets + train(device, sizes) + search(device, sizes)
-
-
-def make_shards(folder: Path, sizes: Sizes) -> Path:
-    """One shard of real images."""
-    folder.mkdir()
-    pictures = [photograph(seed, (sizes.sides, sizes.sides)) for seed in range(PICTURES)]
-    with tarfile.open(folder / "0.tar", "w") as shard:
-        for record in range(sizes.images):
-            picture = pictures[record % PICTURES]
-            member = tarfile.TarInfo(f"{record:06}.real.jpg")
-            member.size = len(picture)
-            shard.addfile(member, BytesIO(picture))
-    return folder
 
 
 def make_checkpoint(folder: Path, sizes: Sizes) -> Path:
@@ -112,35 +91,9 @@ def make_checkpoint(folder: Path, sizes: Sizes) -> Path:
 
 
 def embed(entries: list[Entry], embedder: Embedder, sizes: Sizes) -> list[Target]:
-    """Images per second from their files to embeddings, decoded on threads, beside each half alone.
-
-    Embedding alone has all windows in memory: 5 GB of one window of 224 pixels for each of 8,192 images.
-    """
-    settings = ServiceSettings()
-
-    def windows(entry: Entry) -> np.ndarray:
-        upload = Upload(entry.key, entry.read())
-        return prepare(upload, Question(), embedder.preprocess, settings).views[0]  # (w, 3, s, s)
-
-    def decoded() -> Generator[np.ndarray, None, None]:
-        with ThreadPoolExecutor(CORES) as pool:
-            yield from pool.map(windows, entries)
-
-    def embedded(images: Iterator[np.ndarray]) -> None:
-        while batch := list(islice(images, sizes.batch)):
-            embedder.embed_windows(batch, sizes.batch)
-
-    pixels = list(decoded())
-    ways: dict[str, Callable[[], object]] = {
-        "embedding alone": lambda: embedded(iter(pixels)),
-        "decoding alone": lambda: sum(1 for _ in decoded()),
-        "decode and embed": lambda: embedded(prefetch(decoded(), 2 * sizes.batch)),
-    }
-    rates = {name: len(entries) / seconds for name, seconds in best_of(sizes.rounds, ways, time.perf_counter).items()}
-    print(f"{len(entries)} images, {embedder.engine}, {embedder.preprocess.image_size} pixels\n")
-    print("| | images per second | times embedding alone |\n|---|---:|---:|")
-    for name, rate in rates.items():
-        print(f"| {name} | {rate:,.0f} | {rate / rates['embedding alone']:.2f} |")
+    """Images per second from their files to embeddings, beside each half alone."""
+    rates = measure(embedding_ways(entries, embedder, sizes.batch), len(entries), sizes.rounds)
+    show(rates, embedder)
     bound = min("decoding alone", "embedding alone", key=lambda name: rates[name])
     share = rates["decode and embed"] / rates[bound]
     print(f"\nWhat bounds is {bound.removesuffix(' alone')}: both together reach {share:.2f} of it alone.\n")

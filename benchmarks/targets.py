@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from trainer.model.embedder import has_cuda
 
-BENCHMARKS = ("search", "training", "decoding", "serving")
+BENCHMARKS = ("search", "training", "decoding", "serving", "adding")
 
 
 @dataclass(frozen=True, slots=True)
