@@ -41,7 +41,9 @@ def show(verdict: Verdict, console: Console) -> None:
 def in_a_line(verdict: Verdict) -> str:
     """The verdict, its score, the file and what it is closest to."""
     score = "-" if verdict.score is None else decimal(verdict.score, precision([verdict.score], cuts(verdict)))
-    closest = f"  ({verdict.generators[0].name})" if verdict.generators and verdict.verdict != "real" else ""
+    closest = ""
+    if verdict.generators and verdict.verdict != "real":
+        closest = f"  ({'if generated, ' if verdict.verdict == 'uncertain' else ''}{verdict.generators[0].name})"
     return f"{verdict.verdict:<9}  {score:<8}  {verdict.file}{closest}"
 
 

@@ -178,10 +178,11 @@ def tell_status(status: Mapping[str, Any]) -> None:
     for one in status["checkpoints"]:
         if one["id"] != status["checkpoint"]:
             facts.add_row("beside it", _checkpoint(one["name"], one["id"], one["active"]))
-    facts.add_row("references", f"{references['real']} real, {references['fake']} fake; revision {status['revision']}")
+    kinds = f"{references['real']:,} real, {references['fake']:,} fake"
+    facts.add_row("references", f"{kinds}; revision {status['revision']}")
     if status["not_embedded"]:
         facts.add_row("not embedded", f"{status['not_embedded']} references, which its searches do not find")
-    vectors = f"{index['kind']} on {index['device']}, {index['size']} vectors, recall@20 {index['recall']:.4g}"
+    vectors = f"{index['kind']} on {index['device']}, {index['size']:,} vectors, recall@20 {index['recall']:.4g}"
     facts.add_row("index", f"{vectors}; revision {index['revision']}")
     fitted = "none yet"
     if calibration is not None:

@@ -78,7 +78,8 @@ def simulate(
         from trainer.simulation.simulate import simulate as write_images
 
         images = write_images(out, records=records, seed=seed)
-    report(as_json, images)
+    splits = ", ".join(f"{count} {split}" for split, count in images.items())
+    report(as_json, images, f"wrote {out}: {splits} images, all of them simulated")
 
 
 @app.command()

@@ -14,7 +14,7 @@ from api.http.server import JsonFormatter
 from api.judge.judgement import clip, decide, none_if_nan, stability
 from api.schemas.verdicts import EXAMPLE_VERDICT, Decision, Thresholds, Verdict
 from api.verdict_log import changes
-from api.verdict_printer import heads_table, in_words, neighbours_table, notes, precision
+from api.verdict_printer import heads_table, in_a_line, in_words, neighbours_table, notes, precision
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,14 @@ def test_words_for_people() -> None:
         "the file itself says that it was generated",
         "the database is away: judged from memory, not recorded",
     ]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "closest"), [("fake", "  (SD-XL)"), ("uncertain", "  (if generated, SD-XL)"), ("real", "")]
+)
+def test_a_line_names_the_closest_generator_of_what_may_be_generated(verdict: str, closest: str) -> None:
+    image = example(verdict=verdict)
+    assert in_a_line(image) == f"{verdict:<9}  0.97      {image.file}{closest}"
 
 
 def test_the_terminal_says_which_copies_hold_too_little() -> None:

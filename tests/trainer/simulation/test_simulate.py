@@ -11,8 +11,10 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from trainer import progress
+from trainer.__main__ import app
 from trainer.data.datasets import read_dataset
 from trainer.images import decode_image
 from trainer.simulation.camera import photograph, sharpen, tone
@@ -67,6 +69,12 @@ def test_the_reader_takes_every_image(simulated: Path) -> None:
         assert image.width % 16 == image.height % 16 == 0
         assert 64 <= min(image.size) <= max(image.size) <= 128
         assert entry.uri.endswith({"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}[facts.format])
+
+
+def test_the_command_says_what_it_wrote_and_where(tmp_path: Path) -> None:
+    written = CliRunner().invoke(app, ["simulate", str(tmp_path / "one"), "--records", "1"])
+    assert f"wrote {tmp_path / 'one'}: " in written.stderr
+    assert "images, all of them simulated" in written.stderr
 
 
 def test_the_folder_says_plainly_that_it_is_simulated(simulated: Path) -> None:
