@@ -129,7 +129,7 @@ def embedding_ways(entries: Sequence[Entry], embedder: Embedder, batch: int) -> 
 
 
 def embed(windows: Iterable[np.ndarray], embedder: Embedder, batch: int) -> None:
-    """Embed images as adding does, each given by its windows (w, 3, s, s), float32."""
+    """Embed images as adding does, each given by its windows (w, 3, s, s), uint8."""
     for _ in map_batches(lambda images: embedder.embed_windows(images, batch), (one for one in windows), batch):
         pass
 

@@ -54,7 +54,7 @@ def judged_boxes(image: Image.Image, preprocess: Preprocess) -> list[Box]:
 
 
 def region_pixels(image: Image.Image, boxes: Sequence[Box], preprocess: Preprocess) -> np.ndarray:
-    """The boxes' pixels at native resolution as the backbone reads them, one window each, shape (n, 3, s, s)."""
+    """The boxes' pixels at native resolution, one window each, shape (n, 3, s, s), uint8."""
     native = replace(preprocess, mode="center_crop")
     return native([image.crop((x, y, x + w, y + h)) for x, y, w, h in boxes])
 
@@ -81,14 +81,14 @@ LARGEST_SIDE = 2048
 
 
 def windows_and_shortfall(image: Image.Image, preprocess: Preprocess) -> tuple[np.ndarray, str | None]:
-    """The windows of an image as the backbone reads them, shape (w, 3, s, s), and why they hold too little, if so."""
+    """The windows of an image, shape (w, 3, s, s), uint8, and why they hold too little, if so."""
     windows = preprocess.crops(image)
     as_they_are = replace(preprocess, mode="center_crop", windows=1)  # for images that have the size already
     return as_they_are(windows), shortfall(image.size, windows, preprocess)
 
 
 def variant_windows(image: Image.Image, preprocess: Preprocess) -> dict[str, np.ndarray]:
-    """The windows, each of shape (w, 3, s, s), of those of `VARIANTS` that still hold enough to be judged."""
+    """The windows, each of shape (w, 3, s, s), uint8, of those of `VARIANTS` that still hold enough to be judged."""
     if max(image.size) > LARGEST_SIDE:
         image = _scaled(image, LARGEST_SIDE / max(image.size))
     judged = {name: windows_and_shortfall(change(image), preprocess) for name, change in VARIANTS.items()}

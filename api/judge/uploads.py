@@ -65,7 +65,7 @@ class Prepared:
     file_bytes: int
     image: ImageFacts
     views: list[np.ndarray] = field(default_factory=list)
-    """What is embedded: the windows of the image, of its regions and of its variants, each of shape (w, 3, s, s)."""
+    """What is embedded: the windows of the image, of its regions and of its variants, each (w, 3, s, s), uint8."""
     boxes: list[Box] = field(default_factory=list)
     """Of the regions."""
     variants: tuple[str, ...] | None = None

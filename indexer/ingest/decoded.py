@@ -14,7 +14,7 @@ from trainer.images import FileFacts, Preprocess, decode_image, thumbnail
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What a row needs of an image's pixels, its windows of shape (w, 3, s, s), float32."""
+    """What a row needs of an image's pixels, its windows of shape (w, 3, s, s), uint8."""
 
     facts: FileFacts
     windows: np.ndarray
@@ -34,7 +34,7 @@ def decode_thumbnail(data: bytes, max_pixels: int) -> bytes:
 
 
 def decode_windows(data: bytes, max_pixels: int, preprocess: Preprocess) -> np.ndarray:
-    """The windows of an image that lacks nothing else, shape (w, 3, s, s), float32."""
+    """The windows of an image that lacks nothing else, shape (w, 3, s, s), uint8."""
     return preprocess([decode_image(data, max_pixels=max_pixels, windows_of=preprocess)[0]])
 
 

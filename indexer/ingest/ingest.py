@@ -87,7 +87,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An entry that was read: its row, still without a vector, and its windows, shape (w, 3, s, s), float32."""
+    """An entry that was read: its row, still without a vector, and its windows, shape (w, 3, s, s), uint8."""
 
     entry: Entry
     reference: NewReference

@@ -73,7 +73,7 @@ def test_a_checkpoint_keeps_its_ids_and_its_calibration() -> None:
     folder = OLD / "checkpoint"
     embedder, heads, calibration = Embedder.load(folder, device="cpu"), Heads.load(folder), CalibrationSet.load(folder)
     assert (embedder.id, heads.id, len(calibration)) == (CHECKPOINT, HEADS, 120)
-    assert embedder.embed_pixels(np.zeros((1, 3, 16, 16), np.float32)).shape == (1, 12)
+    assert embedder.embed_pixels(np.zeros((1, 3, 16, 16), np.uint8)).shape == (1, 12)
 
 
 def test_a_database_is_read_with_its_verdicts(home: Path, database: str) -> None:

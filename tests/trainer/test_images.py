@@ -415,12 +415,16 @@ def test_a_line_one_pixel_high_is_cropped_without_a_huge_resize() -> None:
 
 def test_pixels_are_normalised_by_channel() -> None:
     preprocess = Preprocess(image_size=8)
-    pixels = preprocess([Image.new("RGB", (20, 10), (255, 0, 51))] * 2)
+    raw = preprocess([Image.new("RGB", (20, 10), (255, 0, 51))] * 2)
+    assert raw.dtype == np.uint8
+    pixels = preprocess.normalised(raw)
     assert pixels.shape == (2, 3, 8, 8)
     assert pixels.dtype == np.float32
     expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225]
     np.testing.assert_allclose(pixels[1, :, 3, 3], expected, rtol=1e-5)
-    assert preprocess([]).shape == (0, 3, 8, 8)
+    assert preprocess([]).shape == preprocess.normalised(preprocess([])).shape == (0, 3, 8, 8)
+    with pytest.raises(ValueError, match="pixels are float32; expected uint8"):
+        preprocess.normalised(pixels)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def embed_entries(
 
 
 def _pixels(preprocess: Preprocess, transform: Transform, image: Image.Image) -> np.ndarray:
-    """What the backbone reads, shape (w, 3, s, s), float32."""
+    """The windows that are embedded, shape (w, 3, s, s), uint8."""
     if transform.finished:
         preprocess = replace(preprocess, mode="center_crop")  # leaves an image of size s as it is
     return preprocess([image])

@@ -52,7 +52,7 @@ class Embedder:
     device: str
     folder: Path
     forward: Callable[[np.ndarray], np.ndarray]
-    """Pixels (n, 3, s, s), float32, to embeddings (n, d), float32."""
+    """Normalised pixels (n, 3, s, s), float32, to embeddings (n, d), float32."""
 
     @classmethod
     def load(cls, folder: Path, *, device: str = "auto", engine: str = "auto") -> Self:
@@ -96,13 +96,13 @@ class Embedder:
         return np.concatenate(embeddings) if embeddings else np.empty((0, self.dim), np.float32)  # (n, d)
 
     def embed_pixels(self, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray:
-        """Embeddings, shape (n, d), float32, of windows (n, 3, s, s), float32, normalised as `preprocess` does."""
+        """Embeddings, shape (n, d), float32, of windows (n, 3, s, s), uint8, as `preprocess` gives them."""
         chunks = [pixels[start : start + batch_size] for start in range(0, len(pixels), batch_size)]
-        embeddings = [self.forward(chunk) for chunk in chunks]
+        embeddings = [self.forward(self.preprocess.normalised(chunk)) for chunk in chunks]
         return np.concatenate(embeddings) if embeddings else np.empty((0, self.dim), np.float32)  # (n, d)
 
     def embed_windows(self, images: Sequence[np.ndarray], batch_size: int = 32) -> np.ndarray:
-        """Embeddings of images, shape (n, d), float32, each given by its windows (w, 3, s, s), float32.
+        """Embeddings of images, shape (n, d), float32, each given by its windows (w, 3, s, s), uint8.
 
         A pass has `batch_size` windows, of however many images.
         """

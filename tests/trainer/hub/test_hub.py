@@ -77,7 +77,7 @@ def test_imported_embeddings_equal_transformers(source: Path, pixels: np.ndarray
     embedder = Embedder.load(tmp_path, engine="torch")
     assert imported.checkpoint == embedder.id
     assert embedder.preprocess == Preprocess(mode="center_crop", image_size=SIZE)
-    np.testing.assert_allclose(embedder.embed_pixels(pixels), by_transformers(source, pixels), atol=1e-5)
+    np.testing.assert_allclose(embedder.forward(pixels), by_transformers(source, pixels), atol=1e-5)
 
 
 def test_a_torch_file_gives_the_same_checkpoint(source: Path, tmp_path: Path) -> None:
@@ -191,12 +191,12 @@ def test_exported_hub_layout_comes_back_and_equals_transformers(
 ) -> None:
     export_hub(checkpoint, tmp_path / "hub")
     original = Embedder.load(checkpoint, engine="torch")
-    np.testing.assert_allclose(by_transformers(tmp_path / "hub", pixels), original.embed_pixels(pixels), atol=1e-5)
+    np.testing.assert_allclose(by_transformers(tmp_path / "hub", pixels), original.forward(pixels), atol=1e-5)
     imported = import_checkpoint(str(tmp_path / "hub"), tmp_path / "back")
     back = Embedder.load(tmp_path / "back", engine="torch")
     assert imported.checkpoint == original.id
     assert (back.name, back.preprocess, back.config.licence) == ("tiny", original.preprocess, "MIT")
-    np.testing.assert_array_equal(back.embed_pixels(pixels), original.embed_pixels(pixels))
+    np.testing.assert_array_equal(back.forward(pixels), original.forward(pixels))
     processor = json.loads((tmp_path / "hub" / "preprocessor_config.json").read_text())
     assert (processor["do_resize"], processor["size"]) == (True, {"shortest_edge": 35})
 
@@ -215,7 +215,7 @@ def test_onnx_equals_torch_for_any_batch(checkpoint: Path, pixels: np.ndarray, t
 
     export_onnx(checkpoint, tmp_path)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    expected = Embedder.load(checkpoint, engine="torch").embed_pixels(pixels)
+    expected = Embedder.load(checkpoint, engine="torch").forward(pixels)
     for count in (1, 5):
         np.testing.assert_allclose(session.run(None, {"pixels": pixels[:count]})[0], expected[:count], atol=1e-4)
 
@@ -226,7 +226,7 @@ def test_openvino_equals_torch_for_any_batch(checkpoint: Path, pixels: np.ndarra
     export_openvino(checkpoint, tmp_path)
     compiled = openvino.Core().compile_model(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     request = compiled.create_infer_request()
-    expected = Embedder.load(checkpoint, engine="torch").embed_pixels(pixels)
+    expected = Embedder.load(checkpoint, engine="torch").forward(pixels)
     for count in (1, 5):
         np.testing.assert_allclose(request.infer({"pixels": pixels[:count]})["embedding"], expected[:count], atol=1e-4)
 

@@ -44,11 +44,12 @@ def test_embeddings_are_the_backbones_cls_token(embedder: Embedder) -> None:
     x = embedder.embed(images, batch_size=2)
     assert x.shape == (3, 48)
     assert x.dtype == np.float32
-    pixels = torch.from_numpy(embedder.preprocess(images))
+    pixels = embedder.preprocess(images)
+    normalised = torch.from_numpy(embedder.preprocess.normalised(pixels))
     with torch.inference_mode():
-        tokens = load_backbone(embedder.folder).forward_features(pixels)  # type: ignore[operator]
+        tokens = load_backbone(embedder.folder).forward_features(normalised)  # type: ignore[operator]
     np.testing.assert_allclose(x, tokens[:, 0].numpy(), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(embedder.embed_pixels(pixels.numpy()), x, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(embedder.embed_pixels(pixels), x, rtol=1e-5, atol=1e-6)
 
 
 def test_batches_and_threads_do_not_change_embeddings(embedder: Embedder) -> None:
@@ -84,7 +85,7 @@ def test_an_image_of_several_windows_has_one_embedding(windowed: Embedder) -> No
 
 
 def test_no_images_give_no_embeddings(embedder: Embedder) -> None:
-    assert embedder.embed_pixels(np.empty((0, 3, 32, 32), np.float32)).shape == embedder.embed([]).shape == (0, 48)
+    assert embedder.embed_pixels(np.empty((0, 3, 32, 32), np.uint8)).shape == embedder.embed([]).shape == (0, 48)
 
 
 def test_an_unknown_architecture_device_or_engine_is_named(tiny_checkpoint: Path) -> None:
@@ -154,9 +155,9 @@ def test_engines_agree(changes: dict[str, Any], tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(5, 3, *[expected.preprocess.image_size] * 2)).astype(np.float32)
     given = x.copy()
     for engine, least in ((exact, 0.99999), (rounded, 0.9999)):
-        assert cosine(engine.embed_pixels(x), expected.embed_pixels(x)).min() > least
-        assert cosine(engine.embed_pixels(x[3:4]), engine.embed_pixels(x)[3:4]).min() > 0.9999
-    np.testing.assert_allclose(exact.embed_pixels(x), expected.embed_pixels(x), rtol=1e-3, atol=1e-4)
+        assert cosine(engine.forward(x), expected.forward(x)).min() > least
+        assert cosine(engine.forward(x[3:4]), engine.forward(x)[3:4]).min() > 0.9999
+    np.testing.assert_allclose(exact.forward(x), expected.forward(x), rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(x, given)
     assert (exact.engine, expected.engine) == ("openvino-f32", "torch")
     assert rounded.engine in ("openvino-bf16", "openvino-f32")
@@ -177,10 +178,10 @@ def test_nearest_images_are_the_same_by_every_engine(tiny_checkpoint: Path) -> N
 def test_threads_get_their_own_answers(tiny_checkpoint: Path) -> None:
     embedder = Embedder.load(tiny_checkpoint, device="cpu", engine="openvino")
     x = np.random.default_rng(0).normal(size=(64, 3, 32, 32)).astype(np.float32)
-    given, expected = x.copy(), embedder.embed_pixels(x)
+    given, expected = x.copy(), embedder.forward(x)
     parts = [slice(start, start + size) for size in (1, 2, 3, 5) for start in range(0, 60, 4)] * 4
     with ThreadPoolExecutor(8) as pool:
-        for part, got in zip(parts, pool.map(lambda part: embedder.embed_pixels(x[part]), parts), strict=True):
+        for part, got in zip(parts, pool.map(lambda part: embedder.forward(x[part]), parts), strict=True):
             assert cosine(got, expected[part]).min() > 0.9999
     np.testing.assert_array_equal(x, given)
 
@@ -245,7 +246,7 @@ from trainer.model.embedder import Embedder
 seen = []
 signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
 held = [Embedder.load(Path(sys.argv[1]), device="cpu", engine="openvino")]
-held[0].embed_pixels(np.zeros((1, 3, 32, 32), np.float32))
+held[0].forward(np.zeros((1, 3, 32, 32), np.float32))
 thread = threading.Thread(target=lambda: (held.clear(), gc.collect()))
 thread.start()
 thread.join()
