@@ -38,7 +38,7 @@ export async function show() {
         candidates.length
           ? `${plural(candidates.length, "group")} among ${plural(images, "image")} that no reference explains; ` +
               `${count(ungrouped)} are in none.${older}`
-          : `No group among ${plural(images, "image")} that no reference explains.${older}`,
+          : `No group among ${plural(images, "image")} that no reference explains: it takes at least 5 that are alike.${older}`,
       ),
       ...candidates.map(account),
     );

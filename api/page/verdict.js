@@ -73,7 +73,7 @@ function scoreWords(verdict) {
     known,
     h("strong", {}, figure(verdict)),
     " of 1.",
-    means ? [" ", h("span", { class: "rarity" }, means)] : null,
+    means ? ` ${means}` : null,
   );
 }
 

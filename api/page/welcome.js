@@ -31,7 +31,12 @@ export const welcome = h(
     ),
   ),
   known,
-  h("p", { class: "hint" }, "Lineup keeps at most a fingerprint of the image and the verdict, never the image."),
+  h(
+    "p",
+    { class: "hint" },
+    "Of an image that is judged Lineup keeps at most its fingerprint, the verdict and, where the service is set so, a " +
+      "thumbnail.",
+  ),
 );
 
 /** Say what there is to compare with, from `/v1/status`. */

@@ -27,6 +27,7 @@ from api.service_settings import ServiceSettings
 from api.verdict_file import row, write_csv
 from indexer.database.connection import connect
 from indexer.ingest.public_files import public_client
+from indexer.measure.discovery import SMALLEST
 from indexer.store import Store
 from indexer.store.detections import Detection
 
@@ -1193,6 +1194,10 @@ def test_images_without_a_thumbnail_are_shown_where_this_tab_has_them(opens: Ope
     images = page.locator(".judged img")
     expect(images).to_have_count(1)
     alike(images)
+    page.route("**/v1/candidates", fulfilled(json.dumps(body | {"candidates": [], "ungrouped": 2})))
+    page.get_by_role("link", name="Status").click()
+    page.get_by_role("link", name="Discover").click()
+    expect(page.locator(".candidates")).to_contain_text(f"at least {SMALLEST} that are alike")
 
 
 # Access
