@@ -10,7 +10,7 @@ from playwright.sync_api import Page, ViewportSize, sync_playwright
 
 FOLDER = Path(__file__).parent
 DETECT: ViewportSize = {"width": 1200, "height": 1580}
-MAP: ViewportSize = {"width": 1200, "height": 1150}
+MAP: ViewportSize = {"width": 1200, "height": 1240}
 
 
 def save(page: Page, name: str) -> None:
@@ -25,7 +25,7 @@ def main(link: str, image: str) -> None:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport=DETECT, color_scheme="light")
         page.goto(link)
-        page.locator("#view-detect input[type=file]").set_input_files(image)
+        page.locator("#view-detect input[type=file]").first.set_input_files(image)
         page.locator(".stability").wait_for()  # comes after the verdict
         page.wait_for_load_state("networkidle")
         save(page, "verdict.png")
