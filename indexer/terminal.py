@@ -380,7 +380,8 @@ def tell_audit(report: Mapping[str, Any]) -> None:
     for warning in report["warnings"]:
         stdout.print(f"warning: {warning}", markup=False, soft_wrap=True)
     duplicates = report["near_duplicates"]
-    print(f"{duplicates['count']} near duplicates across labels")
+    chance = ", some by chance perhaps: plain images are alike when they are small" if duplicates["count"] else ""
+    print(f"{duplicates['count']} near duplicates across labels{chance}")
     for pair in duplicates["listed"]:
         line = f"  {_name(pair['real'])} and {_name(pair['fake'])}: {pair['bits']} bits apart"
         stdout.print(line, markup=False, soft_wrap=True)

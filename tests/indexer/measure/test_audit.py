@@ -13,6 +13,7 @@ from indexer.measure.audit import audit, fact_aurocs, fact_warnings, near_duplic
 from indexer.settings import Settings
 from indexer.store import Store
 from indexer.store.reference_facts import NewReference
+from indexer.terminal import tell_audit
 from trainer.images import FileFacts
 
 
@@ -96,7 +97,9 @@ def test_a_few_images_ring_nothing(store: Store) -> None:
     assert len(fact_warnings(store)) == 2
 
 
-def test_near_duplicates_across_labels_are_listed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_duplicates_across_labels_are_listed(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second, third = 0x1234_5678_9ABC_DEF0, 0x0F0F_3C3C_5A5A_6969, -0x7777_1111_2222_4444
     reals = add_all(
         store, [reference(n, None, uri=f"file:///{n}", fingerprint=one) for n, one in enumerate((first, second))]
@@ -128,6 +131,10 @@ def test_near_duplicates_across_labels_are_listed(store: Store, monkeypatch: pyt
     monkeypatch.setattr(module, "LISTED_PAIRS", 1)
     shorter = near_duplicates_across(store)
     assert (shorter["count"], len(shorter["listed"])) == (2, 1)
+    tell_audit({"facts": [], "auroc": None, "generators": [], "warnings": [], "near_duplicates": found})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3].startswith("2 near duplicates across labels, some by chance perhaps: ")
+    assert lines[-2] == f"  real {reals[1]} file:///1 and gen {fakes[1]}: 0 bits apart"
 
 
 def test_a_large_set_is_sampled(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
