@@ -268,5 +268,5 @@ class CompiledGraph:
                 request.wait()
                 embeddings.append(request.get_output_tensor(0).data.copy())  # (1, d)
             if row < len(pixels):
-                request.start_async({0: pixels[row : row + 1]})
+                request.start_async({0: pixels[row : row + 1]}, share_inputs=True)
         return np.concatenate(embeddings)  # (n, d)
