@@ -89,8 +89,8 @@ def add(
 ) -> None:
     """Add images as references; what is known already is skipped, so an interrupted run can be repeated.
 
-    At the end it says what the enrolment changed, and warns where facts of the files tell the labels apart. Of several
-    parts, which share an enrolment, the last to end does so.
+    At the end it says what the enrolment changed, and warns where facts of the files tell the labels apart.
+    Of several parts, which share an enrolment, the last to end does so.
     """
     options: dict[str, Any] = {"family": family, "vendor": vendor, "version": version}
     options["released_on"] = released_on and released_on.date()
@@ -238,8 +238,8 @@ def discover(
 ) -> None:
     """Group judged images that no reference explains: candidates for a generator that nobody has enrolled.
 
-    They come from kept verdicts that are uncertain, of an unknown generator, novel or disputed. Their pictures were not
-    kept: what --enrol adds has the vector of this checkpoint alone. Needs the extra `train`.
+    They come from kept verdicts that are uncertain, of an unknown generator, novel or disputed.
+    The images were not kept: what --enrol adds has the vector of this checkpoint alone. Needs the extra `train`.
     """
     if (enrol is None) != (generator is None) or (source is not None and enrol is None):
         fail("--enrol and --generator go together, and --source with them", 2)
@@ -340,8 +340,7 @@ def rebuild(
 ) -> None:
     """Make snapshots and counts anew from the rows; with --checkpoint, embed all references with another one first.
 
-    That one is then what `lineup index`, `detect` and `serve` use, and what running services change to by themselves,
-    unless LINEUP_CHECKPOINT names another.
+    All commands then use that one, and running services change to it, unless LINEUP_CHECKPOINT names another.
     """
     settings = Settings.read(checkpoint=checkpoint, device=device)
     report: dict[str, Any] = {}

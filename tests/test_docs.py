@@ -44,6 +44,8 @@ def test_every_command_has_help_and_appears_in_the_readme(program: str) -> None:
     assert isinstance(group, typer.core.TyperGroup)
     for name, command in group.commands.items():
         assert command.help
+        further = command.help.partition("\n\n")[2].splitlines()
+        assert all(line.endswith(".") for line in further if line), "its lines are broken in the terminal, too"
         assert re.search(rf"\blineup {program}[^\n]*\b{name}\b", README), name
 
 

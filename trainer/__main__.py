@@ -217,8 +217,7 @@ def evaluate(
 ) -> None:
     """Measure the checkpoint's own heads: plain, augmented, and with both labels recompressed alike.
 
-    Left out, and counted, is every image that the checkpoint was trained, calibrated or chosen on, and every other
-    image of its group.
+    Images that it was trained, calibrated or chosen on, and all others of their groups, are left out and counted.
     """
     with expected_failures():
         from trainer.evaluation.head_evaluation import card_figures
