@@ -26,7 +26,7 @@ export function intake({ view, title, hint, onfiles, multiple = true, folder = f
       class: "unseen",
       ...attributes,
       onchange: () => {
-        take(input.files);
+        take([...input.files].sort(byPath));
         input.value = ""; // so that the same file may be chosen again
       },
     });
@@ -83,6 +83,9 @@ export function intake({ view, title, hint, onfiles, multiple = true, folder = f
   });
   return zone;
 }
+
+/** The files of a folder come in any order; others, which have no path, stay as they are. */
+const byPath = (one, other) => one.webkitRelativePath.localeCompare(other.webkitRelativePath, "en", { numeric: true });
 
 /** All files of a drop; of folders, those inside that look like images. */
 async function droppedFiles(transfer) {
