@@ -76,7 +76,11 @@ class ServiceError(Exception):
             self.problem = Problem.model_validate_json(response.content, extra="ignore")
         asked = response.headers.get("retry-after", "")
         self.retry_after = float(asked) if asked.isdecimal() else 0.0
-        super().__init__(self.problem.detail if self.problem else f"HTTP {self.status}: {response.text[:200]}")
+        super().__init__(response)  # which pickle makes it of again, in another process
+
+    def __str__(self) -> str:
+        [response] = self.args
+        return self.problem.detail if self.problem else f"HTTP {self.status}: {response.text[:200]}"
 
 
 class Client:

@@ -45,6 +45,8 @@ from trainer.model.checkpoint import CheckpointConfig, build_backbone, save_chec
 ROOT = Path(__file__).parent.parent
 DIM = 192
 MARK = "lineup"
+MOST_IN_JOB = 400
+"""Images of half a megabyte that one request may hold (`LINEUP_MAX_REQUEST_BYTES`)."""
 
 
 def photograph(seed: int, size: tuple[int, int] = (1024, 768)) -> bytes:
@@ -350,7 +352,7 @@ def main(
                 print(row(str(number), rate, times, pid), flush=True)
             rate, times = arrive(port, highest / 2, seconds, forms)
             print(row("half load", rate, times, pid))
-            number = int(highest * seconds)
+            number = min(int(highest * seconds), MOST_IN_JOB)
             print(f"\nA job of {number} images, nobody else calling: {job(port, images, number):.1f} images/s")
         return [
             Target("one verdict, times faster than the reference path", faster, 4),

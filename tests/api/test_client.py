@@ -1,6 +1,7 @@
 """The client has a method for every call, and reads what the service answers."""
 
 import io
+import pickle
 import re
 import time
 from collections.abc import Iterator
@@ -181,6 +182,8 @@ def test_refusals_are_told_in_the_words_of_the_service(response: httpx2.Response
         lineup.reference(1)
     assert caught.value.status == status
     assert len(requests) == 1
+    elsewhere = pickle.loads(pickle.dumps(caught.value))  # of a process pool
+    assert (elsewhere.status, str(elsewhere)) == (status, message)
 
 
 @pytest.mark.parametrize("attempts", [1, 2])
