@@ -374,7 +374,9 @@ class Service:
             return await _each(uploads, one)
 
     async def thumbnail(self, id: int) -> bytes | None:
-        """The thumbnail of a reference; one that is not kept is made, where its file was kept or may be read.
+        """The thumbnail of a reference; one that is not kept is made of its file, where that may be read.
+
+        One whose object is lost is also made of the kept upload.
 
         Raises:
             ApiError: not-ready, where too many are being made.
