@@ -38,8 +38,8 @@ def map_batches(
     """What `work` makes of each `size` items, in order, with two batches at a time.
 
     An engine on all cores has the next batch at hand then: it would wait while one is put together or handed on.
-    What `work` raises is raised here, after the results before it. Closing this generator ends the threads, and closes
-    `items`.
+    What `work` raises is raised here, after the results before it; what `items` raises at once. Closing this generator
+    ends the threads, and closes `items`.
     """
     with closing(items), ThreadPoolExecutor(2, thread_name_prefix="batches") as threads:
         futures: deque[Future[Result]] = deque()

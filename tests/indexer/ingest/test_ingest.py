@@ -5,9 +5,10 @@ import io
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -356,7 +357,8 @@ def test_prefetch_keeps_order_and_bounds_and_passes_errors() -> None:
         list(stream)
 
 
-def test_closing_a_prefetch_ends_its_thread() -> None:
+@pytest.mark.parametrize("stage", [partial(prefetch, depth=2), partial(map_batches, len, size=2)])
+def test_closing_a_stage_ends_its_threads(stage: Callable[..., Generator[int, None, None]]) -> None:
     closed = threading.Event()
 
     def endless() -> Iterator[int]:
@@ -367,8 +369,9 @@ def test_closing_a_prefetch_ends_its_thread() -> None:
             closed.set()
 
     before = threading.active_count()
-    stream = prefetch((n for n in endless()), 2)
-    assert next(stream) == 1
+    items = endless()  # held here, so that nothing but the stage closes it
+    stream = stage(items)
+    next(stream)
     stream.close()
     assert threading.active_count() == before
     assert closed.wait(10)
