@@ -99,9 +99,9 @@ function account(candidate) {
 
 /** An image that was judged, as a link to the record, with its picture where the service or this tab has it. */
 function judged({ detection, file, verdict, thumbnail }) {
-  const { address } = recent.get(detection) ?? {};
+  const address = thumbnail ? null : recent.get(detection)?.address; // perhaps of a format that browsers do not show
   const picture = (thumbnail || address) && h("img", { alt: "", src: address, width: 96, height: 96 });
-  if (picture && !address) showThumbnail(picture, thumbnail);
+  if (thumbnail) showThumbnail(picture, thumbnail);
   return h("li", {}, picture, h("a", { href: `#/record/${detection}` }, fileName(file)), badge(verdict));
 }
 

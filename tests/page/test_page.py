@@ -1188,13 +1188,16 @@ def test_images_without_a_thumbnail_are_shown_where_this_tab_has_them(opens: Ope
     image = {"file": "mine.png", "verdict": "uncertain", "thumbnail": None, "nearest": None}
     group = {"name": "a1", "images": 2, "first": "2026-01-01T00:00:00Z", "last": "2026-01-01T00:00:00Z"}
     group |= {"novelty": None, "similarity": None, "verdicts": {"uncertain": 2}, "nearest": []}
-    group["examples"] = [image | {"detection": record.rpartition("/")[2]}, image | {"detection": "other"}]
+    mine, path = image | {"detection": record.rpartition("/")[2]}, "/v1/detections/kept/thumbnail"
+    group["examples"] = [mine, mine | {"thumbnail": path}, image | {"detection": "other"}]
+    page.route(f"**{path}", lambda route: route.fulfill(body=picture()["buffer"], content_type="image/png"))
     body = {"candidates": [group], "images": 2, "ungrouped": 0, "left_out": 0}
     page.route("**/v1/candidates", fulfilled(json.dumps(body)))
     page.get_by_role("link", name="Discover").click()
     images = page.locator(".judged img")
-    expect(images).to_have_count(1)
+    expect(images).to_have_count(2)
     alike(images)
+    assert len({shown.get_attribute("src") for shown in images.all()}) == 2
     page.route("**/v1/candidates", fulfilled(json.dumps(body | {"candidates": [], "ungrouped": 2})))
     page.get_by_role("link", name="Status").click()
     page.get_by_role("link", name="Discover").click()
