@@ -29,11 +29,13 @@ from trainer.heads.heads import fit_heads
 from trainer.images import Preprocess
 from trainer.model.checkpoint import CheckpointConfig, build_backbone, read_config, read_weights, save_checkpoint
 from trainer.model.embedder import Embedder
+from trainer.model.vit_openvino import refuse_telemetry
 
 pytest_plugins = ("publisher",)
 # A busy machine is no failure: hypothesis fails examples that take over 200 ms otherwise.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
+refuse_telemetry()  # some tests import OpenVINO themselves
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -84,8 +84,10 @@ export function intake({ view, title, hint, onfiles, multiple = true, folder = f
   return zone;
 }
 
+const names = new Intl.Collator("en", { numeric: true });
+
 /** The files of a folder come in any order; others, which have no path, stay as they are. */
-const byPath = (one, other) => one.webkitRelativePath.localeCompare(other.webkitRelativePath, "en", { numeric: true });
+const byPath = (one, other) => names.compare(one.webkitRelativePath, other.webkitRelativePath);
 
 /** All files of a drop; of folders, those inside that look like images. */
 async function droppedFiles(transfer) {
@@ -105,7 +107,7 @@ async function children(directory) {
   const all = [];
   for (;;) {
     const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)); // at most 100 at a time
-    if (!some.length) return all.sort((one, other) => one.name.localeCompare(other.name));
+    if (!some.length) return all.sort((one, other) => names.compare(one.name, other.name));
     all.push(...some);
   }
 }

@@ -22,14 +22,16 @@ from indexer.ingest.decoded import fingerprint, hamming_distance
 from indexer.ingest.public_files import MAX_BYTES, Refused, download, public_client, refuse_private
 from indexer.store import Store
 from indexer.store.reference_facts import NEAR_BITS, Reference, in_places
+from trainer.cores import usable_memory
 from trainer.data.datasets import read_uri
 from trainer.images import UnreadableImage, decode_image, decoding_memory, thumbnail
 from trainer.process_pool import LimitExceeded, ProcessPool, decoding_pool
 
 CONNECTIONS = 8
 """Files that are fetched at a time."""
-READERS = 2
-"""Processes that read files for single thumbnails; those that decode uploads are not to wait for somebody's disk."""
+READERS, READING_SHARE = 2, 0.2
+"""Processes that read files for single thumbnails; those that decode uploads are not to wait for somebody's disk. Both
+work at a time where they are allowed no more than this share of the memory."""
 PARQUET_MEMORY = 2**31
 """Bytes that reading a cell may take beside decoding it: pyarrow reserves some, and reads a row group."""
 PAGE_REFERENCES = 64
@@ -151,12 +153,14 @@ def make_thumbnail(
 
 @cache
 def _reading_pool() -> ProcessPool:
-    return ProcessPool(READERS)
+    return ProcessPool(READERS, READING_SHARE * usable_memory())
 
 
 def _thumbnail_of_file(row: Mapping[str, Any], file: bytes | None, private_addresses: bool, max_pixels: int) -> bytes:
     try:
         data = _read(row["uri"], private_addresses) if file is None else file
+    except MemoryError:
+        raise
     except Exception as error:  # of one of many libraries
         raise Refused(str(error) or type(error).__name__) from error
     if len(data) > MAX_BYTES:

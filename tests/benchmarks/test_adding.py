@@ -20,5 +20,5 @@ def test_adding_is_held_to_what_the_cores_could_do(
     assert {"embedding alone", "decoding alone", "decode and embed", "read", "thumbnail", "embed"} < rows.keys()
     stages = ("read", "decode, with facts and hash", "thumbnail", "fingerprint", "preprocess", "embed")
     seconds = sum(float(rows[stage]) for stage in stages) / 1e3
-    assert targets[0].figure == pytest.approx(10 * seconds / adding.CORES, rel=0.05)
+    assert targets[0].figure == pytest.approx(10 * seconds / adding.CORES, rel=0.1)
     assert [target.wanted for target in targets] == [0.95, 0.85]
