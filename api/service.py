@@ -50,6 +50,8 @@ MOST_ENROLLING, ENROL_SECONDS = 16, 0.05
 """Enrolments that may be in work or wait, and what each of their images takes, to begin with."""
 THUMBNAILS_AT_ONCE, MOST_THUMBNAILS, THUMBNAIL_SECONDS = 2, 64, 0.2
 """Thumbnails that are made at a time, that may be in work or wait, and what one takes, to begin with."""
+FAILURE_SECONDS, MOST_FAILURES = 300.0, 10_000
+"""How long a reference whose thumbnail could not be made is not tried again, and how many such are remembered."""
 MOST_DECODING = 512
 """Images that may be in work or wait to be read."""
 STALE_SECONDS = 120.0
@@ -94,6 +96,7 @@ class Service:
         self._enrollers = ThreadPoolExecutor(ENROLLING_THREADS, "enrol")
         self._thumbnailers = ThreadPoolExecutor(THUMBNAILS_AT_ONCE, "thumbnail")
         self._thumbnails = Admission(THUMBNAILS_AT_ONCE, MOST_THUMBNAILS, "thumbnails")
+        self._pictureless: dict[int, float] = {}  # until when, by the reference's id
         self._decoding = Admission(usable_cores(), MOST_DECODING, "images")
         self._enrolling = Admission(ENROLLING_THREADS, MOST_ENROLLING, "enrolments")
         self._requested = 0  # images of requests that are in work
@@ -389,6 +392,8 @@ class Service:
         reference = await self.run(references.get, id)
         if reference is None or thumbnail_path(reference, places) is None:
             return None
+        if time.monotonic() < self._pictureless.get(id, 0.0):
+            return None
         return await run_admitted(
             self._thumbnails, THUMBNAIL_SECONDS, self._thumbnailers, self._make_thumbnail, reference
         )
@@ -409,6 +414,9 @@ class Service:
             raise ApiError("not-ready", f"a thumbnail: {error}; try again", retry_after=THUMBNAIL_SECONDS) from error
         except (Refused, LimitExceeded) as error:
             log.info("no thumbnail was made", extra={"reference": reference.id, "reason": str(error)})
+            if len(self._pictureless) >= MOST_FAILURES:
+                self._pictureless.clear()
+            self._pictureless[reference.id] = time.monotonic() + FAILURE_SECONDS
             return None
 
     async def status(self) -> Status:
