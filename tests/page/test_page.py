@@ -1023,6 +1023,7 @@ def test_a_generator_is_edited_and_deleted_and_a_reference_removed(opens: Opens)
     expect(dialog).to_contain_text("Removed from the reference set.")
     dialog.get_by_role("button", name="Close").click()
     page.get_by_role("link", name="Generators", exact=True).click()
+    expect(row.get_by_role("cell").first).to_have_text("1")  # the table that is read anew replaces the one before
     view.get_by_role("button", name="Delete gen-e").click()
     expect(dialog).to_contain_text("1 reference image of it will be removed")
     dialog.get_by_role("button", name="Cancel").click()
