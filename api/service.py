@@ -249,20 +249,22 @@ class Service:
                 log.warning(f"{things} could not be deleted; trying again")
 
     async def _move_thumbnails(self) -> None:
-        """Move the thumbnails of verdicts to object storage, where it is used, some in each call of a thread."""
-        try:
-            while await self.run(self.detector.store.detections.move_thumbnails) == MOVED:
-                pass
-        except (*DATABASE_AWAY, BlobsAway) as error:
-            log.warning("thumbnails could not be moved; trying again", extra={"reason": public_detail(error)})
+        """Move the thumbnails of verdicts to object storage, where it is used."""
+        await self._in_steps(
+            "thumbnails could not be moved", lambda: self.detector.store.detections.move_thumbnails() < MOVED
+        )
 
     async def _drain_blobs(self) -> None:
-        """Delete objects of references that were removed, some in each call of a thread, so that closing ends it."""
+        """Delete objects of references that were removed."""
+        await self._in_steps("objects could not be deleted", lambda: self.detector.store.blobs.drain_some().last)
+
+    async def _in_steps(self, failure: str, step: Callable[[], bool]) -> None:
+        """Do a step of work on object storage in each call of a thread, so that closing ends it, up to the last."""
         try:
-            while not (await self.run(self.detector.store.blobs.drain_some)).last:
+            while not await self.run(step):
                 pass
         except (*DATABASE_AWAY, BlobsAway) as error:
-            log.warning("objects could not be deleted; trying again", extra={"reason": public_detail(error)})
+            log.warning(f"{failure}; trying again", extra={"reason": public_detail(error)})
 
     async def _look_for_drift(self) -> None:
         """Compare the last complete day, for status and metrics; what hinders it hinders nothing else."""
@@ -390,9 +392,8 @@ class Service:
         if kept is not None:
             return kept
         reference = await self.run(references.get, id)
-        if reference is None or thumbnail_path(reference, places) is None:
-            return None
-        if time.monotonic() < self._pictureless.get(id, 0.0):
+        failed = time.monotonic() < self._pictureless.get(id, 0.0)
+        if reference is None or thumbnail_path(reference, places) is None or failed:
             return None
         return await run_admitted(
             self._thumbnails, THUMBNAIL_SECONDS, self._thumbnailers, self._make_thumbnail, reference

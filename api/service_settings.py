@@ -26,6 +26,11 @@ ADDRESS = re.compile(r"[a-z]+://")
 PLACE = re.compile(r"(file://|(s3|gs|az|hf|https)://[^/?#@]+)/([^?#]*/)?")
 
 
+def listed(setting: str) -> tuple[str, ...]:
+    """What a setting lists, with commas between."""
+    return tuple(filter(None, map(str.strip, setting.split(","))))
+
+
 class ServiceSettings(Settings):
     """What an installation may change: the indexer's settings, and how the service judges, answers and records."""
 
@@ -102,7 +107,7 @@ class ServiceSettings(Settings):
     @field_validator("thumbnails_from")
     @classmethod
     def _are_places(cls, places: str) -> str:
-        for place in filter(None, map(str.strip, places.split(","))):
+        for place in listed(places):
             if not PLACE.fullmatch(place):
                 raise ValueError(f"{place!r} is no place like file:///images/ or s3://bucket/, which end with a slash")
         return places
@@ -110,7 +115,7 @@ class ServiceSettings(Settings):
     @field_validator("cors_origins")
     @classmethod
     def _are_origins(cls, origins: str) -> str:
-        for origin in filter(None, map(str.strip, origins.split(","))):
+        for origin in listed(origins):
             if not re.fullmatch(r"https?://[^\s/?#@*]+", origin):
                 raise ValueError(f"{origin!r} is no origin like https://a.example, without a path")
         return origins
@@ -118,7 +123,7 @@ class ServiceSettings(Settings):
     @property
     def thumbnail_places(self) -> tuple[str, ...]:
         """Those of `thumbnails_from`."""
-        return tuple(filter(None, map(str.strip, self.thumbnails_from.split(","))))
+        return listed(self.thumbnails_from)
 
     @classmethod
     def read(cls, **overrides: Any) -> Self:

@@ -35,7 +35,7 @@ from api.judge.detector import Detector
 from api.monitoring import Metrics
 from api.schemas.problems import ApiError, FieldError, Kind, documented, from_status
 from api.service import Service
-from api.service_settings import ServiceSettings
+from api.service_settings import ServiceSettings, listed
 from api.service_status import package_version
 from indexer.index.milvus import EngineAway
 from indexer.measure.discovery import CandidateEnrolled, UnknownCandidate
@@ -201,7 +201,7 @@ def create_app(settings: ServiceSettings | None = None, detector: Detector | Non
     app.include_router(docs.router)
     app.router.routes.append(Page(PAGE_FOLDER))
     app.add_middleware(Guard, service=service, limit=RateLimit(settings.rate_limit))
-    if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
+    if origins := listed(settings.cors_origins):
         app.add_middleware(
             CORSMiddleware,
             allow_origins=origins,
